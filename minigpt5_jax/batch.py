@@ -1,0 +1,54 @@
+"""The batch: the only contract between the data layer and the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One (micro-)batch with static shapes; b rows of t tokens, i input pictures, m target pictures.
+
+    Every index is made on the host and relative to this batch.  With gradient accumulation each
+    array has one more leading axis, and indices are relative to their micro-batch.
+
+    Attributes:
+      tokens: i32[b t].  BOS first; a picture is ``image_tokens`` slots of ``<ImageHere>``.
+      labels: i32[b t].  Id of the token *at* this position, -100 where it is no target (unshifted,
+        as the original's).
+      positions: i32[b t].  Position inside its segment.
+      segment_ids: i32[b t].  1, 2, ... for packed samples of a row; 0 is padding.
+      row_id: i32[b].  Global sample number of the row; seeds LoRA dropout.
+      images: u8[i H W 3].  Input pictures, resized and cropped, not normalised.
+      image_row, image_start: i32[i].  Row and first slot of each picture's tokens.
+      image_mask: bool[i].  False for an empty slot of the static shape.
+      target: u8[m H W 3].  Pictures to draw.
+      voken_row, voken_start: i32[m].  Row and position of ``[IMG0]`` of each target picture
+        (``voken_start >= 1``; the mapper reads positions ``voken_start - 1 ... + n - 2``).
+      item_id: i32[m].  Global number of the target picture; seeds every draw made for it.
+      item_mask: bool[m].  False for an empty slot.
+      caption_ids: i32[m c].  CLIP ids of the caption.
+      caption_mask: i32[m c].  1 on real tokens (BOS and EOS included), 0 on padding.
+      has_caption: bool[m].  False where the item takes no part in the caption loss.
+    """
+
+    tokens: jax.Array
+    labels: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    row_id: jax.Array
+    images: jax.Array
+    image_row: jax.Array
+    image_start: jax.Array
+    image_mask: jax.Array
+    target: jax.Array
+    voken_row: jax.Array
+    voken_start: jax.Array
+    item_id: jax.Array
+    item_mask: jax.Array
+    caption_ids: jax.Array
+    caption_mask: jax.Array
+    has_caption: jax.Array

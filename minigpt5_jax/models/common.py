@@ -1,0 +1,309 @@
+"""Layers every tower is built from, and the bridge between NNX modules and flat parameter dicts.
+
+A tower is an ``nnx.Module`` that holds nothing but ``nnx.Param``s.  Outside its own file it is
+seen as two things: a *template* (graph definition, paths, shapes and logical axes, made without
+allocating anything) and a flat dict ``{"layers/self_attn/q_proj/kernel": array}``.  JAX
+transformations work on the dict; ``Template.bind`` turns it back into a callable module while
+tracing, so no NNX bookkeeping is left on the hot path.
+
+Layout conventions (those of Flax): dense kernels ``[in, out]``, convolution kernels HWIO,
+activations NHWC / ``[batch, length, width]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Axis = str | tuple[str, int] | None
+"""Logical axis of one dimension: a name, or ``(name, units)`` when the dimension fuses ``units``
+indivisible pieces (a projection to 32 heads of 128 is ``("heads", 32)``), or None."""
+
+Initializer = jax.nn.initializers.Initializer
+Params = dict[str, jax.Array]
+
+lecun_normal = jax.nn.initializers.lecun_normal()
+xavier_uniform = jax.nn.initializers.xavier_uniform()
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def normal(std: float) -> Initializer:
+    """Normal initialiser with standard deviation ``std`` (Hugging Face ``initializer_range``)."""
+    return jax.nn.initializers.normal(std)
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for Linear weights and biases."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def param(
+    rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[Axis], dtype=jnp.float32
+) -> nnx.Param:
+    """A parameter with one logical axis per dimension; every parameter is made through this."""
+    if len(shape) != len(axes):
+        raise ValueError(f"parameter of shape {tuple(shape)} was given axes {tuple(axes)}")
+    return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias`` computed in ``dtype``; kernel ``[in_features, out_features]``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[Axis, Axis],
+        bias: bool = True,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = zeros,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = param(rngs, kernel_init, (in_features, out_features), axes, param_dtype)
+        self.bias = param(rngs, bias_init, (out_features,), (axes[1],), param_dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Conv(nnx.Module):
+    """2-D convolution on NHWC; ``padding`` is symmetric, or explicit ``((top, bottom), (left, right))``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | tuple[tuple[int, int], tuple[int, int]] = 0,
+        bias: bool = True,
+        axes: tuple[Axis, Axis] = ("conv_in", "conv_out"),
+        kernel_init: Initializer = lecun_normal,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.stride, self.dtype = stride, dtype
+        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = param(rngs, kernel_init, shape, (None, None, *axes), param_dtype)
+        self.bias = param(rngs, zeros, (out_channels,), (axes[1],), param_dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, statistics in fp32, result in ``dtype``."""
+
+    def __init__(self, width: int, *, eps: float, axis: Axis = "embed", dtype=jnp.float32,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.eps, self.dtype = eps, dtype
+        self.scale = param(rngs, ones, (width,), (axis,), param_dtype)
+        self.bias = param(rngs, zeros, (width,), (axis,), param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """LLaMA's RMSNorm: variance in fp32, normalised value cast to ``dtype`` before the scale."""
+
+    def __init__(self, width: int, *, eps: float, axis: Axis = "embed", dtype=jnp.float32,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+        self.eps, self.dtype = eps, dtype
+        self.scale = param(rngs, ones, (width,), (axis,), param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return y.astype(self.dtype) * self.scale[...].astype(self.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm over (spatial axes, channels of a group) of a channels-last tensor, fp32 statistics."""
+
+    def __init__(self, num_groups: int, channels: int, *, eps: float, dtype=jnp.float32,
+                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+        if channels % num_groups:
+            raise ValueError(f"{channels} channels do not divide into norm_num_groups={num_groups}")
+        self.num_groups, self.eps, self.dtype = num_groups, eps, dtype
+        self.scale = param(rngs, ones, (channels,), ("conv_out",), param_dtype)
+        self.bias = param(rngs, zeros, (channels,), ("conv_out",), param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, *spatial, channels = x.shape
+        groups = x.astype(jnp.float32).reshape(batch, -1, self.num_groups, channels // self.num_groups)
+        mean = groups.mean((1, 3), keepdims=True)
+        variance = jnp.square(groups - mean).mean((1, 3), keepdims=True)
+        y = ((groups - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """Look-up table ``embedding [num, width]``."""
+
+    def __init__(self, num: int, width: int, *, axes: tuple[Axis, Axis] = ("vocab", "embed"),
+                 init: Initializer = normal(0.02), dtype=jnp.float32, param_dtype=jnp.float32,
+                 rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.embedding = param(rngs, init, (num, width), axes, param_dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...].astype(self.dtype)[ids]
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""Activations by their Hugging Face names (``gelu`` is the exact erf form)."""
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """``[b, t, heads * d] -> [b, t, heads, d]``."""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> jax.Array:
+    """Multi-head attention, ``[b, t, heads, d]`` in, ``[b, t, heads * d]`` out.
+
+    ``mask`` is boolean, broadcastable to ``[b, heads, t, s]``, True where attention is allowed.
+    Softmax runs in fp32 whatever the input dtype (``jax.nn.dot_product_attention``).
+    """
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=is_causal, scale=scale
+    )
+    return out.reshape(*out.shape[:-2], -1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Repeated layers
+
+
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``count`` independently initialised copies of a block, parameters stacked on axis 0.
+
+    The result is an ordinary module whose leaves carry a leading ``layers`` axis; run it with
+    :func:`scan_layers`.  One traced block instead of ``count`` keeps compile time flat in depth.
+    """
+    graphdef = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))[0]
+    keys = jax.random.split(rngs.params(), count)
+    state = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys)
+    block = nnx.merge(graphdef, state)
+    for _, variable in nnx.to_flat_state(nnx.state(block)):
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+    return block
+
+
+def scan_layers(
+    layers: nnx.Module,
+    x: Any,
+    call: Callable[..., Any],
+    *,
+    per_layer: Any = None,
+    remat: bool = False,
+    unroll: int = 1,
+) -> tuple[Any, Any]:
+    """Run stacked ``layers`` over the carry ``x`` with ``jax.lax.scan``.
+
+    ``call(block, x, layer_input) -> (x, layer_output)``; ``per_layer`` is a pytree with a leading
+    layer axis (KV caches, dropout keys) whose slices arrive as ``layer_input``.  Returns the final
+    carry and the stacked layer outputs.  ``remat`` recomputes each block in the backward pass.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(carry, inputs):
+        block_state, layer_input = inputs
+        return call(nnx.merge(graphdef, block_state), carry, layer_input)
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)
+
+
+# ---------------------------------------------------------------------------------------------
+# Modules as flat parameter dicts
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A module without its arrays: what JAX code needs to know about a tower or the whole model.
+
+    Attributes:
+      shapes: path -> ``jax.ShapeDtypeStruct`` of every parameter.
+      axes: path -> logical axes of every parameter, one entry per dimension.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    graphdef: Any
+    paths: tuple[tuple[Any, ...], ...]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    axes: dict[str, tuple[Axis, ...]]
+
+    @classmethod
+    def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Template:
+        """Build the template of ``make(rngs)`` abstractly (nothing is allocated)."""
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        flat = nnx.to_flat_state(state)
+        names = {path: "/".join(map(str, path)) for path, _ in flat}
+        shapes = {names[p]: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in flat}
+        axes = {names[p]: v.get_metadata("axes") for p, v in flat}
+        return cls(make, graphdef, tuple(names), shapes, axes)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters, initialised in one compiled call."""
+        return jax.jit(lambda k: to_flat(self.make(nnx.Rngs(params=k))))(key)
+
+    def bind(self, params: Mapping[str, jax.Array]) -> nnx.Module:
+        """The callable module over ``params``; cheap while tracing, KeyError on a missing path."""
+        leaves = [(path, params["/".join(map(str, path))]) for path in self.paths]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
+
+
+def to_flat(module: nnx.Module) -> Params:
+    """Parameters of a live module as a flat dict."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {"/".join(map(str, path)): leaf[...] for path, leaf in flat}

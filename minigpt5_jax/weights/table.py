@@ -1,0 +1,215 @@
+"""Weight tables: invertible, strict rules between foreign tensor names and our parameter paths.
+
+A table is a list of rules.  A rule pairs one source key pattern with one target path pattern:
+
+>>> Rule("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", LINEAR)
+
+``{i}``, ``{j}`` and so on match integers; ``{2i}`` and ``{2i+1}`` match even and odd ones.  A
+placeholder that the target does not repeat is the index into the target's leading (stacked)
+axis.  Both directions are strict: a source key no rule consumes and a target leaf no rule writes
+are errors that name the key.  Tables hold no arrays, so one plan serves import, export and
+streaming.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+PLACEHOLDER = re.compile(r"\{(\d*)([a-z])(?:\+(\d+))?\}")
+
+
+class WeightTableError(ValueError):
+    """Source and target do not match; the message names every offending key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An invertible change of layout: one source array <-> one array per target of the rule."""
+
+    name: str
+    forward: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    backward: Callable[[tuple[np.ndarray, ...]], np.ndarray]
+
+
+def _single(name: str, forward, backward) -> Op:
+    return Op(name, lambda x: (forward(x),), lambda xs: backward(xs[0]))
+
+
+COPY = _single("copy", lambda x: x, lambda x: x)
+LINEAR = _single("linear", lambda x: x.T, lambda x: x.T)
+CONV = _single("conv", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+SQUEEZED_LINEAR = _single(  # a 1x1 convolution that is a dense layer here
+    "conv1x1", lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]
+)
+
+
+def split(count: int, op: Op = COPY) -> Op:
+    """Cut the source into ``count`` equal parts on axis 0 (stacked q, k, v) and apply ``op`` to each."""
+
+    def forward(x):
+        if x.shape[0] % count:
+            raise WeightTableError(f"axis 0 of shape {x.shape} does not split into {count} parts")
+        return tuple(op.forward(part)[0] for part in np.split(x, count))
+
+    return Op(f"split{count}({op.name})", forward,
+              lambda xs: np.concatenate([op.backward((x,)) for x in xs]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """``source`` key pattern <-> ``target`` path pattern (or one pattern per output of ``op``)."""
+
+    source: str
+    target: str | tuple[str, ...]
+    op: Op = COPY
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """One resolved rule: source tensor ``key`` fills ``targets`` (at ``index`` of the stacked axis)."""
+
+    key: str
+    targets: tuple[str, ...]
+    index: int | None
+    op: Op
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts, last = [], 0
+    for match in PLACEHOLDER.finditer(pattern):
+        parts += [re.escape(pattern[last : match.start()]), f"(?P<{match[2]}>\\d+)"]
+        last = match.end()
+    return re.compile("".join(parts) + re.escape(pattern[last:]))
+
+
+def _match(pattern: str, name: str) -> dict[str, int] | None:
+    """Values of the placeholders if ``name`` fits ``pattern``, else None."""
+    found = _regex(pattern).fullmatch(name)
+    if found is None:
+        return None
+    values = {}
+    for factor, letter, offset in PLACEHOLDER.findall(pattern):
+        quotient, rest = divmod(int(found[letter]) - int(offset or 0), int(factor or 1))
+        if rest or quotient < 0:
+            return None
+        values[letter] = quotient
+    return values
+
+
+def _fill(pattern: str, values: Mapping[str, int]) -> str:
+    return PLACEHOLDER.sub(
+        lambda m: str(int(m[1] or 1) * values[m[2]] + int(m[3] or 0)), pattern
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rules of one architecture, and source keys that are deliberately not read (regex -> reason)."""
+
+    rules: tuple[Rule, ...]
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def prefixed(self, source: str = "", target: str = "") -> Table:
+        """The same table with every source key and target path prefixed."""
+        rules = tuple(
+            Rule(source + r.source, tuple(target + t for t in r.targets), r.op) for r in self.rules
+        )
+        ignored = {re.escape(source) + pattern: why for pattern, why in self.ignored.items()}
+        return Table(rules, ignored)
+
+    def __add__(self, other: Table) -> Table:
+        return Table(self.rules + other.rules, {**self.ignored, **other.ignored})
+
+    def _resolve(self, key: str) -> Assignment | None:
+        for rule in self.rules:
+            values = _match(rule.source, key)
+            if values is None:
+                continue
+            letters = {m[1] for m in PLACEHOLDER.findall(rule.targets[0])}
+            stacked = [v for letter, v in values.items() if letter not in letters]
+            if len(stacked) > 1:
+                raise WeightTableError(f"rule {rule.source!r} stacks more than one index")
+            targets = tuple(_fill(t, values) for t in rule.targets)
+            return Assignment(key, targets, stacked[0] if stacked else None, rule.op)
+        return None
+
+    def plan(self, keys: Sequence[str], targets: Mapping[str, Sequence[int]]) -> list[Assignment]:
+        """Resolve every source key against the target shapes (path -> shape); strict both ways."""
+        plan, problems, written = [], [], {}
+        for key in sorted(keys):
+            assignment = self._resolve(key)
+            if assignment is None:
+                if not any(re.fullmatch(pattern, key) for pattern in self.ignored):
+                    problems.append(f"source key {key!r} is consumed by no rule")
+                continue
+            plan.append(assignment)
+            for path in assignment.targets:
+                slots = written.setdefault(path, set())
+                if path not in targets:
+                    problems.append(f"source key {key!r} maps to {path!r}, which the model does not have")
+                elif assignment.index in slots:
+                    problems.append(f"target {path!r} is written twice (again by {key!r})")
+                elif assignment.index is not None and assignment.index >= targets[path][0]:
+                    problems.append(f"source key {key!r} is layer {assignment.index} of {path!r}, "
+                                    f"which has {targets[path][0]}")
+                slots.add(assignment.index)
+        for path, shape in targets.items():
+            slots = written.get(path, set())
+            missing = set() if None in slots else set(range(shape[0] if slots else 0)) - slots
+            if not slots:
+                problems.append(f"target {path!r} is written by no source key")
+            elif missing:
+                problems.append(f"target {path!r} lacks layers {sorted(missing)}")
+        if problems:
+            shown = "\n  ".join(problems[:20])
+            more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+            raise WeightTableError(f"weights do not match the model:\n  {shown}{more}")
+        return plan
+
+    def to_params(self, source: Mapping[str, np.ndarray],
+                  shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+        """Import: ``{path: array}`` for every path of ``shapes``, dtypes as in the source.
+
+        Raises:
+          WeightTableError: naming keys that are missing, unexpected, or of another shape.
+        """
+        params: dict[str, np.ndarray] = {}
+        for item in self.plan(list(source), shapes):
+            for path, value in zip(item.targets, item.op.forward(np.asarray(source[item.key])), strict=True):
+                want = tuple(shapes[path])[0 if item.index is None else 1 :]
+                if value.shape != want:
+                    raise WeightTableError(
+                        f"{item.key!r} gives shape {value.shape} for {path!r}, the model has {want}")
+                if item.index is None:
+                    params[path] = value
+                else:
+                    params.setdefault(path, np.empty(tuple(shapes[path]), value.dtype))[item.index] = value
+        return params
+
+    def to_source(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Export, the exact inverse of :meth:`to_params`; every path of ``params`` must be covered."""
+        source, covered = {}, set()
+        for rule in self.rules:
+            found = [(path, values) for path in params if (values := _match(rule.targets[0], path)) is not None]
+            for path, values in found:
+                paths = [path] + [_fill(t, values) for t in rule.targets[1:]]
+                covered.update(paths)
+                arrays = [np.asarray(params[p]) for p in paths]
+                stacked = {m[1] for m in PLACEHOLDER.findall(rule.source)} - set(values)
+                if stacked:
+                    for i in range(arrays[0].shape[0]):
+                        key = _fill(rule.source, {**values, stacked.copy().pop(): i})
+                        source[key] = np.ascontiguousarray(rule.op.backward(tuple(a[i] for a in arrays)))
+                else:
+                    source[_fill(rule.source, values)] = np.ascontiguousarray(rule.op.backward(tuple(arrays)))
+        if uncovered := sorted(set(params) - covered):
+            raise WeightTableError(f"no rule exports {uncovered[:20]}")
+        return source
