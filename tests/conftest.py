@@ -1,0 +1,56 @@
+"""Shared fixtures: the oracle's recorded numbers (tests/oracle/README.md) and strictness of the suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in public signatures are checked while testing, and only then.
+install_import_hook("minigpt5_jax", "beartype.beartype")
+
+import jax
+
+jax.config.update("jax_debug_key_reuse", True)
+
+ORACLE = Path(__file__).parent / "oracle"
+
+
+@pytest.fixture(scope="session")
+def oracle_dir() -> Path:
+    """Folder with the files recorded from the original code."""
+    return ORACLE
+
+
+@pytest.fixture(scope="session")
+def oracle_configs() -> dict:
+    """Tiny configurations in Hugging Face field names."""
+    return json.loads((ORACLE / "configs.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def oracle_weights() -> dict[str, np.ndarray]:
+    """The full stage-1 state dict under the original's key names."""
+    from safetensors.numpy import load_file
+
+    return load_file(ORACLE / "weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def oracle_cases() -> dict[str, np.ndarray]:
+    """Recorded inputs, draws, intermediates, losses, gradients and updates."""
+    with np.load(ORACLE / "cases.npz", allow_pickle=False) as cases:
+        return {name: cases[name] for name in cases.files}
