@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from typing import Any
+
 import jax
+
+
+Array = Any  # numpy on the host, jax.Array or an abstract value on the device
 
 
 @jax.tree_util.register_dataclass
@@ -35,20 +40,20 @@ class Batch:
       has_caption: bool[m].  False where the item takes no part in the caption loss.
     """
 
-    tokens: jax.Array
-    labels: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    row_id: jax.Array
-    images: jax.Array
-    image_row: jax.Array
-    image_start: jax.Array
-    image_mask: jax.Array
-    target: jax.Array
-    voken_row: jax.Array
-    voken_start: jax.Array
-    item_id: jax.Array
-    item_mask: jax.Array
-    caption_ids: jax.Array
-    caption_mask: jax.Array
-    has_caption: jax.Array
+    tokens: Array
+    labels: Array
+    positions: Array
+    segment_ids: Array
+    row_id: Array
+    images: Array
+    image_row: Array
+    image_start: Array
+    image_mask: Array
+    target: Array
+    voken_row: Array
+    voken_start: Array
+    item_id: Array
+    item_mask: Array
+    caption_ids: Array
+    caption_mask: Array
+    has_caption: Array

@@ -297,7 +297,7 @@ class Template:
         """Random parameters, initialised in one compiled call."""
         return jax.jit(lambda k: to_flat(self.make(nnx.Rngs(params=k))))(key)
 
-    def bind(self, params: Mapping[str, jax.Array]) -> nnx.Module:
+    def bind(self, params: Mapping[str, Any]) -> nnx.Module:
         """The callable module over ``params``; cheap while tracing, KeyError on a missing path."""
         leaves = [(path, params["/".join(map(str, path))]) for path in self.paths]
         return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
