@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-
 from typing import Any
 
 import jax
-
 
 Array = Any  # numpy on the host, jax.Array or an abstract value on the device
 

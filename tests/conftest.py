@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes in public signatures are checked while testing, and only then.
 install_import_hook("minigpt5_jax", "beartype.beartype")
 
-import jax
+import jax  # noqa: E402  (after the hook and XLA_FLAGS)
 
 jax.config.update("jax_debug_key_reuse", True)
 

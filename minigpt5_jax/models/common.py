@@ -162,7 +162,7 @@ class GroupNorm(nnx.Module):
         self.bias = param(rngs, zeros, (channels,), ("conv_out",), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, *spatial, channels = x.shape
+        batch, channels = x.shape[0], x.shape[-1]
         groups = x.astype(jnp.float32).reshape(batch, -1, self.num_groups, channels // self.num_groups)
         mean = groups.mean((1, 3), keepdims=True)
         variance = jnp.square(groups - mean).mean((1, 3), keepdims=True)
@@ -175,10 +175,10 @@ class Embedding(nnx.Module):
     """Look-up table ``embedding [num, width]``."""
 
     def __init__(self, num: int, width: int, *, axes: tuple[Axis, Axis] = ("vocab", "embed"),
-                 init: Initializer = normal(0.02), dtype=jnp.float32, param_dtype=jnp.float32,
+                 init: Initializer | None = None, dtype=jnp.float32, param_dtype=jnp.float32,
                  rngs: nnx.Rngs):
         self.dtype = dtype
-        self.embedding = param(rngs, init, (num, width), axes, param_dtype)
+        self.embedding = param(rngs, init or normal(0.02), (num, width), axes, param_dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.embedding[...].astype(self.dtype)[ids]

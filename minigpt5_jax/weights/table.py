@@ -198,7 +198,8 @@ class Table:
         """Export, the exact inverse of :meth:`to_params`; every path of ``params`` must be covered."""
         source, covered = {}, set()
         for rule in self.rules:
-            found = [(path, values) for path in params if (values := _match(rule.targets[0], path)) is not None]
+            matches = ((path, _match(rule.targets[0], path)) for path in params)
+            found = [(path, values) for path, values in matches if values is not None]
             for path, values in found:
                 paths = [path] + [_fill(t, values) for t in rule.targets[1:]]
                 covered.update(paths)
