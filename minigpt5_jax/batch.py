@@ -22,6 +22,8 @@ class Batch:
       tokens: i32[b t].  BOS first; a picture is ``image_tokens`` slots of ``<ImageHere>``.
       labels: i32[b t].  Id of the token *at* this position, -100 where it is no target (unshifted,
         as the original's).
+      label_positions: i32[b l].  Positions of the row's targets, ascending; 0 fills unused slots
+        (position 0 is BOS and never a target).  The text loss makes logits at these places only.
       positions: i32[b t].  Position inside its segment.
       segment_ids: i32[b t].  1, 2, ... for packed samples of a row; 0 is padding.
       row_id: i32[b].  Global sample number of the row; seeds LoRA dropout.
@@ -40,6 +42,7 @@ class Batch:
 
     tokens: Array
     labels: Array
+    label_positions: Array
     positions: Array
     segment_ids: Array
     row_id: Array

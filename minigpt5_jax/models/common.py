@@ -121,8 +121,16 @@ class Conv(nnx.Module):
 class LayerNorm(nnx.Module):
     """LayerNorm over the last axis, statistics in fp32, result in ``dtype``."""
 
-    def __init__(self, width: int, *, eps: float, axis: Axis = "embed", dtype=jnp.float32,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float,
+        axis: Axis = "embed",
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.eps, self.dtype = eps, dtype
         self.scale = param(rngs, ones, (width,), (axis,), param_dtype)
         self.bias = param(rngs, zeros, (width,), (axis,), param_dtype)
@@ -139,8 +147,16 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """LLaMA's RMSNorm: variance in fp32, normalised value cast to ``dtype`` before the scale."""
 
-    def __init__(self, width: int, *, eps: float, axis: Axis = "embed", dtype=jnp.float32,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float,
+        axis: Axis = "embed",
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.eps, self.dtype = eps, dtype
         self.scale = param(rngs, ones, (width,), (axis,), param_dtype)
 
@@ -153,8 +169,16 @@ class RMSNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """GroupNorm over (spatial axes, channels of a group) of a channels-last tensor, fp32 statistics."""
 
-    def __init__(self, num_groups: int, channels: int, *, eps: float, dtype=jnp.float32,
-                 param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num_groups: int,
+        channels: int,
+        *,
+        eps: float,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         if channels % num_groups:
             raise ValueError(f"{channels} channels do not divide into norm_num_groups={num_groups}")
         self.num_groups, self.eps, self.dtype = num_groups, eps, dtype
@@ -174,9 +198,17 @@ class GroupNorm(nnx.Module):
 class Embedding(nnx.Module):
     """Look-up table ``embedding [num, width]``."""
 
-    def __init__(self, num: int, width: int, *, axes: tuple[Axis, Axis] = ("vocab", "embed"),
-                 init: Initializer | None = None, dtype=jnp.float32, param_dtype=jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num: int,
+        width: int,
+        *,
+        axes: tuple[Axis, Axis] = ("vocab", "embed"),
+        init: Initializer | None = None,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.dtype = dtype
         self.embedding = param(rngs, init or normal(0.02), (num, width), axes, param_dtype)
 
@@ -213,9 +245,7 @@ def attention(
     ``mask`` is boolean, broadcastable to ``[b, heads, t, s]``, True where attention is allowed.
     Softmax runs in fp32 whatever the input dtype (``jax.nn.dot_product_attention``).
     """
-    out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=is_causal, scale=scale
-    )
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, scale=scale)
     return out.reshape(*out.shape[:-2], -1)
 
 

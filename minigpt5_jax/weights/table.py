@@ -55,8 +55,7 @@ def split(count: int, op: Op = COPY) -> Op:
             raise WeightTableError(f"axis 0 of shape {x.shape} does not split into {count} parts")
         return tuple(op.forward(part)[0] for part in np.split(x, count))
 
-    return Op(f"split{count}({op.name})", forward,
-              lambda xs: np.concatenate([op.backward((x,)) for x in xs]))
+    return Op(f"split{count}({op.name})", forward, lambda xs: np.concatenate([op.backward((x,)) for x in xs]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +104,7 @@ def _match(pattern: str, name: str) -> dict[str, int] | None:
 
 
 def _fill(pattern: str, values: Mapping[str, int]) -> str:
-    return PLACEHOLDER.sub(
-        lambda m: str(int(m[1] or 1) * values[m[2]] + int(m[3] or 0)), pattern
-    )
+    return PLACEHOLDER.sub(lambda m: str(int(m[1] or 1) * values[m[2]] + int(m[3] or 0)), pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +116,7 @@ class Table:
 
     def prefixed(self, source: str = "", target: str = "") -> Table:
         """The same table with every source key and target path prefixed."""
-        rules = tuple(
-            Rule(source + r.source, tuple(target + t for t in r.targets), r.op) for r in self.rules
-        )
+        rules = tuple(Rule(source + r.source, tuple(target + t for t in r.targets), r.op) for r in self.rules)
         ignored = {re.escape(source) + pattern: why for pattern, why in self.ignored.items()}
         return Table(rules, ignored)
 
@@ -158,8 +153,10 @@ class Table:
                 elif assignment.index in slots:
                     problems.append(f"target {path!r} is written twice (again by {key!r})")
                 elif assignment.index is not None and assignment.index >= targets[path][0]:
-                    problems.append(f"source key {key!r} is layer {assignment.index} of {path!r}, "
-                                    f"which has {targets[path][0]}")
+                    problems.append(
+                        f"source key {key!r} is layer {assignment.index} of {path!r}, "
+                        f"which has {targets[path][0]}"
+                    )
                 slots.add(assignment.index)
         for path, shape in targets.items():
             slots = written.get(path, set())
@@ -174,8 +171,9 @@ class Table:
             raise WeightTableError(f"weights do not match the model:\n  {shown}{more}")
         return plan
 
-    def to_params(self, source: Mapping[str, np.ndarray],
-                  shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    def to_params(
+        self, source: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, np.ndarray]:
         """Import: ``{path: array}`` for every path of ``shapes``, dtypes as in the source.
 
         Raises:
@@ -187,7 +185,8 @@ class Table:
                 want = tuple(shapes[path])[0 if item.index is None else 1 :]
                 if value.shape != want:
                     raise WeightTableError(
-                        f"{item.key!r} gives shape {value.shape} for {path!r}, the model has {want}")
+                        f"{item.key!r} gives shape {value.shape} for {path!r}, the model has {want}"
+                    )
                 if item.index is None:
                     params[path] = value
                 else:

@@ -1,0 +1,3 @@
+"""Backbones: pictures and text -> hidden states."""
+
+from minigpt5_jax.parts.backbones import minigpt4  # noqa: F401

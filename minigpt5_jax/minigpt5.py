@@ -1,0 +1,254 @@
+"""MiniGPT-5: backbone + mapper + generator, its losses, and the random draws of a step.
+
+The composite wires the three parts and turns a batch into ``{loss name: (sum, count)}``; it knows
+their protocols only (:mod:`minigpt5_jax.parts.base`).  Reference sections 2.4, 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.models.common import Template
+from minigpt5_jax.parts.base import BACKBONES, GENERATORS, MAPPERS, lookup
+
+IGNORE = -100
+SNR_BINS = (250, 500, 750)  # borders of the timestep bins in which the image loss is reported
+SumCount = tuple[jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Every random draw of a step, made per item so that no layout of the batch changes them.
+
+    Attributes:
+      timesteps: i32[m].  noise, posterior_noise: f32[m h w c].
+      cfg_drop: bool[m].  Items whose voken states are zeroed (classifier-free guidance).
+      dropout_keys: key[b] for LoRA dropout, or None where nothing drops.
+    """
+
+    timesteps: Any
+    noise: Any
+    posterior_noise: Any
+    cfg_drop: Any
+    dropout_keys: Any = None
+
+    @classmethod
+    def from_key(
+        cls,
+        key: jax.Array,
+        item_id: Int[Array, " m"],
+        row_id: Int[Array, " b"],
+        *,
+        latent_shape: tuple[int, int, int],
+        num_train_timesteps: int,
+        cfg_dropout: float,
+        lora_dropout: bool = False,
+    ) -> Draws:
+        """Draws of the items ``item_id``; a pure function of ``(key, id)`` for each of them.
+
+        Accumulation, packing, another mesh or another process count therefore see the same noise
+        for the same item.
+        """
+        item_root, row_root = jax.random.split(key)
+
+        def draw(number):
+            timestep, noise, posterior, drop = jax.random.split(jax.random.fold_in(item_root, number), 4)
+            return (
+                jax.random.randint(timestep, (), 0, num_train_timesteps),
+                jax.random.normal(noise, latent_shape),
+                jax.random.normal(posterior, latent_shape),
+                jax.random.uniform(drop) < cfg_dropout,
+            )
+
+        timesteps, noise, posterior, drop = jax.vmap(draw)(item_id)
+        dropout_keys = jax.vmap(lambda n: jax.random.fold_in(row_root, n))(row_id) if lora_dropout else None
+        return cls(timesteps, noise, posterior, drop, dropout_keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """How the losses are put together (reference 3.1 and quirks Q2, Q8).
+
+    Attributes:
+      weights: loss name -> weight; a loss without a weight is not computed.
+      caption_target_on_drop: ``"empty"`` (the empty string's features, as the original) or ``"skip"``
+        (a dropped item leaves the caption mean).
+      voken_state_shift: 1 reads the states that predict the vokens (the original), 0 those on them.
+    """
+
+    weights: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"text": 0.01, "image": 1.0, "caption": 0.1}
+    )
+    caption_target_on_drop: str = "empty"
+    voken_state_shift: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the losses are functions of."""
+
+    hidden: jax.Array  # [b t d]
+    condition: jax.Array  # [m q c]
+    draws: Draws
+
+
+class MiniGPT5(nnx.Module):
+    """The composite.  Parameters live under ``backbone/``, ``mapper/`` and ``generator/``.
+
+    Args:
+      backbone, mapper, generator: ``(registered name, keyword arguments)`` of each part.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: tuple[str, Mapping[str, Any]],
+        mapper: tuple[str, Mapping[str, Any]],
+        generator: tuple[str, Mapping[str, Any]],
+        rngs: nnx.Rngs,
+    ):
+        self.backbone = lookup(BACKBONES, backbone[0], "backbone")(**backbone[1], rngs=rngs)
+        self.mapper = lookup(MAPPERS, mapper[0], "mapper")(**mapper[1], rngs=rngs)
+        self.generator = lookup(GENERATORS, generator[0], "generator")(**generator[1], rngs=rngs)
+
+    @property
+    def first_voken_id(self) -> int:
+        """Id of ``[IMG0]``."""
+        return self.backbone.vocab_size
+
+    def voken_states(
+        self, hidden: Float[Array, "b t d"], row: Int[Array, " m"], start: Int[Array, " m"], shift: int = 1
+    ) -> Float[Array, "m n d"]:
+        """The n hidden states that feed the mapper, for each target picture (reference 2.4)."""
+        columns = start[:, None] - shift + jnp.arange(self.backbone.num_vokens)
+        return hidden[row[:, None], columns].astype(jnp.float32)
+
+    def condition(
+        self, vokens: Float[Array, "m n d"], drop: Bool[Array, " m"] | None = None
+    ) -> Float[Array, "m q c"]:
+        """Mapper output; dropped items are mapped from zeros, so biases still act (reference 3.2)."""
+        if drop is not None:
+            vokens = jnp.where(drop[:, None, None], 0.0, vokens)
+        return self.mapper(vokens).astype(jnp.float32)
+
+    def unconditional(self) -> Float[Array, "1 q c"]:
+        """T(0), the negative condition of voken guidance (reference 3.5)."""
+        return self.condition(jnp.zeros((1, self.backbone.num_vokens, self.backbone.hidden_size)))
+
+    def outputs(self, batch: Batch, draws: Draws, options: LossOptions) -> Outputs:
+        """Run backbone and mapper on a batch."""
+        hidden = self.backbone.hidden(self.backbone.embed(batch), batch, draws.dropout_keys)
+        vokens = self.voken_states(hidden, batch.voken_row, batch.voken_start, options.voken_state_shift)
+        return Outputs(hidden, self.condition(vokens, draws.cfg_drop), draws)
+
+    def losses(
+        self, batch: Batch, draws: Draws, options: LossOptions
+    ) -> tuple[dict[str, SumCount], dict[str, SumCount]]:
+        """(losses, diagnostics), each ``{name: (sum, count)}`` so that means can be taken globally."""
+        outputs = self.outputs(batch, draws, options)
+        losses, diagnostics = {}, {}
+        for name in options.weights:
+            losses[name], extra = LOSSES[name](self, outputs, batch, options)
+            diagnostics.update(extra)
+        return losses, diagnostics
+
+
+def _sum_count(values: jax.Array, mask: jax.Array) -> SumCount:
+    return jnp.where(mask, values, 0.0).sum(), mask.sum().astype(jnp.float32)
+
+
+def text_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
+    """Next-token cross-entropy at label positions only (reference 2.2, 2.3).
+
+    Logits are two blocks, frozen vocabulary and new rows, joined in the logsumexp; no
+    ``[b, t, V]`` array exists.  Also reports how often ``[IMG0]`` is the arg-max where it is due.
+    """
+    positions = batch.label_positions
+    labels = jnp.take_along_axis(batch.labels, positions, axis=1)
+    mask = (positions > 0) & (labels != IGNORE)
+    before = jnp.maximum(positions - 1, 0)
+    states = jnp.take_along_axis(outputs.hidden, before[..., None], axis=1)
+    base, new = model.backbone.logit_blocks(states)
+    vocab = base.shape[-1]
+    log_z = jnp.logaddexp(jax.nn.logsumexp(base, -1), jax.nn.logsumexp(new, -1))
+
+    def pick(block, index):
+        index = jnp.clip(index, 0, block.shape[-1] - 1)[..., None]
+        return jnp.take_along_axis(block, index, axis=-1)[..., 0]
+
+    target = jnp.where(labels < vocab, pick(base, labels), pick(new, labels - vocab))
+    due = mask & (labels == vocab)
+    emitted = (new[..., 0] >= base.max(-1)) & (new[..., 0] >= new.max(-1))
+    emission = _sum_count(emitted.astype(jnp.float32), due)
+    return _sum_count(log_z - target, mask), {"voken_emission": emission}
+
+
+def image_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
+    """Latent-diffusion loss of every target picture (reference 3.4), also by timestep bin."""
+    draws = outputs.draws
+    latents = model.generator.latents(batch.target, draws.posterior_noise)
+    per_item = model.generator.denoising_loss(latents, outputs.condition, draws.timesteps, draws.noise)
+    borders = (0, *SNR_BINS, model.generator.num_train_timesteps)
+    bins = {
+        f"image_t{low}": _sum_count(
+            per_item, batch.item_mask & (draws.timesteps >= low) & (draws.timesteps < high)
+        )
+        for low, high in zip(borders, borders[1:], strict=False)
+    }
+    return _sum_count(per_item, batch.item_mask), bins
+
+
+def caption_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
+    """MSE between the condition and the caption's text features (reference 3.2, 3.3)."""
+    target = model.generator.caption_features(batch.caption_ids, batch.caption_mask)
+    drop = outputs.draws.cfg_drop
+    target = jnp.where(drop[:, None, None], model.generator.empty_caption_features(), target)
+    error = jnp.square(outputs.condition - target).mean((1, 2))
+    mask = caption_items(batch, drop, options)
+    return _sum_count(error, mask), {}
+
+
+def caption_items(batch: Batch, drop: jax.Array, options: LossOptions) -> jax.Array:
+    """Items that take part in the caption mean, bool[m]."""
+    mask = batch.item_mask & batch.has_caption
+    return mask if options.caption_target_on_drop == "empty" else mask & ~drop
+
+
+LossFunction = Callable[[MiniGPT5, Outputs, Batch, LossOptions], tuple[SumCount, dict[str, SumCount]]]
+LOSSES: dict[str, LossFunction] = {"text": text_loss, "image": image_loss, "caption": caption_loss}
+"""Loss name -> ``f(model, outputs, batch, options) -> ((sum, count), diagnostics)``."""
+
+
+def loss_counts(batch: Batch, draws: Draws, options: LossOptions) -> dict[str, jax.Array]:
+    """The counts :meth:`MiniGPT5.losses` will return, known before any forward pass.
+
+    Accumulation needs them first: each micro-batch's sum is divided by the count of the whole batch.
+    Leading (accumulation) axes are summed over.
+    """
+    labels = jnp.take_along_axis(batch.labels, batch.label_positions, axis=-1)
+    counts = {
+        "text": (batch.label_positions > 0) & (labels != IGNORE),
+        "image": batch.item_mask,
+        "caption": caption_items(batch, draws.cfg_drop, options),
+    }
+    return {name: counts[name].sum().astype(jnp.float32) for name in options.weights}
+
+
+def make_template(
+    backbone: tuple[str, Mapping[str, Any]],
+    mapper: tuple[str, Mapping[str, Any]],
+    generator: tuple[str, Mapping[str, Any]],
+) -> Template:
+    """The composite's template: shapes, logical axes and ``bind``; nothing is allocated."""
+    return Template.of(
+        lambda rngs: MiniGPT5(backbone=backbone, mapper=mapper, generator=generator, rngs=rngs)
+    )

@@ -1,0 +1,139 @@
+"""Mesh and shardings: logical axis names -> mesh axes ``data``, ``fsdp``, ``tensor``.
+
+Towers name logical axes only.  A rules table per tower maps them; what does not divide is an error
+that carries the numbers, never a silent replication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.models.common import Axis
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+ITEMS = ("data", "fsdp", "tensor")  # pictures cost most and need no model axis: spread over all
+
+Rules = Mapping[str, str | None]
+TOWER_RULES: tuple[tuple[str, Rules], ...] = (
+    # The language model: tensor parallel.  Never sharded over fsdp while frozen: gathering it every
+    # step costs more than the step (reference performance.md section 4.10).
+    ("backbone/llm/", {"heads": "tensor", "mlp": "tensor", "vocab": "tensor"}),
+    # The mapper trains, so its weights and moments are spread ZeRO-style.
+    ("mapper/", {"mlp": "fsdp"}),
+    # ViT, Q-Former, UNet, VAE, text encoder: data parallel (a UNet level has 5 heads, the Q-Former 12).
+    ("", {}),
+)
+
+
+class ShardingError(ValueError):
+    """A dimension, a batch or a device count does not divide; the message has the numbers."""
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Mesh of all devices; one of the three sizes may be -1 (what is left).
+
+    Raises:
+      ShardingError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) > 1 or known < 1 or len(devices) % known:
+        raise ShardingError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not divide {len(devices)} devices"
+        )
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ShardingError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(sizes)} places for {len(devices)} devices"
+        )
+    # Auto is said explicitly: make_mesh's default (Explicit) refuses ordinary tensor-parallel matmuls.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(path: str, shape: Sequence[int], axes: Sequence[Axis], mesh: Mesh) -> P:
+    """Where one parameter's dimensions go.
+
+    Raises:
+      ShardingError: if a sharded dimension (or the heads fused in it) does not divide, or two
+        dimensions want the same mesh axis.
+    """
+    rules = next(rules for prefix, rules in TOWER_RULES if path.startswith(prefix))
+    spec: list[str | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        name, units = axis if isinstance(axis, tuple) else (axis, size)
+        target = rules.get(name) if name else None
+        if target is not None and mesh.shape[target] == 1:
+            target = None
+        if target is not None and (size % mesh.shape[target] or units % mesh.shape[target]):
+            what = f"{units} {name}" if units != size else f"axis {name!r} of {size}"
+            raise ShardingError(
+                f"{path}: {what} does not divide over mesh axis {target!r} of {mesh.shape[target]} devices; "
+                f"choose mesh.{target} from the divisors of {units}"
+            )
+        if target is not None and target in spec:
+            raise ShardingError(f"{path}: two dimensions of {tuple(shape)} are sharded over {target!r}")
+        spec.append(target)
+    return P(*spec)
+
+
+def parameter_shardings(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, Sequence[Axis]], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Sharding of every parameter of a template; errors as :func:`partition_spec`."""
+    return {
+        path: NamedSharding(mesh, partition_spec(path, s.shape, axes[path], mesh))
+        for path, s in shapes.items()
+    }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(state, parameters: Mapping[str, NamedSharding], mesh: Mesh):
+    """Shardings of a TrainState: optimizer moments follow the parameter they belong to."""
+
+    def of(path, _):
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        owner = next((key for key in reversed(keys) if key in parameters), None)
+        return replicated(mesh) if owner is None else parameters[owner]
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
+    """Sharding of every batch field: rows over data x fsdp, target pictures over the whole mesh.
+
+    Raises:
+      ShardingError: naming the field, its size and the devices that do not divide it.
+    """
+    row_fields = {"tokens", "labels", "label_positions", "positions", "segment_ids", "row_id"}
+    image_fields = {"images", "image_row", "image_start", "image_mask"}
+    lead = (None,) if accumulation > 1 else ()
+
+    def of(name: str, value) -> NamedSharding:
+        # Input pictures are scattered into rows; like rows they stay off the tensor axis.
+        axes = ROWS if name in row_fields | image_fields else ITEMS
+        size, places = np.shape(value)[len(lead)], math.prod(mesh.shape[a] for a in axes)
+        if size % places:
+            raise ShardingError(
+                f"batch.{name} has {size} entries per micro-batch, which {places} devices "
+                f"(mesh {'x'.join(axes)} = {'x'.join(str(mesh.shape[a]) for a in axes)}) do not divide; "
+                f"make data.global_batch / data.accumulation a multiple of {places}"
+            )
+        return NamedSharding(mesh, P(*lead, axes))
+
+    fields = {name: of(name, getattr(batch, name)) for name in batch.__dataclass_fields__}
+    return Batch(**fields)

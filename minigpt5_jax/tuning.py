@@ -1,0 +1,60 @@
+"""What trains: one ordered list of path patterns decides freezing, learning rates and checkpoints.
+
+The first pattern that matches a parameter's path (``re.fullmatch``) decides; a path no pattern
+matches is an error, so nothing trains or freezes by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+FROZEN = "frozen"
+
+STAGE1: tuple[tuple[str, str], ...] = (
+    (r"backbone/llm/(embed_tokens|lm_head)/voken", "llm"),
+    (r"mapper/.*", "mapper"),
+    (r".*", FROZEN),
+)
+"""Stage 1 (reference 4.2): voken rows at the base rate, mapper, its MLP and queries at ten times it."""
+
+STAGE2_LORA: tuple[tuple[str, str], ...] = (
+    (r"backbone/llm/(embed_tokens|lm_head)/voken", "llm"),
+    (r"backbone/llm/.*/lora_[ab]", "llm"),
+    (r"mapper/(fc|queries)(/.*)?", FROZEN),
+    (r"mapper/.*", "mapper"),
+    (r".*", FROZEN),
+)
+"""Stage 2 with LoRA: the mapper's MLP and queries are frozen (reference 4.2, 4.5)."""
+
+
+def label_parameters(paths: Iterable[str], rules: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Group name of every path, ``"frozen"`` where nothing trains.
+
+    Raises:
+      ValueError: naming paths that no pattern matches, or patterns that match nothing (a typo would
+        otherwise freeze silently).
+    """
+    labels, used, unmatched = {}, set(), []
+    for path in paths:
+        for number, (pattern, group) in enumerate(rules):
+            if re.fullmatch(pattern, path):
+                labels[path] = group
+                used.add(number)
+                break
+        else:
+            unmatched.append(path)
+    if unmatched:
+        raise ValueError(
+            f"no tuning pattern matches {unmatched[:5]} ({len(unmatched)} paths); "
+            "end the list with ('.*', 'frozen')"
+        )
+    unused = [rules[i][0] for i in range(len(rules)) if i not in used]
+    if unused:
+        raise ValueError(f"tuning patterns match no parameter: {unused}")
+    return labels
+
+
+def trainable_paths(labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Paths that train, sorted."""
+    return tuple(sorted(path for path, group in labels.items() if group != FROZEN))
