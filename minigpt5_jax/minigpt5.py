@@ -7,6 +7,7 @@ their protocols only (:mod:`minigpt5_jax.parts.base`).  Reference sections 2.4, 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -202,7 +203,7 @@ def image_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOpt
         f"image_t{low}": _sum_count(
             per_item, batch.item_mask & (draws.timesteps >= low) & (draws.timesteps < high)
         )
-        for low, high in zip(borders, borders[1:], strict=False)
+        for low, high in itertools.pairwise(borders)
     }
     return _sum_count(per_item, batch.item_mask), bins
 

@@ -25,7 +25,8 @@ def linear_warmup_decay(learning_rate: float, warmup_steps: int, num_steps: int)
     """
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
-            f"optimizer.warmup_steps={warmup_steps} must be at least 0 and less than the {num_steps} steps of the run"
+            f"optimizer.warmup_steps={warmup_steps} must be at least 0 and less than "
+            f"the {num_steps} steps of the run"
         )
     decay = optax.linear_schedule(learning_rate, 0.0, num_steps - warmup_steps)
     if not warmup_steps:

@@ -55,7 +55,8 @@ def make_mesh(
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if math.prod(sizes) != len(devices):
         raise ShardingError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(sizes)} places for {len(devices)} devices"
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(sizes)} places "
+            f"for {len(devices)} devices"
         )
     # Auto is said explicitly: make_mesh's default (Explicit) refuses ordinary tensor-parallel matmuls.
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -1,0 +1,105 @@
+"""Validation: losses without dropout, at fixed noise levels, under right and wrong conditions.
+
+The plain image loss hardly falls even when training works, because most of it is decided by the
+timestep.  What shows that vokens learnt to draw is a comparison at equal noise: the image loss
+with the right condition, with the condition of another sample, and with T(0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.minigpt5 import Draws, LossOptions, MiniGPT5, SumCount, caption_loss, text_loss
+from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.training.step import DrawInfo, means
+
+NOISE_LEVELS = (100, 300, 500, 700)
+"""Timesteps of the fixed-noise comparison, from nearly clean to mostly noise."""
+
+ValidationStep = Callable[[Params, Params, Batch], dict[str, SumCount]]
+
+
+def make_validation_step(
+    template: Template, options: LossOptions, levels: tuple[int, ...] = NOISE_LEVELS
+) -> ValidationStep:
+    """``f(trainable, frozen, batch) -> {name: (sum, count)}``; deterministic (Q6, Q16).
+
+    Names: ``text``, ``voken_emission``, ``caption``, and the image loss at the fixed ``levels`` as
+    ``image`` (right condition), ``image_swapped`` (the next item's) and ``image_unconditional`` (T(0)).
+    """
+    info = DrawInfo.of(template)
+
+    def step(trainable: Params, frozen: Params, batch: Batch) -> dict[str, SumCount]:
+        model = template.bind({**frozen, **trainable})
+        # The same key at every call: an item meets the same noise whenever it is validated.
+        draws = Draws.from_key(
+            jax.random.key(0),
+            batch.item_id,
+            batch.row_id,
+            latent_shape=info.latent_shape,
+            num_train_timesteps=info.num_train_timesteps,
+            cfg_dropout=0.0,
+        )
+        outputs = model.outputs(batch, draws, options)
+        result = {}
+        for name, loss in (("text", text_loss), ("caption", caption_loss)):
+            if name in options.weights:
+                result[name], extra = loss(model, outputs, batch, options)
+                result.update(extra)
+        if "image" in options.weights:
+            result.update(_image_losses(model, batch, draws, outputs.condition, levels))
+        return result
+
+    return step
+
+
+def _image_losses(
+    model: MiniGPT5, batch: Batch, draws: Draws, condition: jax.Array, levels: tuple[int, ...]
+) -> dict[str, SumCount]:
+    latents = model.generator.latents(batch.target, draws.posterior_noise)
+    mask = batch.item_mask
+    cases = {
+        "image": (condition, mask),
+        "image_swapped": (jnp.roll(condition, 1, axis=0), mask & jnp.roll(mask, 1)),
+        "image_unconditional": (jnp.broadcast_to(model.unconditional(), condition.shape), mask),
+    }
+
+    def at_level(case: jax.Array, level: jax.Array) -> jax.Array:
+        timesteps = jnp.full(mask.shape, level)
+        return model.generator.denoising_loss(latents, case, timesteps, draws.noise)
+
+    result = {}
+    for name, (case, valid) in cases.items():
+        per_item = jax.lax.map(lambda level, case=case: at_level(case, level), jnp.asarray(levels))
+        total = jnp.where(valid, per_item.mean(0), 0.0).sum()
+        result[name] = (total, valid.sum().astype(jnp.float32))
+    return result
+
+
+@dataclasses.dataclass
+class Validator:
+    """Runs the compiled validation step over a fixed list of batches."""
+
+    step: ValidationStep
+    batches: list[Batch]
+
+    @classmethod
+    def of(cls, step: ValidationStep, batches: Iterable[Batch]) -> Validator:
+        """Compile lazily, keep the batches (the same ones at every validation)."""
+        return cls(jax.jit(step), list(batches))
+
+    def __call__(self, trainable: Params, frozen: Params) -> dict[str, float]:
+        """Global means by name."""
+        total: dict[str, SumCount] | None = None
+        for batch in self.batches:
+            sums = self.step(trainable, frozen, batch)
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        if total is None:
+            raise ValueError("there is no validation batch; give data.validation more samples")
+        return {name: float(np.asarray(value)) for name, value in means(total).items()}

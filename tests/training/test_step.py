@@ -1,0 +1,212 @@
+"""The train step: frozen leaves, accumulation, meshes, draws."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from minigpt5_jax.minigpt5 import Draws, LossOptions
+from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.training.sharding import (
+    ShardingError,
+    batch_shardings,
+    make_mesh,
+    parameter_shardings,
+    partition_spec,
+    replicated,
+    state_shardings,
+)
+from minigpt5_jax.training.state import init_state
+from minigpt5_jax.training.step import (
+    DrawInfo,
+    StepOptions,
+    accumulate_gradients,
+    make_draws,
+    make_train_step,
+)
+from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters, trainable_paths
+
+OPTIONS = StepOptions(LossOptions(), cfg_dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def labels(tiny_template):
+    return label_parameters(tiny_template.shapes, STAGE1)
+
+
+def split(params, labels):
+    trainable = {path: jnp.array(params[path]) for path in trainable_paths(labels)}
+    return trainable, {path: value for path, value in params.items() if labels[path] == FROZEN}
+
+
+def constant_rates(labels, rate=1e-2):
+    return {group: optax.constant_schedule(rate) for group in set(labels.values()) - {FROZEN}}
+
+
+def test_frozen_leaves_stay_bit_identical_and_trainables_move(tiny_template, tiny_params, tiny_batch, labels):
+    trainable, frozen = split(tiny_params, labels)
+    before = {path: np.array(value) for path, value in tiny_params.items()}
+    optimizer = make_optimizer(labels, constant_rates(labels))
+    step = jax.jit(make_train_step(tiny_template, labels, optimizer, OPTIONS), donate_argnums=0)
+    state = init_state(trainable, labels, optimizer, seed=0)
+    for seed in range(3):
+        state, metrics = step(state, frozen, tiny_batch(8, seed))
+    assert int(state.step) == 3 and np.isfinite(metrics["loss"])
+    assert all((np.array(value) == before[path]).all() for path, value in frozen.items())
+    still = [path for path, value in state.trainable.items() if (np.array(value) == before[path]).all()]
+    assert not still, f"these never moved: {still}"
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * sum(value.size for value in state.trainable.values())
+
+
+def test_accumulation_gives_the_update_of_the_large_batch(tiny_template, tiny_params, tiny_batch, labels):
+    trainable, frozen = split(tiny_params, labels)
+    batch = tiny_batch(8)
+    # Uneven counts per micro-batch: a mean of means would differ.
+    batch = dataclasses.replace(batch, item_mask=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool))
+    batch.label_positions[6, 1:] = 0
+    options = dataclasses.replace(OPTIONS, accumulation=4)
+
+    def micro(value):
+        return value.reshape(4, value.shape[0] // 4, *value.shape[1:])
+
+    stacked = jax.tree.map(micro, batch)
+    stacked = dataclasses.replace(stacked, voken_row=stacked.voken_row % 2)
+    key, info = jax.random.key(3), DrawInfo.of(tiny_template)
+
+    def run(batch, options):
+        return accumulate_gradients(
+            tiny_template, trainable, frozen, batch, lambda b: make_draws(info, key, b, options), options
+        )
+
+    grads, loss, sums = jax.jit(run, static_argnums=1)(batch, OPTIONS_STATIC)
+    many, loss_many, sums_many = jax.jit(run, static_argnums=1)(stacked, Static(options))
+    np.testing.assert_allclose(loss_many, loss, rtol=1e-6)
+    for name, (total, count) in sums.items():
+        np.testing.assert_allclose(sums_many[name][0], total, rtol=1e-5, err_msg=name)
+        assert count == sums_many[name][1]
+    assert_close(many, grads)
+
+
+class Static:
+    """StepOptions hashed by identity, to pass as a static argument."""
+
+    def __init__(self, options):
+        self.options = options
+
+    def __getattr__(self, name):
+        return getattr(self.options, name)
+
+
+OPTIONS_STATIC = Static(OPTIONS)
+
+
+def assert_close(got, want, tolerance=1e-5):
+    for path in want:
+        scale = np.abs(want[path]).max()
+        np.testing.assert_allclose(got[path], want[path], atol=tolerance * max(scale, 1e-12), err_msg=path)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
+def test_every_mesh_gives_the_single_device_loss_and_gradients(
+    tiny_template, tiny_params, tiny_batch, labels, shape
+):
+    trainable, frozen = split(tiny_params, labels)
+    batch, key, info = tiny_batch(8), jax.random.key(5), DrawInfo.of(tiny_template)
+
+    def run(trainable, frozen, batch):
+        return accumulate_gradients(
+            tiny_template, trainable, frozen, batch, lambda b: make_draws(info, key, b, OPTIONS), OPTIONS
+        )
+
+    grads, loss, _ = jax.jit(run)(trainable, frozen, batch)
+    mesh = make_mesh(*shape)
+    shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh)
+    places = batch_shardings(batch, mesh)
+    # at least the language model's matrices are really cut where a tensor axis exists
+    if shape[2] > 1:
+        query = "backbone/llm/layers/self_attn/q_proj/kernel"
+        assert "tensor" in jax.tree.leaves(tuple(shardings[query].spec))
+    put = {path: jax.device_put(value, shardings[path]) for path, value in tiny_params.items()}
+    sharded_trainable, sharded_frozen = split(put, labels)
+    sharded_trainable = {p: jax.device_put(v, shardings[p]) for p, v in sharded_trainable.items()}
+    sharded = jax.jit(run)(sharded_trainable, sharded_frozen, jax.device_put(batch, places))
+    np.testing.assert_allclose(sharded[1], loss, rtol=1e-5)
+    assert_close(sharded[0], grads)
+
+
+def test_state_shardings_follow_their_parameter(tiny_template, labels):
+    mesh = make_mesh(2, 2, 2)
+    optimizer = make_optimizer(labels, constant_rates(labels))
+    shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh)
+    state = jax.eval_shape(
+        lambda: init_state(
+            {p: jnp.zeros(tiny_template.shapes[p].shape) for p in trainable_paths(labels)},
+            labels,
+            optimizer,
+            0,
+        )
+    )
+    places = state_shardings(state, shardings, mesh)
+    assert jax.tree.structure(places) == jax.tree.structure(state)
+    assert places.step == replicated(mesh)
+    for path in trainable_paths(labels):
+        assert places.trainable[path] == shardings[path]
+    moment_specs = {str(s.spec) for s in jax.tree.leaves(places.opt_state)}
+    assert any("fsdp" in spec for spec in moment_specs)
+
+
+def test_what_does_not_divide_is_an_error_with_the_numbers(tiny_batch):
+    with pytest.raises(ShardingError, match=r"3.*8 devices"):
+        make_mesh(data=3)
+    mesh = make_mesh(1, 1, 8)
+    with pytest.raises(ShardingError, match=r"4 heads.*'tensor' of 8"):
+        partition_spec("backbone/llm/q", (32, 32), ("embed", ("heads", 4)), mesh)
+    with pytest.raises(ShardingError, match=r"tokens has 6 entries.*8 devices"):
+        batch_shardings(tiny_batch(6), make_mesh(8, 1, 1))
+
+
+def test_draws_depend_on_key_and_item_only(tiny_template):
+    info = DrawInfo.of(tiny_template)
+    settings = {
+        "latent_shape": info.latent_shape, "num_train_timesteps": info.num_train_timesteps,
+        "cfg_dropout": 0.5, "lora_dropout": True,
+    }  # fmt: skip
+    ids = jnp.array([7, 11, 400])
+    whole = Draws.from_key(jax.random.key(0), ids, ids, **settings)
+    part = Draws.from_key(jax.random.key(0), ids[2:], ids[2:], **settings)
+    other = Draws.from_key(jax.random.key(1), ids, ids, **settings)
+    assert whole.timesteps[2] == part.timesteps[0] and (whole.noise[2] == part.noise[0]).all()
+    assert (jax.random.key_data(whole.dropout_keys[2]) == jax.random.key_data(part.dropout_keys[0])).all()
+    assert (whole.noise != other.noise).any() and (whole.noise[0] != whole.noise[1]).any()
+    assert (whole.noise != whole.posterior_noise).any()
+
+
+def test_learning_rate_is_the_originals():
+    rate = linear_warmup_decay(2e-4, 1000, 5000)
+    got = [float(rate(s)) for s in (0, 500, 1000, 3000, 5000, 6000)]
+    np.testing.assert_allclose(got, [0.0, 1e-4, 2e-4, 1e-4, 0.0, 0.0], atol=1e-9)
+    with pytest.raises(ValueError, match="warmup_steps=10 .* 10 steps"):
+        linear_warmup_decay(1e-4, 10, 10)
+
+
+def test_clip_is_taken_over_trainables_only(labels):
+    optimizer = make_optimizer(labels, constant_rates(labels), grad_clip=1.0)
+    trainable = {path: jnp.ones(3) for path in trainable_paths(labels)}
+    state = init_state(trainable, labels, optimizer, 0)
+    frozen = [path for path in labels if labels[path] == FROZEN]
+    masked = {**{p: 100.0 * jnp.ones(3) for p in trainable}, **{p: optax.MaskedNode() for p in frozen}}
+    updates, _ = optimizer.update(masked, state.opt_state, masked)
+    assert all(isinstance(updates[path], optax.MaskedNode) for path in frozen)
+
+
+def test_tuning_patterns_are_strict():
+    with pytest.raises(ValueError, match="no tuning pattern matches"):
+        label_parameters(["mapper/x", "generator/y"], [("mapper/.*", "mapper")])
+    with pytest.raises(ValueError, match="match no parameter.*mappr"):
+        label_parameters(["mapper/x"], [("mappr/.*", "mapper"), (".*", "frozen")])
