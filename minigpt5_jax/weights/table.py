@@ -71,6 +71,16 @@ class Rule:
         return (self.target,) if isinstance(self.target, str) else self.target
 
 
+def linear_rules(source: str, target: str) -> tuple[Rule, Rule]:
+    """A torch ``Linear`` with bias <-> :class:`~minigpt5_jax.models.common.Linear`."""
+    return Rule(f"{source}.weight", f"{target}/kernel", LINEAR), Rule(f"{source}.bias", f"{target}/bias")
+
+
+def norm_rules(source: str, target: str) -> tuple[Rule, Rule]:
+    """A torch ``LayerNorm`` or ``GroupNorm`` <-> ours (``weight`` is called ``scale``)."""
+    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
+
+
 @dataclasses.dataclass(frozen=True)
 class Assignment:
     """One resolved rule: source tensor ``key`` fills ``targets`` (at ``index`` of the stacked axis)."""
@@ -109,7 +119,10 @@ def _fill(pattern: str, values: Mapping[str, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rules of one architecture, and source keys that are deliberately not read (regex -> reason)."""
+    """Rules of one architecture, and source keys that are deliberately not read (regex -> reason).
+
+    ``ignored`` comes before the rules: a table may leave out layers its rules would match.
+    """
 
     rules: tuple[Rule, ...]
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -140,10 +153,11 @@ class Table:
         """Resolve every source key against the target shapes (path -> shape); strict both ways."""
         plan, problems, written = [], [], {}
         for key in sorted(keys):
+            if any(re.fullmatch(pattern, key) for pattern in self.ignored):
+                continue
             assignment = self._resolve(key)
             if assignment is None:
-                if not any(re.fullmatch(pattern, key) for pattern in self.ignored):
-                    problems.append(f"source key {key!r} is consumed by no rule")
+                problems.append(f"source key {key!r} is consumed by no rule")
                 continue
             plan.append(assignment)
             for path in assignment.targets:

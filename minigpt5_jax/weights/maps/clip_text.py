@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from minigpt5_jax.weights.table import LINEAR, Rule, Table
+from minigpt5_jax.weights.table import Rule, Table, linear_rules, norm_rules
 
 PREFIX = "text_model."
 
 _LAYER = "encoder.layers.{i}."
 
-
-def _affine(source: str, target: str) -> tuple[Rule, Rule]:
-    return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
-
-
-def _linear(source: str, target: str) -> tuple[Rule, Rule]:
-    return Rule(f"{source}.weight", f"{target}/kernel", LINEAR), Rule(f"{source}.bias", f"{target}/bias")
-
-
 _BARE = Table(
     (
         Rule("embeddings.token_embedding.weight", "token_embedding/embedding"),
         Rule("embeddings.position_embedding.weight", "position_embedding/embedding"),
-        *(rule for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-          for rule in _linear(f"{_LAYER}self_attn.{name}", f"layers/self_attn/{name}")),
-        *(rule for name in ("fc1", "fc2") for rule in _linear(f"{_LAYER}mlp.{name}", f"layers/mlp/{name}")),
-        *(rule for name in ("layer_norm1", "layer_norm2")
-          for rule in _affine(_LAYER + name, f"layers/{name}")),
-        *_affine("final_layer_norm", "final_layer_norm"),
+        *norm_rules(_LAYER + "layer_norm1", "layers/layer_norm1"),
+        *linear_rules(_LAYER + "self_attn.q_proj", "layers/self_attn/q_proj"),
+        *linear_rules(_LAYER + "self_attn.k_proj", "layers/self_attn/k_proj"),
+        *linear_rules(_LAYER + "self_attn.v_proj", "layers/self_attn/v_proj"),
+        *linear_rules(_LAYER + "self_attn.out_proj", "layers/self_attn/out_proj"),
+        *norm_rules(_LAYER + "layer_norm2", "layers/layer_norm2"),
+        *linear_rules(_LAYER + "mlp.fc1", "layers/mlp/fc1"),
+        *linear_rules(_LAYER + "mlp.fc2", "layers/mlp/fc2"),
+        *norm_rules("final_layer_norm", "final_layer_norm"),
     ),
     ignored={r"embeddings\.position_ids": "a buffer that counts 0, 1, 2, ..."},
 )

@@ -1,0 +1,52 @@
+"""Weight tables of the Q-Former: LAVIS BLIP-2 checkpoints and Hugging Face's ``Blip2Model``."""
+
+from __future__ import annotations
+
+from minigpt5_jax.models.qformer import QFormerConfig
+from minigpt5_jax.weights.table import Rule, Table, linear_rules, norm_rules
+
+_LAVIS = "Qformer.bert."
+_HF = "qformer."
+
+
+def _attention(source: str, inner: str, target: str) -> list[Rule]:
+    rules = [rule for name in ("query", "key", "value")
+             for rule in linear_rules(f"{source}.{inner}.{name}", f"{target}/{name}")]
+    rules += linear_rules(f"{source}.output.dense", f"{target}/output")
+    rules += norm_rules(f"{source}.output.LayerNorm", f"{target}/layer_norm")
+    return rules
+
+
+def _rules(config: QFormerConfig, prefix: str, embedding_norm: str, inner: str) -> tuple[Rule, ...]:
+    """Both formats differ in the prefix, the name of the embedding norm and of BERT's inner ``self``."""
+    rules = [Rule("query_tokens", "query_tokens"), *norm_rules(prefix + embedding_norm, "layer_norm")]
+    for position in range(config.cross_attention_frequency):
+        layer = f"{prefix}encoder.layer.{{{config.cross_attention_frequency}i+{position}}}"
+        target = f"groups/layer/{position}"
+        rules += _attention(f"{layer}.attention", inner, f"{target}/attention")
+        if position == 0:
+            rules += _attention(f"{layer}.crossattention", inner, f"{target}/crossattention")
+        rules += linear_rules(f"{layer}.intermediate_query.dense", f"{target}/intermediate_query")
+        rules += linear_rules(f"{layer}.output_query.dense", f"{target}/output_query")
+        rules += norm_rules(f"{layer}.output_query.LayerNorm", f"{target}/layer_norm")
+    return tuple(rules)
+
+
+def table(config: QFormerConfig) -> Table:
+    """Names of ``blip2_pretrained_flant5xxl.pth`` (``model.`` before each in MiniGPT-5's modules)."""
+    text = "text branch of BLIP-2; only the queries are used"
+    return Table(
+        _rules(config, _LAVIS, "embeddings.LayerNorm", "self"),
+        ignored={
+            r"Qformer\.bert\.embeddings\.(word_embeddings|position_embeddings)\.weight": text,
+            r"Qformer\.bert\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
+            r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*": text,
+            r"Qformer\.cls\..*": text,
+            r"t5_proj\..*": "projection to FLAN-T5; MiniGPT-4 trains its own to LLaMA",
+        },
+    )
+
+
+def hf_table(config: QFormerConfig) -> Table:
+    """Names of Hugging Face's ``Blip2Model`` (``query_tokens`` and ``qformer.*``)."""
+    return Table(_rules(config, _HF, "layernorm", "attention"))
