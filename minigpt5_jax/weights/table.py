@@ -203,8 +203,12 @@ class Table:
                     )
                 if item.index is None:
                     params[path] = value
-                else:
-                    params.setdefault(path, np.empty(tuple(shapes[path]), value.dtype))[item.index] = value
+                    continue
+                stacked = params.setdefault(path, np.empty(tuple(shapes[path]), value.dtype))
+                if stacked.dtype != value.dtype:  # assigning would round in silence
+                    raise WeightTableError(f"{item.key!r} is {value.dtype}, other layers of {path!r} are "
+                                           f"{stacked.dtype}; cast the source to one dtype")
+                stacked[item.index] = value
         return params
 
     def to_source(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,195 @@
+"""Reading safetensors files and folders, filling towers, fingerprints; and what is said of bad files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file as torch_load
+from safetensors.torch import save_file as torch_save
+
+from minigpt5_jax.weights.load import (
+    WeightFileError,
+    fingerprint,
+    load_tower,
+    open_safetensors,
+    save_safetensors,
+)
+from minigpt5_jax.weights.table import Rule, Table, WeightTableError, linear_rules
+
+TABLE = Table((*linear_rules("l.{i}.fc", "layers/fc"), Rule("ids", "ids")))
+SHAPES = {"layers/fc/kernel": (2, 3, 4), "layers/fc/bias": (2, 4), "ids": (2,)}
+
+
+def tensors(dtype=np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    made = {f"l.{i}.fc.weight": rng.standard_normal((4, 3)).astype(dtype) for i in range(2)}
+    made |= {f"l.{i}.fc.bias": rng.standard_normal(4).astype(dtype) for i in range(2)}
+    return {**made, "ids": np.arange(2, dtype=np.int64)}
+
+
+def write_shards(folder, name="model.safetensors.index.json"):
+    first = {k: v for k, v in tensors().items() if k.startswith("l.0")}
+    second = {k: v for k, v in tensors().items() if k not in first}
+    save_safetensors(folder / "part-1.safetensors", first)
+    save_safetensors(folder / "part-2.safetensors", second)
+    where = dict.fromkeys(first, "part-1.safetensors") | dict.fromkeys(second, "part-2.safetensors")
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def same(left, right) -> bool:
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and np.array_equal(left[k], right[k]) for k in right)
+
+
+def test_every_layout_gives_the_same_tensors(tmp_path):
+    save_safetensors(tmp_path / "one.safetensors", tensors(), {"tower": "toy"})
+    source = open_safetensors(tmp_path / "one.safetensors")
+    assert same(source, tensors()) and source.metadata == {"tower": "toy"}
+    assert "ids" in source and "other" not in source and len(source) == 5
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        folder = tmp_path / name.split(".")[0]
+        save_safetensors(folder / name, tensors())
+        assert same(open_safetensors(folder), tensors())
+    for name in ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json"):
+        folder = tmp_path / ("sharded_" + name)
+        folder.mkdir()
+        write_shards(folder, name)
+        assert same(open_safetensors(str(folder)), tensors())
+
+
+def test_dtypes_are_those_of_the_file_and_torch_agrees(tmp_path):
+    mixed = {"a": torch.randn(3, 2, dtype=torch.bfloat16), "b": torch.randn(4, dtype=torch.float16),
+             "c": torch.randn(2), "d": torch.arange(3), "e": torch.tensor(2.5)}
+    torch_save(mixed, tmp_path / "torch.safetensors")
+    source = open_safetensors(tmp_path / "torch.safetensors")
+    assert [source[k].dtype for k in "abcde"] == [ml_dtypes.bfloat16, np.float16, np.float32, np.int64,
+                                                  np.float32]
+    save_safetensors(tmp_path / "ours.safetensors", dict(source))
+    again = torch_load(tmp_path / "ours.safetensors")
+    assert all(torch.equal(again[k], mixed[k]) and again[k].dtype == mixed[k].dtype for k in mixed)
+
+
+def test_transposed_arrays_are_saved_in_their_own_order(tmp_path):
+    value = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    save_safetensors(tmp_path / "t.safetensors", {"t": value})
+    np.testing.assert_array_equal(open_safetensors(tmp_path / "t.safetensors")["t"], value)
+
+
+def test_load_tower_stacks_and_casts_floating_leaves_only(tmp_path):
+    save_safetensors(tmp_path / "one.safetensors", tensors())
+    source = open_safetensors(tmp_path / "one.safetensors")
+    params = load_tower(TABLE, source, SHAPES)
+    assert params["layers/fc/kernel"].dtype == np.float32
+    np.testing.assert_array_equal(params["layers/fc/kernel"][1], tensors()["l.1.fc.weight"].T)
+    half = load_tower(TABLE, source, SHAPES, dtype=jnp.bfloat16)
+    assert half["layers/fc/bias"].dtype == ml_dtypes.bfloat16 and half["ids"].dtype == np.int64
+    np.testing.assert_array_equal(half["layers/fc/bias"],
+                                  params["layers/fc/bias"].astype(ml_dtypes.bfloat16))
+    wide = load_tower(TABLE, tensors(ml_dtypes.bfloat16), SHAPES, dtype=np.float32)
+    assert wide["layers/fc/kernel"].dtype == np.float32
+
+
+def test_a_source_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "one.safetensors"
+    save_safetensors(path, {**tensors(), "head.weight": np.ones(1)})
+    with pytest.raises(WeightTableError, match=r"one\.safetensors: (.|\n)*head\.weight"):
+        load_tower(TABLE, open_safetensors(path), SHAPES)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; download"):
+        open_safetensors(tmp_path / "absent.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin, but none of model\.safetensors"):
+        open_safetensors(tmp_path)
+    write_shards(tmp_path)
+    (tmp_path / "part-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 shards, 1 of them missing: .*part-2.*download"):
+        open_safetensors(tmp_path)
+
+
+def bad_files() -> dict[str, tuple[bytes, str]]:
+    return {
+        "empty": (b"", "truncated"),
+        "html": (b"<html>404</html>" * 8, "not a safetensors file"),
+        "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        "zip": (b"PK\x03\x04" + bytes(60), "torch checkpoint"),
+        "pickle": (pickle.dumps({"model": 1}, protocol=2), "torch checkpoint"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_files())
+def test_files_of_another_kind(tmp_path, name):
+    content, message = bad_files()[name]
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    with pytest.raises(WeightFileError, match=rf"bad\.safetensors.*{message}"):
+        open_safetensors(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.999])
+def test_truncated_file(tmp_path, kept):
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, tensors())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(WeightFileError, match=r"model\.safetensors.*truncated.*download it again"):
+        open_safetensors(tmp_path)
+
+
+def test_index_that_lies(tmp_path):
+    write_shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["l.9.fc.bias"] = "part-1.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightFileError, match=r"part-1\.safetensors lacks 'l\.9\.fc\.bias'"):
+        open_safetensors(tmp_path)
+    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(WeightFileError, match=r"index\.json is not a safetensors index"):
+            open_safetensors(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, {"a": np.ones(2)})
+    before = path.read_bytes()
+    with pytest.raises(Exception, match=r"object|dtype"):
+        save_safetensors(path, {"a": np.array([object()])})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+    assert path.stat().st_mode & 0o444 == 0o444 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_fingerprint_sees_every_change_and_nothing_else():
+    params = {"b/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.float32(1.5),
+              "c": np.ones(4, ml_dtypes.bfloat16)}
+    base = fingerprint(params)
+    assert len(base) == 64
+    assert fingerprint(dict(reversed(params.items()))) == base
+    assert fingerprint({k: jnp.asarray(v) for k, v in params.items()}) == base
+    assert fingerprint({**params, "b/kernel": np.asfortranarray(params["b/kernel"])}) == base
+    changed = params["b/kernel"].copy()
+    changed[1, 2] = np.nextafter(changed[1, 2], np.float32(9))
+    others = [
+        {**params, "b/kernel": changed},
+        {**params, "b/kernel": params["b/kernel"].reshape(3, 2)},
+        {**params, "b/kernel": params["b/kernel"].view(np.int32)},
+        {**params, "a": np.ones((1,), np.float32) * 1.5},
+        {k.replace("c", "d"): v for k, v in params.items()},
+        {k: v for k, v in params.items() if k != "c"},
+    ]
+    assert len({base, *map(fingerprint, others)}) == len(others) + 1
