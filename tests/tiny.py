@@ -1,0 +1,101 @@
+"""A composite small enough for any test, and batches for it; also used by processes tests start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.diffusion.schedule import NoiseSchedule
+from minigpt5_jax.minigpt5 import make_template
+from minigpt5_jax.models.clip_text import ClipTextConfig
+from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.llama import LlamaConfig
+from minigpt5_jax.models.mapper import MapperConfig
+from minigpt5_jax.models.unet import UNetConfig
+from minigpt5_jax.models.vae import VaeConfig
+
+ORACLE = Path(__file__).parent / "oracle"
+
+
+def make_tiny_template() -> Template:
+    """Composite small enough for any test; 8 heads and widths that divide over 8 devices."""
+
+    configs = json.loads((ORACLE / "configs.json").read_text())
+    llm = LlamaConfig.from_hf(
+        configs["llama"]
+        | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8,
+           "num_hidden_layers": 2}
+    )  # fmt: skip
+    text = dataclasses.replace(
+        ClipTextConfig.from_hf(configs["sd_text_encoder"]), vocab_size=64, max_position_embeddings=12
+    )
+    unet = UNetConfig.from_hf(
+        configs["unet"]
+        | {"block_out_channels": [16, 32], "attention_head_dim": [2, 4], "layers_per_block": 1,
+           "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+           "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    )  # fmt: skip
+    vae = VaeConfig.from_hf(
+        configs["vae"]
+        | {"block_out_channels": [8, 8], "layers_per_block": 1,
+           "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    )  # fmt: skip
+    mapper = MapperConfig(
+        llm_hidden_size=32, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1,
+        dim_feedforward=64, num_queries=12,
+    )  # fmt: skip
+    return make_template(
+        ("minigpt4", {"llm": llm, "num_vokens": 8}),
+        ("encoder_decoder", {"config": mapper}),
+        ("stable_diffusion",
+         {"unet": unet, "vae": vae, "text_encoder": text, "image_size": 16,
+          "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
+          "empty_caption_ids": (62, 63) + (0,) * 10}),
+    )  # fmt: skip
+
+
+def make_tiny_params(template: Template) -> dict[str, jax.Array]:
+    """Random parameters of the tiny template, every leaf perturbed so that none is zero or one."""
+    params = template.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), len(params))
+    return {
+        path: params[path] + 0.02 * jax.random.normal(key, params[path].shape)
+        for path, key in zip(sorted(params), keys, strict=True)
+    }
+
+
+def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24) -> Batch:
+    """Stage-1 rows of different lengths with one picture each."""
+    random = np.random.default_rng(seed)
+    tokens = np.full((rows, length), 2, np.int32)
+    labels = np.full((rows, length), -100, np.int32)
+    segments = np.zeros((rows, length), np.int32)
+    label_positions = np.zeros((rows, 4), np.int32)
+    starts = random.integers(3, length - 9, rows).astype(np.int32)
+    for row, start in enumerate(starts):
+        tokens[row, 0] = 1
+        tokens[row, 1:start] = random.integers(3, 64, start - 1)
+        tokens[row, start : start + 8] = 64 + np.arange(8)
+        tokens[row, start + 8] = 5
+        segments[row, : start + 9] = 1
+        targets = np.array([start, start + 7, start + 8])
+        labels[row, targets] = tokens[row, targets]
+        label_positions[row, :3] = targets
+    caption_mask = (np.arange(12) < random.integers(3, 12, rows)[:, None]).astype(np.int32)
+    return Batch(
+        tokens=tokens, labels=labels, label_positions=label_positions,
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
+        segment_ids=segments, row_id=np.arange(rows, dtype=np.int32),
+        images=np.zeros((0, 0, 0, 3), np.uint8), image_row=np.zeros(0, np.int32),
+        image_start=np.zeros(0, np.int32), image_mask=np.zeros(0, bool),
+        target=random.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8),
+        voken_row=np.arange(rows, dtype=np.int32), voken_start=starts,
+        item_id=100 + np.arange(rows, dtype=np.int32), item_mask=np.ones(rows, bool),
+        caption_ids=random.integers(0, 62, (rows, 12)).astype(np.int32) * caption_mask,
+        caption_mask=caption_mask, has_caption=np.ones(rows, bool),
+    )  # fmt: skip
