@@ -8,6 +8,7 @@ the reference, sections 2.2, 2.3, 5.2 and 6.4.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -136,7 +137,10 @@ def _cut_target(target: list[int], room: int, first_voken_id: int) -> list[int]:
     text = target.index(first_voken_id) if first_voken_id in target else len(target)
     kept = room - (len(target) - text)
     if kept < 0:
-        raise DataError(f"max_length leaves {room} positions for a target; its vokens and ending take more")
+        raise DataError(
+            f"{room} positions are left for a target, its vokens and ending take {len(target) - text}; "
+            "raise the length or the number of targets of a row"
+        )
     return target[:kept] + target[text:]
 
 
@@ -165,6 +169,7 @@ def expand(
     image_tokens: int,
     max_length: int,
     max_images: int | None = None,
+    max_targets: int | None = None,
     truncation: str = "left_history",
     mask_all_inner_vokens: bool = False,
 ) -> Expanded:
@@ -180,15 +185,27 @@ def expand(
       image_tokens: positions of one input picture, 32 for MiniGPT-4's Q-Former.
       max_length: positions at most, BOS included.
       max_images: pictures at most; None for no limit.
+      max_targets: labels at most; None for no limit.
 
     Raises:
-      DataError: ``max_length`` cannot hold BOS, the vokens and the ending.
+      DataError: ``max_length`` cannot hold BOS, the vokens and the ending, or ``max_targets`` not
+        their labels.
     """
     if truncation not in ("left_history", "right"):
         raise DataError(f"truncation must be 'left_history' or 'right', got {truncation!r}")
     image_id = tokenizer.image_id
+    voken = tokenizer.first_voken_id
     target_ids = tokenizer.encode(target)
-    kept_target = _cut_target(target_ids, max_length - 1, tokenizer.first_voken_id)
+    mask = functools.partial(
+        label_ids,
+        first_voken_id=voken,
+        num_vokens=tokenizer.num_vokens,
+        mask_all_inner_vokens=mask_all_inner_vokens,
+    )
+    target_room = max_length - 1
+    if max_targets is not None:
+        target_room = min(target_room, max_targets + mask(target_ids).count(IGNORE))
+    kept_target = _cut_target(target_ids, target_room, voken)
     source_ids = tokenizer.encode(source)
     room = max_length - 1 - len(kept_target)
     kept_source = _cut_source(source_ids, room, max_images, image_id, image_tokens, truncation)
@@ -198,13 +215,7 @@ def expand(
         if i == image_id:
             starts.append(len(tokens))
         tokens.extend([i] * (image_tokens if i == image_id else 1))
-    labels = [IGNORE] * len(tokens) + label_ids(
-        kept_target,
-        tokenizer.first_voken_id,
-        tokenizer.num_vokens,
-        mask_all_inner_vokens=mask_all_inner_vokens,
-    )
-    voken = tokenizer.first_voken_id
+    labels = [IGNORE] * len(tokens) + mask(kept_target)
     voken_start = len(tokens) + kept_target.index(voken) if voken in kept_target else None
     total, left = source_ids.count(image_id), len(starts)
     first = total - left if truncation == "left_history" else 0

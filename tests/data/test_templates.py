@@ -148,8 +148,26 @@ def test_a_target_longer_than_the_model_loses_text_never_vokens(tokenizer):
     assert cut.tokens[1:21].tolist() == tokenizer.encode(words)[:20]
     text_only = expand(tokenizer, "hello", target_text(words, draws=False), image_tokens=4, max_length=30)
     assert len(text_only.tokens) == 30 and text_only.voken_start is None
-    with pytest.raises(DataError, match="max_length leaves 7 positions"):
+    with pytest.raises(DataError, match="7 positions are left for a target, its vokens and ending take 9"):
         expand(tokenizer, "hello", target_text("", draws=True), image_tokens=4, max_length=8)
+
+
+def test_label_slots_bound_the_text_of_a_target(tokenizer):
+    words = "we went to the lake " * 3
+    whole = expand(tokenizer, "hello", target_text(words, draws=True), image_tokens=4, max_length=90)
+    total = int((whole.labels != IGNORE).sum())
+    for slots in range(3, total + 2):
+        cut = expand(
+            tokenizer,
+            "hello",
+            target_text(words, draws=True),
+            image_tokens=4,
+            max_length=90,
+            max_targets=slots,
+        )
+        assert (cut.labels != IGNORE).sum() == min(slots, total)
+        assert cut.tokens[-9:].tolist() == [*VOKENS, 835]
+        assert cut.dropped == max(0, total - slots)
 
 
 def test_unknown_truncation_is_an_error(tokenizer):

@@ -1,0 +1,246 @@
+"""Examples to one numpy Batch of static shapes, every index worked out on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.templates import IGNORE, Expanded, expand
+from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.transforms import FLIP_MODES, draw_flips, prepare_picture
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Static shapes of a micro-batch, all processes together.
+
+    Attributes:
+      rows: rows b.
+      length: positions t of a row, BOS included; longer samples are cut by the template's rule.
+      items: target pictures m, a multiple of ``rows``; 0 for text only.
+      images: input pictures i, a multiple of ``rows``; a row keeps its last ``images / rows``.
+      targets: label slots l of a row, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
+        ``###``).
+      image_size, target_size: sides in pixels of input and target pictures.
+      caption_length: CLIP ids c of a caption.
+      num_vokens: vokens of a target picture.
+      image_tokens: positions of an input picture.
+    """
+
+    rows: int
+    length: int
+    items: int
+    images: int
+    targets: int
+    image_size: int
+    target_size: int
+    caption_length: int = 77
+    num_vokens: int = 8
+    image_tokens: int = 32
+
+    def __post_init__(self):
+        if self.rows < 1 or self.length < 2:
+            raise DataError(f"a batch has at least 1 row of 2 positions; got {self.rows} of {self.length}")
+        if not 1 <= self.targets <= self.length:
+            raise DataError(f"targets must be 1 ... length = {self.length}, got {self.targets}")
+        for name in ("items", "images"):
+            size = getattr(self, name)
+            if size < 0 or size % self.rows:
+                raise DataError(f"{name} = {size} is no multiple of rows = {self.rows}")
+
+    def part(self, count: int) -> BatchSpec:
+        """Shapes of one of ``count`` equal parts (a process's share); DataError where rows do not divide."""
+        if self.rows % count:
+            raise DataError(f"{self.rows} rows of a micro-batch cannot be shared among {count} processes")
+        sizes = {name: getattr(self, name) // count for name in ("rows", "items", "images")}
+        return dataclasses.replace(self, **sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """How an :class:`Example` becomes numbers.
+
+    Attributes:
+      tokenizer: of the language model.
+      caption_tokenizer: of the picture generator's text encoder.
+      flip_mode: mirrors of training pictures: ``independent``, ``shared`` or ``off`` (quirk Q17).
+      pad_input_square: white square around input pictures too (quirk Q30; the demo did).
+      truncation: ``left_history`` or ``right`` (quirk Q23).
+      mask_all_inner_vokens: see :func:`~minigpt5_jax.data.templates.label_ids` (quirk Q1).
+    """
+
+    tokenizer: LlamaTokenizer
+    caption_tokenizer: ClipTokenizer
+    flip_mode: str = "off"
+    pad_input_square: bool = False
+    truncation: str = "left_history"
+    mask_all_inner_vokens: bool = False
+
+    def __post_init__(self):
+        if self.flip_mode not in FLIP_MODES:
+            raise DataError(f"flip_mode must be one of {', '.join(FLIP_MODES)}; got {self.flip_mode!r}")
+
+    def check(self, spec: BatchSpec) -> None:
+        """DataError where tokenizers and shapes do not go together."""
+        if self.tokenizer.num_vokens != spec.num_vokens:
+            raise DataError(f"tokenizer has {self.tokenizer.num_vokens} vokens, the batch {spec.num_vokens}")
+        if self.caption_tokenizer.max_length != spec.caption_length:
+            raise DataError(
+                f"caption tokenizer pads to {self.caption_tokenizer.max_length} ids, the batch has "
+                f"caption_length = {spec.caption_length}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """An encoded example: i pictures read, at most one drawn."""
+
+    text: Expanded
+    images: UInt8[np.ndarray, "i h h 3"]
+    target: UInt8[np.ndarray, "H H 3"] | None
+    caption_ids: Int32[np.ndarray, " c"]
+    caption_mask: Int32[np.ndarray, " c"]
+    has_caption: bool
+
+
+def encode(example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[int, ...]) -> Sample:
+    """Tokenises an example and decodes its pictures.
+
+    Args:
+      key: names the draw of its mirrors, (seed, epoch, place in the source).
+
+    Raises:
+      SampleError: a picture cannot be read, or placeholders and pictures differ in number (quirk Q31).
+    """
+    placeholders = example.source.count(IMAGE_TOKEN)
+    if placeholders != len(example.images):
+        counts = f"{placeholders} picture placeholders and {len(example.images)} pictures"
+        raise SampleError(example.where, f"{example.item_id} has {counts}")
+    text = expand(
+        config.tokenizer,
+        example.source,
+        example.target,
+        image_tokens=spec.image_tokens,
+        max_length=spec.length,
+        max_images=spec.images // spec.rows,
+        max_targets=spec.targets,
+        truncation=config.truncation,
+        mask_all_inner_vokens=config.mask_all_inner_vokens,
+    )
+    if (text.voken_start is None) != (example.target_image is None):
+        raise SampleError(example.where, f"{example.item_id} must have vokens exactly where it has a target")
+    if example.target_image is not None and not spec.items:
+        raise SampleError(example.where, f"{example.item_id} draws a picture, the batch holds text only")
+    flips = draw_flips(config.flip_mode, key, len(example.images))
+    size = spec.image_size
+    images = np.zeros((len(text.images), size, size, 3), np.uint8)
+    target = None
+    try:
+        for place, i in enumerate(text.images):
+            picture, square = example.images[i], config.pad_input_square
+            images[place] = prepare_picture(picture, size, square=square, flip=flips.images[i])
+        if example.target_image is not None:
+            target = prepare_picture(example.target_image, spec.target_size, square=True, flip=flips.target)
+    except SampleError as error:
+        raise SampleError(example.where, f"{example.item_id}: {error}") from None
+    ids, mask = config.caption_tokenizer.encode([example.caption or ""])
+    return Sample(text, images, target, ids[0], mask[0], example.caption is not None and target is not None)
+
+
+def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
+    """Fields of a batch without samples: padding everywhere, every mask False."""
+    b, t, m, i, c = spec.rows, spec.length, spec.items, spec.images, spec.caption_length
+    ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    return {
+        "tokens": ints(b, t),
+        "labels": np.full((b, t), IGNORE, np.int32),
+        "label_positions": ints(b, spec.targets),
+        "positions": ints(b, t),
+        "segment_ids": ints(b, t),
+        "row_id": ints(b),
+        "images": np.zeros((i, spec.image_size, spec.image_size, 3), np.uint8),
+        "image_row": ints(i),
+        "image_start": ints(i),
+        "image_mask": np.zeros(i, bool),
+        "target": np.zeros((m, spec.target_size, spec.target_size, 3), np.uint8),
+        "voken_row": ints(m),
+        "voken_start": np.ones(m, np.int32),  # the mapper reads one position before
+        "item_id": ints(m),
+        "item_mask": np.zeros(m, bool),
+        "caption_ids": ints(m, c),
+        "caption_mask": ints(m, c),
+        "has_caption": np.zeros(m, bool),
+    }
+
+
+def collate(
+    samples: Sequence[Sample | None],
+    spec: BatchSpec,
+    row_ids: Sequence[int],
+    config: EncodeConfig,
+    first_row: int = 0,
+) -> dict[str, np.ndarray]:
+    """Fields of a :class:`~minigpt5_jax.batch.Batch`, a row per sample.
+
+    A row without a sample (None: it could not be read) is padding, its items and pictures masked out.
+    Slots of items and pictures belong to rows, ``items / rows`` each, so that what a row holds does not
+    depend on its neighbours nor on how rows are shared among processes.
+
+    Args:
+      samples: ``spec.rows`` of them.
+      spec: shapes of this part of the batch.
+      row_ids: global number of each row's sample; it is the item's number too.
+      first_row: row of the whole micro-batch where this part begins; ``image_row`` and ``voken_row``
+        count from the whole's first row.
+    """
+    if len(samples) != spec.rows or len(row_ids) != spec.rows:
+        raise DataError(f"{len(samples)} samples and {len(row_ids)} row ids for {spec.rows} rows")
+    arrays = empty_arrays(spec)
+    arrays["tokens"][:] = config.tokenizer.pad_id
+    empty_ids, empty_mask = config.caption_tokenizer.encode([""])
+    arrays["caption_ids"][:], arrays["caption_mask"][:] = empty_ids, empty_mask
+    items, images = spec.items // spec.rows, spec.images // spec.rows
+    for row, (sample, row_id) in enumerate(zip(samples, row_ids)):
+        number = row_id % 2**31  # int32 on the device; distinct within any step
+        arrays["row_id"][row] = number
+        item_slots = slice(row * items, (row + 1) * items)
+        arrays["item_id"][item_slots] = number
+        arrays["voken_row"][item_slots] = first_row + row
+        arrays["image_row"][row * images : (row + 1) * images] = first_row + row
+        if sample is not None:
+            _fill_row(arrays, row, sample)
+            _fill_images(arrays, row * images, sample)
+            if sample.target is not None:
+                _fill_item(arrays, row * items, sample)
+    return arrays
+
+
+def _fill_row(arrays: dict[str, np.ndarray], row: int, sample: Sample) -> None:
+    length = len(sample.text.tokens)
+    arrays["tokens"][row, :length] = sample.text.tokens
+    arrays["labels"][row, :length] = sample.text.labels
+    places = np.flatnonzero(sample.text.labels != IGNORE)
+    arrays["label_positions"][row, : len(places)] = places
+    arrays["positions"][row, :length] = np.arange(length)
+    arrays["segment_ids"][row, :length] = 1
+
+
+def _fill_images(arrays: dict[str, np.ndarray], first: int, sample: Sample) -> None:
+    slots = slice(first, first + len(sample.images))
+    arrays["images"][slots] = sample.images
+    arrays["image_start"][slots] = sample.text.image_start
+    arrays["image_mask"][slots] = True
+
+
+def _fill_item(arrays: dict[str, np.ndarray], slot: int, sample: Sample) -> None:
+    arrays["target"][slot] = sample.target
+    arrays["voken_start"][slot] = sample.text.voken_start
+    arrays["item_mask"][slot] = True
+    arrays["caption_ids"][slot] = sample.caption_ids
+    arrays["caption_mask"][slot] = sample.caption_mask
+    arrays["has_caption"][slot] = sample.has_caption

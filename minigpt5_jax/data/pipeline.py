@@ -1,0 +1,303 @@
+"""From a source to batches: the order of samples, worker processes, the error budget, the state.
+
+The global batch comes first.  Which samples step ``s`` holds, in which order, is a function of the seed
+and ``s`` alone: sample ``g = s * global_batch + place`` of an endless row of shuffled epochs.  A process
+reads only its contiguous rows of each micro-batch.  So the same run continues on another number of
+processes, and its state is one number, the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, collate, encode
+from minigpt5_jax.data.errors import DataError, SampleError, Skip
+from minigpt5_jax.data.sources import Source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What happened while a batch was made; travels beside it from the worker process."""
+
+    skips: tuple[Skip, ...]
+    truncated: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The endless (or ``num_epochs`` long) row of samples, by global number ``g``.
+
+    ``shuffle`` draws a new permutation each epoch from (seed, epoch), computed number by number: nothing
+    is stored.  Epochs follow each other without a gap, so a batch may hold the end of one and the
+    beginning of the next.
+    """
+
+    length: int
+    seed: int
+    shuffle: bool
+    num_epochs: int | None
+
+    @property
+    def total(self) -> int:
+        """Number of samples, ``sys.maxsize`` without an end."""
+        return sys.maxsize if self.num_epochs is None else self.length * self.num_epochs
+
+    def dataset(self) -> grain.MapDataset:
+        """``g -> place in the source``."""
+        places = grain.MapDataset.range(self.length)
+        if self.shuffle:
+            places = places.shuffle(seed=self.seed % 2**32)
+        return places.repeat(self.num_epochs)
+
+
+class StepReader:
+    """Makes this process's part of the batch of any step; what worker processes run.
+
+    Returns ``{"batch": fields of a Batch, "report": Report}``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: EncodeConfig,
+        spec: BatchSpec,
+        order: Order,
+        *,
+        accumulation: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._source, self._config, self._order = source, config, order
+        self._accumulation = accumulation
+        self._micro_rows = spec.rows
+        self._part = spec.part(process_count)
+        self._first_row = process_index * self._part.rows
+        self._places = order.dataset()
+
+    def rows(self, step: int, micro: int) -> list[int]:
+        """Global numbers of this process's samples in one micro-batch of ``step``."""
+        first = (step * self._accumulation + micro) * self._micro_rows + self._first_row
+        return list(range(first, first + self._part.rows))
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        micro, skips, truncated = [], [], 0
+        for k in range(self._accumulation):
+            numbers = self.rows(int(step), k)
+            samples = []
+            for number in numbers:
+                sample = self._read(number, skips)
+                truncated += sample is not None and sample.text.dropped > 0
+                samples.append(sample)
+            micro.append(collate(samples, self._part, numbers, self._config, self._first_row))
+        if self._accumulation == 1:
+            arrays = micro[0]
+        else:
+            arrays = {name: np.stack([part[name] for part in micro]) for name in micro[0]}
+        return {"batch": arrays, "report": Report(tuple(skips), truncated)}
+
+    def _read(self, number: int, skips: list[Skip]):
+        """Sample ``number``, or None where it is unusable or past the end of the last epoch."""
+        if number >= self._order.total:
+            return None
+        epoch, place = number // self._order.length, int(self._places[number])
+        try:
+            example = self._source.example(place, epoch)
+            return encode(example, self._config, self._part, (self._order.seed, epoch, place))
+        except SampleError as error:
+            skips.append(Skip(place, error.where, error.reason))
+            return None
+
+
+class Loader:
+    """Iterator over batches of numpy arrays; made by :func:`make_loader`.
+
+    Each batch is this process's part.  Row numbers in it (``voken_row``, ``image_row``) count within the
+    whole micro-batch, so that parts joined over processes need no correction.
+
+    Attributes:
+      source: where samples come from; its ``fingerprint()`` belongs into a checkpoint.
+      steps_per_epoch: batches that hold each sample once, the last one perhaps shared with the next
+        epoch (or filled with empty rows at the end of the last).
+      num_steps: batches in all, None without an end.
+      skipped: unusable samples met so far by this process, each once.
+      truncated: samples cut to fit so far.
+    """
+
+    SHOWN = 5
+
+    def __init__(
+        self,
+        source: Source,
+        reader: StepReader,
+        *,
+        steps_per_epoch: int,
+        num_steps: int | None,
+        budget: int,
+        worker_count: int,
+        prefetch: int,
+    ):
+        self.source, self._reader = source, reader
+        self.steps_per_epoch, self.num_steps = steps_per_epoch, num_steps
+        self._budget, self._worker_count, self._prefetch = budget, worker_count, prefetch
+        self._skips: dict[int, Skip] = {}
+        self.truncated = 0
+        self._step = 0
+        self._batches = None
+
+    @property
+    def state(self) -> int:
+        """The next step: all there is to restore."""
+        return self._step
+
+    @property
+    def skipped(self) -> list[Skip]:
+        return list(self._skips.values())
+
+    def restore(self, state: int) -> None:
+        """Continues before step ``state``, whatever the process or worker count was."""
+        if state < 0 or (self.num_steps is not None and state > self.num_steps):
+            raise DataError(f"data state {state} is not in 0 ... {self.num_steps}")
+        self.close()
+        self._step = state
+
+    def close(self) -> None:
+        """Ends worker processes and threads; the next batch starts them anew."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _open(self) -> grain.DatasetIterator:
+        stop = sys.maxsize if self.num_steps is None else self.num_steps
+        steps = grain.MapDataset.range(self._step, stop).map(self._reader)
+        if self._worker_count:
+            # grain reads its absl flags when it starts processes, and these may be unparsed where no
+            # absl.app runs (notebooks, tests).
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            buffer = max(1, self._prefetch)
+            workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=buffer)
+            return iter(steps.to_iter_dataset(here).mp_prefetch(workers))
+        threads = grain.ReadOptions(num_threads=min(1, self._prefetch), prefetch_buffer_size=self._prefetch)
+        return iter(steps.to_iter_dataset(threads))
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; DataError when more samples are unusable than the budget allows."""
+        if self.num_steps is not None and self._step >= self.num_steps:
+            self.close()
+            raise StopIteration
+        if self._batches is None:
+            self._batches = self._open()
+        element = next(self._batches)
+        self._step += 1
+        self._count(element["report"])
+        # Workers hand arrays over in shared memory; a copy of ours lets go of it at once.
+        copy = np.array if self._worker_count else np.asarray
+        return Batch(**{name: copy(value) for name, value in element["batch"].items()})
+
+    def _count(self, report: Report) -> None:
+        self.truncated += report.truncated
+        for skip in report.skips:
+            if skip.index not in self._skips:
+                self._skips[skip.index] = skip
+                logger.warning("sample left out: %s", skip)
+        if len(self._skips) > self._budget:
+            self.close()
+            shown = "\n  ".join(str(skip) for skip in self.skipped[: self.SHOWN])
+            raise DataError(
+                f"{len(self._skips)} samples are unusable, the error budget allows {self._budget}; the first:"
+                f"\n  {shown}\nMend or remove them, or raise the error budget."
+            )
+
+
+def _budget_count(budget: int | float, length: int) -> int:
+    """Unusable samples allowed: a whole number as it is, a fraction of the data set rounded down."""
+    if isinstance(budget, bool) or budget < 0 or (isinstance(budget, float) and budget > 1):
+        raise DataError(f"error_budget must be a count or a fraction 0.0 ... 1.0, got {budget!r}")
+    return budget if isinstance(budget, int) else math.floor(budget * length)
+
+
+def make_loader(
+    source: Source,
+    encode_config: EncodeConfig,
+    spec: BatchSpec,
+    *,
+    global_batch: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    worker_count: int = 0,
+    prefetch: int = 2,
+    error_budget: int | float = 0.01,
+) -> Loader:
+    """Batches of a source.
+
+    Args:
+      source: random-access samples.
+      encode_config: tokenizers and rules.
+      spec: shapes of one micro-batch over all processes: ``spec.rows * accumulation == global_batch``.
+      global_batch: samples of one step over all processes and micro-batches.
+      accumulation: micro-batches of a step; more than one gives every array a leading axis.
+      seed: of the order and of the mirrors.
+      shuffle: a new order each epoch; else the order of the source.
+      num_epochs: None for no end.  With an end, the last batch is filled with empty rows.
+      process_index, process_count: which rows are read here.
+      worker_count: processes that read and decode; 0 for one thread here.
+      prefetch: batches made ahead (per worker).
+      error_budget: unusable samples this process may meet before it stops: a count (int) or a fraction
+        of the source (float), each sample counted once.
+
+    Raises:
+      DataError: sizes that do not divide, with the numbers; an empty source; tokenizers that do not fit
+        ``spec``.
+    """
+    if global_batch != spec.rows * accumulation:
+        raise DataError(
+            f"global_batch = {global_batch} is not spec.rows x accumulation = {spec.rows} x {accumulation}"
+        )
+    if spec.rows % process_count:
+        raise DataError(
+            f"global_batch = {global_batch} over accumulation = {accumulation} gives {spec.rows} rows, "
+            f"which {process_count} processes do not divide"
+        )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index = {process_index} of {process_count} processes")
+    if not len(source):
+        raise DataError(f"no samples in {source.describe()}")
+    encode_config.check(spec)
+    order = Order(len(source), seed, shuffle, num_epochs)
+    reader = StepReader(
+        source,
+        encode_config,
+        spec,
+        order,
+        accumulation=accumulation,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return Loader(
+        source,
+        reader,
+        steps_per_epoch=-(-len(source) // global_batch),
+        num_steps=None if num_epochs is None else -(-order.total // global_batch),
+        budget=_budget_count(error_budget, len(source)),
+        worker_count=worker_count,
+        prefetch=prefetch,
+    )
