@@ -1,0 +1,25 @@
+"""Stage 1 in the small world: the demo's run, on a CPU, in minutes.
+
+    python -m minigpt5_jax.train --config configs/shapes_stage1.py --workdir runs/demo
+
+Data: captioned one-object scenes, drawn into the workdir in CC3M format; unseen combinations of
+attributes are held out.  Backbones: the tiny ones shipped in the package, frozen.
+Hardware: two CPU cores.  Expected numbers: not yet measured.
+"""
+
+from minigpt5_jax.config import apply_variant, use_shapes_backbones
+from minigpt5_jax.config import get_config as base
+
+
+def get_config(variant: str | None = None):
+    """The paper's losses and masks; rates, weights and steps scaled to the small world."""
+    config = base()
+    use_shapes_backbones(config)
+    config.run.update(
+        name="shapes_stage1", num_steps=900, log_every=10, eval_every=150, eval_batches=2,
+        save_every=300, grid_every=300,
+    )  # fmt: skip
+    config.data.update(format="shapes", global_batch=32, worker_count=0, max_length=64, max_targets=8)
+    config.loss.caption = 1.0
+    config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=50)
+    return apply_variant(config, variant)

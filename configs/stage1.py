@@ -1,0 +1,29 @@
+"""Stage 1 of the paper: Vicuna-7B learns to draw with Stable Diffusion 2.1, on CC3M captions.
+
+    python -m minigpt5_jax.train --config configs/stage1.py --workdir runs/stage1 \
+        --config.data.train=CC3M/train.tsv --config.data.validation=CC3M/cc3m_val.tsv \
+        --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.pth \
+        --config.weights.qformer=blip2_pretrained_flant5xxl.pth \
+        --config.weights.llama_proj=pretrained_minigpt4_7b.pth \
+        --config.weights.stable_diffusion=stable-diffusion-2-1-base
+
+Trainable: 122,973,184 parameters (18 voken rows, mapper, its MLP and queries); `--dry_run` prints the
+table without weights or data.  Steps: two epochs of CC3M are about 92,600 updates at batch 48.
+Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
+Expected numbers (paper, CC3M validation): not yet measured here.
+"""
+
+from minigpt5_jax.config import apply_variant
+from minigpt5_jax.config import get_config as base
+
+
+def get_config(variant: str | None = None):
+    """The base configuration is this run; only its name and length are said here."""
+    config = base()
+    config.run.name = "stage1"
+    config.run.epochs = 2.0
+    config.run.eval_every = 5000
+    config.run.save_every = 1000
+    config.run.grid_every = 5000
+    config.data.accumulation = 6
+    return apply_variant(config, variant)

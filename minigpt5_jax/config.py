@@ -1,0 +1,217 @@
+"""Configurations: made from the table of keys, varied, described and validated.
+
+A run is a file in ``configs/`` with ``get_config(variant=None)``, which starts from
+:func:`get_config` here and writes down only what differs.  Keys are locked: a misspelt name or a
+value of another type is an error.  Every key, its default and why: ``config_keys.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from minigpt5_jax import tuning
+from minigpt5_jax.config_keys import KEYS, PARTS, Key
+
+
+class ConfigError(ValueError):
+    """A key is unknown, has a wrong type or value, or two keys do not go together."""
+
+
+SUBFOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text_encoder",
+              "clip_tokenizer": "tokenizer", "scheduler": "scheduler"}  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+    """The base configuration: the paper's stage 1, locked, with every key at its default."""
+    config = ConfigDict({path.split(".")[0]: {} for path in KEYS})
+    for path, key in KEYS.items():
+        section, name = path.split(".")
+        config[section][name] = key.initial()
+    for part, variants in PARTS.items():
+        config.model[part] = _part_keys(part, next(iter(variants)))
+    return config.lock()
+
+
+def _part_keys(part: str, name: str) -> ConfigDict:
+    keys = PARTS[part][name]
+    return ConfigDict({"name": name, **{key: spec.initial() for key, spec in keys.items()}})
+
+
+def choose(config: ConfigDict, part: str, name: str) -> ConfigDict:
+    """Install variant ``name`` of ``part`` with all its keys; no key of the former one is left.
+
+    Raises:
+      ConfigError: listing the known parts or variants.
+    """
+    if part not in PARTS:
+        raise ConfigError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
+    if name not in PARTS[part]:
+        raise ConfigError(f"unknown {part} {name!r}; known: {', '.join(PARTS[part])}")
+    with config.unlocked():
+        config.model[part] = _part_keys(part, name)
+    return config
+
+
+def apply_variant(
+    config: ConfigDict, variant: str | None, known: Mapping[str, Callable[[ConfigDict], Any]] | None = None
+) -> ConfigDict:
+    """What follows the colon of ``--config file.py:variant``, comma separated.
+
+    Each piece is a name in ``known``, whose function changes the configuration in place, or
+    ``part=name``, which installs another backbone, mapper or generator.
+
+    Raises:
+      ConfigError: listing what the file knows.
+    """
+    known = known or {}
+    for piece in filter(None, (variant or "").split(",")):
+        part, equals, name = piece.partition("=")
+        if equals:
+            choose(config, part, name)
+        elif piece in known:
+            known[piece](config)
+        else:
+            pairs = [f"{part}={name}" for part, names in PARTS.items() for name in names]
+            raise ConfigError(f"unknown variant {piece!r}; known: {', '.join([*known, *pairs])}")
+    return config
+
+
+def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
+    """The packaged tiny towers in place of Vicuna and Stable Diffusion, in fp32."""
+    config.model.dtype = config.model.param_dtype = "float32"
+    config.model.remat = False
+    for part in (config.model.backbone, config.model.generator):
+        for tower in ("llm", "vit", "qformer", "unet", "vae", "text_encoder", "scheduler"):
+            if tower in part:
+                part[tower] = "source"
+    config.model.mapper.update(d_model=128, dim_feedforward=512)
+    config.model.generator.image_size = 64
+    config.weights.update(
+        llm="shapes", vit="shapes", qformer="shapes", llama_proj="shapes", stable_diffusion="shapes"
+    )
+    config.inference.update(sampler="ddim", num_inference_steps=20, guidance_scale=2.0, max_new_tokens=32)
+    return config
+
+
+def keys_of(config: ConfigDict) -> dict[str, Key]:
+    """Every key of this configuration by dotted path, its parts' keys included."""
+    keys = dict(KEYS)
+    for part, variants in PARTS.items():
+        name = config.model[part].name
+        keys[f"model.{part}.name"] = Key(
+            name, f"{part}; `:{part}=NAME` behind the file chooses", tuple(variants)
+        )
+        keys |= {f"model.{part}.{key}": spec for key, spec in variants.get(name, {}).items()}
+    return keys
+
+
+def describe(config: ConfigDict | None = None) -> str:
+    """The table of keys: path, value (default in brackets where it differs), why."""
+    config = get_config() if config is None else config
+    lines, section = [], None
+    for path, key in keys_of(config).items():
+        if path.rpartition(".")[0] != section:
+            section = path.rpartition(".")[0]
+            lines.append(f"\n{section}")
+        value = value_at(config, path)
+        shown = f"{value!r}" if value == key.default else f"{value!r} [{key.default!r}]"
+        rule = f" ({' | '.join(map(str, key.choices))})" if key.choices else ""
+        lines.append(f"  --config.{path}={shown}\n      {key.why}{rule}")
+    return "\n".join(lines).lstrip("\n")
+
+
+def value_at(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path."""
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Check every value and how they go together.
+
+    Raises:
+      ConfigError: every problem on a line of its own, with the numbers and the remedy.
+    """
+    problems = [*_bad_values(config), *_conflicts(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _bad_values(config: ConfigDict) -> Iterator[str]:
+    for path, key in keys_of(config).items():
+        value = value_at(config, path)
+        if value is None:
+            continue
+        if key.choices and value not in key.choices:
+            yield f"{path}={value!r} is not one of {', '.join(map(repr, key.choices))}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}={value} is not a finite number"
+        elif key.low is not None and value < key.low:
+            yield f"{path}={value} is less than {key.low}"
+        elif key.high is not None and value > key.high:
+            yield f"{path}={value} is more than {key.high}"
+
+
+def _conflicts(config: ConfigDict) -> Iterator[str]:
+    data, run, model = config.data, config.run, config.model
+    if data.global_batch % data.accumulation:
+        yield (
+            f"data.global_batch={data.global_batch} does not divide into data.accumulation="
+            f"{data.accumulation} micro-batches; choose {_near(data.global_batch, data.accumulation)}"
+        )
+    if run.num_steps is not None and config.optimizer.warmup_steps >= run.num_steps:
+        yield (
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be less than "
+            f"run.num_steps={run.num_steps}"
+        )
+    if run.num_steps is None and run.epochs <= 0:
+        yield "give run.num_steps, or run.epochs more than 0"
+    if list(config.mesh.values()).count(-1) > 1 or 0 in config.mesh.values():
+        yield f"mesh {config.mesh.to_dict()}: sizes are at least 1, and one may be -1 (what is left)"
+    if not any((config.loss.text, config.loss.image, config.loss.caption)):
+        yield "loss.text, loss.image and loss.caption are all 0; there is nothing to train on"
+    if model.backbone.name == "minigpt4" and (model.backbone.vit == "none") != (
+        model.backbone.qformer == "none"
+    ):
+        yield "model.backbone.vit and model.backbone.qformer are 'none' together or not at all"
+    if model.mapper.name == "encoder_decoder" and model.mapper.d_model % model.mapper.nhead:
+        yield (
+            f"model.mapper.d_model={model.mapper.d_model} does not divide into "
+            f"model.mapper.nhead={model.mapper.nhead} heads"
+        )
+    yield from _bad_rules(config.tuning.rules)
+
+
+def _bad_rules(rules: Iterable[Any]) -> Iterator[str]:
+    groups = ("llm", "mapper", tuning.FROZEN)
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and rule[1] in groups):
+            yield f"tuning.rules: {rule!r} is not (pattern, group) with a group of {', '.join(groups)}"
+
+
+def _near(batch: int, parts: int) -> str:
+    lower, upper = batch // parts * parts, -(-batch // parts) * parts
+    return f"a batch of {lower} or {upper}" if lower else f"a batch of {upper}"
+
+
+def num_steps(config: ConfigDict, samples: int) -> int:
+    """Updates of the run: ``run.num_steps``, or ``run.epochs`` over ``samples``."""
+    if config.run.num_steps is not None:
+        return config.run.num_steps
+    return math.ceil(config.run.epochs * samples / config.data.global_batch)
+
+
+def weight_sources(config: ConfigDict) -> dict[str, str]:
+    """Name -> path for each of ``weights.*``, sub-folders filled in; '' where none was given."""
+    given = {name: path for name, path in config.weights.items() if name != "stable_diffusion"}
+    folder = config.weights.stable_diffusion
+    for name, sub in SUBFOLDERS.items():
+        if not given[name] and folder:
+            given[name] = folder if folder == "shapes" else f"{folder.rstrip('/')}/{sub}"
+    return given | {"tokenizer": given["tokenizer"] or given["llm"]}

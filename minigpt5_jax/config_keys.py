@@ -1,0 +1,278 @@
+"""The table of configuration keys: name, default and one line why.
+
+``minigpt5_jax/config.py`` makes a ConfigDict of it.  Q-numbers are quirks of the original,
+reference section 10; other numbers are sections of the same document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections.config_dict import placeholder
+
+from minigpt5_jax import tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One configuration key.
+
+    Attributes:
+      default: its value; None for "not set", with the type in ``kind``.
+      why: what it does and why it has this default, one line.
+      choices: allowed values; empty for any.  A single choice pins the behaviour that is built.
+      low, high: closed bounds of a number.
+      kind: type of the value where the default is None.
+    """
+
+    default: Any
+    why: str
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    kind: type | None = None
+
+    def initial(self) -> Any:
+        """What goes into the ConfigDict: the default, or a typed placeholder."""
+        return placeholder(self.kind) if self.default is None else self.default
+
+
+def unset(kind: type, why: str, **rules: Any) -> Key:
+    """A key that is not set by default."""
+    return Key(None, why, kind=kind, **rules)
+
+
+PATH = "file or folder"
+
+KEYS: dict[str, Key] = {
+    # -- run ------------------------------------------------------------------------------------
+    "run.name": Key("run", "name in logs and pages"),
+    "run.workdir": unset(str, "folder of metrics, pictures and checkpoints; the --workdir flag sets it"),
+    "run.seed": Key(42, "weights that start from nothing, data order and draws (the original's seed)", low=0),
+    "run.num_steps": unset(int, "updates; not set: run.epochs over the training data", low=1),
+    "run.epochs": Key(2.0, "passes over the training data where run.num_steps is not set", low=0.0),
+    "run.log_every": Key(10, "steps between lines in metrics.jsonl and TensorBoard", low=1),
+    "run.eval_every": Key(1000, "steps between validations; 0 for never", low=0),
+    "run.eval_batches": Key(8, "batches of a validation, the same ones every time", low=1),
+    "run.save_every": Key(1000, "steps between checkpoints; the last step is always saved", low=1),
+    "run.grid_every": Key(1000, "steps between picture grids; 0 for never", low=0),
+    "run.grid_pictures": Key(8, "held-out captions in a grid", low=1),
+    "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
+    "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
+    "run.best_metric": Key("loss", "validation metric that decides the best, lowest wins; loss is the weighted sum"),
+    "run.init_from": unset(str, "checkpoint folder whose trained parameters this run starts from (stage 2)"),
+    "run.resume": Key(True, "continue from the newest checkpoint in the workdir, if there is one"),
+    "run.compile_cache": Key(
+        "~/.cache/minigpt5_jax/xla", "folder of compiled programs, so that a restart is quick; '' for none"
+    ),
+    # -- data -----------------------------------------------------------------------------------
+    "data.format": Key(
+        "cc3m",
+        "reader: CC3M tsv, JSONL of one's own, or scenes drawn into the workdir (as CC3M)",
+        choices=("cc3m", "jsonl", "shapes"),
+    ),
+    "data.train": unset(str, "training file (.tsv or .jsonl)"),
+    "data.validation": unset(str, "held-out file, same format"),
+    "data.image_root": unset(
+        str, "folder that picture paths are relative to; not set: the file's own folder"
+    ),
+    "data.global_batch": Key(48, "samples per update over all devices (paper, stage 1)", low=1),
+    "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
+    "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),
+    "data.prefetch": Key(2, "batches each reader holds ready", low=1),
+    "data.max_length": Key(
+        256, "positions of a row, pictures included; longer ones follow data.truncation", low=16
+    ),
+    "data.max_images": Key(0, "input pictures of a row at most; 0 for text-only input (CC3M)", low=0),
+    "data.max_targets": Key(8, "target positions of a row at most", low=3),
+    "data.truncation": Key(
+        "left_history",
+        "what is cut: old history, so that the instruction stays, or the end (Q23)",
+        choices=("left_history", "right"),
+    ),
+    "data.bos_id": Key(1, "id in front of each sample; 2 for weights released in October 2023 (Q21)", low=0),
+    "data.tokenizer_mode": Key(
+        "legacy431",
+        "sentencepiece rules the released weights fit; newer ones give other ids (Q22)",
+        choices=("legacy431",),
+    ),
+    "data.prompt_set": Key(
+        "head", "prompt spelling: newest code or October 2023 release (Q26)", choices=("head", "release")
+    ),
+    "data.instruction_every": Key(
+        100, "every n-th CC3M row gives an instruction sample too; 0 none (5.2)", low=0
+    ),
+    "data.resample_prompts": Key(True, "draw prompt wording per epoch, not once for the run (Q24)"),
+    "data.mask_all_inner_vokens": Key(False, "mask [IMG7] in the text loss too; the original does not (Q1)"),
+    "data.flip_mode": Key(
+        "independent",
+        "horizontal flips, p=0.5, input and output apart as in the original (Q17)",
+        choices=("independent", "shared", "off"),
+    ),
+    "data.pad_input_square": Key(False, "letterbox input pictures white before the crop (Q30)"),
+    "data.feature_input_range": Key(
+        "-1..1",
+        "range of pixels before the VAE; the original's stored features had 0..1 (Q9)",
+        choices=("-1..1",),
+    ),
+    "data.strict_image_count": Key(True, "as many placeholders as pictures, or the sample is skipped (Q31)"),
+    "data.error_budget": Key(
+        0.01,
+        "share of unusable samples after which training stops; each is logged and counted",
+        low=0.0,
+        high=1.0,
+    ),
+    "data.shapes_train": Key(4096, "training scenes that format=shapes draws", low=1),
+    "data.shapes_validation": Key(64, "held-out scenes that format=shapes draws", low=1),
+    # -- model ----------------------------------------------------------------------------------
+    "model.dtype": Key(
+        "bfloat16",
+        "compute dtype of the towers; losses and trainables are fp32 (1.13)",
+        choices=("float32", "bfloat16"),
+    ),
+    "model.param_dtype": Key("bfloat16", "dtype frozen weights are held in", choices=("float32", "bfloat16")),
+    "model.noise_dtype": Key(
+        "float32", "latents, noise and their mixture; bf16 loses low noise levels (Q12)", choices=("float32",)
+    ),
+    "model.remat": Key(True, "recompute layers in the backward pass: less memory, about a third more work"),
+    "model.voken_state_shift": Key(
+        1,
+        "1: states that predict the vokens feed the mapper (as the original), 0: states on them (Q2)",
+        choices=(0, 1),
+    ),
+    # -- loss -----------------------------------------------------------------------------------
+    "loss.text": Key(0.01, "weight of the text cross-entropy; 0 leaves it out (3.1)", low=0.0),
+    "loss.image": Key(1.0, "weight of the latent-diffusion loss; 0 leaves it out", low=0.0),
+    "loss.caption": Key(0.1, "weight of the caption-feature loss; 0 leaves it out (stage 2)", low=0.0),
+    "loss.cfg_dropout": Key(
+        0.1, "probability that an item's voken states are zeroed (3.2)", low=0.0, high=1.0
+    ),
+    "loss.cfg_drop_in_eval": Key(
+        False, "drop in validation too; noisy, as the original (Q6)", choices=(False,)
+    ),
+    "loss.deterministic_eval": Key(True, "validation at fixed noise, no flips (Q16)", choices=(True,)),
+    "loss.min_snr_gamma": Key(5.0, "gamma of the min-SNR weighting; 0 for the plain mean (Q13)", low=0.0),
+    "loss.caption_target_on_drop": Key(
+        "empty",
+        "caption target of a dropped item: the empty string's features, or none (Q8)",
+        choices=("empty", "skip"),
+    ),
+    "loss.caption_attn_mask": Key(True, "caption targets attend to real tokens only (Q10)"),
+    # -- optimizer ------------------------------------------------------------------------------
+    "optimizer.lr_llm": Key(2e-5, "peak rate of voken rows (and LoRA); AdamW (4.1)", low=0.0),
+    "optimizer.lr_mapper": Key(2e-4, "peak rate of the mapper: ten times that in stage 1 (Q14)", low=0.0),
+    "optimizer.warmup_steps": Key(1000, "linear warm-up, then linear to 0 at the last step", low=0),
+    "optimizer.b1": Key(0.9, "AdamW first moment", low=0.0, high=1.0),
+    "optimizer.b2": Key(0.999, "AdamW second moment", low=0.0, high=1.0),
+    "optimizer.eps": Key(1e-8, "AdamW epsilon", low=0.0),
+    "optimizer.weight_decay": Key(0.01, "decoupled decay of every trained leaf (torch's default)", low=0.0),
+    "optimizer.decay_frozen_rows": Key(
+        False,
+        "the original shrinks all 32,000 frozen rows; here they are no parameters that train (Q3)",
+        choices=(False,),
+    ),
+    "optimizer.grad_clip": unset(
+        float, "global norm over the trainables; not set: no clipping (Q19)", low=0.0
+    ),
+    # -- tuning ---------------------------------------------------------------------------------
+    "tuning.rules": Key(
+        tuning.STAGE1, "ordered (path pattern, 'llm' | 'mapper' | 'frozen'); the first match decides (4.2)"
+    ),
+    # -- mesh -----------------------------------------------------------------------------------
+    "mesh.data": Key(-1, "devices over samples; -1 takes what is left", low=-1),
+    "mesh.fsdp": Key(1, "devices the mapper and its moments are spread over", low=-1),
+    "mesh.tensor": Key(1, "devices the language model's heads and MLP are split over", low=-1),
+    # -- weights --------------------------------------------------------------------------------
+    # '' is "not given"; 'shapes' is the packaged small world.
+    "weights.llm": Key("", f"{PATH}: LLaMA in Hugging Face layout (Vicuna-7B)"),
+    "weights.tokenizer": Key("", "tokenizer.model; '': beside weights.llm"),
+    "weights.vit": Key("", f"{PATH}: eva_vit_g.pth"),
+    "weights.qformer": Key("", f"{PATH}: blip2_pretrained_flant5xxl.pth (also ln_vision)"),
+    "weights.llama_proj": Key("", f"{PATH}: MiniGPT-4's projection, pretrained_minigpt4_7b.pth"),
+    "weights.stable_diffusion": Key("", "diffusers folder; the next five default to its sub-folders"),
+    "weights.unet": Key("", f"{PATH}; '': unet/ of weights.stable_diffusion"),
+    "weights.vae": Key("", f"{PATH}; '': vae/ of weights.stable_diffusion"),
+    "weights.text_encoder": Key("", f"{PATH}; '': text_encoder/ of weights.stable_diffusion"),
+    "weights.clip_tokenizer": Key("", "folder; '': tokenizer/ of weights.stable_diffusion"),
+    "weights.scheduler": Key("", "folder; '': scheduler/ of weights.stable_diffusion"),
+    # -- inference ------------------------------------------------------------------------------
+    "inference.sampler": Key(
+        "pndm", "picture sampler: the original's, or DDIM for fewer calls (Q40)", choices=("pndm", "ddim")
+    ),
+    "inference.num_inference_steps": Key(50, "denoising steps; PNDM makes one call more", low=1),
+    "inference.guidance_scale": Key(7.5, "classifier-free guidance; 1 switches it off (3.5)", low=0.0),
+    "inference.cfg_negative": Key(
+        "voken_zero",
+        "negative condition: T(0) or the empty prompt (Q38)",
+        choices=("voken_zero", "empty_prompt"),
+    ),
+    "inference.do_sample": Key(True, "draw tokens; False takes the most likely one"),
+    "inference.temperature": Key(1.0, "of the token distribution", low=0.01),
+    "inference.top_k": Key(50, "tokens kept, the original's implicit value; 0 for all (Q32)", low=0),
+    "inference.top_p": Key(0.9, "probability mass kept, after top_k", low=0.0, high=1.0),
+    "inference.repetition_penalty": Key(2.0, "over generated tokens, not the prompt (6.2)", low=0.01),
+    "inference.max_new_tokens": Key(256, "tokens at most; room for one picture is kept", low=1),
+    "inference.eos_ids": Key((2,), "ids that end a text besides ###; the original: (1,) (Q34)"),
+    "inference.emit_dummy_token": Key(
+        False, "the original's stray first token in the text (Q33)", choices=(False,)
+    ),
+    "inference.force_image": Key(
+        "off",
+        "make a picture certain: at once, or after the text (Q35)",
+        choices=("off", "first", "after_text"),
+    ),
+    "inference.max_images": Key(1, "pictures drawn per answer (Q36)", low=0),
+}
+
+PARTS: dict[str, dict[str, dict[str, Key]]] = {
+    "backbone": {
+        "minigpt4": {
+            "llm": Key(
+                "vicuna_7b",
+                "preset, or 'source': config.json beside the weights",
+                choices=("vicuna_7b", "source"),
+            ),
+            "vit": Key(
+                "eva_vit_g",
+                "preset, 'source', or 'none' for a model that cannot see",
+                choices=("eva_vit_g", "source", "none"),
+            ),
+            "qformer": Key(
+                "qformer_blip2",
+                "preset, 'source', or 'none' (with vit)",
+                choices=("qformer_blip2", "source", "none"),
+            ),
+            "num_vokens": Key(8, "generative vokens of a picture", low=1),
+            "voken_init": Key(
+                "mean",
+                "new rows: mean of the old ones (Q5), or with a little noise",
+                choices=("mean", "mean+noise"),
+            ),
+            "lora_rank": Key(0, "LoRA on q_proj and v_proj; 0 for none, 8 in stage 2 (4.3)", low=0),
+            "lora_alpha": Key(16.0, "LoRA scale is alpha / rank", low=0.0),
+            "lora_dropout": Key(0.05, "dropout on LoRA's input while training", low=0.0, high=1.0),
+        },
+    },
+    "mapper": {
+        "encoder_decoder": {
+            "d_model": Key(1024, "width; that of the generator's condition", low=1),
+            "nhead": Key(8, "attention heads", low=1),
+            "num_encoder_layers": Key(4, "layers over the voken states", low=1),
+            "num_decoder_layers": Key(4, "layers over the learnt queries", low=1),
+            "dim_feedforward": Key(4096, "width of the feed-forward layers", low=1),
+        },
+    },
+    "generator": {
+        "stable_diffusion": {
+            "unet": Key("sd21_base", "preset, or 'source'", choices=("sd21_base", "source")),
+            "vae": Key("sd21_base", "preset, or 'source'", choices=("sd21_base", "source")),
+            "text_encoder": Key("sd21_base", "preset, or 'source'", choices=("sd21_base", "source")),
+            "scheduler": Key(
+                "sd21_base", "noise schedule: preset, or 'source'", choices=("sd21_base", "source")
+            ),
+            "image_size": Key(512, "side of its pictures in pixels", low=8),
+        },
+    },
+}
+"""Part -> variant -> its keys, which stand at ``model.<part>.<key>`` beside ``model.<part>.name``."""

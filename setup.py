@@ -1,0 +1,59 @@
+"""minigpt5_jax: MiniGPT-5 in JAX.  Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# JAX and Flax move together: jax 0.11.1 breaks flax 0.12.8, and newer pairs need Python 3.12.
+JAX = [
+    'jax==0.10.2; python_version < "3.12"',
+    'flax==0.12.8; python_version < "3.12"',
+    'jax>=0.12,<0.13; python_version >= "3.12"',
+    'flax>=0.12.12; python_version >= "3.12"',
+]
+# TensorBoard through clu; metrics.jsonl is written with or without it.
+METRICS = [
+    'tensorflow-cpu; platform_system != "Darwin"',
+    'tensorflow; platform_system == "Darwin"',
+    "tensorboard",
+    "importlib_resources",
+]
+TEST = ["torch==2.13.0", "peft", "pytest", "beartype", "ruff"]
+
+setup(
+    name="minigpt5_jax",
+    version="0.1.0",
+    description="MiniGPT-5 (interleaved vision-and-language generation via generative vokens) in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["minigpt5_jax", "minigpt5_jax.*"]),
+    package_data={"minigpt5_jax": ["shapes/assets/**/*"]},
+    install_requires=[
+        *JAX,
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "transformers>=5",
+        "diffusers>=0.40",
+        "grain>=0.2.18",
+        "tensorflow-datasets",
+        "ml-collections>=1.1",
+        "clu",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "pillow",
+        "numpy",
+        "absl-py",
+        "tqdm",
+        "jaxtyping",
+    ],
+    extras_require={
+        "metrics": METRICS,
+        "test": [*METRICS, *TEST],
+        "dev": [*METRICS, *TEST, "pre-commit"],
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+    },
+)
