@@ -25,6 +25,8 @@ from minigpt5_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
+SHARED_MEMORY_BYTES = 2**20  # arrays from this size on leave a worker in shared memory, others by pipe
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -188,7 +190,9 @@ class Loader:
             here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             buffer = max(1, self._prefetch)
             workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=buffer)
-            return iter(steps.to_iter_dataset(here).mp_prefetch(workers))
+            options = grain.experimental.DatasetOptions(min_shm_size=SHARED_MEMORY_BYTES)
+            read = grain.experimental.WithOptionsIterDataset(steps.to_iter_dataset(here), options)
+            return iter(read.mp_prefetch(workers))
         threads = grain.ReadOptions(num_threads=min(1, self._prefetch), prefetch_buffer_size=self._prefetch)
         return iter(steps.to_iter_dataset(threads))
 
@@ -205,9 +209,12 @@ class Loader:
         element = next(self._batches)
         self._step += 1
         self._count(element["report"])
-        # Workers hand arrays over in shared memory; a copy of ours lets go of it at once.
+        # Workers hand large arrays over in shared memory.  A copy of ours, and emptying the element that
+        # grain still holds, give it back at once.
         copy = np.array if self._worker_count else np.asarray
-        return Batch(**{name: copy(value) for name, value in element["batch"].items()})
+        batch = Batch(**{name: copy(value) for name, value in element["batch"].items()})
+        element["batch"].clear()
+        return batch
 
     def _count(self, report: Report) -> None:
         self.truncated += report.truncated

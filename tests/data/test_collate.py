@@ -1,0 +1,186 @@
+"""One batch, every field checked against what the contract says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, collate, empty_arrays, encode
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.templates import IGNORE, IMAGE, target_text
+from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.transforms import draw_flips, prepare_picture
+
+SPEC = BatchSpec(
+    rows=3, length=40, items=3, images=6, targets=8, image_size=16, target_size=24, image_tokens=3
+)
+
+
+@pytest.fixture(scope="module")
+def config(oracle_dir):
+    llama = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
+    return EncodeConfig(llama, ClipTokenizer(oracle_dir / "tokenizer_clip"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return [str(folder / f"{i}.png") for i in range(4)]
+
+
+def example(source, text, images=(), target=None, caption=None):
+    return Example(
+        source, target_text(text, draws=target is not None), images, target, caption, "t", "id", "f:1"
+    )
+
+
+@pytest.fixture(scope="module")
+def examples(pictures):
+    return [
+        example("the lake", "", target=pictures[0], caption="a red dog"),
+        example(f"one{IMAGE}two{IMAGE}", "we", (pictures[1], pictures[2]), pictures[3]),
+        example("the lake", "we went"),
+    ]
+
+
+def test_batch_fields(examples, config, pictures, oracle_cases):
+    samples = [encode(e, config, SPEC, (0, 0, i)) for i, e in enumerate(examples)]
+    row_ids = [7, 2**31 + 5, 9]
+    batch = Batch(**collate(samples, SPEC, row_ids, config, first_row=6))
+
+    for row, sample in enumerate(samples):
+        n = len(sample.text.tokens)
+        assert batch.tokens[row, :n].tolist() == sample.text.tokens.tolist() and batch.tokens[row, 0] == 1
+        assert set(batch.tokens[row, n:].tolist()) <= {config.tokenizer.pad_id}
+        assert batch.positions[row].tolist() == [*range(n), *[0] * (40 - n)]
+        assert batch.segment_ids[row].tolist() == [1] * n + [0] * (40 - n)
+        places = np.flatnonzero(batch.labels[row] != IGNORE).tolist()
+        assert batch.label_positions[row].tolist() == places + [0] * (8 - len(places))
+        np.testing.assert_array_equal(batch.labels[row, places], batch.tokens[row, places])
+    assert batch.row_id.tolist() == [7, 5, 9] and batch.item_id.tolist() == [7, 5, 9]
+
+    # Row and item numbers count within the whole micro-batch, whose sixth row is the first here.
+    assert batch.item_mask.tolist() == [True, True, False]
+    assert batch.voken_row.tolist() == [6, 7, 8]
+    for item in (0, 1):
+        start = batch.voken_start[item]
+        assert batch.tokens[item, start : start + 8].tolist() == list(config.tokenizer.voken_ids)
+    assert batch.voken_start[2] == 1
+    np.testing.assert_array_equal(batch.target[0], prepare_picture(pictures[0], 24, square=True, flip=False))
+    assert not batch.target[2].any()
+
+    assert batch.image_mask.tolist() == [False, False, True, True, False, False]
+    assert batch.image_row.tolist() == [6, 6, 7, 7, 8, 8]
+    for slot in (2, 3):
+        start = batch.image_start[slot]
+        assert batch.tokens[1, start : start + 3].tolist() == [config.tokenizer.image_id] * 3
+        want = prepare_picture(pictures[slot - 1], 16, square=False, flip=False)
+        np.testing.assert_array_equal(batch.images[slot], want)
+    assert (batch.tokens == config.tokenizer.image_id).sum() == 6
+
+    assert batch.has_caption.tolist() == [True, False, False]
+    ids, mask = config.caption_tokenizer.encode(["a red dog", ""])
+    np.testing.assert_array_equal(batch.caption_ids, ids[[0, 1, 1]])
+    np.testing.assert_array_equal(batch.caption_mask, mask[[0, 1, 1]])
+
+
+def test_static_shapes_and_dtypes(examples, config):
+    shapes = {name: (a.shape, a.dtype) for name, a in empty_arrays(SPEC).items()}
+    assert set(shapes) == {field.name for field in dataclasses.fields(Batch)}
+    for count in range(4):
+        samples = [encode(e, config, SPEC, (0, 0, 0)) for e in examples[:count]] + [None] * (3 - count)
+        arrays = collate(samples, SPEC, [0, 1, 2], config)
+        assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == shapes
+    kinds = {str(dtype) for _, dtype in shapes.values()}
+    assert kinds == {"int32", "uint8", "bool"}
+
+
+def test_a_row_without_a_sample_is_padding(examples, config):
+    samples = [None, encode(examples[1], config, SPEC, (0, 0, 0)), None]
+    batch = Batch(**collate(samples, SPEC, [0, 1, 2], config))
+    assert batch.item_mask.tolist() == [False, True, False]
+    for row in (0, 2):
+        assert not batch.segment_ids[row].any() and (batch.labels[row] == IGNORE).all()
+        assert not batch.label_positions[row].any()
+    assert batch.image_mask.tolist() == [False, False, True, True, False, False]
+    # What a row holds does not depend on its neighbours.
+    full = Batch(**collate([encode(e, config, SPEC, (0, 0, 0)) for e in examples], SPEC, [0, 1, 2], config))
+    np.testing.assert_array_equal(full.tokens[1], batch.tokens[1])
+    np.testing.assert_array_equal(full.target[1], batch.target[1])
+    np.testing.assert_array_equal(full.images[2:4], batch.images[2:4])
+
+
+def test_rows_with_more_pictures_than_slots_keep_the_last_ones(examples, config, pictures):
+    one = dataclasses.replace(SPEC, images=3)
+    sample = encode(examples[1], config, one, (0, 0, 0))
+    assert sample.text.dropped and sample.text.images == (1,)
+    want = prepare_picture(pictures[2], 16, square=False, flip=False)
+    np.testing.assert_array_equal(sample.images, want[None])
+
+
+def test_flips_follow_the_key(examples, config, pictures):
+    flipping = dataclasses.replace(config, flip_mode="independent")
+    for key in ((1, 0, i) for i in range(4)):
+        sample, flips = encode(examples[1], flipping, SPEC, key), draw_flips("independent", key, 2)
+        np.testing.assert_array_equal(
+            sample.target, prepare_picture(pictures[3], 24, square=True, flip=flips.target)
+        )
+        for i in (0, 1):
+            want = prepare_picture(pictures[1 + i], 16, square=False, flip=flips.images[i])
+            np.testing.assert_array_equal(sample.images[i], want)
+
+
+def test_square_padding_of_input_pictures_on_request(examples, config, pictures):
+    sample = encode(examples[1], dataclasses.replace(config, pad_input_square=True), SPEC, (0, 0, 0))
+    np.testing.assert_array_equal(sample.images[0], prepare_picture(pictures[1], 16, square=True, flip=False))
+
+
+def test_samples_that_do_not_add_up(examples, config, pictures, tmp_path):
+    more = dataclasses.replace(examples[0], images=(pictures[0],))
+    with pytest.raises(SampleError, match="f:1: id has 0 picture placeholders and 1 pictures"):
+        encode(more, config, SPEC, (0, 0, 0))
+    with pytest.raises(SampleError, match="2 picture placeholders and 1 pictures"):
+        encode(dataclasses.replace(examples[1], images=(pictures[0],)), config, SPEC, (0, 0, 0))
+    with pytest.raises(SampleError, match="vokens exactly where it has a target"):
+        encode(dataclasses.replace(examples[0], target_image=None), config, SPEC, (0, 0, 0))
+    with pytest.raises(SampleError, match="the batch holds text only"):
+        encode(examples[0], config, dataclasses.replace(SPEC, items=0), (0, 0, 0))
+    (tmp_path / "zero.jpg").write_bytes(b"")
+    broken = dataclasses.replace(examples[0], target_image=str(tmp_path / "zero.jpg"))
+    with pytest.raises(SampleError, match=r"f:1: id: .*zero\.jpg: picture file is empty"):
+        encode(broken, config, SPEC, (0, 0, 0))
+
+
+def test_text_only_shapes(examples, config):
+    spec = dataclasses.replace(SPEC, items=0, images=0)
+    arrays = collate([encode(examples[2], config, spec, (0, 0, 0)), None, None], spec, [0, 1, 2], config)
+    assert arrays["target"].shape == (0, 24, 24, 3) and arrays["images"].shape == (0, 16, 16, 3)
+    assert arrays["caption_ids"].shape == (0, 77)
+
+
+def test_shapes_that_do_not_go_together(config):
+    for change, message in [
+        ({"items": 4}, "items = 4 is no multiple of rows = 3"),
+        ({"images": 7}, "images = 7 is no multiple of rows = 3"),
+        ({"targets": 41}, "targets must be 1 ... length = 40, got 41"),
+        ({"rows": 0}, "at least 1 row"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            dataclasses.replace(SPEC, **change)
+    with pytest.raises(DataError, match="3 rows of a micro-batch cannot be shared among 2 processes"):
+        SPEC.part(2)
+    assert dataclasses.astuple(SPEC.part(3))[:4] == (1, 40, 1, 2)
+    with pytest.raises(DataError, match="tokenizer has 8 vokens, the batch 4"):
+        config.check(dataclasses.replace(SPEC, num_vokens=4))
+    with pytest.raises(DataError, match="pads to 77 ids, the batch has caption_length = 20"):
+        config.check(dataclasses.replace(SPEC, caption_length=20))
+    with pytest.raises(DataError, match="got 'sometimes'"):
+        dataclasses.replace(config, flip_mode="sometimes")

@@ -1,0 +1,271 @@
+"""CC3M tables and JSONL files: what is read, and what is said about files that are wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from minigpt5_jax.data import records, templates
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source, TextLines
+from minigpt5_jax.data.tokenizer import voken_text
+
+
+def write_tsv(folder, rows, header="caption\timage_path", end="\n"):
+    path = folder / "cc3m_val.tsv"
+    path.write_bytes(end.join([header, *rows]).encode("utf-8"))
+    return path
+
+
+def captions(n):
+    return [f"Picture number {i} .\tval/{i:09d}.jpg" for i in range(n)]
+
+
+# ------------------------------------------------------------------------------------------- lines
+
+
+@pytest.mark.parametrize(
+    "data, want",
+    [
+        (b"a\nb", {1: "a", 2: "b"}),
+        (b"a\r\nb\r\n", {1: "a", 2: "b"}),
+        (b"\xef\xbb\xbfa\n\n\r\nb\n\n", {1: "a", 4: "b"}),
+        ("é中\n😀".encode(), {1: "é中", 2: "😀"}),
+    ],
+)
+def test_lines_by_number(tmp_path, data, want):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(data)
+    lines = pickle.loads(pickle.dumps(TextLines(path)))
+    assert {lines.number(i): lines[i] for i in range(len(lines))} == want
+
+
+def test_lines_that_cannot_be_read(tmp_path):
+    path = tmp_path / "lines.txt"
+    with pytest.raises(DataError, match=r"not found: .*lines\.txt"):
+        TextLines(path)
+    path.write_bytes(b"\n")
+    with pytest.raises(DataError, match="empty"):
+        TextLines(path)
+    path.write_bytes("good\ncafé\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"lines\.txt:2 is not UTF-8 \(byte 0xe9\).*iconv"):
+        TextLines(path)
+
+
+# -------------------------------------------------------------------------------------------- CC3M
+
+
+def test_cc3m_training_and_test_samples(tmp_path):
+    path = write_tsv(tmp_path, captions(2), end="\r\n")
+    training, test = Cc3mSource(path), Cc3mSource(path, training=False)
+    assert isinstance(training, Source)
+    assert (len(training), len(test)) == (3, 2)  # 2 rows and the instruction of row 0
+    assert [training[i].item_id for i in range(3)] == ["cc3m_0", "cc3m_0_instruction", "cc3m_1"]
+    plain, instruction = training[0], training[1]
+    assert plain.source == plain.caption == "picture number 0"
+    assert plain.target == instruction.target == voken_text(8) + " ###"
+    assert plain.images == () and plain.target_image == str(tmp_path / "val/000000000.jpg")
+    assert plain.where == f"{path}:2" and training[2].where == f"{path}:3"
+    prompts = {templates.cc3m_instruction(plain.caption, p) for p in templates.CC3M_PROMPTS["head"]}
+    assert instruction.source in prompts and instruction.caption == plain.caption
+    assert [test[i].item_id for i in range(2)] == ["cc3m_0", "cc3m_1"]
+    with pytest.raises(IndexError):
+        test[2]
+
+
+def test_cc3m_every_hundredth_row_gives_a_second_sample(tmp_path):
+    source = Cc3mSource(write_tsv(tmp_path, captions(201)))
+    ids = [source[i].item_id for i in range(len(source))]
+    assert len(ids) == 204 and sorted(set(ids)) == sorted(ids)
+    assert [i for i in ids if "instruction" in i] == [f"cc3m_{r}_instruction" for r in (0, 100, 200)]
+    assert [i for i in ids if "instruction" not in i] == [f"cc3m_{r}" for r in range(201)]
+
+
+def test_cc3m_wording_is_drawn_by_seed_row_and_epoch(tmp_path):
+    path = write_tsv(tmp_path, captions(4000))
+    words = lambda source, epoch: [source.example(101 * k + 1, epoch).source for k in range(40)]  # noqa: E731
+    source = Cc3mSource(path)
+    assert words(source, 3) == words(Cc3mSource(path), 3)
+    assert words(source, 3) != words(source, 4) and words(source, 3) != words(Cc3mSource(path, seed=1), 3)
+    fixed = Cc3mSource(path, resample_prompts=False)
+    assert words(fixed, 3) == words(fixed, 4) == words(source, 0)
+    used = {p for p in templates.CC3M_PROMPTS["head"] if any(p in w for w in words(source, 0))}
+    assert len(used) == 7
+    release = words(Cc3mSource(path, prompt_set="release"), 0)
+    assert release == [w.replace(" an image with", " a image with") for w in words(source, 0)]
+
+
+def test_cc3m_fingerprint_and_description(tmp_path):
+    path = write_tsv(tmp_path, captions(3))
+    prints = {Cc3mSource(path).fingerprint(), Cc3mSource(path, training=False).fingerprint()}
+    assert Cc3mSource(path).fingerprint() in prints and len(prints) == 2
+    assert "4 samples of 3 rows" in Cc3mSource(path).describe()
+    write_tsv(tmp_path, captions(4))
+    assert Cc3mSource(path).fingerprint() not in prints
+
+
+def test_cc3m_other_columns_and_folders(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    path = write_tsv(tmp_path, ["7\ta.jpg\tA dog!"], header="id\timage_path\tcaption")
+    example = pickle.loads(pickle.dumps(Cc3mSource(path, tmp_path / "pictures")))[0]
+    assert (example.caption, example.target_image) == ("a dog", str(tmp_path / "pictures" / "a.jpg"))
+
+
+def test_cc3m_files_that_are_wrong(tmp_path):
+    with pytest.raises(DataError, match=r"not found: .*none\.tsv"):
+        Cc3mSource(tmp_path / "none.tsv")
+    path = write_tsv(tmp_path, captions(1), header="caption,image_path")
+    with pytest.raises(
+        DataError, match=r"cc3m_val\.tsv:1: no column caption and image_path.*'caption,image_path'"
+    ):
+        Cc3mSource(path)
+    path = write_tsv(tmp_path, captions(1), header="caption\turl")
+    with pytest.raises(DataError, match=r"no column image_path; columns found: \['caption', 'url'\]"):
+        Cc3mSource(path)
+    path = write_tsv(tmp_path, [])
+    with pytest.raises(DataError, match="no rows"):
+        Cc3mSource(path)
+    path = write_tsv(tmp_path, captions(1))
+    with pytest.raises(DataError, match="image folder not found"):
+        Cc3mSource(path, tmp_path / "nowhere")
+    with pytest.raises(DataError, match="known: head, release"):
+        Cc3mSource(path, prompt_set="new")
+
+
+def test_cc3m_rows_that_are_wrong_are_named_when_met(tmp_path):
+    rows = ["good\ta.jpg", "no path", " . !\tb.jpg", "good\t ", "a\tb\tc"]
+    source = Cc3mSource(write_tsv(tmp_path, rows), training=False)
+    assert source[0].caption == "good"
+    reasons = {
+        1: "1 tab-separated cells, the header has 2",
+        2: "empty caption",
+        3: "empty image_path",
+        4: "3 tab",
+    }
+    for row, reason in reasons.items():
+        with pytest.raises(SampleError, match=reason) as caught:
+            source[row]
+        assert caught.value.where.endswith(f"cc3m_val.tsv:{row + 2}")
+
+
+# ------------------------------------------------------------------------------------------- JSONL
+
+PAIR = {"caption": "A red fox!", "image": "fox.jpg"}
+STORY = {
+    "id": "walk-7",
+    "system": "S.",
+    "turns": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "We left."},
+                {"type": "image", "path": "1.jpg"},
+                {"type": "text", "text": "And then?"},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "A lake."},
+                {"type": "image", "path": "2.jpg", "caption": "a lake"},
+            ],
+        },
+        {"role": "user", "content": "Nice."},
+        {"role": "assistant", "content": "Yes."},
+    ],
+}
+
+
+def write_jsonl(folder, items):
+    path = folder / "own.jsonl"
+    path.write_text("\n".join(i if isinstance(i, str) else json.dumps(i) for i in items), encoding="utf-8")
+    return path
+
+
+def test_jsonl_samples(tmp_path):
+    source = JsonlSource(write_jsonl(tmp_path, [PAIR, STORY]))
+    assert isinstance(source, Source) and len(source) == 3
+    assert "3 samples of 2 lines" in source.describe()
+    pair, first, second = (pickle.loads(pickle.dumps(source))[i] for i in range(3))
+    assert (pair.source, pair.caption, pair.item_id, pair.task) == ("a red fox", "a red fox", "own_1", "pair")
+    assert (pair.target, pair.target_image) == (voken_text(8) + " ###", str(tmp_path / "fox.jpg"))
+    image = "<Img><ImageHere></Img>"
+    assert first.source == f"S. ###Human: We left. {image} And then? ###Assistant:"
+    assert first.target == f"A lake. {voken_text(8)} ###"
+    assert first.images == (str(tmp_path / "1.jpg"),) and first.target_image == str(tmp_path / "2.jpg")
+    assert (first.caption, first.item_id, first.task) == ("a lake", "walk-7_1", "dialog")
+    assert second.source == (
+        f"S. ###Human: We left. {image} And then? ###Assistant: A lake. {image} ###Human: Nice. ###Assistant:"
+    )
+    assert second.target == "Yes. ###" and second.target_image is None and second.caption is None
+    assert second.images == (str(tmp_path / "1.jpg"), str(tmp_path / "2.jpg"))
+    assert second.where == f"{tmp_path / 'own.jsonl'}:2"
+
+
+def test_a_record_that_ends_in_a_user_turn_is_a_prompt(tmp_path):
+    record = records.parse_record(json.dumps({"turns": STORY["turns"][:1]}), "own.jsonl:1")
+    source, images = records.prompt_of(record, 1, tmp_path)
+    assert source.startswith(templates.DIALOG_SYSTEM + " ###Human: We left. <Img>")
+    assert source.endswith("And then? ###Assistant:") and images == (str(tmp_path / "1.jpg"),)
+    with pytest.raises(DataError, match="no assistant turn"):
+        JsonlSource(write_jsonl(tmp_path, [{"turns": STORY["turns"][:1]}]))
+
+
+def turns(*contents):
+    return {"turns": [{"role": role, "content": content} for role, content in contents]}
+
+
+IMAGE = {"type": "image", "path": "a.jpg"}
+BROKEN = [
+    ('{"caption": "a", "ima', "no valid JSON .* cut off"),
+    ("[1]", "expected an object, found list"),
+    ({"caption": "a"}, "lacks image"),
+    ({"caption": "a", "image": "b", "url": "c"}, r"has unknown keys url \(known: caption, image, id\)"),
+    ({"caption": " . ", "image": "b"}, "caption: text is empty"),
+    ({"caption": "a", "image": 7}, "image: expected text, found int"),
+    ({"turns": []}, "turns: expected a list with at least one turn"),
+    (turns(("human", "a")), r"turns\[0\].role: expected user or assistant, found 'human'"),
+    (turns(("user", ""), ("assistant", "a")), r"turns\[0\].content\[0\].text: text is empty"),
+    (turns(("user", []), ("assistant", "a")), r"turns\[0\].content: expected text or a list"),
+    (turns(("user", [{"type": "video"}])), r"turns\[0\].content\[0\]: expected an object with type"),
+    (turns(("user", [{"type": "image", "path": " "}])), r"content\[0\].path: path of a picture is empty"),
+    (turns(("assistant", [IMAGE, IMAGE])), r"turns\[0\]: an assistant turn has at most one picture"),
+    (turns(("assistant", [IMAGE, {"type": "text", "text": "a"}])), "as its last part"),
+    (turns(("user", "see [IMG0]"), ("assistant", "a")), r"contains \[IMG0\]"),
+    (turns(("user", "an <ImageHere>"), ("assistant", "a")), "contains <ImageHere>"),
+    (turns(("user", "a ###Human: b"), ("assistant", "a")), "contains ###"),
+]
+
+
+@pytest.mark.parametrize("item, reason", BROKEN)
+def test_jsonl_lines_that_are_wrong(tmp_path, item, reason):
+    path = write_jsonl(tmp_path, [PAIR, item])
+    with pytest.raises(DataError, match=rf"(?s)1 of 2 lines of .*own\.jsonl:2: .*{reason}"):
+        JsonlSource(path)
+    lenient = JsonlSource(path, strict=False)
+    assert len(lenient) == 2 and lenient[0].caption == "a red fox"
+    assert "1 lines unusable" in lenient.describe()
+    with pytest.raises(SampleError, match=reason):
+        lenient[1]
+
+
+def test_jsonl_files_that_are_wrong(tmp_path):
+    with pytest.raises(DataError, match="not found"):
+        JsonlSource(tmp_path / "none.jsonl")
+    path = write_jsonl(tmp_path, [{**PAIR, "id": "x"}, PAIR, {**PAIR, "id": "x"}])
+    with pytest.raises(DataError, match=r"own\.jsonl:3: id 'x' was used in line 1 already"):
+        JsonlSource(path)
+    path = write_jsonl(tmp_path, ["{"] * 9)
+    with pytest.raises(DataError, match="9 of 9 lines") as caught:
+        JsonlSource(path)
+    assert str(caught.value).count("no valid JSON") == JsonlSource.SHOWN
+
+
+def test_jsonl_fingerprint(tmp_path):
+    path = write_jsonl(tmp_path, [PAIR])
+    before = JsonlSource(path).fingerprint()
+    assert before == JsonlSource(path).fingerprint() != JsonlSource(path, num_vokens=4).fingerprint()
+    write_jsonl(tmp_path, [PAIR, PAIR])
+    assert JsonlSource(path).fingerprint() != before
