@@ -1,0 +1,247 @@
+"""Pages of interleaved text and pictures (HTML and Markdown over the same PNG files), and picture grids."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Part = str | np.ndarray
+"""One piece of an interleaved sequence: text, or a picture u8[H W 3]."""
+
+_MARK = '<meta name="generator" content="minigpt5_jax">'
+_PICTURES = "pictures"
+_PICTURE_NAME = re.compile(r"\d{3,}-(prompt|output)-\d+\.png")
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2f6fdb; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 54rem;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 1rem; }
+details { margin: 0 0 2rem; }
+summary { cursor: pointer; opacity: .7; }
+table { border-collapse: collapse; margin-top: .5rem; font-size: .85rem; }
+th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0;
+         border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { font-weight: 600; white-space: nowrap; }
+article { border: 1px solid var(--line); border-radius: .75rem; margin: 0 0 1.5rem; overflow: hidden; }
+section { padding: .9rem 1.1rem; }
+section.prompt { background: var(--soft); border-bottom: 1px solid var(--line); }
+section.output { border-left: .25rem solid var(--accent); }
+h2 { font-size: .72rem; letter-spacing: .08em; text-transform: uppercase; opacity: .6; margin: 0 0 .4rem; }
+p { margin: .4rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+img { display: inline-block; margin: .3rem .5rem .3rem 0; min-width: 12rem; max-width: 100%;
+      border-radius: .4rem; }
+footer { padding: .5rem 1.1rem; font-size: .8rem; opacity: .7; border-top: 1px solid var(--line); }
+"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One generated sequence.
+
+    Attributes:
+      prompt: what the model was given; output: what it answered.  Lists of text and u8[H W 3].
+      seed: of its random draws, shown with it.
+      notes: one line under the sequence, such as the held-out caption or the time it took.
+
+    Raises:
+      ValueError: a picture of another shape or dtype.
+    """
+
+    prompt: Sequence[Part]
+    output: Sequence[Part]
+    seed: int | None = None
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        for part in (*self.prompt, *self.output):
+            if not isinstance(part, str):
+                _check_pictures(part, dims=3)
+
+    @property
+    def footer(self) -> str:
+        """Seed and notes in one line."""
+        seed = [] if self.seed is None else [f"seed {self.seed}"]
+        return " · ".join([*seed, *([self.notes] if self.notes else [])])
+
+
+def write_page(
+    directory: str | Path, title: str, entries: Sequence[Entry], metadata: Mapping[str, object] | None = None
+) -> Path:
+    """Write ``index.html``, ``index.md`` and ``pictures/*.png``; returns the path of ``index.html``.
+
+    The HTML needs nothing outside the directory.  ``metadata`` (checkpoint, sampler, ...) is shown in
+    a folded table.  An earlier page in the same directory is replaced.
+
+    Raises:
+      FileExistsError: the directory holds other things and no page of ours.
+      ValueError: there is nothing to write.
+    """
+    if not entries:
+        raise ValueError("a page needs at least one entry")
+    directory = Path(directory)
+    _claim(directory)
+    metadata = {key: str(value) for key, value in (metadata or {}).items()}
+    index = directory / "index.html"
+    # First of all files: should the writing be interrupted, the directory is known to be ours.
+    index.write_text(_html(title, entries, metadata), encoding="utf-8")
+    (directory / "index.md").write_text(_markdown(title, entries, metadata), encoding="utf-8")
+    (directory / _PICTURES).mkdir(exist_ok=True)
+    for number, entry in enumerate(entries, 1):
+        for _, part, name in _named_parts(number, entry):
+            if name:
+                Image.fromarray(np.asarray(part)).save(directory / name)
+    return index
+
+
+def write_grid(
+    path: str | Path,
+    pictures: np.ndarray,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    *,
+    min_side: int = 128,
+) -> Path:
+    """Write u8[n H W 3] as one PNG of ``columns`` columns, row by row, captions underneath.
+
+    Pictures narrower than ``min_side`` pixels are enlarged by a whole factor, so that captions fit.
+
+    Raises:
+      ValueError: pictures of another shape or dtype, no columns, or a caption missing.
+    """
+    _check_pictures(pictures, dims=4)
+    count, height, width, _ = pictures.shape
+    if columns < 1 or not count:
+        raise ValueError(f"{count} pictures in {columns} columns: need at least one of each")
+    if captions is not None and len(captions) != count:
+        raise ValueError(f"{count} pictures but {len(captions)} captions")
+    factor = max(1, -(-min_side // width))
+    width, height, gap = width * factor, height * factor, 6
+    font = ImageFont.load_default(11)
+    lines = [_wrap(text, font, width) for text in captions or [""] * count]
+    text_height = 14 * max(map(len, lines)) if captions is not None else 0
+    columns, rows = min(columns, count), -(-count // columns)
+    size = (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        x, y = gap + column * (width + gap), gap + row * (height + text_height + gap)
+        canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for line, text in enumerate(lines[index]):
+            draw.text((x, y + height + 14 * line), text, fill="black", font=font)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, format="PNG")
+    return path
+
+
+def _check_pictures(value: np.ndarray, dims: int) -> None:
+    if value.ndim != dims or value.shape[-1] != 3 or value.dtype != np.uint8:
+        want = "u8[H W 3]" if dims == 3 else "u8[n H W 3]"
+        raise ValueError(f"a picture must be {want}, got {value.dtype}{list(value.shape)}")
+
+
+def _claim(directory: Path) -> None:
+    """Make ``directory``, or clear the pictures of our earlier page; refuse what is not ours."""
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file, a page needs a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    index = directory / "index.html"
+    ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
+    if not ours and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty and holds no page of minigpt5_jax; choose another")
+    for picture in (directory / _PICTURES).glob("*.png"):
+        if _PICTURE_NAME.fullmatch(picture.name):
+            picture.unlink()
+
+
+def _named_parts(number: int, entry: Entry) -> Iterator[tuple[str, Part, str]]:
+    """(section, part, relative file name or "" for text) of an entry."""
+    for section, parts in (("prompt", entry.prompt), ("output", entry.output)):
+        pictures = 0
+        for part in parts:
+            pictures += not isinstance(part, str)
+            name = "" if isinstance(part, str) else f"{_PICTURES}/{number:03d}-{section}-{pictures}.png"
+            yield section, part, name
+
+
+def _html(title: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>\n"
+        for key, value in metadata.items()
+    )
+    table = f"<details><summary>How it was made</summary><table>\n{rows}</table></details>\n" if rows else ""
+    articles = "".join(_html_entry(number, entry) for number, entry in enumerate(entries, 1))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_MARK}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{html.escape(title)}</h1>\n{table}{articles}</body>\n</html>\n"
+    )
+
+
+def _html_entry(number: int, entry: Entry) -> str:
+    sections = {"prompt": "", "output": ""}
+    for section, part, name in _named_parts(number, entry):
+        if name:
+            sections[section] += f'<img src="{name}" alt="{section} picture of entry {number}">\n'
+        else:
+            sections[section] += f"<p>{html.escape(part)}</p>\n"
+    body = "".join(
+        f'<section class="{section}"><h2>{section}</h2>\n{content}</section>\n'
+        for section, content in sections.items()
+        if content
+    )
+    footer = f"<footer>{html.escape(entry.footer)}</footer>\n" if entry.footer else ""
+    return f'<article id="entry-{number}">\n{body}{footer}</article>\n'
+
+
+def _markdown(title: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> str:
+    blocks = [f"# {_escape_markdown(title)}"]
+    if metadata:
+        items = metadata.items()
+        blocks.append("\n".join(f"- {_escape_markdown(k)}: {_escape_markdown(v)}" for k, v in items))
+    for number, entry in enumerate(entries, 1):
+        blocks.append(f"## {number}")
+        last = ""
+        for section, part, name in _named_parts(number, entry):
+            if section != last:
+                blocks.append(f"**{section}**")
+                last = section
+            blocks.append(f"![{section} picture]({name})" if name else _escape_markdown(part))
+        if entry.footer:
+            blocks.append(f"*{_escape_markdown(entry.footer)}*")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is; line breaks stay, HTML and block markers lose their meaning."""
+    text = html.escape(text, quote=False)
+    text = re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", text)
+    text = re.sub(r"(?m)^(\s*)([-+]|\d+[.)])(?=\s)", lambda m: f"{m[1]}{m[2][:-1]}\\{m[2][-1]}", text)
+    return re.sub(r"\n+", "  \n", text.strip())
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break ``text`` into lines of at most ``width`` pixels, inside a word only if it is too long."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
