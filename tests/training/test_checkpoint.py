@@ -1,0 +1,224 @@
+"""Checkpoints: bit-exact round trips, other meshes, damaged and foreign folders."""
+
+from __future__ import annotations
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import CheckpointError, check_compatible, describe_run, hash_parameters
+from minigpt5_jax.training.state import init_state
+
+LABELS = {"mapper/fc/kernel": "mapper", "llm/voken": "llm", "vae/conv": "frozen"}
+
+
+def mesh(*sizes):
+    return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def make_state(mesh_, seed=0):
+    """A TrainState with sharded parameters and moments that are not zero."""
+    optimizer = optax.partition(
+        {"mapper": optax.adamw(1e-2), "llm": optax.adamw(1e-3), "frozen": optax.set_to_zero()}, LABELS
+    )
+    first, second = jax.random.split(jax.random.key(seed))
+    trainable = {
+        "mapper/fc/kernel": jax.device_put(
+            jax.random.normal(first, (16, 8)), NamedSharding(mesh_, P("fsdp", "data"))
+        ),
+        "llm/voken": jax.device_put(jax.random.normal(second, (9, 4)), NamedSharding(mesh_, P())),
+    }
+    state = init_state(trainable, LABELS, optimizer, seed)
+
+    @jax.jit
+    def step(state):
+        grads = {path: jnp.sin(value) for path, value in state.trainable.items()}
+        full = {**grads, "vae/conv": optax.MaskedNode()}
+        updates, opt_state = optimizer.update(
+            full, state.opt_state, {**state.trainable, "vae/conv": optax.MaskedNode()}
+        )
+        trainable = {path: value + updates[path] for path, value in state.trainable.items()}
+        return type(state)(state.step + 1, trainable, opt_state, state.rng)
+
+    return step(state), step
+
+
+def assert_same(a, b):
+    def bits(tree):
+        leaves = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+                  for x in jax.tree.leaves(tree)]  # fmt: skip
+        return [np.asarray(x) for x in leaves]
+
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(bits(a), bits(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def meta(**changes):
+    config = {"model": {"mapper": {"name": "encoder_decoder", "d_model": 8}, "remat": False},
+              "optimizer": {"lr_mapper": 1e-3}, "tuning": {"rules": (("a", "b"),)}}  # fmt: skip
+    described = describe_run(config, tokenizer={"sha256": "aa", "num_vokens": 8}, frozen={"vae": "bb"})
+    return {**described, **changes}
+
+
+def test_round_trip_is_bit_exact_while_the_state_is_donated(tmp_path):
+    state, step = make_state(mesh(2, 4))
+    expected = jax.tree.map(jnp.copy, vars(state))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, vars(state), 17, meta(), losses={"loss": 1.0})
+    jax.jit(step, donate_argnums=0)(state)  # goes on at once, before the files are written
+    checkpoints.wait()
+
+    restored, data_state, saved = Checkpoints(tmp_path / "checkpoints").restore(expected)
+    assert_same(restored, expected)
+    assert data_state == 17
+    assert saved["tokenizer"] == {"sha256": "aa", "num_vokens": 8}
+    assert restored["trainable"]["mapper/fc/kernel"].sharding.spec == P("fsdp", "data")
+
+
+def test_restores_onto_another_mesh_and_only_what_is_asked_for(tmp_path):
+    state, _ = make_state(mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, vars(state), 0, meta())
+    checkpoints.wait()
+    other = NamedSharding(mesh(8, 1), P("data", None))
+    like = {
+        "trainable": {
+            "mapper/fc/kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=other),
+            "llm/voken": jax.ShapeDtypeStruct((9, 4), jnp.float32, sharding=NamedSharding(other.mesh, P())),
+        }
+    }
+    restored, _, _ = checkpoints.restore(like)
+    assert restored.keys() == {"trainable"}
+    assert restored["trainable"]["mapper/fc/kernel"].sharding == other
+    assert_same(restored["trainable"], state.trainable)
+
+
+def test_abstract_key_and_state(tmp_path):
+    state, _ = make_state(mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, vars(state), 0, meta())
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), vars(state)
+    )
+    checkpoints.wait()
+    assert_same(checkpoints.restore(abstract)[0], vars(state))
+
+
+def test_keeps_latest_and_best(tmp_path):
+    state, _ = make_state(mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path, keep_latest=2, keep_best=1, best_metric="image")
+    for step, image in ((1, 0.5), (2, 0.1), (3, 0.4), (4, None), (5, float("nan"))):
+        checkpoints.save(step, vars(state), step, meta(), metrics=None if image is None else {"image": image})
+    checkpoints.wait()
+    assert checkpoints.steps == [2, 4, 5]
+    assert checkpoints.latest_step == 5
+    assert checkpoints.restore(vars(state), step=2)[1] == 2
+
+
+def test_refuses_a_state_behind_a_non_finite_loss(tmp_path):
+    state, _ = make_state(mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"step 9 is not saved.*image.*nan"):
+        checkpoints.save(9, vars(state), 0, meta(), losses={"text": 1.0, "image": float("nan")})
+    assert checkpoints.latest_step is None
+
+
+def test_missing_folder_and_step(tmp_path):
+    like = {"step": jnp.zeros((), jnp.int32)}
+    missing = Checkpoints(tmp_path / "none")
+    assert missing.latest_step is None
+    with pytest.raises(CheckpointError, match="none does not exist"):
+        missing.restore(like)
+    assert not (tmp_path / "none").exists()  # looking for a checkpoint makes no folder
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        Checkpoints(tmp_path).restore(like)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, like, 0, meta())
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=r"has no step 7; it has \[1\]"):
+        checkpoints.restore(like, step=7)
+
+
+def test_half_written_and_damaged_steps_are_passed_over(tmp_path, caplog):
+    state, _ = make_state(mesh(2, 4))
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, vars(state), step, meta())
+    checkpoints.close()
+    newest = tmp_path / "00000002"
+    shutil.copytree(newest, tmp_path / "00000003.orbax-checkpoint-tmp-0")  # a save that was cut off
+    for file in (newest / "trainable").rglob("*"):
+        if file.is_file() and "manifest" not in file.name and "METADATA" not in file.name:
+            file.write_bytes(b"")
+
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps == [1, 2]
+    with caplog.at_level("WARNING", logger="absl"):
+        restored, data_state, _ = checkpoints.restore(vars(state))
+    assert data_state == 1 and checkpoints.latest_step == 1
+    assert_same(restored, vars(state))
+    assert any("step 2" in record.getMessage() for record in caplog.records)
+    with pytest.raises(CheckpointError, match="has no step 2"):
+        checkpoints.restore(vars(state), step=2)
+    with pytest.raises(CheckpointError, match="nothing readable is left"):
+        Checkpoints(tmp_path).restore(vars(state), step=2)
+    checkpoints.save(2, vars(state), 2, meta())  # the damaged step can be written again
+    checkpoints.close()
+    assert Checkpoints(tmp_path).restore(vars(state))[1] == 2
+
+
+def test_other_shape_dtype_or_leaf_is_one_clear_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"trainable": {"a": jnp.zeros((4, 2)), "b": jnp.zeros(3)}}, 0, meta())
+    checkpoints.wait()
+    other = {"trainable": {"a": jnp.zeros((4, 3)), "b": jnp.zeros(3, jnp.bfloat16), "c": jnp.zeros(1)}}
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.restore(other)
+    message = str(error.value)
+    assert "trainable['a'] is float32[4,2] in the checkpoint, float32[4,3] here" in message
+    assert "trainable['b'] is float32[3] in the checkpoint, bfloat16[3] here" in message
+    assert "trainable['c'] is not in the checkpoint" in message
+    with pytest.raises(CheckpointError, match="part 'opt_state' is not in the checkpoint"):
+        checkpoints.restore({"opt_state": {"a": jnp.zeros(1)}})
+
+
+def test_check_compatible_names_every_differing_key_with_both_values():
+    saved = meta()
+    check_compatible(saved, meta())
+    other = meta(tokenizer={"sha256": "cc", "num_vokens": 8}, frozen={"vae": "bb", "unet": "dd"})
+    other["config"] = {**saved["config"], "model": {"mapper": {"name": "encoder_decoder", "d_model": 16},
+                                                    "remat": True}}  # fmt: skip
+    with pytest.raises(CheckpointError) as error:
+        check_compatible(saved, other)
+    message = str(error.value)
+    assert "config.model.mapper.d_model: checkpoint 8, this run 16" in message
+    assert "tokenizer.sha256: checkpoint 'aa', this run 'cc'" in message
+    assert "frozen.unet: checkpoint 'absent', this run 'dd'" in message
+    assert "remat" not in message and "num_vokens" not in message
+    check_compatible(saved, other, allow=("config.model.mapper", "tokenizer", "frozen.unet"))
+
+
+def test_other_optimizer_settings_do_not_count_as_another_model():
+    other = meta()
+    other["config"] = {**other["config"], "optimizer": {"lr_mapper": 5.0}}
+    check_compatible(meta(), other)
+
+
+def test_hash_changes_with_a_single_bit_and_with_the_name():
+    params = {"generator/vae/a": jnp.arange(4.0), "generator/unet/b": jnp.ones(2, jnp.bfloat16)}
+    hashes = hash_parameters(params)
+    assert hashes.keys() == {"generator/vae", "generator/unet"}
+    changed = hash_parameters({**params, "generator/vae/a": jnp.arange(4.0).at[3].add(1e-6)})
+    assert changed["generator/unet"] == hashes["generator/unet"]
+    assert changed["generator/vae"] != hashes["generator/vae"]
+    renamed = hash_parameters({"generator/vae/c": params["generator/vae/a"]})
+    assert renamed["generator/vae"] != hashes["generator/vae"]
