@@ -59,7 +59,7 @@ class Order:
         """``g -> place in the source``."""
         places = grain.MapDataset.range(self.length)
         if self.shuffle:
-            places = places.shuffle(seed=self.seed % 2**32)
+            places = places.shuffle(seed=self.seed)
         return places.repeat(self.num_epochs)
 
 
@@ -286,6 +286,8 @@ def make_loader(
         )
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index = {process_index} of {process_count} processes")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed must be in 0 ... {2**32 - 1}, got {seed}")
     if not len(source):
         raise DataError(f"no samples in {source.describe()}")
     encode_config.check(spec)

@@ -263,11 +263,19 @@ def test_long_captions_are_cut_and_counted(table, config):
         ({"global_batch": 4, "process_count": 2, "process_index": 2}, "process_index = 2 of 2"),
         ({"global_batch": 4, "error_budget": 1.5}, "fraction 0.0 ... 1.0, got 1.5"),
         ({"global_batch": 4, "error_budget": -1}, "got -1"),
+        ({"global_batch": 4, "seed": -1}, "seed must be in 0 ... 4294967295, got -1"),
     ],
 )
 def test_sizes_that_do_not_divide_are_errors_with_the_numbers(source, config, kwargs, message):
     with pytest.raises(DataError, match=message):
         make_loader(source, config, spec(4), **kwargs)
+
+
+def test_a_source_of_one_sample_fills_any_batch(table, config):
+    table.write_text("caption\timage_path\na dog\tval/0.png")
+    source = Cc3mSource(table, training=False)
+    batch = take(make_loader(source, config, spec(4), global_batch=4), 2)[1]
+    assert batch.item_mask.all() and batch.row_id.tolist() == [4, 5, 6, 7]
 
 
 def test_an_error_in_a_worker_is_the_same_error(source, config):

@@ -141,6 +141,8 @@ GOLDEN = {
     reason="set MINIGPT5_LLAMA_TOKENIZER=/path/to/stock/tokenizer.model to check the golden ids",
 )
 def test_stock_llama_golden_ids():
+    from minigpt5_jax.data.templates import expand
+
     stock = LlamaTokenizer(os.environ["MINIGPT5_LLAMA_TOKENIZER"])
     for text, ids in GOLDEN.items():
         assert stock.encode(text) == ids
@@ -149,3 +151,20 @@ def test_stock_llama_golden_ids():
     assert stock.encode("a <Img>")[-3:] == [529, 25518, 29958]
     assert stock.encode("a.<Img>")[-3:] == [19423, 25518, 29958]
     assert stock.encode("a<Img>")[-3:] == [29966, 25518, 29958]
+
+    caption = "burning candle on the background of the aquarium with small fish"
+    row = expand(stock, caption, voken_text(8) + " ###", image_tokens=32, max_length=64)
+    assert len(row.tokens) == 23 and row.voken_start == 14
+    story = (
+        "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images "
+        "once I provide it to you. Please understanding images and generate story."
+    )
+    ids = stock.encode(story)
+    assert (len(ids), ids[0], ids[-1]) == (37, 25538, 29889)
+    demo = story + (
+        "###Human:my sister arrived early to help me with the family bar bq.<Img><ImageHere></Img>"
+        "every one else arrived soon after.<Img><ImageHere>\n Tell me the next scene with image. "
+        "###Assistant:"
+    )
+    assert len(stock.encode(demo)) == 84
+    assert len(expand(stock, demo, "", image_tokens=32, max_length=512).tokens) == 147
