@@ -8,9 +8,9 @@ not in it: they are read from their source and compared by hash.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from absl import logging
 from minigpt5_jax.training.provenance import CheckpointError, Meta, plain
 
 META = "meta"
+Result = TypeVar("Result")
 
 
 class Checkpoints:
@@ -128,7 +129,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none.
         """
-        return self._read_meta(self._choose(step))["meta"]
+        return self._first_readable(step, lambda number: self._read_meta(number)["meta"])
 
     def restore(self, like: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], int, Meta]:
         """Read ``step``, or the newest one that can be read; an unreadable one is logged and passed over.
@@ -144,21 +145,13 @@ class Checkpoints:
         Raises:
           CheckpointError: no checkpoint, other leaves, shapes or dtypes, or nothing readable.
         """
-        self._choose(step)
-        failure: Exception | None = None
-        for number in self.steps[::-1] if step is None else [step]:
-            try:
-                saved = self._read_meta(number)
-                self._check_leaves(number, saved["leaves"], like)
-                return self._read(number, like), saved["data_state"], saved["meta"]
-            except CheckpointError:
-                raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                failure = error
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                logging.warning("step %d in %s cannot be read: %s", number, self.directory, reason)
-                self._unreadable.add(number)
-        raise CheckpointError(f"nothing readable is left in {self.directory}: {failure}") from failure
+
+        def read(number: int) -> tuple[dict[str, Any], int, Meta]:
+            saved = self._read_meta(number)
+            self._check_leaves(number, saved["leaves"], like)
+            return self._read(number, like), saved["data_state"], saved["meta"]
+
+        return self._first_readable(step, read)
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk."""
@@ -179,6 +172,22 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {steps}")
         return steps[-1] if step is None else step
+
+    def _first_readable(self, step: int | None, read: Callable[[int], Result]) -> Result:
+        """``read(step)``; without a step the newest that works, each damaged one logged."""
+        self._choose(step)
+        failure: Exception | None = None
+        for number in self.steps[::-1] if step is None else [step]:
+            try:
+                return read(number)
+            except CheckpointError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                failure = error
+                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+                logging.warning("step %d in %s cannot be read: %s", number, self.directory, reason)
+                self._unreadable.add(number)
+        raise CheckpointError(f"nothing readable is left in {self.directory}: {failure}") from failure
 
     def _read_meta(self, step: int) -> Meta:
         restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))

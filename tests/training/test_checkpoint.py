@@ -176,6 +176,15 @@ def test_half_written_and_damaged_steps_are_passed_over(tmp_path, caplog):
     assert Checkpoints(tmp_path).restore(vars(state))[1] == 2
 
 
+def test_damaged_description_is_passed_over_too(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": jnp.asarray(step)}, step, meta(stage=step))
+    checkpoints.close()
+    (tmp_path / "00000002" / "meta" / "metadata").write_text('{"data_state"')
+    assert Checkpoints(tmp_path).meta()["stage"] == 1
+
+
 def test_other_shape_dtype_or_leaf_is_one_clear_error(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"trainable": {"a": jnp.zeros((4, 2)), "b": jnp.zeros(3)}}, 0, meta())
