@@ -1,0 +1,92 @@
+"""The oracle: reads background and every object back from pixels.
+
+Each place is compared with all its possible contents on each background; the background with the
+least summed error wins, then each place takes its nearest content.  ``python -m
+minigpt5_jax.shapes.oracle`` prints how far its verdict can be trusted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Num, UInt8
+
+from minigpt5_jax.shapes.render import CELL, IMAGE_SIZE, cells, object_of, render
+from minigpt5_jax.shapes.world import ATTRIBUTES, BACKGROUNDS, Scene, draw_scene
+
+
+@functools.cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    flat = cells().astype(np.float32).reshape(-1, CELL * CELL * 3) / 127.5 - 1.0
+    return flat, np.square(flat).sum(1)
+
+
+def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
+    """Scene in each picture, u8 or float in 0 ... 255."""
+    count = len(pictures)
+    parts = pictures.astype(np.float32).reshape(count, 2, CELL, 2, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    parts = parts.reshape(count * 4, -1) / 127.5 - 1.0
+    templates, norms = _templates()
+    # |part - template|^2 without |part|^2, which is the same for all templates
+    error = (norms - 2.0 * parts @ templates.T).reshape(count, 4, -1, len(BACKGROUNDS))
+    backgrounds = error.min(2).sum(1).argmin(-1)
+    contents = error[np.arange(count), :, :, backgrounds].argmin(-1)
+    scenes = []
+    for background, row in zip(backgrounds, contents, strict=True):
+        found = (object_of(int(index), place) for place, index in enumerate(row))
+        scenes.append(Scene(int(background), tuple(item for item in found if item is not None)))
+    return scenes
+
+
+def score(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of pictures in which everything is right (``all``), the background, and each attribute.
+
+    ``all`` wants every place right, empty ones included.  An attribute counts as right where the
+    picture's objects have the scene's values of it, place by place (or, for ``place``, where the same
+    places are filled).
+    """
+    if len(pictures) != len(scenes) or not len(scenes):
+        raise ValueError(f"{len(pictures)} pictures and {len(scenes)} scenes")
+    rows = [_compare(got, want) for got, want in zip(read(pictures), scenes, strict=True)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def right(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> np.ndarray:
+    """bool[n]: everything right."""
+    return np.array([got == want for got, want in zip(read(pictures), scenes, strict=True)])
+
+
+def _compare(got: Scene, want: Scene) -> dict[str, bool]:
+    result = {"all": got == want, "background": got.background == want.background}
+    for name in ATTRIBUTES:
+        result[name] = [getattr(o, name) for o in got.objects] == [getattr(o, name) for o in want.objects]
+    return result
+
+
+def _box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
+    for axis in (1, 2):
+        shifted = [np.roll(pictures, k, axis) for k in range(-(width // 2), width // 2 + 1)]
+        pictures = np.mean(shifted, axis=0)
+    return pictures
+
+
+def trust(count: int = 500, seed: int = 0) -> dict[str, float]:
+    """Share of one-object scenes read back wholly right after the pictures were spoilt."""
+    random = np.random.default_rng(seed)
+    scenes = [draw_scene(random, held_out=bool(i % 2)) for i in range(count)]
+    clean = render(scenes).astype(np.float32)
+    spoilt = {"clean": clean}
+    for sd in (0.2, 0.4, 0.8):
+        spoilt[f"white noise, sd {sd} of -1..1"] = clean + 127.5 * sd * random.standard_normal(clean.shape)
+    for width in (3, 5):
+        spoilt[f"box blur of {width} pixels"] = _box_blur(clean, width)
+    half = clean.reshape(count, IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((2, 4))
+    spoilt["half resolution"] = half.repeat(2, 1).repeat(2, 2)
+    return {name: float(right(pictures, scenes).mean()) for name, pictures in spoilt.items()}
+
+
+if __name__ == "__main__":
+    for name, share in trust().items():
+        print(f"{share:6.3f}  {name}")

@@ -1,0 +1,101 @@
+"""The small world's VAE: 64x64 pictures to 8x8x4 latents, from nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.vae import AutoencoderKL, VaeConfig, sample_posterior
+from minigpt5_jax.shapes.fit import fit
+from minigpt5_jax.shapes.oracle import right
+from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, render, render_cells
+from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, kinds
+
+CONFIG = VaeConfig.from_hf(
+    {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "norm_num_groups": 8,
+        "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1, "sample_size": IMAGE_SIZE,
+        "scaling_factor": 1.0, "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+)  # fmt: skip
+FILLED = 0.7  # share of places with an object; a full picture teaches more per step than a sparse one
+KL_WEIGHT = 3e-5
+OBJECT_WEIGHT = 3.0
+
+
+def train_contents() -> np.ndarray:
+    """Cell indices of every object of the training split."""
+    return np.array([cell_index(Object(s, c, z, t, 0)) for s, c, t in kinds(False) for z in range(2)])
+
+
+def batches(size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pictures u8[n 64 64 3] with each place filled at random, and weights f32[n 64 64 1]."""
+    random, contents = np.random.default_rng(seed), train_contents()
+    while True:
+        chosen = contents[random.integers(len(contents), size=(size, 4))]
+        chosen = np.where(random.random((size, 4)) < FILLED, chosen, 0)
+        background = random.integers(len(BACKGROUNDS), size=size)
+        pictures = render_cells(chosen, background)
+        empty = render_cells(np.zeros_like(chosen), background)
+        weight = 1.0 + (OBJECT_WEIGHT - 1.0) * (pictures != empty).any(-1, keepdims=True)
+        yield pictures, weight.astype(np.float32)
+
+
+def train(steps: int, seed: int, size: int = 8) -> tuple[Params, VaeConfig, float]:
+    """(parameters, configuration with its scaling factor, seconds)."""
+    template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
+
+    def loss(params, batch, key):
+        pictures, weight = batch
+        pixels = pictures.astype(jnp.float32) / 127.5 - 1.0
+        model = template.bind(params)
+        moments = model.encode(pixels)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        latents = sample_posterior(moments, jax.random.normal(key, mean.shape))
+        error = weight * (jnp.abs(model.decode(latents) - pixels))
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
+        return error.mean() + KL_WEIGHT * kl, {"l1": error.mean(), "kl": kl}
+
+    params = template.init(jax.random.key(seed))
+    params, seconds = fit(
+        loss, params, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae"
+    )
+    scenes = [scene for scene in all_scenes(False)][::5]
+    mean, _ = np.split(encode(template, params, render(scenes)), 2, axis=-1)
+    config = dataclasses.replace(CONFIG, scaling_factor=round(float(1.0 / mean.std()), 5))
+    return params, config, seconds
+
+
+def encode(template: Template, params: Params, pictures: np.ndarray, size: int = 64) -> np.ndarray:
+    """Moments of pictures u8[n 64 64 3], f32[n 8 8 8]."""
+    run = jax.jit(lambda p, x: template.bind(p).encode(x.astype(jnp.float32) / 127.5 - 1.0))
+    return np.concatenate([np.asarray(run(params, pictures[i : i + size])) for i in range(0, len(pictures), size)])
+
+
+def reconstruct(template: Template, params: Params, pictures: np.ndarray, noise: float, seed: int = 0) -> np.ndarray:
+    """Pictures through the VAE, latents disturbed by ``noise`` standard deviations of themselves."""
+    run = jax.jit(lambda p, z: template.bind(p).decode(z))
+    mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
+    random = np.random.default_rng(seed)
+    latents = mean + noise * mean.std() * random.standard_normal(mean.shape).astype(np.float32)
+    pixels = np.concatenate([np.asarray(run(params, latents[i : i + 64])) for i in range(0, len(latents), 64)])
+    return np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def measure(params: Params) -> dict[str, float]:
+    """Share of held-out scenes the oracle reads rightly after the VAE."""
+    template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
+    scenes = list(all_scenes(True))
+    pictures = render(scenes)
+    return {
+        f"all right, latent noise {noise}": float(
+            right(reconstruct(template, params, pictures, noise), scenes).mean()
+        )
+        for noise in (0.0, 0.1, 0.25)
+    }
