@@ -72,6 +72,8 @@ class EncodeConfig:
       pad_input_square: white square around input pictures too (quirk Q30; the demo did).
       truncation: ``left_history`` or ``right`` (quirk Q23).
       mask_all_inner_vokens: see :func:`~minigpt5_jax.data.templates.label_ids` (quirk Q1).
+      strict_image_count: a sample with more pictures than placeholders is unusable; else the surplus is
+        ignored, as the original did (quirk Q31).  Fewer pictures than placeholders never pass.
     """
 
     tokenizer: LlamaTokenizer
@@ -80,6 +82,7 @@ class EncodeConfig:
     pad_input_square: bool = False
     truncation: str = "left_history"
     mask_all_inner_vokens: bool = False
+    strict_image_count: bool = True
 
     def __post_init__(self):
         if self.flip_mode not in FLIP_MODES:
@@ -117,9 +120,9 @@ def encode(example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[i
     Raises:
       SampleError: a picture cannot be read, or placeholders and pictures differ in number (quirk Q31).
     """
-    placeholders = example.source.count(IMAGE_TOKEN)
-    if placeholders != len(example.images):
-        counts = f"{placeholders} picture placeholders and {len(example.images)} pictures"
+    placeholders, pictures = example.source.count(IMAGE_TOKEN), len(example.images)
+    if placeholders > pictures or (config.strict_image_count and placeholders < pictures):
+        counts = f"{placeholders} picture placeholders and {pictures} pictures"
         raise SampleError(example.where, f"{example.item_id} has {counts}")
     text = expand(
         config.tokenizer,

@@ -217,6 +217,8 @@ class Loader:
         return batch
 
     def _count(self, report: Report) -> None:
+        if report.truncated and not self.truncated:
+            logger.warning("samples are longer than a row of the batch and are cut to fit; counting them")
         self.truncated += report.truncated
         for skip in report.skips:
             if skip.index not in self._skips:

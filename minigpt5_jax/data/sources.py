@@ -120,14 +120,15 @@ class Cc3mSource:
     """Pairs of caption and picture from a tab-separated table (reference 5.2).
 
     The table has a header naming at least ``caption`` and ``image_path``; other columns are ignored.
-    The source of sample ``cc3m_i`` is its cleaned caption and its target the vokens.  In training every
-    hundredth row gives a second sample, ``cc3m_i_instruction``, with a system prompt and one of seven
+    The source of sample ``cc3m_i`` is its cleaned caption and its target the vokens.  In training, rows
+    0, 100, 200, ... give a second sample, ``cc3m_i_instruction``, with a system prompt and one of seven
     wordings.
 
     Args:
       tsv: the table.
       image_root: folder that ``image_path`` is relative to; default: the table's folder.
       training: with instruction samples.
+      instruction_every: rows from one instruction sample to the next; 0 for none.
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wording.
       resample_prompts: draw the wording anew each epoch; False keeps the first draw (quirk Q24).
@@ -137,14 +138,13 @@ class Cc3mSource:
       DataError: the table or the folder is missing, not UTF-8, empty, or lacks a column.
     """
 
-    INSTRUCTION_EVERY = 100
-
     def __init__(
         self,
         tsv: str | Path,
         image_root: str | Path | None = None,
         *,
         training: bool = True,
+        instruction_every: int = 100,
         prompt_set: str = "head",
         seed: int = 0,
         resample_prompts: bool = True,
@@ -169,12 +169,14 @@ class Cc3mSource:
         self._rows = len(self._lines) - 1
         if not self._rows:
             raise DataError(f"{self._lines.path} has a header and no rows")
-        self._training, self._prompt_set, self._seed = training, prompt_set, seed
+        if instruction_every < 0:
+            raise DataError(f"instruction_every must not be negative, got {instruction_every}")
+        self._training, self._every = training, instruction_every if training else 0
+        self._prompt_set, self._seed = prompt_set, seed
         self._resample, self._num_vokens = resample_prompts, num_vokens
 
     def __len__(self) -> int:
-        extra = -(-self._rows // self.INSTRUCTION_EVERY) if self._training else 0
-        return self._rows + extra
+        return self._rows + (-(-self._rows // self._every) if self._every else 0)
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
@@ -183,10 +185,10 @@ class Cc3mSource:
         """Row of a sample and whether it is the instruction sample that follows the row's plain one."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        if not self._training:
+        if not self._every:
             return index, False
-        block, place = divmod(index, self.INSTRUCTION_EVERY + 1)
-        return block * self.INSTRUCTION_EVERY + max(0, place - 1), place == 1
+        block, place = divmod(index, self._every + 1)
+        return block * self._every + max(0, place - 1), place == 1
 
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index``; SampleError for a row with too few columns or an empty caption."""
@@ -220,7 +222,7 @@ class Cc3mSource:
 
     def fingerprint(self) -> str:
         """Hash of the table and of everything that changes the samples made of it."""
-        settings = (self._training, self._prompt_set, self._seed, self._resample, self._num_vokens)
+        settings = (self._every, self._prompt_set, self._seed, self._resample, self._num_vokens)
         return hashlib.sha256(f"cc3m {self._lines.sha256} {settings}".encode()).hexdigest()
 
     def describe(self) -> str:

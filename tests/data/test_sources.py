@@ -83,6 +83,17 @@ def test_cc3m_every_hundredth_row_gives_a_second_sample(tmp_path):
     assert [i for i in ids if "instruction" not in i] == [f"cc3m_{r}" for r in range(201)]
 
 
+@pytest.mark.parametrize("every, extra", [(0, 0), (1, 7), (3, 3), (7, 1)])
+def test_cc3m_instruction_rate_is_a_setting(tmp_path, every, extra):
+    source = Cc3mSource(write_tsv(tmp_path, captions(7)), instruction_every=every)
+    ids = [source[i].item_id for i in range(len(source))]
+    assert len(set(ids)) == len(ids) == 7 + extra
+    assert [i for i in ids if "instruction" not in i] == [f"cc3m_{r}" for r in range(7)]
+    assert sum("instruction" in i for i in ids) == extra
+    with pytest.raises(DataError, match="got -1"):
+        Cc3mSource(write_tsv(tmp_path, captions(7)), instruction_every=-1)
+
+
 def test_cc3m_wording_is_drawn_by_seed_row_and_epoch(tmp_path):
     path = write_tsv(tmp_path, captions(4000))
     words = lambda source, epoch: [source.example(101 * k + 1, epoch).source for k in range(40)]  # noqa: E731
