@@ -1,0 +1,74 @@
+"""Several processes: joining them, and which of them speaks and writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import jax
+from absl import logging
+
+COORDINATOR, COUNT, NUMBER = "COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"
+
+
+class DistributedError(RuntimeError):
+    """The processes of a run cannot be joined; the message says what is missing."""
+
+
+def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300) -> bool:
+    """Join the processes of a run if the environment asks for several; call before any other JAX call.
+
+    Either all of ``COORDINATOR_ADDRESS`` (host:port), ``NUM_PROCESSES`` and ``PROCESS_ID`` are set, or
+    a scheduler JAX knows has started more than one process; anything else is a single process.
+
+    Returns:
+      Whether processes were joined.
+
+    Raises:
+      DistributedError: some of the three are missing or no numbers, or the coordinator does not answer.
+    """
+    arguments = _explicit(environ)
+    if arguments is None and not _scheduled(environ):
+        return False
+    try:
+        jax.distributed.initialize(**(arguments or {}), initialization_timeout=timeout_s)
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"cannot join the processes of this run ({error}); check that {COORDINATOR} is reachable from "
+            "every host and that as many processes as announced were started"
+        ) from error
+    logging.info("process %d of %d, %d of %d devices", jax.process_index(), jax.process_count(),
+                 jax.local_device_count(), jax.device_count())  # fmt: skip
+    return True
+
+
+def main_process() -> bool:
+    """Whether this process writes metrics, pictures and messages."""
+    return jax.process_index() == 0
+
+
+def _explicit(environ: Mapping[str, str]) -> dict[str, object] | None:
+    """Arguments from the three variables, or None where none of them is set."""
+    given = {name: environ.get(name, "") for name in (COORDINATOR, COUNT, NUMBER)}
+    if not any(given.values()):
+        return None
+    if missing := [name for name, value in given.items() if not value]:
+        raise DistributedError(
+            f"{', '.join(missing)} not set, but {COORDINATOR}, {COUNT}, {NUMBER} go together"
+        )
+    if not (given[COUNT].isdigit() and given[NUMBER].isdigit() and int(given[NUMBER]) < int(given[COUNT])):
+        raise DistributedError(
+            f"{NUMBER}={given[NUMBER]!r} must be a number from 0 to {COUNT} - 1, {COUNT}={given[COUNT]!r}"
+        )
+    return {
+        "coordinator_address": given[COORDINATOR],
+        "num_processes": int(given[COUNT]),
+        "process_id": int(given[NUMBER]),
+    }
+
+
+def _scheduled(environ: Mapping[str, str]) -> bool:
+    """Whether a scheduler that JAX can ask started several processes (inside ``srun``, ``mpirun``, a pod)."""
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
+    counts = [environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    return max(hosts, *map(int, counts)) > 1
