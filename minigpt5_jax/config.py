@@ -124,11 +124,12 @@ def describe(config: ConfigDict | None = None) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def value_at(config: Mapping[str, Any], path: str) -> Any:
+def value_at(config: ConfigDict, path: str) -> Any:
     """The value at a dotted path."""
+    value: Any = config
     for name in path.split("."):
-        config = config[name]
-    return config
+        value = value[name]
+    return value
 
 
 def validate(config: ConfigDict) -> ConfigDict:

@@ -29,8 +29,8 @@ class Key:
     default: Any
     why: str
     choices: tuple[Any, ...] = ()
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
     kind: type | None = None
 
     def initial(self) -> Any:

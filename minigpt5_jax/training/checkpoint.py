@@ -84,8 +84,8 @@ class Checkpoints:
         data_state: int,
         meta: Mapping[str, Any],
         *,
-        metrics: Mapping[str, float] | None = None,
-        losses: Mapping[str, float] | None = None,
+        metrics: Mapping[str, int | float] | None = None,
+        losses: Mapping[str, int | float] | None = None,
     ) -> None:
         """Begin to save; returns when the state may be donated, before it is on disk.
 

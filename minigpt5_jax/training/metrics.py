@@ -106,7 +106,7 @@ class Metrics:
             self._window, self._seconds = [], 0.0
         return values
 
-    def write(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+    def write(self, step: int, values: Mapping[str, int | float], prefix: str = "") -> None:
         """One line of ``metrics.jsonl`` and TensorBoard scalars, now; names get ``prefix``."""
         if self._writer is not None:
             self._writer.scalars(step, {prefix + name: float(value) for name, value in values.items()})
@@ -172,7 +172,7 @@ class _Writer:
         self._tensorboard: Any = None
         self._asked = False
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
         # A value that is not finite was not counted in this step; JSON has no NaN.
         kept = {name: value for name, value in values.items() if math.isfinite(value)}
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **kept}) + "\n")

@@ -1,0 +1,100 @@
+"""What the commands that take ``--config`` share: flags, overrides, and errors a user can read.
+
+    python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a \
+        --config.optimizer.lr_mapper=1e-4
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from minigpt5_jax.config import ConfigError, describe, get_config, validate
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Run file, FILE.py or FILE.py:variant.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: metrics, pictures, checkpoints.")
+HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
+LIST_KEYS = "--help_config lists every key"
+
+
+def run(main: Callable[[ConfigDict], Any], *, errors: Sequence[type[Exception]] = ()) -> None:
+    """``main(config)`` with the configuration of the command line, validated.
+
+    An exception of ``errors``, or one that says what is wrong with the configuration, ends the program
+    with its message and status 1; any other keeps its traceback.
+    """
+
+    def guarded(_: Sequence[str]) -> None:
+        try:
+            config = load()
+            if HELP_CONFIG.value:
+                print(describe(config))
+                return
+            main(config)
+        except (ConfigError, *errors) as error:
+            fail(str(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(message: str) -> None:
+    """Print what is wrong and end the program."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """absl's flags, with configuration errors in a line or two instead of a traceback.
+
+    Raises:
+      SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded.
+    """
+    try:
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            fail(f"unexpected arguments: {' '.join(rest[1:])}")
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(f"{_explain(error)}\n{LIST_KEYS}")
+        raise
+
+
+def load() -> ConfigDict:
+    """The configuration of the parsed flags, ``run.workdir`` set from ``--workdir``.
+
+    Raises:
+      ConfigError: no run file, one that cannot be loaded, or values that do not pass :func:`validate`.
+    """
+    try:
+        config = CONFIG.value
+        given = config is not None and bool(config.keys())
+    except OSError as error:  # kept back by ml_collections until the value is wanted
+        raise ConfigError(_explain(error)) from None
+    if not given:
+        if HELP_CONFIG.value:
+            return get_config()
+        raise ConfigError("give a run file, for example --config configs/shapes_stage1.py")
+    if WORKDIR.value is not None:
+        config.run.workdir = WORKDIR.value
+    return validate(config)
+
+
+def _explain(error: Exception) -> str:
+    """What ml_collections means, without the quotes and tracebacks it wraps around it."""
+    message = str(error)
+    if isinstance(error, AttributeError | KeyError):
+        name, hint = re.search(r"(\w+)", message), re.search(r"Did you mean .*\?", message)
+        return (
+            f"unknown configuration key {name[1] if name else message!r}. {hint[0] if hint else ''}".strip()
+        )
+    if missing := re.search(r"No such file or directory: (.+)", message):
+        return f"run file not found: {missing[1]}"
+    if "Traceback" in message:  # the run file raised; the last line says what
+        last = [line for line in message.splitlines() if line.strip()][-1].strip()
+        return last.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
+    return message
