@@ -2,9 +2,9 @@
 
     python -m minigpt5_jax.train --config configs/stage1.py --workdir runs/stage1 \
         --config.data.train=CC3M/train.tsv --config.data.validation=CC3M/cc3m_val.tsv \
-        --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.pth \
-        --config.weights.qformer=blip2_pretrained_flant5xxl.pth \
-        --config.weights.llama_proj=pretrained_minigpt4_7b.pth \
+        --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.safetensors \
+        --config.weights.qformer=qformer.safetensors \
+        --config.weights.llama_proj=llama_proj.safetensors \
         --config.weights.stable_diffusion=stable-diffusion-2-1-base
 
 Trainable: 122,973,184 parameters (18 voken rows, mapper, its MLP and queries); `--dry_run` prints the

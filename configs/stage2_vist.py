@@ -3,9 +3,9 @@
     python -m minigpt5_jax.train --config configs/stage2_vist.py --workdir runs/stage2_vist \
         --config.run.init_from=runs/stage1/checkpoints \
         --config.data.train=train.jsonl --config.data.validation=val.jsonl \
-        --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.pth \
-        --config.weights.qformer=blip2_pretrained_flant5xxl.pth \
-        --config.weights.llama_proj=pretrained_minigpt4_7b.pth \
+        --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.safetensors \
+        --config.weights.qformer=qformer.safetensors \
+        --config.weights.llama_proj=llama_proj.safetensors \
         --config.weights.stable_diffusion=stable-diffusion-2-1-base
 
 Data: each story as JSONL (README, "Your own data").

@@ -60,7 +60,9 @@ KEYS: dict[str, Key] = {
     "run.grid_pictures": Key(8, "held-out captions in a grid", low=1),
     "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
     "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
-    "run.best_metric": Key("loss", "validation metric that decides the best, lowest wins; loss is the weighted sum"),
+    "run.best_metric": Key(
+        "loss", "validation metric that decides the best, lowest wins; loss is the weighted sum"
+    ),
     "run.init_from": unset(str, "checkpoint folder whose trained parameters this run starts from (stage 2)"),
     "run.resume": Key(True, "continue from the newest checkpoint in the workdir, if there is one"),
     "run.compile_cache": Key(
@@ -187,9 +189,9 @@ KEYS: dict[str, Key] = {
     # '' is "not given"; 'shapes' is the packaged small world.
     "weights.llm": Key("", f"{PATH}: LLaMA in Hugging Face layout (Vicuna-7B)"),
     "weights.tokenizer": Key("", "tokenizer.model; '': beside weights.llm"),
-    "weights.vit": Key("", f"{PATH}: eva_vit_g.pth"),
-    "weights.qformer": Key("", f"{PATH}: blip2_pretrained_flant5xxl.pth (also ln_vision)"),
-    "weights.llama_proj": Key("", f"{PATH}: MiniGPT-4's projection, pretrained_minigpt4_7b.pth"),
+    "weights.vit": Key("", f"{PATH}: EVA ViT-g, safetensors"),
+    "weights.qformer": Key("", f"{PATH}: BLIP-2's Q-Former and ln_vision, safetensors"),
+    "weights.llama_proj": Key("", f"{PATH}: MiniGPT-4's projection, safetensors"),
     "weights.stable_diffusion": Key("", "diffusers folder; the next five default to its sub-folders"),
     "weights.unet": Key("", f"{PATH}; '': unet/ of weights.stable_diffusion"),
     "weights.vae": Key("", f"{PATH}; '': vae/ of weights.stable_diffusion"),
