@@ -58,6 +58,29 @@ def param(
     return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=tuple(axes))
 
 
+class _CountedStream(nnx.RngStream):
+    """The keys of ``nnx.RngStream``, counted by a Python integer.
+
+    nnx counts in an array.  While tracing, every update of that tracer searches the jaxpr so far,
+    which makes building a tower quadratic in its parameters (seconds for the UNet's 686).
+    """
+
+    def __init__(self, key: jax.Array):
+        super().__init__(key, tag="params")
+        self.draws = 0
+
+    def __call__(self) -> jax.Array:
+        self.draws += 1
+        return jax.random.fold_in(self.key[...], self.draws - 1)
+
+
+def constructor_rngs(key: jax.Array) -> nnx.Rngs:
+    """``nnx.Rngs(params=key)``, same draws, fast to trace; good for building modules only."""
+    rngs = nnx.Rngs(params=key)
+    rngs.params = _CountedStream(key)
+    return rngs
+
+
 class Linear(nnx.Module):
     """``x @ kernel + bias`` computed in ``dtype``; kernel ``[in_features, out_features]``."""
 
@@ -259,9 +282,9 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rn
     The result is an ordinary module whose leaves carry a leading ``layers`` axis; run it with
     :func:`scan_layers`.  One traced block instead of ``count`` keeps compile time flat in depth.
     """
-    graphdef = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: make_block(constructor_rngs(jax.random.key(0)))))[0]
     keys = jax.random.split(rngs.params(), count)
-    state = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys)
+    state = jax.vmap(lambda key: nnx.state(make_block(constructor_rngs(key))))(keys)
     block = nnx.merge(graphdef, state)
     for _, variable in nnx.to_flat_state(nnx.state(block)):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
@@ -316,7 +339,7 @@ class Template:
     @classmethod
     def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Template:
         """Build the template of ``make(rngs)`` abstractly (nothing is allocated)."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(constructor_rngs(jax.random.key(0)))))
         flat = nnx.to_flat_state(state)
         names = {path: "/".join(map(str, path)) for path, _ in flat}
         shapes = {names[p]: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in flat}
@@ -325,7 +348,14 @@ class Template:
 
     def init(self, key: jax.Array) -> Params:
         """Random parameters, initialised in one compiled call."""
-        return jax.jit(lambda k: to_flat(self.make(nnx.Rngs(params=k))))(key)
+
+        def init(key):
+            return to_flat(self.make(constructor_rngs(key)))
+
+        if isinstance(key, jax.core.Tracer):  # inside the caller's jit, whose options then hold
+            return init(key)
+        # It runs once, so compiling is all it costs: unoptimised code is ready four times sooner.
+        return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})(key)
 
     def bind(self, params: Mapping[str, Any]) -> nnx.Module:
         """The callable module over ``params``; cheap while tracing, KeyError on a missing path."""
