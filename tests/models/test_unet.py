@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import diffusers
@@ -44,6 +45,10 @@ def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in model.state_dict().items()}
 
 
+# Compiling is most of the time here: unoptimised code is as exact and ready sooner.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def template_of(config: UNetConfig, **kwargs) -> Template:
     return Template.of(lambda rngs: UNet2DConditionModel(config, rngs=rngs, **kwargs))
 
@@ -63,9 +68,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(
-    "config, remat", [(SMALL, False), (SMALL, True), (ODD, False)], ids=["small", "small remat", "odd"]
-)
+@pytest.mark.parametrize("config, remat", [(SMALL, True), (ODD, False)], ids=["small remat", "odd"])
 def test_forward_and_input_gradients_match_diffusers(config, remat):
     reference = diffusers_unet(config)
     template = template_of(UNetConfig.from_hf(config), remat=remat)
@@ -78,7 +81,7 @@ def test_forward_and_input_gradients_match_diffusers(config, remat):
     weight = torch.randn_like(theirs)
     (theirs * weight).sum().backward()
 
-    @jax.jit
+    @compiled
     def ours_of(latents, context, weight):
         model = template.bind(params)
         steps = jnp.asarray(timesteps.numpy(), jnp.int32)
@@ -100,7 +103,7 @@ def test_oracle_prediction_and_tensor_count(oracle_weights, oracle_cases, oracle
     template = template_of(UNetConfig.from_hf(oracle_configs["unet"]))
     params = load(template, source)
     case = {k.removeprefix("s1/a/"): v for k, v in oracle_cases.items() if k.startswith("s1/a/")}
-    ours = jax.jit(lambda *inputs: template.bind(params)(*inputs))(
+    ours = compiled(template.bind(params))(
         jnp.asarray(channels_last(case["mid/unet_in"])),
         jnp.asarray(case["rng/timesteps"], jnp.int32),
         jnp.asarray(case["mid/mapper_out"]),
@@ -138,7 +141,7 @@ def test_bf16_compute_returns_float32_close_to_float32_compute():
     params = load(template_of(config), numpy_state(diffusers_unet(SMALL)))
     latents, context = jax.random.normal(jax.random.key(1), (1, 4, 4, 4)), jnp.ones((1, 3, 12))
     exact, rounded = (
-        jax.jit(template_of(config, dtype=dtype).bind(params))(latents, jnp.array([500]), context)
+        compiled(template_of(config, dtype=dtype).bind(params))(latents, jnp.array([500]), context)
         for dtype in (jnp.float32, jnp.bfloat16)
     )
     assert rounded.dtype == jnp.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -42,6 +43,10 @@ def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {k: v.numpy() for k, v in model.state_dict().items()}
 
 
+# Compiling is most of the time here: unoptimised code is as exact and ready sooner.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def template_of(config: VaeConfig, **kwargs) -> Template:
     return Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs, **kwargs))
 
@@ -61,8 +66,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=["2 levels", "4 levels"])
+@pytest.mark.parametrize("config, remat", [(CONFIGS[0], True), (CONFIGS[1], False)], ids=["2 remat", "4"])
 def test_forward_and_input_gradient_match_diffusers(config, remat):
     reference = diffusers_vae(config)
     template = template_of(VaeConfig.from_hf(config), remat=remat)
@@ -75,7 +79,7 @@ def test_forward_and_input_gradient_match_diffusers(config, remat):
         weight = torch.randn_like(theirs)
         (theirs * weight).sum().backward()
 
-        @jax.jit
+        @compiled
         def ours_of(x, weight, name=name):
             out, vjp = jax.vjp(getattr(template.bind(params), name), x)
             return out, vjp(weight)[0]
@@ -91,14 +95,14 @@ def test_oracle_moments(oracle_weights, oracle_cases, oracle_configs):
     vae = template.bind(load(template, source))
     pixels = oracle_cases["s1/a/in/output_image"].transpose(0, 2, 3, 1)
     moments = oracle_cases["s1/a/mid/vae_moments"].transpose(0, 2, 3, 1)
-    assert_close(vae.encode(jnp.asarray(pixels)), moments, 1e-5)
+    assert_close(compiled(vae.encode)(jnp.asarray(pixels)), moments, 1e-5)
 
 
 def test_log_variance_is_clamped_and_the_sample_follows_it():
     template = template_of(VaeConfig.from_hf(CONFIGS[0]))
     params = template.init(jax.random.key(0))
     params["quant_conv/bias"] = jnp.array([0, 0, 0, 0, 100, -100, 0, 0], jnp.float32)
-    moments = template.bind(params).encode(jnp.zeros((1, 4, 4, 3)))
+    moments = compiled(template.bind(params).encode)(jnp.zeros((1, 4, 4, 3)))
     logvar = np.asarray(moments[..., 4:])
     assert (logvar[..., 0] == 20).all() and (logvar[..., 1] == -30).all()
 
@@ -111,8 +115,10 @@ def test_bf16_compute_returns_float32_close_to_float32_compute():
     config = VaeConfig.from_hf(CONFIGS[0])
     params = template_of(config).init(jax.random.key(0))
     pixels = jax.random.uniform(jax.random.key(1), (1, 8, 8, 3), minval=-1, maxval=1)
-    exact = template_of(config).bind(params).encode(pixels)
-    rounded = template_of(config, dtype=jnp.bfloat16).bind(params).encode(pixels)
+    exact, rounded = (
+        compiled(template_of(config, dtype=dtype).bind(params).encode)(pixels)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert rounded.dtype == jnp.float32
     assert 0 < np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
 
