@@ -121,6 +121,17 @@ def test_oracle_prediction_and_tensor_count(oracle_weights, oracle_cases, oracle
         load(template, source)
 
 
+def test_remat_covers_every_resnet_and_transformer():
+    def checkpoints(remat: bool) -> int:
+        unet = template_of(UNetConfig.from_hf(SMALL), remat=remat)
+        inputs = jnp.zeros((1, 4, 4, 4)), jnp.zeros(1, int), jnp.zeros((1, 3, 12))
+        jaxpr = jax.make_jaxpr(lambda params: unet.bind(params)(*inputs))(unet.shapes)
+        return sum("remat" in equation.primitive.name for equation in jaxpr.eqns)
+
+    resnets, transformers = 2 + 2 + 4, 1 + 1 + 2  # of the down, mid and up blocks
+    assert (checkpoints(False), checkpoints(True)) == (0, resnets + transformers)
+
+
 def test_full_size_parameter_count():
     shapes = template_of(SD21_UNET).shapes
     assert sum(math.prod(shape.shape) for shape in shapes.values()) == 865_910_724
