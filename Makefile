@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without --no-compile pip byte-compiles all of TensorFlow; Python does that for what is imported.
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 PYTEST := nice -n 5 $(BIN)/python -m pytest -q
 
 .PHONY: demo test test-slow lint clean
