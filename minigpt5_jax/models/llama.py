@@ -1,0 +1,389 @@
+"""LLaMA with voken rows kept apart and LoRA declared at construction (reference sections 1.5, 2.1, 4.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from minigpt5_jax.models.common import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RMSNorm,
+    attention,
+    normal,
+    param,
+    scan_layers,
+    split_heads,
+    stack,
+    uniform_fan_in,
+    zeros,
+)
+
+_IMPLEMENTED = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "pretraining_tp": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Hugging Face ``LlamaConfig`` fields; defaults are LLaMA-7B's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"LLaMA hidden_size={self.hidden_size} does not divide by "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.key_value_heads:
+            raise ValueError(
+                f"LLaMA num_attention_heads={self.num_attention_heads} does not divide by "
+                f"num_key_value_heads={self.key_value_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values (fewer than the queries' under grouped-query attention)."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """From a ``config.json``.
+
+        Raises:
+          ValueError: naming the field whose value is not implemented.
+        """
+        for field, value in _IMPLEMENTED.items():
+            if config.get(field, value) != value:
+                raise ValueError(f"LLaMA {field}={config[field]!r} is not implemented (only {value!r})")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {name: value for name, value in config.items() if name in known}
+        rope = config.get("rope_parameters") or {}  # the spelling of transformers 5
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"LLaMA rope_type={rope['rope_type']!r} is not implemented (only 'default')")
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        made = cls(**values)
+        if config.get("head_dim") not in (None, made.head_dim):
+            raise ValueError(f"LLaMA head_dim={config['head_dim']} is not hidden_size / num_attention_heads")
+        return made
+
+
+VICUNA_7B = LlamaConfig()
+"""Vicuna-7B v0: 6,738,415,616 parameters without new rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's ``LoraConfig`` fields (reference 4.3): ``W + lora_alpha / r * B A``, dropout on A's input."""
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank update."""
+        return self.lora_alpha / self.r
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of every layer.
+
+    Attributes:
+      keys, values: [layers b s kv_heads head_dim].
+      lengths: i32[b], entries filled in each row; rows grow independently.
+    """
+
+    keys: Any
+    values: Any
+    lengths: Any
+
+
+class LoraLinear(Linear):
+    """A frozen dense layer without bias plus a trainable low-rank update in fp32."""
+
+    def __init__(self, in_features: int, out_features: int, *, lora: LoraConfig | None, axes, rngs, **kwargs):
+        super().__init__(in_features, out_features, axes=axes, bias=False, rngs=rngs, **kwargs)
+        self.lora = lora
+        if lora is not None:
+            # torch's kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+            self.lora_a = param(rngs, uniform_fan_in(in_features), (in_features, lora.r), (axes[0], None))
+            self.lora_b = param(rngs, zeros, (lora.r, out_features), (None, axes[1]))
+
+    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        y = super().__call__(x)
+        if self.lora is None:
+            return y
+        if dropout_keys is not None and self.lora.lora_dropout > 0:
+            keep = 1.0 - self.lora.lora_dropout
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(dropout_keys)
+            x = jnp.where(kept, x / keep, 0.0).astype(x.dtype)
+        low = x.astype(self.dtype) @ self.lora_a[...].astype(self.dtype)
+        return y + self.lora.scale * (low @ self.lora_b[...].astype(self.dtype))
+
+
+def rotary(positions: Int[Array, "b t"], head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotate-half layout, fp32 [b t 1 head_dim]."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding of [b t heads head_dim]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+class LlamaAttention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped-query heads."""
+
+    def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, dtype, param_dtype, rngs: nnx.Rngs):
+        self.config = config
+        heads, kv_heads = config.num_attention_heads, config.key_value_heads
+        width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
+
+        def projection(name: str, inner: int, outer: int, axes):
+            return LoraLinear(
+                inner, outer, axes=axes, lora=lora if lora and name in lora.target_modules else None,
+                kernel_init=normal(config.initializer_range), dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
+
+        hidden = config.hidden_size
+        self.q_proj = projection("q_proj", hidden, width, ("embed", ("heads", heads)))
+        self.k_proj = projection("k_proj", hidden, kv_width, ("embed", ("heads", kv_heads)))
+        self.v_proj = projection("v_proj", hidden, kv_width, ("embed", ("heads", kv_heads)))
+        self.o_proj = projection("o_proj", width, hidden, (("heads", heads), "embed"))
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, dropout_key: jax.Array | None):
+        """Rotated queries and keys, and values."""
+
+        def keys_for(number: int):
+            if dropout_key is None:
+                return None
+            return jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout_key)
+
+        config = self.config
+        query = split_heads(self.q_proj(x, keys_for(0)), config.num_attention_heads)
+        key = split_heads(self.k_proj(x, keys_for(1)), config.key_value_heads)
+        value = split_heads(self.v_proj(x, keys_for(2)), config.key_value_heads)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+class LlamaMlp(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = {
+            "bias": False, "kernel_init": normal(config.initializer_range), "dtype": dtype,
+            "param_dtype": param_dtype, "rngs": rngs,
+        }  # fmt: skip
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(hidden, inner, axes=("embed", "mlp"), **kwargs)
+        self.up_proj = Linear(hidden, inner, axes=("embed", "mlp"), **kwargs)
+        self.down_proj = Linear(inner, hidden, axes=("mlp", "embed"), **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS["silu"](self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nnx.Module):
+    """Pre-norm block; the residual stream stays fp32 (reference 1.13)."""
+
+    def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, dtype, param_dtype, rngs: nnx.Rngs):
+        norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.self_attn = LlamaAttention(config, lora=lora, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = LlamaMlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Everything behind the attention."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class VokenEmbedding(Embedding):
+    """Frozen table plus trainable fp32 rows of the new tokens, never one array (decision 5)."""
+
+    def __init__(self, num: int, width: int, *, num_new: int, rngs: nnx.Rngs, **kwargs):
+        super().__init__(num, width, rngs=rngs, **kwargs)
+        self.voken = param(rngs, normal(0.02), (num_new, width), (None, "embed"))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        old = self.embedding.shape[0]
+        base = self.embedding[...][jnp.clip(ids, 0, old - 1)].astype(jnp.float32)
+        new = self.voken[...][jnp.clip(ids - old, 0, self.voken.shape[0] - 1)]
+        return jnp.where((ids < old)[..., None], base, new)
+
+
+class VokenHead(nnx.Module):
+    """Output head as two blocks: frozen vocabulary and new rows."""
+
+    def __init__(self, config: LlamaConfig, *, num_new: int, dtype, param_dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        init = normal(config.initializer_range)
+        self.kernel = param(
+            rngs, init, (config.hidden_size, config.vocab_size), ("embed", "vocab"), param_dtype
+        )
+        self.voken = param(rngs, init, (num_new, config.hidden_size), (None, "embed"))
+
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = hidden.astype(self.dtype)
+        base = jnp.matmul(x, self.kernel[...].astype(self.dtype), preferred_element_type=jnp.float32)
+        new = jnp.matmul(x, self.voken[...].astype(self.dtype).T, preferred_element_type=jnp.float32)
+        return base, new
+
+
+class Llama(nnx.Module):
+    """The language model.
+
+    Args:
+      config: sizes.
+      num_new_tokens: rows behind the vocabulary (8 vokens and ``<ImageHere>``).
+      lora: low-rank update of chosen projections, or None.
+      dtype: compute dtype.  param_dtype: of the frozen weights; new rows and LoRA are fp32.
+      remat: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        num_new_tokens: int = 9,
+        lora: LoraConfig | None = None,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.lora, self.remat, self.dtype = config, lora, remat, dtype
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.embed_tokens = VokenEmbedding(
+            config.vocab_size, config.hidden_size, num_new=num_new_tokens,
+            init=normal(config.initializer_range), rngs=rngs, **dtypes,
+        )  # fmt: skip
+        self.layers = stack(
+            lambda r: LlamaBlock(config, lora=lora, rngs=r, **dtypes), config.num_hidden_layers, rngs
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, rngs=rngs, **dtypes)
+        self.lm_head = VokenHead(config, num_new=num_new_tokens, rngs=rngs, **dtypes)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Embeddings, fp32."""
+        return self.embed_tokens(tokens)
+
+    def __call__(
+        self,
+        inputs_embeds: Float[Array, "b t d"],
+        *,
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
+        dropout_keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Hidden states after the final norm.
+
+        Attention is causal and stays inside a segment; segment 0 is padding, whose states mean
+        nothing (and are finite).  ``dropout_keys`` switches LoRA dropout on; a row's masks depend on
+        its own key only.
+        """
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
+        mask = (same & jnp.tri(segment_ids.shape[1], dtype=bool))[:, None]
+        layer_keys = None
+        if dropout_keys is not None and self.lora is not None:
+            numbers = jnp.arange(self.config.num_hidden_layers)
+            layer_keys = jax.vmap(lambda n: jax.vmap(lambda key: jax.random.fold_in(key, n))(dropout_keys))(
+                numbers
+            )
+
+        def block(layer: LlamaBlock, x: jax.Array, keys: jax.Array | None):
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, keys)
+            return layer.finish(x, attention(query, key, value, mask=mask)), None
+
+        x, _ = scan_layers(
+            self.layers, inputs_embeds.astype(jnp.float32), block, per_layer=layer_keys, remat=self.remat
+        )
+        return self.norm(x)
+
+    def init_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache of ``max_length`` entries per row."""
+        config = self.config
+        shape = (config.num_hidden_layers, batch, max_length, config.key_value_heads, config.head_dim)
+        return KVCache(
+            jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros(batch, jnp.int32)
+        )
+
+    def decode(
+        self,
+        inputs_embeds: Float[Array, "b s d"],
+        *,
+        positions: Int[Array, "b s"],
+        valid: Bool[Array, "b s"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "b s d"], KVCache]:
+        """Append each row's valid entries to its cache and return the states at all s places.
+
+        Rows have their own lengths, so rows with prompts of different lengths, and rows that burst
+        eight vokens while others take one token, live in one batch.  Invalid places are not stored
+        and their states mean nothing.
+        """
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        capacity = cache.keys.shape[2]
+        slots = cache.lengths[:, None] + jnp.cumsum(valid, axis=1) - 1
+        slots = jnp.where(valid, slots, capacity)  # out of range: dropped by the scatter
+        rows = jnp.arange(slots.shape[0])[:, None]
+        mask = (jnp.arange(capacity) <= slots[..., None])[:, None]
+
+        def block(layer: LlamaBlock, x: jax.Array, stored: tuple[jax.Array, jax.Array]):
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, None)
+            keys = stored[0].at[rows, slots].set(key, mode="drop")
+            values = stored[1].at[rows, slots].set(value, mode="drop")
+            return layer.finish(x, attention(query, keys, values, mask=mask)), (keys, values)
+
+        x, (keys, values) = scan_layers(
+            self.layers, inputs_embeds.astype(jnp.float32), block, per_layer=(cache.keys, cache.values)
+        )
+        lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
+        return self.norm(x), KVCache(keys, values, lengths)
+
+    def logit_blocks(self, hidden: Float[Array, "*r d"]) -> tuple[Float[Array, "*r v"], Float[Array, "*r n"]]:
+        """fp32 logits of the frozen vocabulary and of the new rows."""
+        return self.lm_head(hidden)
+
+    def logits(self, hidden: Float[Array, "*r d"]) -> Float[Array, "*r w"]:
+        """fp32 logits of all V + n ids, for decoding."""
+        return jnp.concatenate(self.lm_head(hidden), axis=-1)
