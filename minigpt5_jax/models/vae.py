@@ -34,17 +34,23 @@ _IMPLEMENTED = {
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    """Shape of the autoencoder, in diffusers' field names."""
+    """Shape of the autoencoder, in diffusers' field names and with diffusers' defaults.
+
+    Attributes:
+      block_out_channels: width of each level, full resolution first.
+      layers_per_block: resnets per encoder level; the decoder has one more.
+      scaling_factor: what callers multiply latents by; the tower itself never does.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
     act_fn: str = "silu"
-    sample_size: int = 512
+    sample_size: int = 32
 
     @property
     def downsampling(self) -> int:
@@ -53,7 +59,7 @@ class VaeConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> VaeConfig:
-        """From a diffusers ``vae/config.json``.
+        """From a diffusers ``vae/config.json``; fields it leaves out take diffusers' defaults.
 
         Raises:
           ValueError: naming the field whose value is not implemented.
@@ -72,7 +78,7 @@ class VaeConfig:
         return cls(**values)
 
 
-SD21_VAE = VaeConfig(sample_size=768)
+SD21_VAE = VaeConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=768)
 """The autoencoder of Stable Diffusion 2.1-base: 83,653,863 parameters."""
 
 

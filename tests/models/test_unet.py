@@ -137,6 +137,19 @@ def test_full_size_parameter_count():
     assert sum(math.prod(shape.shape) for shape in shapes.values()) == 865_910_724
 
 
+def test_preset_is_the_published_configuration():
+    published = dict(
+        _class_name="UNet2DConditionModel", act_fn="silu", attention_head_dim=[5, 10, 20, 20],
+        block_out_channels=[320, 640, 1280, 1280], center_input_sample=False, cross_attention_dim=1024,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], downsample_padding=1,
+        dual_cross_attention=False, flip_sin_to_cos=True, freq_shift=0, in_channels=4, layers_per_block=2,
+        mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, num_class_embeds=None,
+        only_cross_attention=False, out_channels=4, sample_size=64,
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, use_linear_projection=True,
+    )  # fmt: skip
+    assert UNetConfig.from_hf(published) == SD21_UNET
+
+
 def test_sinusoid_orders_and_frequencies():
     steps = jnp.array([0, 3])
     cosines_first = np.asarray(timestep_embedding(steps, 4, flip_sin_to_cos=True, freq_shift=0))

@@ -161,6 +161,17 @@ def test_full_size_counts():
     assert len(sizes) == 248
 
 
+def test_preset_is_the_published_configuration():
+    published = dict(
+        _class_name="AutoencoderKL", _diffusers_version="0.8.0", act_fn="silu", sample_size=768,
+        block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, in_channels=3, out_channels=3, latent_channels=4,
+        layers_per_block=2, norm_num_groups=32,
+    )  # fmt: skip
+    assert VaeConfig.from_hf(published) == SD21_VAE
+    assert SD21_VAE.scaling_factor == 0.18215 and SD21_VAE.downsampling == 8
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("act_fn", "gelu"), ("mid_block_add_attention", False), ("use_quant_conv", False),
