@@ -89,13 +89,17 @@ def test_forward_and_input_gradient_match_diffusers(config, remat):
         assert_close(grad, channels_last(x.grad))
 
 
-def test_oracle_moments(oracle_weights, oracle_cases, oracle_configs):
+def test_oracle_moments_and_pixels(oracle_weights, oracle_cases, oracle_configs):
     source = {k.removeprefix("vae."): v for k, v in oracle_weights.items() if k.startswith("vae.")}
     template = template_of(VaeConfig.from_hf(oracle_configs["vae"]))
     vae = template.bind(load(template, source))
     pixels = oracle_cases["s1/a/in/output_image"].transpose(0, 2, 3, 1)
     moments = oracle_cases["s1/a/mid/vae_moments"].transpose(0, 2, 3, 1)
     assert_close(compiled(vae.encode)(jnp.asarray(pixels)), moments, 1e-5)
+
+    latents = oracle_cases["s1/i1_forced/image/vae_decode_in"].transpose(0, 2, 3, 1)
+    decoded = oracle_cases["s1/i1_forced/image/decoded"].transpose(0, 2, 3, 1)
+    assert_close(compiled(vae.decode)(jnp.asarray(latents)), decoded, 1e-5)
 
 
 def test_log_variance_is_clamped_and_the_sample_follows_it():
