@@ -87,7 +87,8 @@ class Checkpoints:
         metrics: Mapping[str, int | float] | None = None,
         losses: Mapping[str, int | float] | None = None,
     ) -> None:
-        """Begin to save; returns when the state may be donated, before it is on disk.
+        """Begin to save; returns when the state may be donated, before it is on disk.  A step that is
+        there already is left as it is.
 
         Args:
           step: number of updates done.
@@ -103,6 +104,9 @@ class Checkpoints:
         bad = {name: value for name, value in (losses or {}).items() if not math.isfinite(value)}
         if bad:
             raise CheckpointError(f"step {step} is not saved: losses are not finite ({bad})")
+        if step in self.steps:  # resuming is bit-exact: what is there is what would be written
+            logging.info("step %d is already in %s", step, self.directory)
+            return
         kept = None
         if metrics is not None and math.isfinite(metrics.get(self._best_metric, math.nan)):
             kept = {self._best_metric: float(metrics[self._best_metric])}

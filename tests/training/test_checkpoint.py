@@ -124,6 +124,15 @@ def test_keeps_latest_and_best(tmp_path):
     assert checkpoints.restore(vars(state), step=2)[1] == 2
 
 
+def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
+    for value in (1.0, 2.0):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(4, {"trainable": {"a": jnp.full(3, value)}}, 0, meta())
+        checkpoints.close()
+    restored, _, _ = Checkpoints(tmp_path).restore({"trainable": {"a": jnp.zeros(3)}})
+    np.testing.assert_array_equal(restored["trainable"]["a"], np.ones(3))
+
+
 def test_refuses_a_state_behind_a_non_finite_loss(tmp_path):
     state, _ = make_state(mesh(2, 4))
     checkpoints = Checkpoints(tmp_path / "checkpoints")

@@ -94,6 +94,20 @@ def test_resuming_drops_lines_of_steps_that_are_done_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_pauses_do_not_count_in_the_rate(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    with Metrics(tmp_path, 3, log_every=1, samples_per_step=8) as metrics:
+        metrics.push(1, step_metrics(1))
+        now[0] += 2.0
+        metrics.flush()
+        with metrics.paused():
+            now[0] += 100.0
+        metrics.push(2, step_metrics(1))
+        now[0] += 4.0
+    assert [line["samples_per_s"] for line in lines(tmp_path)] == [4.0, 2.0]
+
+
 def test_validation_lines_and_pictures(tmp_path):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     with Metrics(tmp_path, 9) as metrics:
