@@ -377,4 +377,10 @@ def initial_trainable(
 
 def _init_only(template: Template, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
     """Initial values of some paths; XLA drops the rest, so the frozen towers are never allocated."""
-    return jax.jit(lambda k: {p: v for p, v in template.init(k).items() if p in set(paths)})(key)
+    wanted = set(paths)
+    # Optimising initialisers costs four times what it saves.
+    make = jax.jit(
+        lambda k: {p: v for p, v in template.init(k).items() if p in wanted},
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    return make(key)

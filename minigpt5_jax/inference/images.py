@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
-from minigpt5_jax.diffusion.samplers import Sampler
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.diffusion.samplers import Denoise, Sampler, guided
+from minigpt5_jax.models.common import Params, Template
 from minigpt5_jax.parts.generators.stable_diffusion import StableDiffusion
 
 
@@ -28,19 +32,37 @@ def sample_pictures(
     ``epsilon = e(negative) + guidance_scale * (e(condition) - e(negative))``; both run in one UNet
     batch.  At ``guidance_scale=1`` the negative is not evaluated at all.
     """
-    count = latents.shape[0]
-    guided = guidance_scale != 1.0
-    context = condition
-    if guided:
-        context = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
 
-    def denoise(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-        repeated = jnp.concatenate([noisy, noisy]) if guided else noisy
-        steps = jnp.full((repeated.shape[0],), timestep, jnp.int32)
-        epsilon = generator.predict_noise(repeated, steps, context)
-        if not guided:
-            return epsilon
-        unconditional, conditional = epsilon[:count], epsilon[count:]
-        return unconditional + guidance_scale * (conditional - unconditional)
+    def predict(context: jax.Array) -> Denoise:
+        def denoise(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
+            return generator.predict_noise(noisy, jnp.full(noisy.shape[:1], timestep, jnp.int32), context)
 
+        return denoise
+
+    if guidance_scale == 1.0:
+        denoise = predict(condition)
+    else:
+        both = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
+        denoise = guided(predict(both), guidance_scale)
     return generator.decode(sampler.sample(denoise, latents))
+
+
+def make_batch_sampler(
+    template: Template, sampler: Sampler, guidance_scale: float
+) -> Callable[[Params, Batch, jax.Array], jax.Array]:
+    """``f(params, batch, keys[m]) -> u8[m H W 3]``: pictures of a batch whose vokens are already written.
+
+    The states are those that decoding would give (reference 2.5), so this is generation without its
+    loop: what picture grids and held-out scores are made with.
+    """
+
+    def sample(params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
+        model = template.bind(params)
+        hidden = model.backbone.hidden(model.backbone.embed(batch), batch, None)
+        condition = model.condition(model.voken_states(hidden, batch.voken_row, batch.voken_start))
+        latents = initial_latents(keys, model.generator.latent_shape)
+        return sample_pictures(
+            model.generator, sampler, condition, model.unconditional(), latents, guidance_scale
+        )
+
+    return sample

@@ -101,15 +101,10 @@ def write_page(
     return index
 
 
-def write_grid(
-    path: str | Path,
-    pictures: np.ndarray,
-    columns: int,
-    captions: Sequence[str] | None = None,
-    *,
-    min_side: int = 128,
-) -> Path:
-    """Write u8[n H W 3] as one PNG of ``columns`` columns, row by row, captions underneath.
+def draw_grid(
+    pictures: np.ndarray, columns: int, captions: Sequence[str] | None = None, *, min_side: int = 128
+) -> np.ndarray:
+    """u8[n H W 3] as one picture u8[h w 3] of ``columns`` columns, row by row, captions underneath.
 
     Pictures narrower than ``min_side`` pixels are enlarged by a whole factor, so that captions fit.
 
@@ -137,9 +132,16 @@ def write_grid(
         canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
         for line, text in enumerate(lines[index]):
             draw.text((x, y + height + 14 * line), text, fill="black", font=font)
+    return np.asarray(canvas)
+
+
+def write_grid(
+    path: str | Path, pictures: np.ndarray, columns: int, captions: Sequence[str] | None = None
+) -> Path:
+    """:func:`draw_grid` as a PNG file; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, format="PNG")
+    Image.fromarray(draw_grid(pictures, columns, captions)).save(path, format="PNG")
     return path
 
 

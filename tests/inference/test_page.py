@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.inference.page import Entry, write_grid, write_page
+from minigpt5_jax.inference.page import Entry, draw_grid, write_grid, write_page
 
 
 def picture(seed: int, height: int = 8, width: int = 12) -> np.ndarray:
@@ -106,10 +106,9 @@ def test_other_arrays_are_not_pictures(bad, found):
         Entry([], [bad])
 
 
-def test_grid_lays_pictures_out_row_by_row(tmp_path):
+def test_grid_lays_pictures_out_row_by_row():
     pictures = np.stack([picture(seed) for seed in range(5)])
-    path = write_grid(tmp_path / "deep" / "grid.png", pictures, columns=3, min_side=1)
-    grid = np.asarray(Image.open(path))
+    grid = draw_grid(pictures, columns=3, min_side=1)
     assert grid.shape == (2 * (8 + 6) + 6, 3 * (12 + 6) + 6, 3)
     for index in range(5):
         row, column = divmod(index, 3)
@@ -120,7 +119,7 @@ def test_grid_lays_pictures_out_row_by_row(tmp_path):
 
 def test_grid_captions_wrap_under_enlarged_pictures(tmp_path):
     pictures = np.stack([picture(0), picture(1)])
-    plain = Image.open(write_grid(tmp_path / "a.png", pictures, columns=9))
+    plain = Image.open(write_grid(tmp_path / "deep" / "a.png", pictures, columns=9))
     text = "a large red circle above the small blue square on a yellow background"
     captioned = Image.open(write_grid(tmp_path / "b.png", pictures, columns=9, captions=[text, ""]))
     assert plain.size == (2 * (132 + 6) + 6, 88 + 12)  # 12 px wide, enlarged 11 times

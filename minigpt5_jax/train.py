@@ -1,0 +1,309 @@
+"""Train.
+
+    python -m minigpt5_jax.train --config configs/shapes_stage1.py --workdir runs/a
+    python -m minigpt5_jax.train --config configs/stage1.py --dry_run
+
+``--dry_run`` builds every shape abstractly, prints the parameter table and stops; it needs neither
+weights nor data.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from minigpt5_jax import cli
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.build import (
+    ModelSpec,
+    batch_spec,
+    build,
+    check_sources,
+    encode_config,
+    initial_trainable,
+    load_frozen,
+)
+from minigpt5_jax.config import ConfigError, num_steps
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.pipeline import Loader, make_loader
+from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
+from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.inference.images import make_batch_sampler
+from minigpt5_jax.inference.page import draw_grid
+from minigpt5_jax.restore import inherit
+from minigpt5_jax.shapes.dataset import write_pairs
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.distributed import DistributedError, initialize, main_process
+from minigpt5_jax.training.loop import Loop
+from minigpt5_jax.training.metrics import Metrics, TrainingDiverged
+from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.training.provenance import (
+    CheckpointError,
+    check_compatible,
+    describe_run,
+    differences,
+    hash_parameters,
+)
+from minigpt5_jax.training.sharding import (
+    ShardingError,
+    batch_shardings,
+    make_mesh,
+    parameter_shardings,
+    state_shardings,
+)
+from minigpt5_jax.training.state import TrainState, init_state
+from minigpt5_jax.training.step import make_train_step
+from minigpt5_jax.training.validation import Validator, make_validation_step
+from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.table import WeightTableError
+
+DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
+USER_ERRORS = (
+    DataError, CheckpointError, ShardingError, WeightFileError, WeightTableError, DistributedError,
+    TrainingDiverged, FileNotFoundError,
+)  # fmt: skip
+
+
+def parameter_table(spec: ModelSpec) -> str:
+    """Parameters, trainable, frozen and bytes of every tower, and their totals."""
+    rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for path, shape in spec.template.shapes.items():
+        parts = path.split("/")
+        tower = "/".join(parts[: 1 if parts[0] == "mapper" else 2])
+        count = math.prod(shape.shape)
+        for name in (tower, "total"):
+            rows[name][0] += count
+            rows[name][1] += count if spec.labels[path] != FROZEN else 0
+            rows[name][2] += count * shape.dtype.itemsize
+    rows["total"] = rows.pop("total")
+    lines = [f"{'tower':24} {'parameters':>16} {'trainable':>14} {'frozen':>16} {'bytes':>18}"]
+    for name, (count, trainable, size) in rows.items():
+        lines.append(f"{name:24} {count:16,} {trainable:14,} {count - trainable:16,} {size:18,}")
+    return "\n".join(lines)
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
+    """Training and held-out samples; ``shapes`` draws its scenes into the workdir first.
+
+    Raises:
+      ConfigError: no training file was given.  DataError: a file cannot be read.
+    """
+    data = config.data
+    train, validation = data.train, data.validation
+    if data.format == "shapes":
+        folder = Path(config.run.workdir) / "data"
+        train = write_pairs(folder, "train", data.shapes_train, config.run.seed)
+        validation = write_pairs(folder, "held_out", data.shapes_validation, config.run.seed)
+    if not train:
+        raise ConfigError(f"give the training file: --config.data.train=FILE (data.format={data.format})")
+
+    def open_one(path: str | os.PathLike[str], training: bool) -> Source:
+        if data.format == "jsonl":
+            return JsonlSource(path, data.image_root, strict=True, num_vokens=vokens)
+        return Cc3mSource(
+            path, data.image_root, training=training, prompt_set=data.prompt_set, seed=config.run.seed,
+            instruction_every=data.instruction_every, resample_prompts=data.resample_prompts,
+            num_vokens=vokens,
+        )  # fmt: skip
+
+    vokens = config.model.backbone.num_vokens
+    return open_one(train, True), open_one(validation, False) if validation else None
+
+
+def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
+    """Batches of this process."""
+    data = config.data
+    rows = data.global_batch // data.accumulation
+    return make_loader(
+        source,
+        encode_config(config, spec.towers, training=training),
+        batch_spec(config, spec.towers, rows),
+        global_batch=data.global_batch if training else rows,
+        accumulation=data.accumulation if training else 1,
+        seed=config.run.seed,
+        shuffle=training,
+        num_epochs=None if training else 1,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        worker_count=data.worker_count if training else 0,
+        prefetch=data.prefetch,
+        error_budget=data.error_budget,
+    )
+
+
+def placer(mesh: jax.sharding.Mesh, accumulation: int):
+    """``numpy batch of this process -> global arrays``; sharding errors come before any compile."""
+    count = jax.process_count()
+    lead = int(accumulation > 1)
+
+    def whole(value: np.ndarray) -> tuple[int, ...]:
+        shape = list(value.shape)
+        shape[lead] *= count
+        return tuple(shape)
+
+    def place(batch: Batch) -> Batch:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
+        places = batch_shardings(shapes, mesh, accumulation)
+        return jax.tree.map(
+            lambda s, x: jax.make_array_from_process_local_data(s, x, whole(x)), places, batch
+        )
+
+    return place
+
+
+def split_parameters(config: ConfigDict, spec: ModelSpec, shardings: dict[str, Any]):
+    """(trainable, frozen, inherited): inherited ones are frozen here but in no pretrained source."""
+
+    def place(path: str, value: Any) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, shardings[path], lambda index: value[index])
+
+    frozen = load_frozen(config, spec, place)
+    fresh = initial_trainable(config, spec, frozen)
+    if config.run.init_from:
+        fresh = inherit(config.run.init_from, fresh, spec)
+    fresh = {path: place(path, value) for path, value in fresh.items()}
+    trainable = {path: value for path, value in fresh.items() if spec.labels[path] != FROZEN}
+    inherited = {path: value for path, value in fresh.items() if path not in trainable}
+    also_frozen = [path for path in frozen if spec.labels[path] != FROZEN]
+    if also_frozen:  # a pretrained tower that trains (full UNet tuning)
+        trainable |= {path: frozen.pop(path) for path in also_frozen}
+    return trainable, {**frozen, **inherited}, inherited
+
+
+def describe(config: ConfigDict, spec: ModelSpec, frozen: dict[str, jax.Array], source: Source):
+    """What a checkpoint of this run says about it."""
+    encode = encode_config(config, spec.towers, training=True)
+    tokenizer = {"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()}
+    meta = describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hash_parameters(frozen))
+    return {**meta, "data": {"fingerprint": source.fingerprint(), "samples": len(source)}}
+
+
+def resume(
+    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], places: Any
+) -> tuple[TrainState, int]:
+    """(state, data position) of the newest checkpoint, after checking that it is of this run.
+
+    Raises:
+      CheckpointError: another model, tokenizer, frozen weights or data; the message has both values.
+    """
+    saved = checkpoints.meta()
+    check_compatible(saved, meta)
+    if changed := differences(saved, meta, ["data"]):
+        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
+        raise CheckpointError(
+            "the training data changed since the checkpoint; restore the files or start in another workdir:\n"
+            + "\n".join(lines)
+        )
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+    parts, data_state, _ = checkpoints.restore(vars(like))
+    return TrainState(**parts), data_state
+
+
+def make_loop(config: ConfigDict) -> Loop:
+    """Everything up to the first step; what is wrong with the input is found here, before any compile."""
+    if not config.run.workdir:
+        raise ConfigError("give the folder of this run: --workdir DIR")
+    workdir = Path(config.run.workdir)
+    spec = build(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
+    check_sources(config)
+    source, held_out = open_sources(config)
+    loader = open_loader(config, spec, source, training=True)
+    place = placer(mesh, config.data.accumulation)
+    place(next(loader))  # shapes and the first samples, before weights are read
+    loader.restore(0)
+    steps = num_steps(config, len(source))
+    rates = {"llm": config.optimizer.lr_llm, "mapper": config.optimizer.lr_mapper}
+    optimizer = make_optimizer(
+        spec.labels,
+        {g: linear_warmup_decay(rate, config.optimizer.warmup_steps, steps) for g, rate in rates.items()},
+        b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay, grad_clip=config.optimizer.grad_clip,
+    )  # fmt: skip
+    trainable, frozen, inherited = split_parameters(config, spec, shardings)
+    meta = describe(config, spec, frozen, source)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep_latest=config.run.keep_latest, keep_best=config.run.keep_best,
+        best_metric=config.run.best_metric,
+    )  # fmt: skip
+    state = init_state(trainable, spec.labels, optimizer, config.run.seed)
+    places = state_shardings(state, shardings, mesh)
+    state, first_step = jax.device_put(state, places), 0
+    if checkpoints.latest_step is not None:
+        if not config.run.resume:
+            raise CheckpointError(
+                f"{workdir} holds checkpoints, but run.resume is False; choose another workdir"
+            )
+        state, first_step = resume(checkpoints, state, meta, places)
+        loader.restore(first_step)
+        logging.info("continuing behind step %d of %s", first_step, workdir)
+    metrics = Metrics(
+        workdir, steps, first_step=first_step, samples_per_step=config.data.global_batch,
+        log_every=config.run.log_every, active=main_process(),
+        last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
+    )  # fmt: skip
+    step = jax.jit(
+        make_train_step(spec.template, spec.labels, optimizer, spec.options),
+        donate_argnums=0,
+        out_shardings=(places, None),
+    )
+    validate, grid = watchers(config, spec, held_out, frozen, placer(mesh, 1))
+    return Loop(
+        state, frozen, step, loader, place, metrics, checkpoints, meta, first_step, steps,
+        config.run.eval_every, config.run.save_every, config.run.grid_every, validate, grid,
+        {"inherited": inherited} if inherited else {},
+    )  # fmt: skip
+
+
+def watchers(config: ConfigDict, spec: ModelSpec, held_out: Source | None, frozen: Any, place: Any):
+    """(validation, picture grid) over held-out samples; (None, None) without any."""
+    if held_out is None:
+        return None, None
+    loader = open_loader(config, spec, held_out, training=False)
+    local = [batch for batch, _ in zip(loader, range(config.run.eval_batches), strict=False)]
+    batches = [place(batch) for batch in local]
+    validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
+    settings = config.inference
+    sampler = make_sampler(settings.sampler, spec.towers.schedule, settings.num_inference_steps)
+    sample = jax.jit(make_batch_sampler(spec.template, sampler, settings.guidance_scale))
+    count = min(config.run.grid_pictures, int(local[0].item_mask.sum()))
+
+    def grid(trainable: Any) -> np.ndarray:
+        keys = jax.random.split(jax.random.key(config.run.seed), batches[0].item_id.shape[0])
+        pictures = np.asarray(sample({**frozen, **trainable}, batches[0], keys))
+        return draw_grid(np.concatenate([local[0].target[:count], pictures[:count]]), columns=count)
+
+    return lambda trainable: validator(trainable, frozen), grid if jax.process_count() == 1 else None
+
+
+def set_compile_cache(config: ConfigDict) -> None:
+    """Compiled programs are kept on disk, so that a restart is quick."""
+    if config.run.compile_cache:
+        folder = Path(config.run.compile_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def main(config: ConfigDict) -> None:
+    """The command."""
+    if DRY_RUN.value:
+        print(parameter_table(build(config)))
+        return
+    set_compile_cache(config)
+    initialize()
+    make_loop(config).run()
+
+
+if __name__ == "__main__":
+    cli.run(main, errors=USER_ERRORS)

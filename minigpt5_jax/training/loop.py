@@ -1,0 +1,84 @@
+"""The loop: step, log the step before, validate, draw, save.  Only sequencing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.pipeline import Loader
+from minigpt5_jax.models.common import Params
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.metrics import Metrics, due
+from minigpt5_jax.training.state import TrainState
+
+
+@dataclasses.dataclass
+class Loop:
+    """Everything a run needs, made by the command line.
+
+    Attributes:
+      state: where to start; ``frozen``: parameters that are an argument of the step and never change.
+      train_step: ``(state, frozen, batch) -> (state, metrics)``, compiled, donating the state.
+      loader: gives this process's numpy batches; ``place`` puts one on the devices.
+      validate: ``trainable -> {name: value}``; ``grid``: ``trainable -> u8[H W 3]``; None for neither.
+      saved_parts: part name -> arrays saved beside the state (parameters inherited from another run).
+      meta: description of the run that a checkpoint carries.
+    """
+
+    state: TrainState
+    frozen: Params
+    train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]
+    loader: Loader
+    place: Callable[[Batch], Batch]
+    metrics: Metrics
+    checkpoints: Checkpoints
+    meta: Mapping[str, Any]
+    first_step: int
+    num_steps: int
+    eval_every: int
+    save_every: int
+    grid_every: int
+    validate: Callable[[Params], dict[str, float]] | None = None
+    grid: Callable[[Params], np.ndarray] | None = None
+    saved_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; returns the last validation (empty without one)."""
+        results: dict[str, float] = {}
+        with self.metrics as metrics:
+            for step in range(self.first_step + 1, self.num_steps + 1):
+                batch = self.place(next(self.loader))
+                self.state, values = self.train_step(self.state, self.frozen, batch)
+                metrics.push(step, values)
+                last = step == self.num_steps
+                if self.validate and (due(step, self.eval_every) or last):
+                    results = self._validate(step)
+                if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
+                    with metrics.paused():
+                        metrics.picture(step, "held_out", self.grid(self.state.trainable))
+                if due(step, self.save_every) or last:
+                    self._save(step, results)
+        self.loader.close()
+        self.checkpoints.close()
+        return results
+
+    def _validate(self, step: int) -> dict[str, float]:
+        self.metrics.flush()
+        with self.metrics.paused():
+            results = self.validate(self.state.trainable)
+        self.metrics.write(step, results, "validation/")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
+        self.metrics.message(f"step {step}, held out: {shown}")
+        return results
+
+    def _save(self, step: int, results: Mapping[str, float]) -> None:
+        losses = self.metrics.flush()  # raises before a diverged state can be saved
+        state = {**vars(self.state), **self.saved_parts}
+        self.checkpoints.save(
+            step, state, self.loader.state, self.meta, metrics=results or None,
+            losses={"loss": losses["loss"]} if losses else None,
+        )  # fmt: skip
