@@ -60,9 +60,7 @@ KEYS: dict[str, Key] = {
     "run.grid_pictures": Key(8, "held-out captions in a grid", low=1),
     "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
     "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
-    "run.best_metric": Key(
-        "loss", "validation metric that decides the best, lowest wins; loss is the weighted sum"
-    ),
+    "run.best_metric": Key("image", "validation metric that decides the best checkpoint; the lowest wins"),
     "run.init_from": unset(str, "checkpoint folder whose trained parameters this run starts from (stage 2)"),
     "run.resume": Key(True, "continue from the newest checkpoint in the workdir, if there is one"),
     "run.compile_cache": Key(

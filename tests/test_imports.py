@@ -26,12 +26,12 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"models"},
     "data": {"batch"},
     "shapes": {"models", "diffusion", "parts", "batch", "data", "weights"},
-    "training": MODEL | {"tuning"},
+    "training": MODEL | {"tuning", "data"},
     "inference": MODEL | {"data"},
     "config_keys": {"tuning"},
     "config": {"config_keys", "tuning"},
 }
-COMMANDS = {"cli", "build", "train", "generate", "pretrain", "demo"}
+COMMANDS = {"cli", "build", "restore", "train", "generate", "pretrain", "demo"}  # and what they share
 NEVER = {"torch", "torchvision", "peft", "timm", "lightning"}
 ONLY_LATE = {"tensorflow", "tensorflow_datasets", "clu", "transformers", "diffusers"}
 

@@ -35,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | Path, *, keep_latest: int = 2, keep_best: int = 1, best_metric: str = "loss"
+        self, directory: str | Path, *, keep_latest: int = 2, keep_best: int = 1, best_metric: str = "image"
     ):
         self.directory = Path(directory).expanduser().absolute()
         self._best_metric = best_metric
@@ -107,9 +107,7 @@ class Checkpoints:
         if step in self.steps:  # resuming is bit-exact: what is there is what would be written
             logging.info("step %d is already in %s", step, self.directory)
             return
-        kept = None
-        if metrics is not None and math.isfinite(metrics.get(self._best_metric, math.nan)):
-            kept = {self._best_metric: float(metrics[self._best_metric])}
+        kept = self._quality(step, metrics)
         named = {name: _named(tree) for name, tree in state.items()}
         items = {name: ocp.args.StandardSave(tree) for name, tree in named.items()}
         items[META] = ocp.args.JsonSave(
@@ -167,6 +165,17 @@ class Checkpoints:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
+
+    def _quality(self, step: int, metrics: Mapping[str, int | float] | None) -> dict[str, float] | None:
+        """What ranks a step, None where it was not measured."""
+        if metrics is None:
+            return None
+        if self._best_metric not in metrics:
+            logging.warning("step %d: no metric %r to find the best checkpoint by; there are %s",
+                            step, self._best_metric, ", ".join(metrics))  # fmt: skip
+            return None
+        value = float(metrics[self._best_metric])
+        return {self._best_metric: value} if math.isfinite(value) else None
 
     def _choose(self, step: int | None) -> int:
         steps = self.steps

@@ -124,6 +124,14 @@ def test_keeps_latest_and_best(tmp_path):
     assert checkpoints.restore(vars(state), step=2)[1] == 2
 
 
+def test_an_unknown_best_metric_is_said(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        Checkpoints(tmp_path, best_metric="imgae").save(
+            1, {"step": jnp.asarray(1)}, 0, meta(), metrics={"image": 1.0, "text": 2.0}
+        )
+    assert any("'imgae'" in r.getMessage() and "image, text" in r.getMessage() for r in caplog.records)
+
+
 def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
     for value in (1.0, 2.0):
         checkpoints = Checkpoints(tmp_path)
