@@ -15,6 +15,7 @@ from minigpt5_jax.models.common import (
     ACTIVATIONS,
     Embedding,
     Linear,
+    Params,
     RMSNorm,
     attention,
     normal,
@@ -22,9 +23,8 @@ from minigpt5_jax.models.common import (
     scan_layers,
     split_heads,
     stack,
-    uniform_fan_in,
-    zeros,
 )
+from minigpt5_jax.models.lora import LoraConfig, LoraLinear
 
 _IMPLEMENTED = {
     "hidden_act": "silu",
@@ -100,21 +100,6 @@ VICUNA_7B = LlamaConfig()
 """Vicuna-7B v0: 6,738,415,616 parameters without new rows."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """PEFT's ``LoraConfig`` fields (reference 4.3): ``W + lora_alpha / r * B A``, dropout on A's input."""
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-
-    @property
-    def scale(self) -> float:
-        """Factor of the low-rank update."""
-        return self.lora_alpha / self.r
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -130,29 +115,6 @@ class KVCache:
     lengths: Any
 
 
-class LoraLinear(Linear):
-    """A frozen dense layer without bias plus a trainable low-rank update in fp32."""
-
-    def __init__(self, in_features: int, out_features: int, *, lora: LoraConfig | None, axes, rngs, **kwargs):
-        super().__init__(in_features, out_features, axes=axes, bias=False, rngs=rngs, **kwargs)
-        self.lora = lora
-        if lora is not None:
-            # torch's kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
-            self.lora_a = param(rngs, uniform_fan_in(in_features), (in_features, lora.r), (axes[0], None))
-            self.lora_b = param(rngs, zeros, (lora.r, out_features), (None, axes[1]))
-
-    def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        y = super().__call__(x)
-        if self.lora is None:
-            return y
-        if dropout_keys is not None and self.lora.lora_dropout > 0:
-            keep = 1.0 - self.lora.lora_dropout
-            kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(dropout_keys)
-            x = jnp.where(kept, x / keep, 0.0).astype(x.dtype)
-        low = x.astype(self.dtype) @ self.lora_a[...].astype(self.dtype)
-        return y + self.lora.scale * (low @ self.lora_b[...].astype(self.dtype))
-
-
 def rotary(positions: Int[Array, "b t"], head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotate-half layout, fp32 [b t 1 head_dim]."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -166,6 +128,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def _fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
+    """Each row's key with ``number`` folded in; None stays None."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
 class LlamaAttention(nnx.Module):
@@ -188,19 +155,17 @@ class LlamaAttention(nnx.Module):
         self.v_proj = projection("v_proj", hidden, kv_width, ("embed", ("heads", kv_heads)))
         self.o_proj = projection("o_proj", width, hidden, (("heads", heads), "embed"))
 
-    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, dropout_key: jax.Array | None):
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, dropout_keys: jax.Array | None = None):
         """Rotated queries and keys, and values."""
-
-        def keys_for(number: int):
-            if dropout_key is None:
-                return None
-            return jax.vmap(lambda key: jax.random.fold_in(key, number))(dropout_key)
-
         config = self.config
-        query = split_heads(self.q_proj(x, keys_for(0)), config.num_attention_heads)
-        key = split_heads(self.k_proj(x, keys_for(1)), config.key_value_heads)
-        value = split_heads(self.v_proj(x, keys_for(2)), config.key_value_heads)
+        query = split_heads(self.q_proj(x, _fold_in(dropout_keys, 0)), config.num_attention_heads)
+        key = split_heads(self.k_proj(x, _fold_in(dropout_keys, 1)), config.key_value_heads)
+        value = split_heads(self.v_proj(x, _fold_in(dropout_keys, 2)), config.key_value_heads)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def output(self, attended: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+        """Projection back to the residual stream."""
+        return self.o_proj(attended, _fold_in(dropout_keys, 3))
 
 
 class LlamaMlp(nnx.Module):
@@ -230,9 +195,9 @@ class LlamaBlock(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
         self.mlp = LlamaMlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    def finish(self, x: jax.Array, attended: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Everything behind the attention."""
-        x = x + self.self_attn.o_proj(attended)
+        x = x + self.self_attn.output(attended, dropout_keys)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -323,29 +288,22 @@ class Llama(nnx.Module):
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
         mask = (same & jnp.tri(segment_ids.shape[1], dtype=bool))[:, None]
-        layer_keys = None
-        if dropout_keys is not None and self.lora is not None:
-            numbers = jnp.arange(self.config.num_hidden_layers)
-            layer_keys = jax.vmap(lambda n: jax.vmap(lambda key: jax.random.fold_in(key, n))(dropout_keys))(
-                numbers
-            )
+        keys = dropout_keys if self.lora is not None else None
 
-        def block(layer: LlamaBlock, x: jax.Array, keys: jax.Array | None):
-            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, keys)
-            return layer.finish(x, attention(query, key, value, mask=mask)), None
+        def block(layer: LlamaBlock, x: jax.Array, number: jax.Array):
+            drop = _fold_in(keys, number)
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, drop)
+            return layer.finish(x, attention(query, key, value, mask=mask), drop), None
 
-        x, _ = scan_layers(
-            self.layers, inputs_embeds.astype(jnp.float32), block, per_layer=layer_keys, remat=self.remat
-        )
-        return self.norm(x)
+        x = inputs_embeds.astype(jnp.float32)
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        return self.norm(scan_layers(self.layers, x, block, per_layer=numbers, remat=self.remat)[0])
 
-    def init_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache of ``max_length`` entries per row."""
-        config = self.config
+    def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> KVCache:
+        """An empty cache of ``max_length`` entries per row, in the compute dtype unless told otherwise."""
+        config, dtype = self.config, self.dtype if dtype is None else dtype
         shape = (config.num_hidden_layers, batch, max_length, config.key_value_heads, config.head_dim)
-        return KVCache(
-            jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.zeros(batch, jnp.int32)
-        )
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     def decode(
         self,
@@ -368,15 +326,17 @@ class Llama(nnx.Module):
         rows = jnp.arange(slots.shape[0])[:, None]
         mask = (jnp.arange(capacity) <= slots[..., None])[:, None]
 
-        def block(layer: LlamaBlock, x: jax.Array, stored: tuple[jax.Array, jax.Array]):
-            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, None)
-            keys = stored[0].at[rows, slots].set(key, mode="drop")
-            values = stored[1].at[rows, slots].set(value, mode="drop")
-            return layer.finish(x, attention(query, keys, values, mask=mask)), (keys, values)
+        def block(layer: LlamaBlock, carry: tuple[jax.Array, jax.Array, jax.Array], number: jax.Array):
+            x, keys, values = carry  # the whole cache is carried, so that it is updated in place
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+            keys = keys.at[number, rows, slots].set(key.astype(keys.dtype), mode="drop")
+            values = values.at[number, rows, slots].set(value.astype(values.dtype), mode="drop")
+            seen = [stored[number].astype(query.dtype) for stored in (keys, values)]
+            return (layer.finish(x, attention(query, *seen, mask=mask)), keys, values), None
 
-        x, (keys, values) = scan_layers(
-            self.layers, inputs_embeds.astype(jnp.float32), block, per_layer=(cache.keys, cache.values)
-        )
+        carry = (inputs_embeds.astype(jnp.float32), cache.keys, cache.values)
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        (x, keys, values), _ = scan_layers(self.layers, carry, block, per_layer=numbers)
         lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(keys, values, lengths)
 
@@ -387,3 +347,17 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "*r d"]) -> Float[Array, "*r w"]:
         """fp32 logits of all V + n ids, for decoding."""
         return jnp.concatenate(self.lm_head(hidden), axis=-1)
+
+
+def init_voken_rows(params: Params, prefix: str = "") -> Params:
+    """``params`` with both voken tables at the mean over the old rows of their table (reference 2.1).
+
+    Args:
+      params: flat parameters; ``prefix`` is the path of the language model in them.
+    """
+    filled = dict(params)
+    for name, table, axis in (("embed_tokens", "embedding", 0), ("lm_head", "kernel", 1)):
+        mean = params[f"{prefix}{name}/{table}"].astype(jnp.float32).mean(axis)
+        path = f"{prefix}{name}/voken"
+        filled[path] = jnp.broadcast_to(mean, params[path].shape)
+    return filled
