@@ -20,6 +20,7 @@ def get_config(variant: str | None = None):
         save_every=300, grid_every=300,
     )  # fmt: skip
     config.data.update(format="shapes", global_batch=32, worker_count=0, max_length=64, max_targets=8)
+    config.data.flip_mode = "off"  # a mirror would turn "left" into "right"
     config.loss.caption = 1.0
     config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=50)
     return apply_variant(config, variant)

@@ -259,6 +259,7 @@ def encode_config(config: ConfigDict, towers: Towers, *, training: bool) -> Enco
         pad_input_square=data.pad_input_square,
         truncation=data.truncation,
         mask_all_inner_vokens=data.mask_all_inner_vokens,
+        strict_image_count=data.strict_image_count,
     )
 
 

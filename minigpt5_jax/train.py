@@ -245,8 +245,9 @@ def make_loop(config: ConfigDict) -> Loop:
             raise CheckpointError(
                 f"{workdir} holds checkpoints, but run.resume is False; choose another workdir"
             )
-        state, first_step = resume(checkpoints, state, meta, places)
-        loader.restore(first_step)
+        state, data_state = resume(checkpoints, state, meta, places)
+        first_step = int(state.step)
+        loader.restore(data_state)
         logging.info("continuing behind step %d of %s", first_step, workdir)
     metrics = Metrics(
         workdir, steps, first_step=first_step, samples_per_step=config.data.global_batch,

@@ -13,7 +13,7 @@ from minigpt5_jax.shapes.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTU
 CELL = 32  # side of a place in pixels
 IMAGE_SIZE = 2 * CELL
 OVERSAMPLE = 4
-RADII = {"small": 8.0, "large": 14.0}
+RADII = {"small": 10.0, "large": 15.0}
 PERIOD = 6.0  # of stripes and dots, in pixels
 RGB = {
     "red": (215, 40, 45), "green": (40, 165, 65), "blue": (45, 85, 220), "yellow": (240, 210, 40),
@@ -26,9 +26,9 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarr
     """Whether points (y down, origin at the centre) lie in a shape of a radius."""
     distance = np.hypot(x, y)
     if shape == "circle":
-        return distance <= radius
+        return distance <= 0.95 * radius
     if shape == "square":
-        return np.maximum(abs(x), abs(y)) <= 0.86 * radius
+        return np.maximum(abs(x), abs(y)) <= 0.95 * radius
     if shape == "triangle":
         return (y <= 0.8 * radius) & (abs(x) <= (y + radius) * 0.55)
     if shape == "star":  # five points; the radius falls linearly with the angle from the nearest point
