@@ -127,20 +127,27 @@ def make_train_step(
     labels: Mapping[str, str],
     optimizer: optax.GradientTransformation,
     options: StepOptions,
+    *,
+    draw: Callable[[jax.Array, Batch], Draws] | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """``step(state, frozen, batch) -> (state, metrics)``; jit it with ``donate_argnums=0``.
+
+    ``draw(key, micro_batch)`` replaces the random draws (:func:`make_draws`) by given ones.
 
     Metrics are scalars: ``loss``, each loss and diagnostic as a global mean (NaN where nothing
     counted, so that an empty bin is not mistaken for a zero), and ``grad_norm`` over the trainables.
     """
-    info = DrawInfo.of(template)
+    if draw is None:
+        info = DrawInfo.of(template)
+
+        def draw(key: jax.Array, micro: Batch) -> Draws:
+            return make_draws(info, key, micro, options)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
         grads, loss, sums = accumulate_gradients(
-            template, state.trainable, frozen, batch,
-            lambda micro: make_draws(info, key, micro, options), options,
-        )  # fmt: skip
+            template, state.trainable, frozen, batch, lambda micro: draw(key, micro), options
+        )
         updates, opt_state = optimizer.update(
             with_frozen_masked(grads, labels),
             state.opt_state,

@@ -14,6 +14,7 @@ streaming.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -91,6 +92,7 @@ class Assignment:
     op: Op
 
 
+@functools.cache  # every key is tried on every rule
 def _regex(pattern: str) -> re.Pattern[str]:
     parts, last = [], 0
     for match in PLACEHOLDER.finditer(pattern):
@@ -101,6 +103,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def _match(pattern: str, name: str) -> dict[str, int] | None:
     """Values of the placeholders if ``name`` fits ``pattern``, else None."""
+    if not name.startswith(pattern.partition("{")[0]):  # most pairs end here, cheaply
+        return None
     found = _regex(pattern).fullmatch(name)
     if found is None:
         return None

@@ -1,0 +1,272 @@
+"""The whole composite against numbers recorded from the original code (tests/oracle, case ``s1/a``).
+
+Same weights, same draws: every intermediate, every loss, every trainable gradient and two updates.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.tokenizer import ClipTokenizer
+from minigpt5_jax.diffusion.schedule import NoiseSchedule
+from minigpt5_jax.minigpt5 import Draws, LossOptions, make_template
+from minigpt5_jax.models.clip_text import ClipTextConfig
+from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.eva_vit import EvaVitConfig
+from minigpt5_jax.models.llama import LlamaConfig
+from minigpt5_jax.models.mapper import MapperConfig
+from minigpt5_jax.models.qformer import QFormerConfig
+from minigpt5_jax.models.unet import UNetConfig
+from minigpt5_jax.models.vae import VaeConfig, sample_posterior
+from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.training.state import init_state
+from minigpt5_jax.training.step import StepOptions, make_train_step
+from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters, trainable_paths
+from minigpt5_jax.weights.maps import minigpt5 as maps
+from minigpt5_jax.weights.table import Table, WeightTableError
+
+FORWARD, GRADIENT = 2e-6, 3e-5  # what the README of the oracle promises
+
+# Compiling is most of the time here: unoptimised code is as exact and ready sooner.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def assert_close(ours, theirs, tolerance, message=""):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, message
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert error <= tolerance, f"{message}: {error:.1e}"
+
+
+def channels_last(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+
+
+class Case(NamedTuple):
+    """The composite with the oracle's weights, and what it was run on."""
+
+    template: Template
+    table: Table
+    params: Params
+    batch: Batch
+    draws: Draws
+    numbers: dict[str, np.ndarray]
+
+
+def make_composite(configs: dict, empty_caption_ids: tuple[int, ...]) -> tuple[Template, Table]:
+    """Template of the oracle's model, vision tower included, and its weight table."""
+    vit = EvaVitConfig.from_eva(configs["eva_vit"])
+    qformer = QFormerConfig.from_hf(
+        configs["qformer_bert"],
+        encoder_hidden_size=vit.hidden_size,
+        num_query_tokens=configs["num_query_token"],
+        cross_attention_frequency=configs["cross_attention_freq"],
+    )
+    llm = LlamaConfig.from_hf(configs["llama"])
+    mapper = {name: value for name, value in configs["mapper"].items() if name != "n_queries"}
+    template = make_template(
+        ("minigpt4", {"llm": llm, "vit": vit, "qformer": qformer}),
+        ("encoder_decoder", {"config": MapperConfig(
+            llm_hidden_size=llm.hidden_size, num_queries=configs["mapper"]["n_queries"], **mapper)}),
+        ("stable_diffusion", {
+            "unet": UNetConfig.from_hf(configs["unet"]), "vae": VaeConfig.from_hf(configs["vae"]),
+            "text_encoder": ClipTextConfig.from_hf(configs["sd_text_encoder"]),
+            "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
+            "image_size": configs["output_resolution"], "empty_caption_ids": empty_caption_ids}),
+    )  # fmt: skip
+    return template, maps.table(vit, qformer)
+
+
+def make_batch(numbers: dict[str, np.ndarray], tokenizer: ClipTokenizer) -> Batch:
+    """The recorded batch in our terms: BOS in front, targets as bytes, positions of the labels."""
+    ids = numbers["in/input_ids"].astype(np.int32)
+    tokens = np.concatenate([np.full((2, 1), 1, np.int32), ids], axis=1)
+    labels = numbers["mid/llm_labels"].astype(np.int32)
+    target = np.round((numbers["in/output_image"] + 1) * 127.5).astype(np.uint8)
+    assert (target / np.float32(127.5) - 1 == numbers["in/output_image"]).all()
+    column = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    caption_ids, caption_mask = tokenizer.encode([str(text) for text in numbers["in/caption"]])
+    return Batch(
+        tokens=tokens, labels=labels,
+        label_positions=np.stack([np.flatnonzero(row != -100) for row in labels]).astype(np.int32),
+        positions=column, segment_ids=numbers["mid/llm_attention_mask"].astype(np.int32),
+        row_id=np.arange(2, dtype=np.int32),
+        images=np.zeros((0, 224, 224, 3), np.uint8), image_row=np.zeros(0, np.int32),
+        image_start=np.zeros(0, np.int32), image_mask=np.zeros(0, bool),
+        target=channels_last(target), voken_row=np.arange(2, dtype=np.int32),
+        voken_start=np.argwhere(labels == 1000)[:, 1].astype(np.int32),
+        item_id=np.arange(2, dtype=np.int32), item_mask=np.ones(2, bool),
+        caption_ids=caption_ids, caption_mask=caption_mask, has_caption=np.ones(2, bool),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case(oracle_dir, oracle_configs, oracle_weights, oracle_cases) -> Case:
+    numbers = {k.removeprefix("s1/a/"): v for k, v in oracle_cases.items() if k.startswith("s1/a/")}
+    numbers["empty_text_feature"] = oracle_cases["s1/empty_text_feature"]
+    tokenizer = ClipTokenizer(oracle_dir / "tokenizer_clip")
+    empty = tuple(int(i) for i in tokenizer.encode([""])[0][0])
+    template, table = make_composite(oracle_configs, empty)
+    shapes = {path: s.shape for path, s in template.shapes.items()}
+    params = table.to_params(maps.split_rows(oracle_weights), shapes)
+    draws = Draws(
+        timesteps=numbers["rng/timesteps"].astype(np.int32),
+        noise=channels_last(numbers["rng/noise"]),
+        posterior_noise=channels_last(numbers["rng/posterior_noise"]),
+        cfg_drop=numbers["rng/cfg_random"] < 0.1,
+    )
+    batch = make_batch(numbers, tokenizer)
+    batch, draws, params = jax.tree.map(jnp.asarray, (batch, draws, params))
+    return Case(template, table, params, batch, draws, numbers)
+
+
+@pytest.fixture(scope="module")
+def labels(case) -> dict[str, str]:
+    return label_parameters(case.template.shapes, STAGE1)
+
+
+def trainables_of(case: Case, group: str) -> dict[str, np.ndarray]:
+    """What was recorded under ``group/<original name>``, by our paths (new rows only)."""
+    source = {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
+    source = {name: value for name, value in source.items() if name not in ("lr", "loss")}
+    shapes = {path: s.shape for path, s in case.template.shapes.items()}
+    paths = trainable_paths(label_parameters(shapes, STAGE1))
+    return maps.stage1_to_params(source, {path: shapes[path] for path in paths})
+
+
+def test_every_tensor_is_read_and_written_back(case, oracle_weights):
+    assert len(oracle_weights) == 1267 and case.params.keys() == case.template.shapes.keys()
+    again = maps.join_rows(case.table.to_source({k: np.asarray(v) for k, v in case.params.items()}))
+    buffers = {name for name in oracle_weights if name.endswith(("rotary_emb.inv_freq", "position_ids"))}
+    assert len(buffers) == 4 and again.keys() == oracle_weights.keys() - buffers
+    assert all(np.array_equal(again[name], oracle_weights[name]) for name in again)
+
+
+def test_a_stray_or_missing_tensor_is_named(case, oracle_weights):
+    shapes = {path: s.shape for path, s in case.template.shapes.items()}
+    source = maps.split_rows(oracle_weights)
+    lost = "model.llama_proj.bias"
+    with pytest.raises(WeightTableError, match="backbone/llama_proj/bias"):
+        case.table.to_params({k: v for k, v in source.items() if k != lost}, shapes)
+    with pytest.raises(WeightTableError, match=r"unet\.conv_in\.scale"):
+        case.table.to_params({**source, "unet.conv_in.scale": np.ones(3)}, shapes)
+
+
+def test_the_131_tensors_of_a_stage1_file(case, labels, oracle_dir):
+    container = torch.load(oracle_dir / "stage1.ckpt", map_location="cpu", weights_only=False)
+    source = {name: value.numpy() for name, value in container["state_dict"].items()}
+    assert len(source) == 131
+    paths = trainable_paths(labels)
+    params = maps.stage1_to_params(source, {path: case.template.shapes[path].shape for path in paths})
+    assert params.keys() == set(paths)
+    tables = {name: source[maps.LLAMA_PREFIX + name][:-9]
+              for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
+    again = maps.stage1_to_source(params, tables["model.embed_tokens.weight"], tables["lm_head.weight"].T)
+    assert again.keys() == source.keys()
+    assert all(np.array_equal(again[name], source[name]) for name in source)
+
+
+def test_every_intermediate_is_the_originals(case):
+    batch, draws, numbers = case.batch, case.draws, case.numbers
+    supervised = np.argwhere(numbers["mid/llm_labels"][:, 1:] != -100)
+
+    @compiled
+    def run(params, batch, draws):
+        model = case.template.bind(params)
+        found = {"llm_inputs_embeds": model.backbone.embed(batch)}
+        out = model.outputs(batch, draws, LossOptions())
+        found["hidden"] = out.hidden
+        states = out.hidden[supervised[:, 0], supervised[:, 1]]
+        found["llm_logits_supervised"] = jnp.concatenate(model.backbone.logit_blocks(states), -1)
+        vokens = model.voken_states(out.hidden, batch.voken_row, batch.voken_start)
+        found["mapper_in"] = jnp.where(draws.cfg_drop[:, None, None], 0.0, vokens)
+        found["fc_out"] = model.mapper.fc(found["mapper_in"])
+        found["mapper_memory"] = model.mapper.encoder(found["fc_out"].astype(jnp.float32))
+        found["mapper_out"] = out.condition
+        generator = model.generator
+        found["vae_moments"] = generator.vae.encode(batch.target.astype(jnp.float32) / 127.5 - 1.0)
+        latents = generator.latents(batch.target, draws.posterior_noise)
+        sampled = sample_posterior(found["vae_moments"], draws.posterior_noise)
+        found["latents"], found["scaled"] = latents, generator.scaling_factor * sampled
+        found["unet_in"] = generator.schedule.add_noise(latents, draws.noise, draws.timesteps)
+        found["unet_out"] = generator.predict_noise(found["unet_in"], draws.timesteps, out.condition)
+        found["caption_feature"] = generator.caption_features(batch.caption_ids, batch.caption_mask)[:1]
+        found["empty_text_feature"] = generator.empty_caption_features()[None]
+        return found
+
+    found = run(case.params, batch, draws)
+    np.testing.assert_array_equal(found.pop("latents"), found.pop("scaled"))
+    real = numbers["mid/llm_attention_mask"] > 0
+    hidden, embeds = np.asarray(found.pop("hidden")), np.asarray(found.pop("llm_inputs_embeds"))
+    assert_close(hidden[real], numbers["mid/llm_all_hidden"][-1][real], FORWARD, "hidden")
+    assert_close(embeds[real], numbers["mid/llm_inputs_embeds"][real], FORWARD, "embeds")
+    empty = numbers["empty_text_feature"].reshape(found["empty_text_feature"].shape)
+    assert_close(found.pop("empty_text_feature"), empty, FORWARD, "empty_text_feature")
+    for name, value in found.items():
+        want = numbers[f"mid/{name}"]
+        assert_close(value, channels_last(want) if want.ndim == 4 else want, FORWARD, name)
+
+
+def recorder() -> optax.GradientTransformation:
+    """Keeps the gradients it is given in its state."""
+    return optax.GradientTransformation(
+        lambda params: params, lambda grads, state, params=None: (grads, grads)
+    )
+
+
+def test_losses_gradients_and_two_updates_are_the_originals(case, labels):
+    numbers = case.numbers
+    trainable = {path: case.params[path] for path in trainable_paths(labels)}
+    frozen = {path: value for path, value in case.params.items() if labels[path] == FROZEN}
+    hyper = numbers["optim/hyper"]  # a row per group: betas, eps, weight decay, learning rate
+    rates = {"llm": float(hyper[0, 4]), "mapper": float(hyper[1, 4])}
+    num_steps = int(numbers["optim/estimated_stepping_batches"])
+    schedules = {group: linear_warmup_decay(rate, 0, num_steps) for group, rate in rates.items()}
+    b1, b2, eps, decay = (float(x) for x in hyper[0, :4])
+    optimizer = make_optimizer(labels, schedules, b1=b1, b2=b2, eps=eps, weight_decay=decay)
+    optimizer = optax.chain(recorder(), optimizer)
+    step = make_train_step(
+        case.template, labels, optimizer, StepOptions(LossOptions()), draw=lambda key, micro: case.draws
+    )
+    state, step = init_state(trainable, labels, optimizer, seed=0), compiled(step)
+    for number in (1, 2):
+        rate = [schedules[group](number - 1) for group in ("llm", "mapper", "mapper", "mapper")]
+        np.testing.assert_allclose(rate, numbers[f"step{number}/lr"], rtol=1e-6)
+        state, metrics = step(state, frozen, case.batch)
+        if number == 1:
+            for name in ("text", "image", "caption"):
+                assert_close(metrics[name], numbers[f"out/{name}_loss"], FORWARD, name)
+            assert_close(metrics["loss"], numbers["out/loss"], FORWARD, "loss")
+            check_gradients(state.opt_state[0], trainables_of(case, "grad/"))
+        assert_close(metrics["loss"], numbers[f"step{number}/loss"], 1e-5, f"loss of step {number}")
+        check_update(case, state.trainable, number, {path: rates[labels[path]] for path in trainable})
+    assert state.step == 2
+
+
+def check_gradients(grads, want):
+    assert want.keys() == {path for path, g in grads.items() if not isinstance(g, optax.MaskedNode)}
+    for path in want:
+        if path.endswith("k_proj/bias"):  # analytically zero: softmax ignores a shift of all keys
+            assert np.abs(grads[path]).max() < 1e-6, path
+        else:
+            assert_close(grads[path], want[path], GRADIENT, path)
+
+
+def check_update(case, trainable, number, rates):
+    """Values after an update, where the gradient is more than noise: a first update is nearly
+    ``rate * sign(g)``, so noise would decide its direction."""
+    want, gradients = trainables_of(case, f"step{number}/"), trainables_of(case, "grad/")
+    for path, value in trainable.items():
+        if not path.endswith("k_proj/bias"):
+            clear = np.abs(gradients[path]) >= 1e-4 * np.abs(gradients[path]).max()
+            error = np.abs(np.asarray(value) - want[path])[clear].max() / rates[path]
+            assert error < 5e-3, f"{path} after update {number}: off by {error:.1e} updates"
