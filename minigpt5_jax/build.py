@@ -308,7 +308,7 @@ def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
     """Every pretrained part of the composite."""
     found = [
         TowerSource("llm", lambda _: llama_map.table(towers.llm), "backbone/llm/", ("/voken", "/lora_")),
-        TowerSource("unet", lambda _: unet_map.table(towers.unet), "generator/unet/"),
+        TowerSource("unet", lambda _: unet_map.TABLE, "generator/unet/"),
         TowerSource("vae", lambda _: vae_map.TABLE, "generator/vae/"),
         TowerSource("text_encoder", clip_text_map.table_for, "generator/text_encoder/"),
     ]

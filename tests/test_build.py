@@ -1,0 +1,222 @@
+"""From a configuration to a model: sizes, trainables, missing sources, and weights read from files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from minigpt5_jax import build as building
+from minigpt5_jax.build import ModelSpec, build, check_sources, initial_trainable, load_frozen
+from minigpt5_jax.config import ConfigError, choose, get_config
+from minigpt5_jax.models.eva_vit import EvaVitConfig
+from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
+from minigpt5_jax.weights.load import save_safetensors
+from minigpt5_jax.weights.maps.llama import split_tables
+from minigpt5_jax.weights.table import WeightTableError
+
+ROOT = Path(__file__).parents[1]
+
+# Reference section 1.12; the language model with 9 new rows in both tables.
+TOWERS = {
+    "backbone/vit": 985_894_528, "backbone/ln_vision": 2_816, "backbone/qformer": 105_137_664 + 24_576,
+    "backbone/llama_proj": 3_149_824, "backbone/llm": 6_738_489_344, "mapper/fc": 5_244_928,
+    "mapper/queries": 78_848, "generator/unet": 865_910_724, "generator/vae": 83_653_863,
+    "generator/text_encoder": 340_387_840,
+}  # fmt: skip
+MAPPING, LORA = 117_575_680, 4_194_304
+
+
+def run_file(name: str) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def count(spec: ModelSpec, prefix: str, without: str = "/lora_") -> int:
+    return sum(
+        math.prod(shape.shape)
+        for path, shape in spec.template.shapes.items()
+        if path.startswith(prefix) and without not in path
+    )
+
+
+@pytest.mark.parametrize(
+    "name, lora, trainable",
+    [("stage1", 0, 122_973_184), ("stage2_vist", LORA, 121_843_712), ("stage2_mmdialog", LORA, 121_843_712)],
+)
+def test_full_size_totals_are_the_references(name, lora, trainable):
+    before = len(jax.live_arrays())
+    spec = build(run_file(name))
+    assert len(jax.live_arrays()) == before, "building a description must not allocate"
+    assert {tower: count(spec, tower + "/") or count(spec, tower) for tower in TOWERS} == TOWERS
+    assert count(spec, "mapper/encoder/") + count(spec, "mapper/decoder/") == MAPPING
+    total = sum(math.prod(shape.shape) for shape in spec.template.shapes.values())
+    assert total == sum(TOWERS.values()) + MAPPING + lora
+    shapes = {path: spec.template.shapes[path] for path in trainable_paths(spec.labels)}
+    assert sum(math.prod(shape.shape) for shape in shapes.values()) == trainable
+    assert {shape.dtype for shape in shapes.values()} == {jnp.dtype("float32")}
+    frozen = {shape.dtype for path, shape in spec.template.shapes.items()
+              if spec.labels[path] == FROZEN and not path.startswith("mapper/")}  # fmt: skip
+    assert frozen == {jnp.dtype("bfloat16")}
+
+
+def test_options_of_the_step_come_from_the_configuration():
+    stage1, stage2 = (building.step_options(run_file(name)) for name in ("stage1", "stage2_vist"))
+    assert stage1.loss.weights == {"text": 0.01, "image": 1.0, "caption": 0.1}
+    assert stage2.loss.weights == {"text": 0.01, "image": 1.0}
+    assert (stage1.lora_dropout, stage2.lora_dropout) == (False, True)
+    assert (stage1.accumulation, stage1.cfg_dropout) == (6, 0.1)
+
+
+def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):
+    config = run_file("stage1")
+    config.weights.vit = str(tmp_path / "no_such.safetensors")
+    with pytest.raises(ConfigError) as error:
+        check_sources(config)
+    for name, way in building.HOW_TO_GET.items():
+        assert f"weights.{name}: " in str(error.value) and way in str(error.value)
+    assert "no_such.safetensors does not exist" in str(error.value) and "--dry_run" in str(error.value)
+    config.model.backbone.update(vit="none", qformer="none")  # what cannot see needs no eyes
+    config.weights.update(llm=str(tmp_path), tokenizer=str(tmp_path))
+    with pytest.raises(ConfigError) as error:
+        check_sources(config)
+    assert not any(f"weights.{name}:" in str(error.value) for name in ("vit", "qformer", "llama_proj", "llm"))
+    with pytest.raises(ConfigError, match="packaged world has no vit"):
+        building.source_path("vit", "shapes")
+
+
+def test_parts_and_sizes_that_do_not_fit_are_refused(tmp_path):
+    config = get_config()
+    with pytest.raises(ConfigError, match="unknown part 'decoder'; known: backbone, mapper, generator"):
+        choose(config, "decoder", "x")
+    config.model.backbone.name = "minigpt6"
+    with pytest.raises(ValueError, match="minigpt6.*minigpt4"):
+        build(config)
+    config = get_config()
+    config.model.mapper.d_model = 512
+    with pytest.raises(ConfigError, match="d_model=512.*width 1024"):
+        build(config)
+    config = get_config()
+    config.tuning.rules = STAGE2_LORA  # without LoRA these would freeze in silence
+    with pytest.raises(ValueError, match="match no parameter.*lora"):
+        build(config)
+    config = get_config()
+    config.model.backbone.llm = "source"
+    with pytest.raises(ConfigError, match=r"weights\.llm is not given"):
+        build(config)
+    config.weights.llm = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"weights\.llm: no config\.json"):
+        build(config)
+    config = get_config()
+    config.data.max_images = 2
+    config.model.backbone.update(vit="none", qformer="none")
+    with pytest.raises(ConfigError, match="max_images=2.*cannot see"):
+        building.batch_spec(config, building.tower_sizes(config), rows=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights from files: the oracle's model, written as a user has it
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, oracle_dir, oracle_configs, oracle_weights) -> ConfigDict:
+    """A configuration whose every size and weight comes from files in the layouts of the real sources."""
+    root, c = tmp_path_factory.mktemp("sources"), oracle_configs
+
+    def write(folder: str, file: str, prefixes: dict[str, str], config: dict, extra=lambda tensors: tensors):
+        tensors = {
+            new + name.removeprefix(old): value
+            for old, new in prefixes.items()
+            for name, value in oracle_weights.items()
+            if name.startswith(old)
+        }
+        save_safetensors(root / folder / file, extra(tensors))
+        (root / folder / "config.json").write_text(json.dumps(config))
+
+    def old_rows(tensors):
+        return {name: v for name, v in split_tables(tensors, 9).items() if not name.endswith(".new")}
+
+    vit = EvaVitConfig.from_eva(c["eva_vit"])
+    write("llm", "model.safetensors", {"model.llama_model.": ""}, c["llama"], old_rows)
+    write("vit", "eva.safetensors", {"model.visual_encoder.": ""}, vars(vit))
+    write(
+        "qformer",
+        "blip2.safetensors",
+        {"model.Qformer.": "Qformer.", "model.query_tokens": "query_tokens", "model.ln_vision": "ln_vision"},
+        c["qformer_bert"] | {"encoder_hidden_size": vit.hidden_size, "cross_attention_frequency": 2},
+    )
+    write("proj", "proj.safetensors", {"model.llama_proj.": "llama_proj."}, {})
+    write("sd/unet", "diffusion_pytorch_model.safetensors", {"unet.": ""}, c["unet"])
+    write("sd/vae", "diffusion_pytorch_model.safetensors", {"vae.": ""}, c["vae"])
+    write("sd/text_encoder", "model.safetensors", {"sd_text_encoder.": ""}, c["sd_text_encoder"])
+    shutil.copytree(oracle_dir / "tokenizer_clip", root / "sd/tokenizer")
+    (root / "sd/scheduler").mkdir()
+    (root / "sd/scheduler/scheduler_config.json").write_text(json.dumps(c["scheduler"]))
+    shutil.copy(oracle_dir / "tokenizer_llama/tokenizer.model", root / "llm")
+
+    config = get_config()
+    config.model.backbone.update(llm="source", vit="source", qformer="source")
+    config.model.generator.update(
+        unet="source", vae="source", text_encoder="source", scheduler="source", image_size=64
+    )
+    config.model.mapper.update(d_model=32, nhead=8, dim_feedforward=128)
+    config.model.update(dtype="float32", param_dtype="float32")
+    config.weights.update(
+        llm=str(root / "llm"), stable_diffusion=str(root / "sd"), vit=str(root / "vit/eva.safetensors"),
+        qformer=str(root / "qformer/blip2.safetensors"), llama_proj=str(root / "proj/proj.safetensors"),
+    )  # fmt: skip
+    return config
+
+
+def test_frozen_weights_are_read_from_their_sources(sources, oracle_weights):
+    spec = build(sources)
+    placed = []
+    frozen = load_frozen(sources, spec, lambda path, array: placed.append(path) or jnp.asarray(array))
+    trained = set(trainable_paths(spec.labels))
+    assert frozen.keys() == spec.template.shapes.keys() - trained and placed == list(frozen)
+    assert {path: value.shape for path, value in frozen.items()} == {
+        path: spec.template.shapes[path].shape for path in frozen
+    }
+    for path, name, change in (
+        (
+            "backbone/llm/embed_tokens/embedding",
+            "model.llama_model.model.embed_tokens.weight",
+            lambda w: w[:-9],
+        ),
+        ("backbone/vit/blocks/mlp/fc1/bias", "model.visual_encoder.blocks.0.mlp.fc1.bias", lambda w: w),
+        ("backbone/ln_vision/scale", "model.ln_vision.weight", lambda w: w),
+        ("backbone/llama_proj/kernel", "model.llama_proj.weight", lambda w: w.T),
+        ("generator/unet/conv_in/bias", "unet.conv_in.bias", lambda w: w),
+        ("generator/vae/quant_conv/bias", "vae.quant_conv.bias", lambda w: w),
+    ):
+        read = frozen[path][0] if "/blocks/" in path else frozen[path]
+        np.testing.assert_array_equal(read, change(oracle_weights[name]), err_msg=path)
+
+    fresh = initial_trainable(sources, spec, frozen)
+    assert fresh.keys() == trained
+    old = frozen["backbone/llm/embed_tokens/embedding"]
+    np.testing.assert_allclose(
+        fresh["backbone/llm/embed_tokens/voken"], np.broadcast_to(old.mean(0), (9, 48)), atol=1e-7
+    )
+    head = frozen["backbone/llm/lm_head/kernel"]
+    np.testing.assert_allclose(fresh["backbone/llm/lm_head/voken"], np.broadcast_to(head.mean(1), (9, 48)),
+                               atol=1e-7)  # fmt: skip
+    assert spec.template.bind(spec.template.shapes).generator.empty_caption_ids[:3] == (526, 527, 0)
+
+
+def test_a_source_of_another_size_names_file_and_tensor(sources):
+    config = ConfigDict(sources.to_dict())
+    config.weights.vit = sources.weights.llama_proj
+    spec = build(sources)
+    with pytest.raises(WeightTableError, match=r"proj\.safetensors.*\n.*llama_proj"):
+        load_frozen(config, spec, lambda path, array: array)
