@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -17,6 +18,7 @@ from minigpt5_jax.models.llama import VICUNA_7B, Llama, LlamaConfig, LoraConfig,
 from minigpt5_jax.weights.maps import llama as maps
 from minigpt5_jax.weights.table import WeightTableError
 
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 HF = dict(vocab_size=50, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4)
 NEW = 9
 LENGTHS = (11, 7)  # of two right-padded rows
@@ -60,6 +62,11 @@ def rows(lengths=LENGTHS, width: int = HF["hidden_size"]):
     embeds = np.random.default_rng(0).standard_normal((len(lengths), longest, width)).astype(np.float32)
     positions = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), embeds.shape[:2])
     return jnp.asarray(embeds), positions, (positions < jnp.array(lengths)[:, None]).astype(jnp.int32)
+
+
+def run(llm: Llama, embeds, positions, segments) -> jax.Array:
+    """One compiled call."""
+    return compiled(lambda *x: llm(x[0], positions=x[1], segment_ids=x[2]))(embeds, positions, segments)
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
@@ -107,7 +114,7 @@ def test_values_and_gradients_match_transformers(kv_heads):
         ours = llm.logits(llm(embeds, positions=positions, segment_ids=segments))
         return (ours * weight).sum(), ours
 
-    (gradients, embeds_gradient), ours = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, embeds)
+    (gradients, embeds_gradient), ours = compiled(jax.grad(loss, (0, 1), has_aux=True))(params, embeds)
     real = np.asarray(segments, bool)
     assert_close(ours[real], logits.detach().numpy()[real])
     assert np.isfinite(ours).all()
@@ -167,7 +174,7 @@ def test_lora_matches_peft():
         ours = llm.logits(llm(embeds, positions=positions, segment_ids=segments))
         return jnp.square(jnp.where(segments[..., None] > 0, ours, 0)).sum(), ours
 
-    gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(factors)
+    gradients, ours = compiled(jax.grad(loss, has_aux=True))(factors)
     assert_close(ours[real], logits.detach().numpy()[real])
     theirs = table.to_params(numpy_of({n: p.grad for n, p in lora.items()}), shapes)
     for path, want in theirs.items():
@@ -187,7 +194,7 @@ def test_oracle_states_and_logits(oracle_weights, oracle_configs, oracle_cases):
     segments = jnp.asarray(mid["llm_attention_mask"], jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     llm = template.bind(params)
-    hidden = jax.jit(lambda x: llm(x, positions=positions, segment_ids=segments))(mid["llm_inputs_embeds"])
+    hidden = compiled(lambda x: llm(x, positions=positions, segment_ids=segments))(mid["llm_inputs_embeds"])
     real = np.asarray(segments, bool)
     assert_close(hidden[real], mid["llm_all_hidden"][-1][real], 2e-5)
     row, column = np.nonzero(mid["llm_labels"] != -100)
@@ -205,7 +212,7 @@ def test_oracle_states_and_logits(oracle_weights, oracle_configs, oracle_cases):
 
 def test_packed_segments_equal_separate_rows(tiny):
     embeds, positions, segments = rows()
-    separate = tiny(embeds, positions=positions, segment_ids=segments)
+    separate = run(tiny, embeds, positions, segments)
     packed = np.zeros((1, 20, HF["hidden_size"]), np.float32)
     place = np.zeros((1, 20), np.int32)
     where = np.zeros((1, 20), np.int32)
@@ -215,7 +222,7 @@ def test_packed_segments_equal_separate_rows(tiny):
         place[0, start : start + length] = np.arange(length)
         where[0, start : start + length] = row + 1
         start += length
-    together = tiny(jnp.asarray(packed), positions=jnp.asarray(place), segment_ids=jnp.asarray(where))
+    together = run(tiny, *map(jnp.asarray, (packed, place, where)))
     assert np.isfinite(together).all()
     assert_close(together[0, :11], separate[0, :11], 1e-5)
     assert_close(together[0, 11:18], separate[1, :7], 1e-5)
@@ -229,7 +236,7 @@ def test_dropout_of_a_row_is_its_own(tiny_lora):
     def keys():  # made again for each call: the suite refuses keys used twice
         return jax.random.split(jax.random.key(3), 2)
 
-    @jax.jit
+    @compiled
     def run(inputs, keys):
         embeds, positions, segments = inputs
         return llm(embeds, positions=positions, segment_ids=segments, dropout_keys=keys)
@@ -257,7 +264,7 @@ def test_remat_changes_memory_not_gradients(tiny_lora):
             hidden = llm(embeds, positions=positions, segment_ids=segments, dropout_keys=keys)
             return jnp.square(hidden[:, :7, :3]).sum()
 
-        return jax.jit(jax.grad(loss))({path: params[path] for path in chosen})
+        return compiled(jax.grad(loss))({path: params[path] for path in chosen})
 
     ours, theirs = gradient(again), gradient(template)
     for path in chosen:
@@ -267,9 +274,9 @@ def test_remat_changes_memory_not_gradients(tiny_lora):
 def test_cached_pieces_equal_one_call(tiny):
     """Rows advance by different counts in one call; invalid places leave no trace."""
     embeds, positions, segments = rows()
-    full = np.asarray(tiny(embeds, positions=positions, segment_ids=segments))
+    full = np.asarray(run(tiny, embeds, positions, segments))
     cache = tiny.init_cache(2, 12)
-    feed = jax.jit(lambda x, where, valid, cache: tiny.decode(x, positions=where, valid=valid, cache=cache))
+    feed = compiled(lambda x, where, valid, cache: tiny.decode(x, positions=where, valid=valid, cache=cache))
     fed, seen = np.zeros(2, int), np.zeros_like(full)
     for counts in ((4, 2), (1, 1), (0, 3), (5, 1), (1, 0)):
         width = 5
@@ -300,13 +307,13 @@ def test_bf16_keeps_residual_and_new_rows_fp32():
     llm = template.bind(params)
     embeds, positions, segments = rows()
     assert llm.embed(positions).dtype == jnp.float32
-    hidden = llm(embeds, positions=positions, segment_ids=segments)
+    hidden = run(llm, embeds, positions, segments)
     assert hidden.dtype == jnp.bfloat16  # reference 1.13
     assert all(block.dtype == jnp.float32 for block in llm.logit_blocks(hidden))
     exact = template_of(LlamaConfig(**HF), lora=LoraConfig()).bind(
         {path: value.astype(jnp.float32) for path, value in params.items()}
     )
-    assert_close(hidden.astype(jnp.float32), exact(embeds, positions=positions, segment_ids=segments), 0.02)
+    assert_close(hidden.astype(jnp.float32), run(exact, embeds, positions, segments), 0.02)
     assert llm.init_cache(2, 4).keys.dtype == jnp.bfloat16
     assert llm.init_cache(2, 4, jnp.float32).keys.dtype == jnp.float32
 
