@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +27,7 @@ def fit(
     seed: int,
     name: str,
     ema_decay: float = 0.99,
-    warmup: float = 0.1,
+    warmup: float = 0.05,
     weight_decay: float = 1e-2,
     report_every: int = 100,
 ) -> tuple[Params, float]:
@@ -39,7 +40,7 @@ def fit(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=weight_decay)
     )
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params, ema, opt_state, batch, key):
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -48,7 +49,8 @@ def fit(
         return params, ema, opt_state, {"loss": value, **metrics}
 
     start, root = time.time(), jax.random.key(seed)
-    ema, opt_state = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    params, ema = jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params)
+    opt_state = optimizer.init(params)
     window: dict[str, list[jax.Array]] = {}
     with tqdm(total=steps, desc=name, mininterval=5.0) as bar:
         for number in range(steps):

@@ -18,8 +18,8 @@ from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, kinds
 
 CONFIG = VaeConfig.from_hf(
     {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "norm_num_groups": 8,
-        "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1, "sample_size": IMAGE_SIZE,
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "norm_num_groups": 4,
+        "block_out_channels": [8, 16, 32, 64], "layers_per_block": 1, "sample_size": IMAGE_SIZE,
         "scaling_factor": 1.0, "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
@@ -47,8 +47,10 @@ def batches(size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield pictures, weight.astype(np.float32)
 
 
-def train(steps: int, seed: int, size: int = 8) -> tuple[Params, VaeConfig, float]:
-    """(parameters, configuration with its scaling factor, seconds)."""
+def train(
+    steps: int, seed: int, size: int = 8, start: Params | None = None
+) -> tuple[Params, VaeConfig, float]:
+    """(parameters, configuration with its scaling factor, seconds); ``start`` continues earlier ones."""
     template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
 
     def loss(params, batch, key):
@@ -62,7 +64,7 @@ def train(steps: int, seed: int, size: int = 8) -> tuple[Params, VaeConfig, floa
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
         return error.mean() + KL_WEIGHT * kl, {"l1": error.mean(), "kl": kl}
 
-    params = template.init(jax.random.key(seed))
+    params = template.init(jax.random.key(seed)) if start is None else start
     params, seconds = fit(
         loss, params, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae"
     )
@@ -75,22 +77,27 @@ def train(steps: int, seed: int, size: int = 8) -> tuple[Params, VaeConfig, floa
 def encode(template: Template, params: Params, pictures: np.ndarray, size: int = 64) -> np.ndarray:
     """Moments of pictures u8[n 64 64 3], f32[n 8 8 8]."""
     run = jax.jit(lambda p, x: template.bind(p).encode(x.astype(jnp.float32) / 127.5 - 1.0))
-    return np.concatenate([np.asarray(run(params, pictures[i : i + size])) for i in range(0, len(pictures), size)])
+    return np.concatenate(
+        [np.asarray(run(params, pictures[i : i + size])) for i in range(0, len(pictures), size)]
+    )
 
 
-def reconstruct(template: Template, params: Params, pictures: np.ndarray, noise: float, seed: int = 0) -> np.ndarray:
+def reconstruct(
+    template: Template, params: Params, pictures: np.ndarray, noise: float, seed: int = 0
+) -> np.ndarray:
     """Pictures through the VAE, latents disturbed by ``noise`` standard deviations of themselves."""
     run = jax.jit(lambda p, z: template.bind(p).decode(z))
     mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
     random = np.random.default_rng(seed)
     latents = mean + noise * mean.std() * random.standard_normal(mean.shape).astype(np.float32)
-    pixels = np.concatenate([np.asarray(run(params, latents[i : i + 64])) for i in range(0, len(latents), 64)])
+    pixels = np.concatenate(
+        [np.asarray(run(params, latents[i : i + 64])) for i in range(0, len(latents), 64)]
+    )
     return np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def measure(params: Params) -> dict[str, float]:
+def measure(params: Params, template: Template) -> dict[str, float]:
     """Share of held-out scenes the oracle reads rightly after the VAE."""
-    template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
     scenes = list(all_scenes(True))
     pictures = render(scenes)
     return {

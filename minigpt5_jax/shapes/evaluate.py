@@ -1,0 +1,133 @@
+"""How good the small world's backbones are, measured on the files as they are shipped.
+
+    python -m minigpt5_jax.shapes.evaluate [--count 500] [--sampler ddim] [--guidance 2]
+
+``native`` is the ceiling of stage 1: the UNet driven by its own text encoder on held-out captions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from minigpt5_jax.data.tokenizer import ClipTokenizer
+from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.diffusion.schedule import SD21_BASE
+from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.unet import UNet2DConditionModel
+from minigpt5_jax.models.vae import AutoencoderKL
+from minigpt5_jax.shapes import files, train_text, train_vae
+from minigpt5_jax.shapes.dataset import draw_pairs
+from minigpt5_jax.shapes.oracle import score
+from minigpt5_jax.shapes.world import Scene
+
+BATCH = 50
+
+
+def oracle_score(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of pictures right in everything (``all``), in the background and in each attribute."""
+    return score(pictures, scenes)
+
+
+def native(
+    assets: Path = files.ASSETS,
+    *,
+    count: int = 500,
+    seed: int = 0,
+    sampler: str = "ddim",
+    steps: int = 20,
+    guidance: float = 2.0,
+    padding_only: bool = False,
+) -> dict[str, float]:
+    """The oracle's scores of pictures for ``count`` held-out captions.
+
+    ``padding_only`` replaces the features at real tokens by their mean over captions: what is left is
+    what a mapper can know without guessing the wording.
+    """
+    _, scenes, captions = draw_pairs("held_out", count, seed)
+    tokenizer = ClipTokenizer(assets / "sd/tokenizer")
+    text_template = train_text.template(tokenizer.vocab_size)
+    text = files.read_tower(assets, "text_encoder", text_template)
+    ids, mask = tokenizer.encode(captions)
+    features = train_text.features(text, ids, mask)
+    if padding_only:
+        features = np.where(mask[..., None] > 0, features.mean(0), features)
+    empty = train_text.features(text, *tokenizer.encode([""]))[0]
+    draw = make_native(assets, sampler=sampler, steps=steps, guidance=guidance)
+    pictures = [
+        np.asarray(draw(features[i : i + BATCH], empty, jax.random.fold_in(jax.random.key(seed), i)))
+        for i in range(0, count, BATCH)
+    ]
+    return oracle_score(np.concatenate(pictures), scenes)
+
+
+def make_native(assets: Path, *, sampler: str, steps: int, guidance: float):
+    """``f(features [n 77 128], empty [77 128], key) -> pictures u8[n 64 64 3]`` of the written towers."""
+    unet_config, vae_config = files.read_config(assets, "unet"), files.read_config(assets, "vae")
+    unet_template = Template.of(lambda rngs: UNet2DConditionModel(unet_config, rngs=rngs))
+    vae_template = Template.of(lambda rngs: AutoencoderKL(vae_config, rngs=rngs))
+    params = {
+        "unet": files.read_tower(assets, "unet", unet_template),
+        "vae": files.read_tower(assets, "vae", vae_template),
+    }
+    loop = make_sampler(sampler, SD21_BASE, steps)
+
+    @jax.jit
+    def draw(params, features, empty, key):
+        unet, vae = unet_template.bind(params["unet"]), vae_template.bind(params["vae"])
+        context = jnp.concatenate([jnp.broadcast_to(empty, features.shape), features])
+
+        def denoise(latents, timestep):
+            both = jnp.concatenate([latents, latents])
+            epsilon = unet(both, jnp.full(both.shape[:1], timestep, jnp.int32), context)
+            without, given = jnp.split(epsilon, 2)
+            return without + guidance * (given - without)
+
+        side = unet_config.sample_size
+        noise = jax.random.normal(key, (len(features), side, side, unet_config.in_channels))
+        pixels = vae.decode(loop.sample(denoise, noise) / vae_config.scaling_factor)
+        return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+    return lambda features, empty, key: draw(params, features, empty, key)
+
+
+def reconstruction(assets: Path = files.ASSETS) -> dict[str, float]:
+    """Share of held-out scenes the oracle reads rightly after the VAE, by noise on the latents."""
+    config = files.read_config(assets, "vae")
+    template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
+    return train_vae.measure(files.read_tower(assets, "vae", template), template)
+
+
+def main() -> None:
+    """Command line: prints one JSON object."""
+    from absl import app, flags
+
+    count = flags.DEFINE_integer("count", 500, "held-out pictures", lower_bound=1)
+    sampler = flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "picture sampler")
+    steps = flags.DEFINE_integer("steps", 20, "denoising steps", lower_bound=1)
+    guidance = flags.DEFINE_float("guidance", 2.0, "guidance scale")
+    seed = flags.DEFINE_integer("seed", 0, "of captions and noise")
+
+    def run(_: list[str]) -> None:
+        options = {
+            "count": count.value, "seed": seed.value, "sampler": sampler.value, "steps": steps.value,
+            "guidance": guidance.value,
+        }  # fmt: skip
+        result = {
+            **options, "native": native(**options),
+            "native, padding positions only": native(**options, padding_only=True)["all"],
+            "vae": reconstruction(),
+        }  # fmt: skip
+        print(json.dumps(result, indent=2))
+
+    app.run(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The small world's backbones on disk: the files of LLaMA and of Stable Diffusion, in 16 bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt5_jax.models.clip_text import ClipTextConfig
+from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.llama import LlamaConfig
+from minigpt5_jax.models.unet import UNetConfig
+from minigpt5_jax.models.vae import VaeConfig
+from minigpt5_jax.weights.load import load_tower, open_safetensors, save_safetensors
+from minigpt5_jax.weights.maps import clip_text, llama, unet, vae
+from minigpt5_jax.weights.table import Table
+
+ASSETS = Path(__file__).parent / "assets"
+PROVENANCE = "PROVENANCE.json"
+STORED = np.float16
+
+SCHEDULER = {  # of stabilityai/stable-diffusion-2-1-base
+    "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
+    "prediction_type": "epsilon", "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "trained_betas": None,
+}  # fmt: skip
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    "feature_extractor": [None, None], "safety_checker": [None, None],
+    "requires_safety_checker": False,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerFiles:
+    """Where a tower lies and how: folder, weight file, table, and what its configuration says besides."""
+
+    folder: str
+    file: str
+    table: Table
+    config: Any
+    extra: Mapping[str, Any]
+
+
+TOWERS = {
+    "llama": TowerFiles(
+        "llama", "model.safetensors", llama.TABLE, LlamaConfig,
+        {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+        },
+    ),
+    "text_encoder": TowerFiles(
+        "sd/text_encoder", "model.safetensors", clip_text.TABLE, ClipTextConfig,
+        {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "pad_token_id": 0,
+            "attention_dropout": 0.0, "torch_dtype": "float16",
+        },
+    ),
+    "unet": TowerFiles(
+        "sd/unet", "diffusion_pytorch_model.safetensors", unet.TABLE, UNetConfig,
+        {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"},
+    ),
+    "vae": TowerFiles(
+        "sd/vae", "diffusion_pytorch_model.safetensors", vae.TABLE, VaeConfig,
+        {"_class_name": "AutoencoderKL"},
+    ),
+}  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a closing line end; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tower(assets: Path, name: str, params: Params, config: Any) -> None:
+    """Configuration and weights of one tower, rows of new tokens left out."""
+    files = TOWERS[name]
+    values = {**files.extra, **dataclasses.asdict(config)}
+    if name == "text_encoder":  # the tokenizer's last two
+        values |= {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
+    if name == "vae":
+        levels = len(config.block_out_channels)
+        values |= {
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+    write_json(assets / files.folder / "config.json", values)
+    kept = {path: np.asarray(v, STORED) for path, v in params.items() if not path.endswith("/voken")}
+    source = files.table.to_source(kept)
+    save_safetensors(assets / files.folder / files.file, source, {"format": "pt"})
+
+
+def write_scheduler(assets: Path) -> None:
+    """Scheduler and index of the diffusers folder."""
+    write_json(assets / "sd/scheduler/scheduler_config.json", SCHEDULER)
+    write_json(assets / "sd/model_index.json", MODEL_INDEX)
+
+
+def read_config(assets: Path, name: str) -> Any:
+    """Configuration of a written tower.
+
+    Raises:
+      FileNotFoundError: naming the part that is to be trained first.
+    """
+    path = assets / TOWERS[name].folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: train that part first (python -m minigpt5_jax.pretrain)")
+    return TOWERS[name].config.from_hf(json.loads(path.read_text()))
+
+
+def read_tower(assets: Path, name: str, template: Template) -> Params:
+    """Parameters of a written tower in float32; rows of new tokens, which no file holds, are zeros."""
+    files = TOWERS[name]
+    empty = {path: np.zeros(shape.shape, np.float32) for path, shape in template.shapes.items()}
+    new = {path: rows for path, rows in empty.items() if path.endswith("/voken")}
+    shapes = {path: shape for path, shape in template.shapes.items() if path not in new}
+    return load_tower(files.table, open_safetensors(assets / files.folder), shapes, np.float32) | new
+
+
+def hashes(assets: Path) -> dict[str, str]:
+    """SHA-256 of every file but the provenance itself, by path."""
+    files = sorted(path for path in assets.rglob("*") if path.is_file() and path.name != PROVENANCE)
+    return {str(p.relative_to(assets)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

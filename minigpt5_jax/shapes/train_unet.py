@@ -1,0 +1,103 @@
+"""The small world's UNet, driven by the finished text encoder's features of captions.
+
+Features and latents of every training scene are computed once.  The UNet learns from features that
+were disturbed the way a mapper disturbs them: noise, and real-token positions that belong to another
+caption or say nothing.  So it listens to the padding positions, which hold the scene.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minigpt5_jax.data.tokenizer import ClipTokenizer
+from minigpt5_jax.diffusion.schedule import SD21_BASE
+from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.unet import UNet2DConditionModel, UNetConfig
+from minigpt5_jax.shapes import train_text
+from minigpt5_jax.shapes.fit import fit
+from minigpt5_jax.shapes.world import all_scenes
+
+CONFIG = UNetConfig.from_hf(
+    {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [48, 96],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1, "attention_head_dim": [2, 4], "cross_attention_dim": 128,
+        "norm_num_groups": 8, "norm_eps": 1e-5, "use_linear_projection": True, "act_fn": "silu",
+        "flip_sin_to_cos": True, "freq_shift": 0,
+    }
+)  # fmt: skip
+WORDINGS = 4  # captions of each scene, drawn before training
+EMPTY_SHARE = 0.1
+FEATURE_NOISE = 0.6  # largest standard deviation of noise on features of about unit variance
+SNR_RANGE = (0.1, 5.0)  # of the weights in front of the clean latents' error
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Everything training looks up: per scene moments [s 8 8 8], features f16[s w 77 128], masks [s w 77]."""
+
+    moments: np.ndarray
+    features: np.ndarray
+    masks: np.ndarray
+    empty: np.ndarray
+
+    @classmethod
+    def make(cls, text: Params, tokenizer: ClipTokenizer, moments: np.ndarray, seed: int) -> Examples:
+        """``moments`` are scaled and in the order of ``all_scenes(False)``."""
+        random, scenes = np.random.default_rng(seed), list(all_scenes(False))
+        parts, masks = [], []
+        for _ in range(WORDINGS):
+            ids, mask = train_text.encode(tokenizer, scenes, random)
+            parts.append(train_text.features(text, ids, mask).astype(np.float16))
+            masks.append(mask.astype(bool))
+        empty = train_text.features(text, *tokenizer.encode([""]))[0]
+        return cls(moments, np.stack(parts, 1), np.stack(masks, 1), empty)
+
+
+def batches(examples: Examples, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Latents f32[n 8 8 4] (posterior samples) and contexts f32[n 77 128] for training."""
+    random = np.random.default_rng(seed)
+    while True:
+        scene = random.integers(len(examples.moments), size=size)
+        wording = random.integers(WORDINGS, size=size)
+        mean, logvar = np.split(examples.moments[scene], 2, axis=-1)
+        noise = random.standard_normal(mean.shape, np.float32)
+        context = examples.features[scene, wording].astype(np.float32)
+        words = examples.masks[scene, wording][..., None]
+        kind = random.random(size)[:, None, None]
+        other = np.where(kind < 0.3, np.roll(context, 1, 0), context.mean(0))
+        context = np.where(words & (kind < 0.6), other, context)
+        scale = FEATURE_NOISE * random.random((size, 1, 1), np.float32)
+        context += scale * random.standard_normal(context.shape, np.float32)
+        context[random.random(size) < EMPTY_SHARE] = examples.empty
+        yield {"latents": mean + np.exp(0.5 * logvar) * noise, "context": context}
+
+
+def train(
+    examples: Examples, steps: int, seed: int, size: int = 32, start: Params | None = None
+) -> tuple[Params, float]:
+    """(parameters, seconds); ``start`` continues earlier ones."""
+    tower = Template.of(lambda rngs: UNet2DConditionModel(CONFIG, rngs=rngs))
+
+    def loss(params, batch, key):
+        first, second = jax.random.split(key)
+        timesteps = jax.random.randint(first, (size,), 0, SD21_BASE.num_train_timesteps)
+        noise = jax.random.normal(second, batch["latents"].shape)
+        noisy = SD21_BASE.add_noise(batch["latents"], noise, timesteps)
+        error = jnp.square(tower.bind(params)(noisy, timesteps, batch["context"]) - noise).mean((1, 2, 3))
+        snr = SD21_BASE.snr(timesteps)
+        clean = error / snr  # the error as one of the clean latents
+        return (jnp.clip(snr, *SNR_RANGE) * clean).mean(), {
+            "epsilon": error.mean(), "clean": jnp.minimum(clean, 1.0).mean()
+        }  # fmt: skip
+
+    return fit(
+        loss, tower.init(jax.random.key(seed)) if start is None else start, batches(examples, size, seed),
+        steps=steps, learning_rate=1.5e-3, seed=seed, name="unet", ema_decay=0.995,
+    )  # fmt: skip
