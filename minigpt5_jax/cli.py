@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
@@ -30,6 +30,7 @@ def run(main: Callable[[ConfigDict], Any], *, errors: Sequence[type[Exception]] 
     """
 
     def guarded(_: Sequence[str]) -> None:
+        quiet()
         try:
             config = load()
             if HELP_CONFIG.value:
@@ -40,6 +41,12 @@ def run(main: Callable[[ConfigDict], Any], *, errors: Sequence[type[Exception]] 
             fail(str(error))
 
     app.run(guarded, flags_parser=parse)
+
+
+def quiet() -> None:
+    """Warnings only (Orbax tells every file it renames), unless ``--verbosity`` asks for more."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
 
 
 def fail(message: str) -> None:

@@ -131,6 +131,7 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
 
 def main(_: Any) -> None:
     """The command."""
+    cli.quiet()
     config = CONFIG.value
     config.run.workdir = WORKDIR.value
     print(json.dumps(demonstrate(validate(config))))

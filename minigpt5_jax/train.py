@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
@@ -248,12 +248,13 @@ def make_loop(config: ConfigDict) -> Loop:
         state, data_state = resume(checkpoints, state, meta, places)
         first_step = int(state.step)
         loader.restore(data_state)
-        logging.info("continuing behind step %d of %s", first_step, workdir)
     metrics = Metrics(
         workdir, steps, first_step=first_step, samples_per_step=config.data.global_batch,
         log_every=config.run.log_every, active=main_process(),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
     )  # fmt: skip
+    if first_step:
+        metrics.message(f"continuing behind step {first_step} of {workdir}")
     step = jax.jit(
         make_train_step(spec.template, spec.labels, optimizer, spec.options),
         donate_argnums=0,

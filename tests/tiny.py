@@ -60,12 +60,20 @@ def make_tiny_template() -> Template:
 
 
 def make_tiny_params(template: Template) -> dict[str, jax.Array]:
-    """Random parameters of the tiny template, every leaf perturbed so that none is zero or one."""
-    params = template.init(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), len(params))
+    """Random parameters of the tiny template, none of them zero or one (by numpy: nothing compiles)."""
+    random = np.random.default_rng(0)
+
+    def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = random.standard_normal(shape)
+        if path.endswith("scale"):
+            return 1.0 + 0.05 * noise
+        if path.endswith("kernel"):
+            return noise / np.sqrt(np.prod(shape[template.axes[path][0] == "layers" : -1]))
+        return 0.05 * noise
+
     return {
-        path: params[path] + 0.02 * jax.random.normal(key, params[path].shape)
-        for path, key in zip(sorted(params), keys, strict=True)
+        path: jax.numpy.asarray(values(path, shape.shape), shape.dtype)
+        for path, shape in sorted(template.shapes.items())
     }
 
 

@@ -8,6 +8,7 @@ batch are fed their one id in the same call.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -195,30 +196,35 @@ def _feed(
     costs nothing.  A row whose very last id is ``[IMG0]`` is still fed the vokens.
     """
 
-    def call(state: _State, ids: jax.Array, valid: jax.Array):
+    batch, width = state.hidden.shape
+    blank = jnp.zeros((batch, num_vokens, width), jnp.float32)
+
+    def call(cache: Any, ids: jax.Array, valid: jax.Array):
         positions = state.position[:, None] + jnp.arange(ids.shape[1])
-        hidden, cache = llm.decode(llm.embed(ids), positions=positions, valid=valid, cache=state.cache)
-        return hidden, cache
+        return llm.decode(llm.embed(ids), positions=positions, valid=valid, cache=cache)
 
-    blank = jnp.zeros((token.shape[0], num_vokens, state.hidden.shape[-1]), jnp.float32)
-
-    def nothing(state: _State):
-        return state.hidden, state.cache, blank
-
-    def single(state: _State):
-        hidden, cache = call(state, token[:, None], running[:, None])
+    def single(carry):
+        hidden, cache = call(carry[1], token[:, None], running[:, None])
         return hidden[:, 0], cache, blank
 
-    def burst(state: _State):
+    def burst(carry):
         offset = jnp.arange(num_vokens)
         ids = jnp.where(bursting[:, None], first_voken_id + offset, token[:, None])
-        hidden, cache = call(state, ids, bursting[:, None] | (running[:, None] & (offset == 0)))
+        hidden, cache = call(carry[1], ids, bursting[:, None] | (running[:, None] & (offset == 0)))
         mapper_input = jnp.concatenate([state.hidden[:, None], hidden[:, :-1]], axis=1)
         last = jnp.where(bursting[:, None], hidden[:, -1], hidden[:, 0])
         return last, cache, mapper_input.astype(jnp.float32)
 
-    which = jnp.where(bursting.any(), 2, running.any().astype(jnp.int32))
-    return jax.lax.switch(which, (nothing, single, burst), state)
+    carry = (state.hidden, state.cache, blank)
+    carry = _do_if(running.any() & ~bursting.any(), single, carry)
+    return _do_if(bursting.any(), burst, carry)
+
+
+def _do_if(wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
+    """``function(carry) if wanted else carry``; as a loop, since ``lax.cond`` would copy the cache."""
+    return jax.lax.while_loop(
+        lambda c: c[0], lambda c: (jnp.zeros_like(wanted), function(c[1])), (wanted, carry)
+    )[1]
 
 
 def _record_picture(result: DecodeResult, states: jax.Array, bursting: jax.Array) -> DecodeResult:

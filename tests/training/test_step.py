@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import Draws, LossOptions
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.sharding import (
@@ -48,11 +52,15 @@ def constant_rates(labels, rate=1e-2):
     return {group: optax.constant_schedule(rate) for group in set(labels.values()) - {FROZEN}}
 
 
+# Compiling is most of the time here: unoptimised code is as exact and ready sooner.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def test_frozen_leaves_stay_bit_identical_and_trainables_move(tiny_template, tiny_params, tiny_batch, labels):
     trainable, frozen = split(tiny_params, labels)
     before = {path: np.array(value) for path, value in tiny_params.items()}
     optimizer = make_optimizer(labels, constant_rates(labels))
-    step = jax.jit(make_train_step(tiny_template, labels, optimizer, OPTIONS), donate_argnums=0)
+    step = compiled(make_train_step(tiny_template, labels, optimizer, OPTIONS), donate_argnums=0)
     state = init_state(trainable, labels, optimizer, seed=0)
     for seed in range(3):
         state, metrics = step(state, frozen, tiny_batch(8, seed))
@@ -64,46 +72,43 @@ def test_frozen_leaves_stay_bit_identical_and_trainables_move(tiny_template, tin
     assert moments == 2 * sum(value.size for value in state.trainable.values())
 
 
-def test_accumulation_gives_the_update_of_the_large_batch(tiny_template, tiny_params, tiny_batch, labels):
+class Task(NamedTuple):
+    """Gradients to be taken in several ways, and what they are on one device in one piece."""
+
+    run: Callable  # (trainable, frozen, batch, options=OPTIONS) -> gradients, loss, sums
+    trainable: dict
+    frozen: dict
+    batch: Batch
+    expected: tuple
+
+
+@pytest.fixture(scope="module")
+def task(tiny_template, tiny_params, tiny_batch, labels) -> Task:
     trainable, frozen = split(tiny_params, labels)
-    batch = tiny_batch(8)
-    # Uneven counts per micro-batch: a mean of means would differ.
-    batch = dataclasses.replace(batch, item_mask=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool))
+    # Uneven counts per micro-batch and device: a mean of means would differ.
+    batch = dataclasses.replace(tiny_batch(8), item_mask=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool))
     batch.label_positions[6, 1:] = 0
-    options = dataclasses.replace(OPTIONS, accumulation=4)
+    info = DrawInfo.of(tiny_template)
 
-    def micro(value):
-        return value.reshape(4, value.shape[0] // 4, *value.shape[1:])
+    def run(trainable, frozen, batch, options=OPTIONS):
+        def draw(micro):
+            return make_draws(info, jax.random.key(3), micro, options)
 
-    stacked = jax.tree.map(micro, batch)
+        return accumulate_gradients(tiny_template, trainable, frozen, batch, draw, options)
+
+    return Task(run, trainable, frozen, batch, compiled(run)(trainable, frozen, batch))
+
+
+def test_accumulation_gives_the_update_of_the_large_batch(task):
+    stacked = jax.tree.map(lambda x: x.reshape(4, x.shape[0] // 4, *x.shape[1:]), task.batch)
     stacked = dataclasses.replace(stacked, voken_row=stacked.voken_row % 2)
-    key, info = jax.random.key(3), DrawInfo.of(tiny_template)
-
-    def run(batch, options):
-        return accumulate_gradients(
-            tiny_template, trainable, frozen, batch, lambda b: make_draws(info, key, b, options), options
-        )
-
-    grads, loss, sums = jax.jit(run, static_argnums=1)(batch, OPTIONS_STATIC)
-    many, loss_many, sums_many = jax.jit(run, static_argnums=1)(stacked, Static(options))
-    np.testing.assert_allclose(loss_many, loss, rtol=1e-6)
-    for name, (total, count) in sums.items():
-        np.testing.assert_allclose(sums_many[name][0], total, rtol=1e-5, err_msg=name)
-        assert count == sums_many[name][1]
-    assert_close(many, grads)
-
-
-class Static:
-    """StepOptions hashed by identity, to pass as a static argument."""
-
-    def __init__(self, options):
-        self.options = options
-
-    def __getattr__(self, name):
-        return getattr(self.options, name)
-
-
-OPTIONS_STATIC = Static(OPTIONS)
+    run = functools.partial(task.run, options=dataclasses.replace(OPTIONS, accumulation=4))
+    grads, loss, sums = compiled(run)(task.trainable, task.frozen, stacked)
+    np.testing.assert_allclose(loss, task.expected[1], rtol=1e-6)
+    for name, (total, count) in task.expected[2].items():
+        np.testing.assert_allclose(sums[name][0], total, rtol=1e-5, err_msg=name)
+        assert count == sums[name][1]
+    assert_close(grads, task.expected[0])
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -113,31 +118,21 @@ def assert_close(got, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
-def test_every_mesh_gives_the_single_device_loss_and_gradients(
-    tiny_template, tiny_params, tiny_batch, labels, shape
-):
-    trainable, frozen = split(tiny_params, labels)
-    batch, key, info = tiny_batch(8), jax.random.key(5), DrawInfo.of(tiny_template)
-
-    def run(trainable, frozen, batch):
-        return accumulate_gradients(
-            tiny_template, trainable, frozen, batch, lambda b: make_draws(info, key, b, OPTIONS), OPTIONS
-        )
-
-    grads, loss, _ = jax.jit(run)(trainable, frozen, batch)
+def test_every_mesh_gives_the_single_device_loss_and_gradients(tiny_template, task, shape):
     mesh = make_mesh(*shape)
     shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh)
-    places = batch_shardings(batch, mesh)
     # at least the language model's matrices are really cut where a tensor axis exists
     if shape[2] > 1:
         query = "backbone/llm/layers/self_attn/q_proj/kernel"
         assert "tensor" in jax.tree.leaves(tuple(shardings[query].spec))
-    put = {path: jax.device_put(value, shardings[path]) for path, value in tiny_params.items()}
-    sharded_trainable, sharded_frozen = split(put, labels)
-    sharded_trainable = {p: jax.device_put(v, shardings[p]) for p, v in sharded_trainable.items()}
-    sharded = jax.jit(run)(sharded_trainable, sharded_frozen, jax.device_put(batch, places))
-    np.testing.assert_allclose(sharded[1], loss, rtol=1e-5)
-    assert_close(sharded[0], grads)
+    trainable, frozen = (
+        {path: jax.device_put(value, shardings[path]) for path, value in params.items()}
+        for params in (task.trainable, task.frozen)
+    )
+    batch = jax.device_put(task.batch, batch_shardings(task.batch, mesh))
+    grads, loss, _ = compiled(task.run)(trainable, frozen, batch)
+    np.testing.assert_allclose(loss, task.expected[1], rtol=1e-5)
+    assert_close(grads, task.expected[0])
 
 
 def test_state_shardings_follow_their_parameter(tiny_template, labels):
