@@ -1,0 +1,102 @@
+"""The train command refuses bad input with one clear message, before anything is compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from minigpt5_jax.build import build
+from minigpt5_jax.config import ConfigError, validate
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.shapes.dataset import write_pairs
+from minigpt5_jax.train import make_loop, parameter_table
+from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.training.sharding import ShardingError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The small world on CC3M files, eight samples a step."""
+    made = load("shapes_stage1")
+    tsv = write_pairs(tmp_path / "data", "train", 16, 0)
+    made.data.update(format="cc3m", train=str(tsv), global_batch=8)
+    made.run.update(workdir=str(tmp_path / "run"), num_steps=60)
+    return made
+
+
+def refused(config, error, pattern):
+    with pytest.raises(error, match=pattern):
+        make_loop(validate(config))
+
+
+def test_missing_workdir_and_data(config):
+    config.run.workdir = ""
+    refused(config, ConfigError, "--workdir")
+    config.run.workdir = "/tmp/none"
+    config.data.train = ""
+    refused(config, ConfigError, "data.train")
+    config.data.train = "/nowhere/train.tsv"
+    refused(config, DataError, "not found: /nowhere/train.tsv")
+
+
+def test_tsv_without_its_column(config, tmp_path):
+    bad = tmp_path / "bad.tsv"
+    bad.write_text("text\timage_path\na cat\ta.png\n")
+    config.data.train = str(bad)
+    refused(config, DataError, r"caption")
+
+
+def test_unreadable_pictures_stop_above_the_budget(config, tmp_path):
+    lines = Path(config.data.train).read_text().splitlines()
+    for line in lines[1:4]:
+        (tmp_path / "data" / line.split("\t")[1]).write_bytes(b"")
+    config.data.error_budget = 0.0
+    refused(config, DataError, r"samples? (is|are) unusable")
+
+
+def test_batch_that_the_mesh_does_not_divide(config):
+    config.data.global_batch = 6
+    refused(config, ShardingError, r"6 entries.*8 devices")
+
+
+def test_mesh_that_the_devices_do_not_fill(config):
+    config.mesh.data = 3
+    refused(config, ShardingError, r"data=3.*8 devices")
+
+
+def test_batch_that_accumulation_does_not_divide(config):
+    config.data.accumulation = 3
+    refused(config, ConfigError, r"global_batch=8.*3")
+
+
+def test_weights_that_are_missing_are_all_named(config):
+    config.weights.llm = "/nowhere/vicuna"
+    config.weights.stable_diffusion = ""
+    config.model.generator.update(unet="sd21_base", vae="sd21_base", text_encoder="sd21_base")
+    config.model.generator.scheduler = "sd21_base"
+    config.model.backbone.llm = "vicuna_7b"
+    config.model.mapper.d_model = 1024
+    refused(config, ConfigError, r"(?s)weights.llm: /nowhere/vicuna.*weights.unet.*weights.vae.*text_encoder")
+
+
+def test_init_from_a_folder_without_checkpoints(config, tmp_path):
+    config.run.init_from = str(tmp_path)
+    refused(config, CheckpointError, "no complete checkpoint")
+
+
+def test_parameter_table_adds_up(config):
+    spec = build(validate(config))
+    total = parameter_table(spec).splitlines()[-1].replace(",", "").split()
+    count, trainable, frozen = map(int, total[1:4])
+    assert count == trainable + frozen == sum(s.size for s in spec.template.shapes.values())
