@@ -27,6 +27,7 @@ CONFIG = VaeConfig.from_hf(
 FILLED = 0.7  # share of places with an object; a full picture teaches more per step than a sparse one
 KL_WEIGHT = 3e-5
 OBJECT_WEIGHT = 3.0
+DECODER_NOISE = 0.15  # largest noise on latents, in their standard deviations
 
 
 def train_contents() -> np.ndarray:
@@ -48,30 +49,61 @@ def batches(size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def train(
-    steps: int, seed: int, size: int = 8, start: Params | None = None
+    steps: int, decoder_steps: int, seed: int, size: int = 8, start: Params | None = None
 ) -> tuple[Params, VaeConfig, float]:
-    """(parameters, configuration with its scaling factor, seconds); ``start`` continues earlier ones."""
+    """(parameters, configuration with its scaling factor, seconds); ``start`` continues earlier ones.
+
+    The last ``decoder_steps`` train the decoder alone: the latents hold a held-out object sooner than
+    the decoder can draw it.
+    """
     template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
 
     def loss(params, batch, key):
-        pictures, weight = batch
-        pixels = pictures.astype(jnp.float32) / 127.5 - 1.0
+        pixels = batch[0].astype(jnp.float32) / 127.5 - 1.0
         model = template.bind(params)
         moments = model.encode(pixels)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         latents = sample_posterior(moments, jax.random.normal(key, mean.shape))
-        error = weight * (jnp.abs(model.decode(latents) - pixels))
+        error = (batch[1] * jnp.abs(model.decode(latents) - pixels)).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
-        return error.mean() + KL_WEIGHT * kl, {"l1": error.mean(), "kl": kl}
+        return error + KL_WEIGHT * kl, {"l1": error, "kl": kl}
 
     params = template.init(jax.random.key(seed)) if start is None else start
     params, seconds = fit(
         loss, params, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae"
     )
-    scenes = [scene for scene in all_scenes(False)][::5]
-    mean, _ = np.split(encode(template, params, render(scenes)), 2, axis=-1)
+    params, more = train_decoder(template, params, decoder_steps, seed + 1)
+    pictures = render(list(all_scenes(False))[::5])
+    mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
     config = dataclasses.replace(CONFIG, scaling_factor=round(float(1.0 / mean.std()), 5))
-    return params, config, seconds
+    return params, config, seconds + more
+
+
+def train_decoder(
+    template: Template, params: Params, steps: int, seed: int, size: int = 12
+) -> tuple[Params, float]:
+    """Go on with the decoder, under latent noise as a UNet's errors are; the encoder stays as it is."""
+    encoder = {path: v for path, v in params.items() if path.startswith(("encoder/", "quant_conv/"))}
+    decoder = {path: v for path, v in params.items() if path not in encoder}
+    pictures = render(list(all_scenes(False))[::5])
+    spread = float(np.split(encode(template, params, pictures), 2, axis=-1)[0].std())
+
+    def loss(decoder, batch, key):
+        pixels = batch[0].astype(jnp.float32) / 127.5 - 1.0
+        model = template.bind({**encoder, **decoder})
+        moments = model.encode(pixels)
+        keys = jax.random.split(key, 3)
+        shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+        latents = sample_posterior(moments, jax.random.normal(keys[0], shape))
+        noise = DECODER_NOISE * spread * jax.random.uniform(keys[1], (shape[0], 1, 1, 1))
+        pixels_out = model.decode(latents + noise * jax.random.normal(keys[2], shape))
+        error = (batch[1] * jnp.abs(pixels_out - pixels)).mean()
+        return error, {"l1": error}
+
+    decoder, seconds = fit(
+        loss, decoder, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae decoder"
+    )
+    return {**encoder, **decoder}, seconds
 
 
 def encode(template: Template, params: Params, pictures: np.ndarray, size: int = 64) -> np.ndarray:
