@@ -53,7 +53,7 @@ def score(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> 
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def right(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> np.ndarray:
+def right(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> np.ndarray:
     """bool[n]: everything right."""
     return np.array([got == want for got, want in zip(read(pictures), scenes, strict=True)])
 

@@ -1,0 +1,109 @@
+"""World, captions, renderer and oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from minigpt5_jax.data.templates import clean_caption
+from minigpt5_jax.shapes import world
+from minigpt5_jax.shapes.oracle import read, right, score, trust
+from minigpt5_jax.shapes.render import cell_index, cells, number_of_objects, object_of, render
+from minigpt5_jax.shapes.texts import VALUES, attributes
+from minigpt5_jax.shapes.world import Object, Scene, all_scenes, caption, draw_scene, kinds
+
+
+def test_held_out_kinds_are_new_but_all_their_pairs_are_seen():
+    assert len(kinds(True)) == 10
+    assert not set(kinds(True)) & set(kinds(False))
+    seen = set(kinds(False))
+    for triple in kinds(True):
+        for i, j in itertools.combinations(range(3), 2):
+            assert any((other[i], other[j]) == (triple[i], triple[j]) for other in seen)
+
+
+def test_splits_are_complete_and_apart():
+    train, held_out = list(all_scenes(False)), list(all_scenes(True))
+    assert (len(train), len(held_out), len(set(train + held_out))) == (2560, 320, 2880)
+    assert not any(scene.held_out for scene in train)
+    assert all(scene.held_out for scene in held_out)
+
+
+def test_drawn_scenes_keep_to_their_split():
+    random = np.random.default_rng(0)
+    for held_out, count in itertools.product((False, True), (1, 2, 3)):
+        for _ in range(20):
+            scene = draw_scene(random, held_out, count)
+            assert len(scene.objects) == count
+            assert all((item.kind in world.HELD_OUT) == held_out for item in scene.objects)
+
+
+def test_two_objects_in_one_place_are_refused():
+    item = Object(0, 0, 0, 0, 2)
+    with pytest.raises(ValueError, match="distinct places"):
+        Scene(0, (item, item))
+
+
+def test_scenes_survive_json():
+    random = np.random.default_rng(1)
+    for count in (1, 2, 3):
+        scene = draw_scene(random, count=count)
+        assert Scene.from_json(scene.to_json()) == scene
+
+
+def test_captions_name_every_attribute_in_some_wording():
+    random, wordings = np.random.default_rng(2), set()
+    scene = draw_scene(random)
+    for _ in range(200):
+        text = caption(scene, random)
+        wordings.add(text)
+        assert text == clean_caption(text)
+        for name, value in attributes(scene).items():
+            word = VALUES[name][value]
+            assert any(word in text for word in world.WORDS.get(word, (word,)))
+    assert len(wordings) > 5
+
+
+def test_objects_and_cells_correspond():
+    for index in range(1, number_of_objects() + 1):
+        assert cell_index(object_of(index, 3)) == index
+    assert object_of(0, 1) is None and cell_index(None) == 0
+
+
+def test_no_two_objects_look_alike():
+    flat = cells().reshape(len(cells()), len(world.BACKGROUNDS), -1).astype(np.float32)
+    for background in range(len(world.BACKGROUNDS)):
+        assert len(np.unique(flat[:, background], axis=0)) == number_of_objects() + 1
+
+
+def test_the_oracle_reads_every_scene_back():
+    scenes = list(all_scenes(True)) + list(all_scenes(False))[::7]
+    assert right(render(scenes), scenes).all()
+
+
+def test_the_oracle_reads_several_objects():
+    random = np.random.default_rng(3)
+    scenes = [draw_scene(random, count=count) for count in (2, 3) for _ in range(30)]
+    assert read(render(scenes)) == scenes
+
+
+def test_the_oracle_is_reliable_under_noise_and_blur():
+    result = trust(count=100)
+    assert result["clean"] == 1.0
+    assert result["white noise, sd 0.4 of -1..1"] == 1.0
+    assert result["box blur of 3 pixels"] > 0.9
+
+
+def test_scores_tell_the_attributes_apart():
+    scene = Scene(0, (Object(0, 0, 0, 0, 0),))
+    other = Scene(0, (Object(0, 1, 0, 0, 0),))
+    result = score(render([scene, other]), [scene, scene])
+    assert result["all"] == result["colour"] == 0.5
+    assert result["shape"] == result["background"] == result["place"] == 1.0
+
+
+def test_scores_need_as_many_pictures_as_scenes():
+    with pytest.raises(ValueError, match="1 pictures and 0 scenes"):
+        score(render([draw_scene(np.random.default_rng(0))]), [])
