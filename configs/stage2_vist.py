@@ -18,7 +18,13 @@ Expected numbers: not yet measured here.
 
 from minigpt5_jax.config import apply_variant
 from minigpt5_jax.config import get_config as base
-from minigpt5_jax.tuning import STAGE2_LORA
+from minigpt5_jax.tuning import STAGE2_LORA, STAGE2_PREFIX
+
+
+def prefix(config):
+    """``:prefix``: prefix tuning in place of LoRA (390,562,816 trainable parameters)."""
+    config.model.backbone.lora_rank, config.model.backbone.prefix_tokens = 0, 5
+    config.tuning.rules = STAGE2_PREFIX
 
 
 def get_config(variant: str | None = None):
@@ -39,4 +45,4 @@ def get_config(variant: str | None = None):
     config.optimizer.lr_llm = 2e-5
     config.optimizer.lr_mapper = 2e-5
     config.tuning.rules = STAGE2_LORA
-    return apply_variant(config, variant)
+    return apply_variant(config, variant, {"prefix": prefix})

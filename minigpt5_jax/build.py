@@ -26,7 +26,7 @@ from minigpt5_jax.minigpt5 import LossOptions, make_template
 from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextConfig
 from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVitConfig
-from minigpt5_jax.models.llama import VICUNA_7B, LlamaConfig, LoraConfig
+from minigpt5_jax.models.llama import VICUNA_7B, LlamaConfig, LoraConfig, PrefixConfig
 from minigpt5_jax.models.mapper import MapperConfig
 from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
@@ -61,6 +61,7 @@ HOW_TO_GET = {
     "clip_tokenizer": "tokenizer/ of Stable Diffusion 2.1-base",
     "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
 }  # fmt: skip
+NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/")  # in the language model, but in no pretrained file
 SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
 
 
@@ -180,6 +181,9 @@ def build(config: ConfigDict) -> ModelSpec:
         lora = LoraConfig(
             r=backbone.lora_rank, lora_alpha=backbone.lora_alpha, lora_dropout=backbone.lora_dropout
         )
+    prefix = None
+    if backbone.prefix_tokens:
+        prefix = PrefixConfig(backbone.prefix_tokens, backbone.prefix_hidden_size)
     empty = SD21_EMPTY_CAPTION
     if generator.text_encoder == "source":
         empty = tuple(int(i) for i in caption_tokenizer(config, towers).encode([""])[0][0])
@@ -191,7 +195,8 @@ def build(config: ConfigDict) -> ModelSpec:
             backbone.name,
             {
                 "llm": towers.llm, "vit": towers.vit, "qformer": towers.qformer,
-                "num_vokens": backbone.num_vokens, "lora": lora, "remat": config.model.remat, **dtypes,
+                "num_vokens": backbone.num_vokens, "lora": lora, "prefix": prefix,
+                "remat": config.model.remat, **dtypes,
             },
         ),
         (
@@ -307,7 +312,7 @@ class TowerSource:
 def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
     """Every pretrained part of the composite."""
     found = [
-        TowerSource("llm", lambda _: llama_map.table(towers.llm), "backbone/llm/", ("/voken", "/lora_")),
+        TowerSource("llm", lambda _: llama_map.table(towers.llm), "backbone/llm/", NEW_PARTS),
         TowerSource("unet", lambda _: unet_map.TABLE, "generator/unet/"),
         TowerSource("vae", lambda _: vae_map.TABLE, "generator/vae/"),
         TowerSource("text_encoder", clip_text_map.table_for, "generator/text_encoder/"),

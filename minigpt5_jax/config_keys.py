@@ -252,6 +252,8 @@ PARTS: dict[str, dict[str, dict[str, Key]]] = {
             "lora_rank": Key(0, "LoRA on q_proj and v_proj; 0 for none, 8 in stage 2 (4.3)", low=0),
             "lora_alpha": Key(16.0, "LoRA scale is alpha / rank", low=0.0),
             "lora_dropout": Key(0.05, "dropout on LoRA's input while training", low=0.0, high=1.0),
+            "prefix_tokens": Key(0, "virtual tokens of prefix tuning, instead of LoRA (4.4)", low=0),
+            "prefix_hidden_size": Key(1024, "inner width of the prefix encoder", low=1),
         },
     },
     "mapper": {

@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import ModelSpec, build, caption_tokenizer, check_sources, llm_tokenizer, load_frozen
+from minigpt5_jax.build import (
+    NEW_PARTS,
+    ModelSpec,
+    build,
+    caption_tokenizer,
+    check_sources,
+    llm_tokenizer,
+    load_frozen,
+)
 from minigpt5_jax.config import get_config
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.training.checkpoint import Checkpoints
@@ -88,12 +96,8 @@ def trained_parameters(checkpoints: Checkpoints, step: int | None = None) -> dic
 
 def _not_pretrained(path: str, spec: ModelSpec) -> bool:
     """Whether a parameter comes from training (of this run or the one before) and from no source."""
-    return (
-        spec.labels[path] != FROZEN
-        or path.startswith("mapper/")
-        or "/lora_" in path
-        or path.endswith("/voken")
-    )
+    new = path.startswith("mapper/") or any(part in path for part in NEW_PARTS)
+    return new or spec.labels[path] != FROZEN
 
 
 def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str, str] | None = None) -> Run:

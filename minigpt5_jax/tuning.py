@@ -27,6 +27,12 @@ STAGE2_LORA: tuple[tuple[str, str], ...] = (
 )
 """Stage 2 with LoRA: the mapper's MLP and queries are frozen (reference 4.2, 4.5)."""
 
+STAGE2_PREFIX: tuple[tuple[str, str], ...] = (
+    (r"backbone/llm/prefix_encoder/.*", "llm"),
+    *(rule for rule in STAGE2_LORA if "lora" not in rule[0]),
+)
+"""Stage 2 with prefix tuning in place of LoRA (reference 4.2, 4.4)."""
+
 
 def label_parameters(paths: Iterable[str], rules: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Group name of every path, ``"frozen"`` where nothing trains.

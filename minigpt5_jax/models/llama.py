@@ -23,6 +23,7 @@ from minigpt5_jax.models.common import (
     scan_layers,
     split_heads,
     stack,
+    uniform_fan_in,
 )
 from minigpt5_jax.models.lora import LoraConfig, LoraLinear
 
@@ -98,6 +99,14 @@ class LlamaConfig:
 
 VICUNA_7B = LlamaConfig()
 """Vicuna-7B v0: 6,738,415,616 parameters without new rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """PEFT's prefix tuning with projection (reference 4.4), the alternative to LoRA."""
+
+    num_virtual_tokens: int = 5
+    encoder_hidden_size: int = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -201,6 +210,34 @@ class LlamaBlock(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class PrefixEncoder(nnx.Module):
+    """Trainable keys and values that every layer sees in front of the sequence, fp32.
+
+    ``Embedding(n, d) -> Linear(d, h) -> tanh -> Linear(h, 2 layers width)``; rotary positions are not
+    applied to these keys, and real tokens are numbered from ``n`` on.
+    """
+
+    def __init__(self, config: LlamaConfig, prefix: PrefixConfig, *, rngs: nnx.Rngs):
+        self.config, hidden, inner = config, config.hidden_size, prefix.encoder_hidden_size
+        size = 2 * config.num_hidden_layers * config.key_value_heads * config.head_dim
+        self.embedding = param(rngs, normal(1.0), (prefix.num_virtual_tokens, hidden), (None, "embed"))
+        self.transform = nnx.List(
+            [
+                Linear(i, o, axes=(None, None), kernel_init=uniform_fan_in(i), bias_init=uniform_fan_in(i),
+                       rngs=rngs)
+                for i, o in ((hidden, inner), (inner, size))
+            ]
+        )  # fmt: skip
+
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of every layer, [layers n kv_heads head_dim] each."""
+        config, (first, second) = self.config, self.transform
+        flat = second(jnp.tanh(first(self.embedding[...])))
+        shape = (flat.shape[0], config.num_hidden_layers, 2, config.key_value_heads, config.head_dim)
+        keys, values = jnp.moveaxis(flat.reshape(shape), 2, 0)
+        return keys.swapaxes(0, 1), values.swapaxes(0, 1)
+
+
 class VokenEmbedding(Embedding):
     """Frozen table plus trainable fp32 rows of the new tokens, never one array (decision 5)."""
 
@@ -240,6 +277,7 @@ class Llama(nnx.Module):
       config: sizes.
       num_new_tokens: rows behind the vocabulary (8 vokens and ``<ImageHere>``).
       lora: low-rank update of chosen projections, or None.
+      prefix: trainable keys and values in front of the sequence, or None.
       dtype: compute dtype.  param_dtype: of the frozen weights; new rows and LoRA are fp32.
       remat: recompute each block in the backward pass.
     """
@@ -250,12 +288,16 @@ class Llama(nnx.Module):
         *,
         num_new_tokens: int = 9,
         lora: LoraConfig | None = None,
+        prefix: PrefixConfig | None = None,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
         self.config, self.lora, self.remat, self.dtype = config, lora, remat, dtype
+        self.num_prefix = prefix.num_virtual_tokens if prefix else 0
+        if prefix is not None:
+            self.prefix_encoder = PrefixEncoder(config, prefix, rngs=rngs)
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed_tokens = VokenEmbedding(
             config.vocab_size, config.hidden_size, num_new=num_new_tokens,
@@ -285,25 +327,40 @@ class Llama(nnx.Module):
         nothing (and are finite).  ``dropout_keys`` switches LoRA dropout on; a row's masks depend on
         its own key only.
         """
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary(positions + self.num_prefix, self.config.head_dim, self.config.rope_theta)
         same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
         mask = (same & jnp.tri(segment_ids.shape[1], dtype=bool))[:, None]
         keys = dropout_keys if self.lora is not None else None
+        before = None
+        if self.num_prefix:  # every position sees the prefix
+            before = self.prefix_encoder()
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (self.num_prefix, 0)), constant_values=True)
 
-        def block(layer: LlamaBlock, x: jax.Array, number: jax.Array):
+        def block(layer: LlamaBlock, x: jax.Array, layer_input: Any):
+            number, prefix = layer_input
             drop = _fold_in(keys, number)
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, drop)
+            if prefix is not None:
+                key, value = (_behind(p, own) for p, own in zip(prefix, (key, value), strict=True))
             return layer.finish(x, attention(query, key, value, mask=mask), drop), None
 
         x = inputs_embeds.astype(jnp.float32)
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        return self.norm(scan_layers(self.layers, x, block, per_layer=numbers, remat=self.remat)[0])
+        per_layer = (jnp.arange(self.config.num_hidden_layers), before)
+        return self.norm(scan_layers(self.layers, x, block, per_layer=per_layer, remat=self.remat)[0])
 
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> KVCache:
-        """An empty cache of ``max_length`` entries per row, in the compute dtype unless told otherwise."""
+        """A cache for ``max_length`` entries per row, in the compute dtype unless told otherwise.
+
+        It holds the prefix, where there is one, and nothing else.
+        """
         config, dtype = self.config, self.dtype if dtype is None else dtype
-        shape = (config.num_hidden_layers, batch, max_length, config.key_value_heads, config.head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        slots, filled = max_length + self.num_prefix, self.num_prefix
+        shape = (config.num_hidden_layers, batch, slots, config.key_value_heads, config.head_dim)
+        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        if filled:
+            before = [p[:, None].astype(dtype) for p in self.prefix_encoder()]
+            keys, values = (c.at[:, :, :filled].set(p) for c, p in zip((keys, values), before, strict=True))
+        return KVCache(keys, values, jnp.full(batch, filled, jnp.int32))
 
     def decode(
         self,
@@ -319,7 +376,8 @@ class Llama(nnx.Module):
         eight vokens while others take one token, live in one batch.  Invalid places are not stored
         and their states mean nothing.
         """
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        # The same offset as in training (Q27: the original's first call had none).
+        cos, sin = rotary(positions + self.num_prefix, self.config.head_dim, self.config.rope_theta)
         capacity = cache.keys.shape[2]
         slots = cache.lengths[:, None] + jnp.cumsum(valid, axis=1) - 1
         slots = jnp.where(valid, slots, capacity)  # out of range: dropped by the scatter
@@ -347,6 +405,12 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "*r d"]) -> Float[Array, "*r w"]:
         """fp32 logits of all V + n ids, for decoding."""
         return jnp.concatenate(self.lm_head(hidden), axis=-1)
+
+
+def _behind(prefix: jax.Array, own: jax.Array) -> jax.Array:
+    """Put [n heads d] in front of every row of [b t heads d]."""
+    rows = jnp.broadcast_to(prefix.astype(own.dtype), (own.shape[0], *prefix.shape))
+    return jnp.concatenate([rows, own], axis=1)
 
 
 def init_voken_rows(params: Params, prefix: str = "") -> Params:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.common import LayerNorm, Linear
 from minigpt5_jax.models.eva_vit import EvaVit, EvaVitConfig
-from minigpt5_jax.models.llama import Llama, LlamaConfig, LoraConfig
+from minigpt5_jax.models.llama import Llama, LlamaConfig, LoraConfig, PrefixConfig
 from minigpt5_jax.models.qformer import QFormer, QFormerConfig
 from minigpt5_jax.parts.base import BACKBONES, register
 
@@ -26,7 +26,7 @@ class MiniGPT4(nnx.Module):
     Args:
       llm, vit, qformer: tower configurations; the vision pair is given together or not at all.
       num_vokens: generative vokens; the new rows are these plus ``<ImageHere>``.
-      lora: LoRA on the language model (stage 2), or None.
+      lora, prefix: how the language model is tuned in stage 2; at most one of them.
       dtype: compute dtype.  param_dtype: dtype of frozen weights (new rows and LoRA stay fp32).
       remat: recompute each language-model layer in the backward pass.
     """
@@ -39,6 +39,7 @@ class MiniGPT4(nnx.Module):
         qformer: QFormerConfig | None = None,
         num_vokens: int = 8,
         lora: LoraConfig | None = None,
+        prefix: PrefixConfig | None = None,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: bool = False,
@@ -46,10 +47,14 @@ class MiniGPT4(nnx.Module):
     ):
         if (vit is None) != (qformer is None):
             raise ValueError("minigpt4 needs both `vit` and `qformer`, or neither")
+        if lora is not None and prefix is not None:
+            raise ValueError("minigpt4 is tuned by `lora` or by `prefix`, not by both")
         self.hidden_size, self.vocab_size, self.num_vokens = llm.hidden_size, llm.vocab_size, num_vokens
         self.dtype = dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.llm = Llama(llm, num_new_tokens=num_vokens + 1, lora=lora, remat=remat, rngs=rngs, **dtypes)
+        self.llm = Llama(
+            llm, num_new_tokens=num_vokens + 1, lora=lora, prefix=prefix, remat=remat, rngs=rngs, **dtypes
+        )
         self.image_tokens = qformer.num_query_tokens if qformer else 0
         self.image_size = vit.image_size if vit else 0
         if vit is not None and qformer is not None:
