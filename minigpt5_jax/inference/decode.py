@@ -195,7 +195,6 @@ def _feed(
     A turn in which nobody starts a picture costs one entry per row, one after which nobody goes on
     costs nothing.  A row whose very last id is ``[IMG0]`` is still fed the vokens.
     """
-
     batch, width = state.hidden.shape
     blank = jnp.zeros((batch, num_vokens, width), jnp.float32)
 
@@ -221,7 +220,7 @@ def _feed(
 
 
 def _do_if(wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any:
-    """``function(carry) if wanted else carry``; as a loop, since ``lax.cond`` would copy the cache."""
+    """``function(carry) if wanted else carry``; as a loop, since ``lax.cond`` copies the cache."""
     return jax.lax.while_loop(
         lambda c: c[0], lambda c: (jnp.zeros_like(wanted), function(c[1])), (wanted, carry)
     )[1]
