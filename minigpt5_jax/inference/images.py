@@ -24,7 +24,7 @@ def sample_pictures(
     sampler: Sampler,
     condition: Float[Array, "m q c"],
     negative: Float[Array, "#m q c"],
-    latents: Float[Array, "m h w c"],
+    latents: Float[Array, "m h w l"],
     guidance_scale: float,
 ) -> UInt8[Array, "m H W 3"]:
     """Denoise ``latents`` under ``condition`` and decode them.

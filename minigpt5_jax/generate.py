@@ -1,0 +1,270 @@
+"""Answer prompts from a checkpoint and write a page of text and pictures.
+
+    python -m minigpt5_jax.generate --checkpoint runs/mine --prompt "a red fox in the snow" --output page
+    python -m minigpt5_jax.generate --checkpoint runs/mine --prompt "What came next?" --image photos/1.jpg
+    python -m minigpt5_jax.generate --checkpoint runs/mine --jsonl prompts.jsonl --num_samples 3
+
+``--image`` belongs to the one ``--prompt``; its place in the text is ``<ImageHere>``, or before it.  A
+record of ``--jsonl`` (:mod:`minigpt5_jax.data.records`) ends in a user turn, or is a pair, whose caption is
+the prompt.  A prompt longer than ``data.max_length`` loses its oldest part, with a warning.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from minigpt5_jax import cli
+from minigpt5_jax.config import ConfigError, get_config, validate
+from minigpt5_jax.data import templates
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.records import parse_record, prompt_of
+from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
+from minigpt5_jax.data.transforms import load_picture
+from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.inference.page import Entry, write_page
+from minigpt5_jax.inference.sampling import SamplingConfig
+from minigpt5_jax.inference.session import Generation, Prompt, Session, stop_sequences
+from minigpt5_jax.restore import Run, load_run, open_checkpoints
+from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.table import WeightTableError
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.")
+STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to answer; may be given several times.")
+IMAGE = flags.DEFINE_multi_string("image", [], "Input picture of the one --prompt; several in order.")
+JSONL = flags.DEFINE_string("jsonl", None, "File of records, each a prompt.")
+OUTPUT = flags.DEFINE_string("output", "page", "Folder of the page.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; the others count up from it.", lower_bound=0)
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers to each prompt.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Answers made together at most.", lower_bound=1)
+TEMPLATE = flags.DEFINE_enum(
+    "template", None, ["bare", "dialog"],
+    "How --prompt is put to the model: as a caption (stage 1), or as a dialogue's user turn (stage 2).  "
+    "Default: dialog for runs that started from another one and for prompts with pictures.",
+)  # fmt: skip
+INFERENCE = flags.DEFINE_multi_string(
+    "inference", [], "KEY=VALUE in place of the run's inference.KEY, for example sampler=ddim."
+)
+WEIGHTS = flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved.")
+
+USER_ERRORS = (
+    ConfigError, DataError, CheckpointError, WeightFileError, WeightTableError, FileNotFoundError,
+    FileExistsError,
+)  # fmt: skip
+
+
+def sampling_config(config: ConfigDict, tokenizer: LlamaTokenizer) -> SamplingConfig:
+    """Rules for text from ``config.inference``; ``###`` as this tokenizer spells it ends an answer."""
+    inference = config.inference
+    names = (
+        "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+        "force_image", "max_images",
+    )  # fmt: skip
+    try:
+        return SamplingConfig(
+            **{name: inference[name] for name in names},
+            eos_ids=tuple(inference.eos_ids),
+            stop_sequences=stop_sequences(tokenizer),
+        )
+    except ValueError as error:
+        raise ConfigError(f"inference: {error}") from None
+
+
+def make_session(run: Run, *, batch_size: int = 4) -> Session:
+    """A session with the settings of the run's configuration.
+
+    Raises:
+      ConfigError: settings that do not go together.
+    """
+    inference, towers = run.config.inference, run.spec.towers
+    try:
+        sampler = make_sampler(inference.sampler, towers.schedule, inference.num_inference_steps)
+    except ValueError as error:
+        raise ConfigError(f"inference.num_inference_steps: {error}") from None
+    return Session(
+        run.spec.template,
+        run.params,
+        run.tokenizer,
+        sampler=sampler,
+        sampling=sampling_config(run.config, run.tokenizer),
+        guidance_scale=inference.guidance_scale,
+        cfg_negative=inference.cfg_negative,
+        max_length=run.config.data.max_length,
+        batch_size=batch_size,
+        pad_input_square=run.config.data.pad_input_square,
+    )
+
+
+def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
+    """A prompt from what a user typed.
+
+    Args:
+      text: with ``<ImageHere>`` where each of ``images`` belongs; without any they stand before it.
+      dialog: as the user's turn of a dialogue; otherwise as a caption, cleaned as in training.
+
+    Raises:
+      DataError: nothing is left of the text, or it holds what has a meaning of its own in prompts.
+    """
+    if not dialog:
+        if images or IMAGE_TOKEN in text:
+            raise DataError("a caption has no pictures; use --template dialog")
+        caption = templates.clean_caption(text)
+        if not caption:
+            raise DataError(f"prompt {text!r} is empty" + (" after cleaning" if text.strip() else ""))
+        return Prompt(caption)
+    if not text.strip() and not images:
+        raise DataError(f"prompt {text!r} is empty")
+    if templates.END in text:
+        raise DataError(f"prompt {text!r} contains {templates.END}, which ends a turn")
+    spelt = text.replace(templates.IMAGE, IMAGE_TOKEN).replace(IMAGE_TOKEN, templates.IMAGE)
+    if IMAGE_TOKEN not in text:
+        spelt = " ".join([*[templates.IMAGE] * len(images), text]).strip()
+    return Prompt(templates.dialog_source(templates.DIALOG_SYSTEM, [("Human", spelt)]), tuple(images))
+
+
+def file_prompts(path: str | Path) -> list[Prompt]:
+    """A prompt from each line of a JSONL file; picture paths are relative to its folder.
+
+    Raises:
+      DataError: no such file, a line that breaks the schema or ends in an assistant's turn, no line.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        record = parse_record(line, f"{path}:{number}")
+        if not record.pair and record.turns[-1].role != "user":
+            raise SampleError(f"{path}:{number}", "a prompt ends in a user turn; this ends in an answer")
+        turns = 1 if record.pair else len(record.turns)
+        prompts.append(Prompt(*prompt_of(record, turns, path.parent)))
+    if not prompts:
+        raise DataError(f"{path} holds no record")
+    return prompts
+
+
+def read_prompts(*, dialog: bool) -> list[Prompt]:
+    """Every prompt of the command line; their pictures are known to be readable.
+
+    Raises:
+      DataError: no prompt, pictures without one prompt, or a prompt that cannot be put to a model.
+    """
+    if not PROMPT.value and not JSONL.value:
+        raise DataError('nothing to answer: give --prompt "..." or --jsonl FILE')
+    if IMAGE.value and len(PROMPT.value) != 1:
+        raise DataError(f"--image goes with one --prompt, not {len(PROMPT.value)}; use --jsonl for several")
+    prompts = [text_prompt(text, IMAGE.value, dialog=dialog) for text in PROMPT.value]
+    prompts += file_prompts(JSONL.value) if JSONL.value else []
+    for picture in {picture for prompt in prompts for picture in prompt.images}:
+        load_picture(picture)
+    return prompts
+
+
+def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
+    """``["a=b"]`` -> ``{"a": "b"}``."""
+    found = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--{flag} takes NAME=VALUE, got {item!r}")
+        found[name] = value
+    return found
+
+
+def override(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
+    """``config`` with ``inference`` keys replaced by values as Python spells them, validated.
+
+    Raises:
+      ConfigError: an unknown key, or a value of another type or out of range.
+    """
+    for name, text in values.items():
+        if name not in config.inference:
+            raise ConfigError(f"unknown key inference.{name}; known: {', '.join(sorted(config.inference))}")
+        try:
+            value: Any = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a word
+        old = config.inference[name]
+        kind = tuple if isinstance(old, list | tuple) else type(old)  # a restored tuple is a list
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind:
+            raise ConfigError(f"inference.{name}={text!r} must be of type {kind.__name__}")
+        config.inference[name] = type(old)(value)
+    return validate(config)
+
+
+def entry(prompt: Prompt, answer: Generation) -> Entry:
+    """An answer as the page shows it, its prompt with the pictures in their places."""
+    pieces, shown = prompt.source.split(templates.IMAGE), []
+    for number, piece in enumerate(pieces):
+        shown += [piece.strip()] if piece.strip() else []
+        if number < len(prompt.images):
+            shown.append(np.asarray(load_picture(prompt.images[number])))
+    notes = f"{answer.dropped} positions of the prompt did not fit" if answer.dropped else ""
+    return Entry(shown, list(answer.parts) or ["(nothing)"], seed=answer.seed, notes=notes)
+
+
+def claim_output(folder: str) -> None:
+    """Refuse a folder that the page could not be written to, before the work is done.
+
+    Raises:
+      FileExistsError: it is a file, or holds other things and no page.
+    """
+    path = Path(folder)
+    foreign = path.is_dir() and any(path.iterdir()) and not (path / "index.html").is_file()
+    if foreign or (path.exists() and not path.is_dir()):
+        raise FileExistsError(f"--output={folder} holds other things; choose another folder")
+
+
+def generate() -> Path:
+    """The command; everything that can be refused is refused before weights are read.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, FileExistsError: as their messages say.
+    """
+    if not CHECKPOINT.value:
+        raise ConfigError("give a run: --checkpoint DIR")
+    changes, weights = pairs(INFERENCE.value, "inference"), pairs(WEIGHTS.value, "weights")
+    override(get_config(), changes)
+    claim_output(OUTPUT.value)
+    checkpoints = open_checkpoints(CHECKPOINT.value)
+    second_stage = bool(checkpoints.meta(STEP.value)["config"]["run"].get("init_from"))
+    checkpoints.close()
+    dialog = TEMPLATE.value == "dialog" or (TEMPLATE.value is None and (second_stage or bool(IMAGE.value)))
+    prompts = [
+        dataclasses.replace(prompt, seed=SEED.value + sample)
+        for prompt in read_prompts(dialog=dialog)
+        for sample in range(NUM_SAMPLES.value)
+    ]
+    run = load_run(CHECKPOINT.value, step=STEP.value, weights=weights)
+    config = override(run.config, changes)
+    session = make_session(run, batch_size=min(BATCH_SIZE.value, len(prompts)))
+    entries = [entry(prompt, answer) for prompt, answer in zip(prompts, session.generate(prompts))]
+    inference = {f"inference.{name}": value for name, value in config.inference.items()}
+    made = {"checkpoint": os.path.abspath(CHECKPOINT.value), "step": run.step, "run": config.run.name}
+    return write_page(OUTPUT.value, "MiniGPT-5", entries, {**made, **inference})
+
+
+def main(_: Sequence[str]) -> None:
+    """Answer, or say what is wrong in a line."""
+    cli.quiet()
+    try:
+        print(generate())
+    except USER_ERRORS as error:
+        cli.fail(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parse)

@@ -1,0 +1,311 @@
+"""Prompts in, interleaved text and pictures out, on a model that stays compiled (reference 6.1-6.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.templates import END, Expanded, expand
+from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LlamaTokenizer
+from minigpt5_jax.data.transforms import Picture, prepare_picture
+from minigpt5_jax.diffusion.samplers import Sampler
+from minigpt5_jax.inference.decode import DecodeResult, decode
+from minigpt5_jax.inference.images import initial_latents, sample_pictures
+from minigpt5_jax.inference.sampling import SamplingConfig
+from minigpt5_jax.models.common import Template
+
+LENGTH_BUCKET = 32  # prompts are padded to a multiple of it, so that few programs are compiled
+CFG_NEGATIVES = ("voken_zero", "empty_prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What to answer.
+
+    Attributes:
+      source: text as the model reads it, ``<ImageHere>`` once for each of ``images``
+        (:mod:`minigpt5_jax.data.templates` writes it).
+      images: input pictures, paths or encoded bytes.
+      seed: of this answer's draws, 0 ... 2**32 - 1; the answer depends on nothing else in the batch.
+    """
+
+    source: str
+    images: tuple[Picture, ...] = ()
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """An answer.
+
+    Attributes:
+      parts: text and pictures u8[H W 3] in the order they were written; text without its ``###``.
+      text: the text parts joined.
+      token_ids: everything drawn, ``[IMG0]`` standing for a picture, the end included.
+      source, seed: of the prompt.
+      dropped: positions of the prompt that were cut off to fit (the oldest ones).
+    """
+
+    parts: tuple[str | np.ndarray, ...]
+    text: str
+    token_ids: tuple[int, ...]
+    source: str
+    seed: int
+    dropped: int = 0
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """The picture parts."""
+        return tuple(part for part in self.parts if not isinstance(part, str))
+
+
+def stop_sequences(tokenizer: LlamaTokenizer) -> tuple[tuple[int, ...], ...]:
+    """Every way this tokenizer spells the ``###`` that ends a text: on its own, and glued to a word.
+
+    ``((835,), (2277, 29937))`` for stock LLaMA, as in the original (Q37).
+    """
+    found = {tuple(tokenizer.encode(END)): None}  # a dict keeps their order
+    for word in ("a", "."):
+        before, whole = tokenizer.encode(word), tokenizer.encode(word + END)
+        if whole[: len(before)] == before:
+            found[tuple(whole[len(before) :])] = None
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """A prompt in numbers."""
+
+    prompt: Prompt
+    expanded: Expanded
+    pictures: list[np.ndarray]  # those left after truncation
+
+
+class Session:
+    """A model ready to answer.
+
+    The two compiled functions (text; pictures) are kept, one per padded prompt length, so a second
+    call costs no compilation.  ``params`` may be sharded over any mesh; rows are not spread.
+
+    Args:
+      template: abstract composite.  params: all of its parameters.
+      tokenizer: of the language model.
+      sampling: rules for text; None takes the defaults with this tokenizer's :func:`stop_sequences`.
+      sampler: of pictures (:func:`minigpt5_jax.diffusion.samplers.make_sampler`).
+      guidance_scale: of pictures.
+      cfg_negative: what pictures are guided away from, ``voken_zero`` for T(0) or ``empty_prompt`` (Q38).
+      max_length: positions of a prompt at most; of a longer one the oldest are dropped, with a warning.
+      batch_size: answers, and pictures, made together; a smaller rest is padded to it.
+      pad_input_square: pad input pictures to a square instead of cropping them.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        params: Mapping[str, Any],
+        tokenizer: LlamaTokenizer,
+        *,
+        sampler: Sampler,
+        sampling: SamplingConfig | None = None,
+        guidance_scale: float = 7.5,
+        cfg_negative: str = "voken_zero",
+        max_length: int = 512,
+        batch_size: int = 4,
+        pad_input_square: bool = False,
+    ):
+        if cfg_negative not in CFG_NEGATIVES:
+            raise ValueError(f"cfg_negative={cfg_negative!r} is none of {', '.join(CFG_NEGATIVES)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
+        self.sampling = sampling or SamplingConfig(stop_sequences=stop_sequences(tokenizer))
+        self.pad_input_square = pad_input_square
+        self._template, self._params = template, params
+        self._sampler, self._guidance, self._negative = sampler, guidance_scale, cfg_negative
+        self._backbone = template.bind(template.shapes).backbone  # abstract: for its sizes
+        if self._backbone.vocab_size != tokenizer.first_voken_id:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.first_voken_id} ids before [IMG0], "
+                f"the language model {self._backbone.vocab_size}"
+            )
+        self._write = jax.jit(self._write_rows)
+        self._draw = jax.jit(self._draw_pictures)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        """An answer to each prompt.  All of them are checked before anything is compiled.
+
+        Raises:
+          DataError: an empty prompt, vokens in it, pictures that do not fit its placeholders or that
+            the backbone cannot see, a picture that cannot be read; naming the prompt.
+        """
+        rows = [self._read(number, prompt) for number, prompt in enumerate(prompts)]
+        answers = [answer for some in self._batches(rows) for answer in self._answer(some)]
+        wanted = [
+            (states, row.prompt.seed, number)
+            for row, (_, drawn) in zip(rows, answers)
+            for number, states in enumerate(drawn)
+        ]
+        pictures = iter(self.draw(*map(list, zip(*wanted))) if wanted else ())
+        return [self._assemble(row, ids, len(drawn), pictures) for row, (ids, drawn) in zip(rows, answers)]
+
+    def draw(
+        self, vokens: Sequence[np.ndarray], seeds: Sequence[int], numbers: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Pictures u8[H W 3] from voken states f32[n d] each.
+
+        Args:
+          vokens: mapper input of each picture.
+          seeds: seed of the answer it belongs to.  numbers: which picture of that answer it is.
+        """
+        pictures: list[np.ndarray] = []
+        for some in self._batches(list(zip(vokens, seeds, numbers))):
+            states, seed, number = zip(*self._padded(some))
+            made = self._draw(self._params, np.stack(states), np.uint32(seed), np.int32(number))
+            pictures.extend(np.asarray(made)[: len(some)])
+        return pictures
+
+    # -- compiled -------------------------------------------------------------------------------
+
+    def _write_rows(self, params, tokens, lengths, images, image_row, image_start, seeds) -> DecodeResult:
+        model = self._template.bind(params)
+        embeds = model.backbone.llm.embed(tokens)
+        if images.shape[0]:
+            mask = image_row < tokens.shape[0]
+            embeds = model.backbone.place_images(embeds, images, image_row, image_start, mask)
+        keys = jax.vmap(lambda seed: _keys(seed)[0])(seeds)
+        return decode(
+            model.backbone.llm, embeds, lengths, keys, self.sampling,
+            first_voken_id=model.first_voken_id, num_vokens=model.backbone.num_vokens,
+        )  # fmt: skip
+
+    def _draw_pictures(self, params, vokens, seeds, numbers) -> jax.Array:
+        model = self._template.bind(params)
+        negative = model.unconditional()
+        if self._negative == "empty_prompt":
+            negative = model.generator.empty_caption_features()[None].astype(jnp.float32)
+        keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
+        latents = initial_latents(keys, model.generator.latent_shape)
+        condition = model.condition(vokens)
+        return sample_pictures(
+            model.generator, self._sampler, condition, negative, latents, self._guidance
+        )  # fmt: skip
+
+    # -- on the host ----------------------------------------------------------------------------
+
+    def _read(self, number: int, prompt: Prompt) -> _Row:
+        """Check and tokenise a prompt, read its pictures."""
+
+        def refuse(reason: str) -> DataError:
+            return DataError(f"prompt {number + 1}: {reason}")
+
+        if not prompt.source.strip():
+            raise refuse("is empty")
+        if not 0 <= prompt.seed < 2**32:
+            raise refuse(f"seed {prompt.seed} is not in 0 ... 2**32 - 1")
+        special = set(SPECIAL_PATTERN.findall(prompt.source)) - {IMAGE_TOKEN}
+        if special:
+            raise refuse(f"contains {min(special)}; vokens mean nothing in a prompt")
+        places = prompt.source.count(IMAGE_TOKEN)
+        if places != len(prompt.images):
+            raise refuse(f"has {places} {IMAGE_TOKEN} for {len(prompt.images)} pictures")
+        if places and not self._backbone.image_tokens:
+            raise refuse("has pictures, but this model has no vision tower (model.backbone.vit='none')")
+        expanded = expand(
+            self.tokenizer, prompt.source, "",
+            image_tokens=self._backbone.image_tokens, max_length=self.max_length,
+        )  # fmt: skip
+        if expanded.dropped:
+            logging.warning(
+                "prompt %d: its first %d positions are dropped, %d fit (max_length)",
+                number + 1, expanded.dropped, self.max_length,
+            )  # fmt: skip
+        size, square = self._backbone.image_size, self.pad_input_square
+        pictures = [prepare_picture(p, size, square=square, flip=False) for p in prompt.images]
+        return _Row(prompt, expanded, [pictures[i] for i in expanded.images])
+
+    def _answer(self, rows: list[_Row]) -> list[tuple[list[int], list[np.ndarray]]]:
+        """(ids, voken states of each picture) of at most ``batch_size`` prompts."""
+        batch = self._padded(rows)
+        longest = max(len(row.expanded.tokens) for row in batch)
+        tokens = np.full(
+            (len(batch), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), self.tokenizer.pad_id, np.int32
+        )
+        for place, row in enumerate(batch):
+            tokens[place, : len(row.expanded.tokens)] = row.expanded.tokens
+        lengths = np.int32([len(row.expanded.tokens) for row in batch])
+        seeds = np.uint32([row.prompt.seed for row in batch])
+        result = self._write(self._params, tokens, lengths, *self._place_pictures(batch), seeds)
+        result = jax.tree.map(np.asarray, result)
+        return [
+            (
+                result.tokens[i, : result.lengths[i]].tolist(),
+                [*result.voken_states[i, : result.num_images[i]]],
+            )
+            for i in range(len(rows))
+        ]
+
+    def _place_pictures(self, batch: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(pictures, their rows, their first slots); as many as batch_size times the most of any row."""
+        size = self._backbone.image_size
+        room = len(batch) * max(len(row.pictures) for row in batch)
+        images = np.zeros((room, size, size, 3), np.uint8)
+        image_row, image_start = np.full(room, len(batch), np.int32), np.zeros(room, np.int32)
+        every = [
+            (picture, place, start)
+            for place, row in enumerate(batch)
+            for picture, start in zip(row.pictures, row.expanded.image_start)
+        ]
+        for slot, (picture, place, start) in enumerate(every):
+            images[slot], image_row[slot], image_start[slot] = picture, place, start
+        return images, image_row, image_start
+
+    def _assemble(self, row: _Row, ids: list[int], drawn: int, pictures: Any) -> Generation:
+        """Text and pictures in the order of ``ids``."""
+        parts: list[str | np.ndarray] = []
+        chunk: list[int] = []
+        written = ids if self.sampling.dummy_token_id is None else ids[1:]
+
+        def flush() -> None:
+            if text := self._clean(chunk):
+                parts.append(text)
+            chunk.clear()
+
+        for token in written:
+            if token == self.tokenizer.first_voken_id and drawn:
+                flush()
+                parts.append(next(pictures))
+                drawn -= 1
+            else:
+                chunk.append(token)
+        flush()
+        text = " ".join(part for part in parts if isinstance(part, str))
+        prompt = row.prompt
+        return Generation(tuple(parts), text, tuple(ids), prompt.source, prompt.seed, row.expanded.dropped)
+
+    def _clean(self, ids: list[int]) -> str:
+        """Text of ids without control tokens, stray vokens and the ``###`` of its end."""
+        ends = {self.tokenizer.bos_id, self.tokenizer.eos_id, *self.sampling.eos_ids}
+        text = self.tokenizer.decode([i for i in ids if i not in ends])
+        return SPECIAL_PATTERN.sub("", text).replace(END, "").strip()
+
+    def _batches(self, rows: list[Any]) -> list[list[Any]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+    def _padded(self, rows: list[Any]) -> list[Any]:
+        """``batch_size`` rows: the last one stands for those that are missing, at no extra step."""
+        return rows + [rows[-1]] * (self.batch_size - len(rows))
+
+
+def _keys(seed: jax.Array) -> jax.Array:
+    """(key of the text, key of the pictures) of an answer."""
+    return jax.random.split(jax.random.key(seed))
