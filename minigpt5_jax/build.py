@@ -26,8 +26,10 @@ from minigpt5_jax.minigpt5 import LossOptions, make_template
 from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextConfig
 from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVitConfig
-from minigpt5_jax.models.llama import VICUNA_7B, LlamaConfig, LoraConfig, PrefixConfig
+from minigpt5_jax.models.llama import VICUNA_7B, LlamaConfig, init_voken_rows
+from minigpt5_jax.models.lora import LoraConfig
 from minigpt5_jax.models.mapper import MapperConfig
+from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
@@ -61,6 +63,7 @@ HOW_TO_GET = {
     "clip_tokenizer": "tokenizer/ of Stable Diffusion 2.1-base",
     "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
 }  # fmt: skip
+LLM = "backbone/llm/"
 NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/")  # in the language model, but in no pretrained file
 SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
 
@@ -369,15 +372,14 @@ def initial_trainable(
     missing = [path for path in spec.template.shapes if path not in frozen]
     key = jax.random.key(config.run.seed)
     fresh = _init_only(spec.template, missing, key)
-    for number, (name, table, axis) in enumerate(
-        (("embed_tokens", "embedding", 0), ("lm_head", "kernel", 1))
-    ):
-        path = f"backbone/llm/{name}/voken"
-        rows = frozen[f"backbone/llm/{name}/{table}"].astype(jnp.float32)
-        fresh[path] = jnp.broadcast_to(rows.mean(axis), fresh[path].shape)
+    tables = {path: value for path, value in frozen.items() if path.startswith(LLM)}
+    rows = init_voken_rows({**tables, **fresh}, LLM)
+    for number, (name, table) in enumerate((("embed_tokens", "embedding"), ("lm_head", "kernel"))):
+        path = f"{LLM}{name}/voken"
+        fresh[path] = rows[path]
         if config.model.backbone.voken_init == "mean+noise":
             noise = jax.random.normal(jax.random.fold_in(key, number), fresh[path].shape)
-            fresh[path] += 0.01 * rows.std() * noise
+            fresh[path] += 0.01 * tables[f"{LLM}{name}/{table}"].astype(jnp.float32).std() * noise
     return fresh
 
 

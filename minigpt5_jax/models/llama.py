@@ -23,9 +23,9 @@ from minigpt5_jax.models.common import (
     scan_layers,
     split_heads,
     stack,
-    uniform_fan_in,
 )
 from minigpt5_jax.models.lora import LoraConfig, LoraLinear
+from minigpt5_jax.models.prefix import PrefixConfig, PrefixEncoder, behind
 
 _IMPLEMENTED = {
     "hidden_act": "silu",
@@ -99,14 +99,6 @@ class LlamaConfig:
 
 VICUNA_7B = LlamaConfig()
 """Vicuna-7B v0: 6,738,415,616 parameters without new rows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefixConfig:
-    """PEFT's prefix tuning with projection (reference 4.4), the alternative to LoRA."""
-
-    num_virtual_tokens: int = 5
-    encoder_hidden_size: int = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -210,34 +202,6 @@ class LlamaBlock(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class PrefixEncoder(nnx.Module):
-    """Trainable keys and values that every layer sees in front of the sequence, fp32.
-
-    ``Embedding(n, d) -> Linear(d, h) -> tanh -> Linear(h, 2 layers width)``; rotary positions are not
-    applied to these keys, and real tokens are numbered from ``n`` on.
-    """
-
-    def __init__(self, config: LlamaConfig, prefix: PrefixConfig, *, rngs: nnx.Rngs):
-        self.config, hidden, inner = config, config.hidden_size, prefix.encoder_hidden_size
-        size = 2 * config.num_hidden_layers * config.key_value_heads * config.head_dim
-        self.embedding = param(rngs, normal(1.0), (prefix.num_virtual_tokens, hidden), (None, "embed"))
-        self.transform = nnx.List(
-            [
-                Linear(i, o, axes=(None, None), kernel_init=uniform_fan_in(i), bias_init=uniform_fan_in(i),
-                       rngs=rngs)
-                for i, o in ((hidden, inner), (inner, size))
-            ]
-        )  # fmt: skip
-
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of every layer, [layers n kv_heads head_dim] each."""
-        config, (first, second) = self.config, self.transform
-        flat = second(jnp.tanh(first(self.embedding[...])))
-        shape = (flat.shape[0], config.num_hidden_layers, 2, config.key_value_heads, config.head_dim)
-        keys, values = jnp.moveaxis(flat.reshape(shape), 2, 0)
-        return keys.swapaxes(0, 1), values.swapaxes(0, 1)
-
-
 class VokenEmbedding(Embedding):
     """Frozen table plus trainable fp32 rows of the new tokens, never one array (decision 5)."""
 
@@ -297,7 +261,10 @@ class Llama(nnx.Module):
         self.config, self.lora, self.remat, self.dtype = config, lora, remat, dtype
         self.num_prefix = prefix.num_virtual_tokens if prefix else 0
         if prefix is not None:
-            self.prefix_encoder = PrefixEncoder(config, prefix, rngs=rngs)
+            self.prefix_encoder = PrefixEncoder(
+                prefix, hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,
+                num_heads=config.key_value_heads, head_dim=config.head_dim, rngs=rngs,
+            )  # fmt: skip
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed_tokens = VokenEmbedding(
             config.vocab_size, config.hidden_size, num_new=num_new_tokens,
@@ -341,7 +308,7 @@ class Llama(nnx.Module):
             drop = _fold_in(keys, number)
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, drop)
             if prefix is not None:
-                key, value = (_behind(p, own) for p, own in zip(prefix, (key, value), strict=True))
+                key, value = (behind(p, own) for p, own in zip(prefix, (key, value), strict=True))
             return layer.finish(x, attention(query, key, value, mask=mask), drop), None
 
         x = inputs_embeds.astype(jnp.float32)
@@ -405,12 +372,6 @@ class Llama(nnx.Module):
     def logits(self, hidden: Float[Array, "*r d"]) -> Float[Array, "*r w"]:
         """fp32 logits of all V + n ids, for decoding."""
         return jnp.concatenate(self.lm_head(hidden), axis=-1)
-
-
-def _behind(prefix: jax.Array, own: jax.Array) -> jax.Array:
-    """Put [n heads d] in front of every row of [b t heads d]."""
-    rows = jnp.broadcast_to(prefix.astype(own.dtype), (own.shape[0], *prefix.shape))
-    return jnp.concatenate([rows, own], axis=1)
 
 
 def init_voken_rows(params: Params, prefix: str = "") -> Params:

@@ -10,7 +10,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaConfig as HfConfig
 
 from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.llama import VICUNA_7B, Llama, LlamaConfig, PrefixConfig
+from minigpt5_jax.models.llama import VICUNA_7B, Llama, LlamaConfig
+from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.weights.maps.llama import TABLE
 
 CONFIG = LlamaConfig(

@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, UInt8
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.common import LayerNorm, Linear
 from minigpt5_jax.models.eva_vit import EvaVit, EvaVitConfig
-from minigpt5_jax.models.llama import Llama, LlamaConfig, LoraConfig, PrefixConfig
+from minigpt5_jax.models.llama import Llama, LlamaConfig
+from minigpt5_jax.models.lora import LoraConfig
+from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.models.qformer import QFormer, QFormerConfig
 from minigpt5_jax.parts.base import BACKBONES, register
 
