@@ -36,9 +36,8 @@ def make_tiny_template() -> Template:
     )
     unet = UNetConfig.from_hf(
         configs["unet"]
-        | {"block_out_channels": [16, 32], "attention_head_dim": [2, 4], "layers_per_block": 1,
-           "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-           "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+        | {"block_out_channels": [16], "attention_head_dim": [2], "layers_per_block": 1,
+           "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     )  # fmt: skip
     vae = VaeConfig.from_hf(
         configs["vae"]
