@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from minigpt5_jax.models.clip_text import ClipTextConfig
@@ -122,10 +123,11 @@ def read_config(assets: Path, name: str) -> Any:
 def read_tower(assets: Path, name: str, template: Template) -> Params:
     """Parameters of a written tower in float32; rows of new tokens, which no file holds, are zeros."""
     files = TOWERS[name]
-    empty = {path: np.zeros(shape.shape, np.float32) for path, shape in template.shapes.items()}
-    new = {path: rows for path, rows in empty.items() if path.endswith("/voken")}
-    shapes = {path: shape for path, shape in template.shapes.items() if path not in new}
-    return load_tower(files.table, open_safetensors(assets / files.folder), shapes, np.float32) | new
+    new = {path: shape for path, shape in template.shapes.items() if path.endswith("/voken")}
+    stored = {path: shape for path, shape in template.shapes.items() if path not in new}
+    params = load_tower(files.table, open_safetensors(assets / files.folder), stored, np.float32)
+    params |= {path: np.zeros(shape.shape, np.float32) for path, shape in new.items()}
+    return {path: jnp.asarray(value) for path, value in params.items()}
 
 
 def hashes(assets: Path) -> dict[str, str]:

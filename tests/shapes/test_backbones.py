@@ -1,0 +1,101 @@
+"""The shipped backbones: real file formats, unaltered, and as good as their provenance says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.unet import UNet2DConditionModel
+from minigpt5_jax.models.vae import AutoencoderKL
+from minigpt5_jax.shapes import evaluate, files, train_llama, train_text
+from minigpt5_jax.shapes.texts import caption_words, instruction
+from minigpt5_jax.shapes.world import draw_scene
+
+ASSETS = files.ASSETS
+
+
+def templates():
+    unet, vae = files.read_config(ASSETS, "unet"), files.read_config(ASSETS, "vae")
+    text = files.read_config(ASSETS, "text_encoder")
+    return {
+        "llama": train_llama.template(),
+        "text_encoder": train_text.template(text.vocab_size),
+        "unet": Template.of(lambda rngs: UNet2DConditionModel(unet, rngs=rngs)),
+        "vae": Template.of(lambda rngs: AutoencoderKL(vae, rngs=rngs)),
+    }
+
+
+def test_they_are_small():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 14e6
+
+
+def test_files_are_those_the_provenance_names():
+    known = json.loads((ASSETS / files.PROVENANCE).read_text())
+    assert known["sha256"] == files.hashes(ASSETS)
+    for part in known["parts"].values():
+        assert {"command", "seed", "revision", "steps", "seconds", "measured"} <= part.keys()
+
+
+@pytest.mark.parametrize("name", files.TOWERS)
+def test_towers_are_written_as_they_are_read(name, tmp_path):
+    params = files.read_tower(ASSETS, name, templates()[name])
+    assert all(np.isfinite(value).all() for value in params.values())
+    files.write_tower(tmp_path, name, params, files.read_config(ASSETS, name))
+    folder = files.TOWERS[name].folder
+    for path in (tmp_path / folder).iterdir():
+        assert path.read_bytes() == (ASSETS / folder / path.name).read_bytes(), path.name
+
+
+def test_other_libraries_read_the_same_files():
+    import diffusers
+    import torch
+    import transformers
+
+    kinds = {
+        "llama": transformers.LlamaForCausalLM, "text_encoder": transformers.CLIPTextModel,
+        "unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+    }  # fmt: skip
+    models = {}
+    for name, kind in kinds.items():
+        models[name], info = kind.from_pretrained(
+            ASSETS / files.TOWERS[name].folder, output_loading_info=True, torch_dtype=torch.float32
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"], name
+    tokenizer = ClipTokenizer(ASSETS / "sd/tokenizer")
+    ids, mask = tokenizer.encode(["a small dotted red circle in the top left on a white background"])
+    template = templates()["text_encoder"]
+    ours = train_text.features(files.read_tower(ASSETS, "text_encoder", template), ids, mask)
+    with torch.no_grad():
+        theirs = models["text_encoder"](
+            torch.tensor(ids).long(), attention_mask=torch.tensor(mask)
+        ).last_hidden_state.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_tokenizers_know_their_world():
+    clip = ClipTokenizer(ASSETS / "sd/tokenizer")
+    assert clip.pad_id == 0
+    _, mask = clip.encode(caption_words())
+    assert (mask.sum(1) == 3).all()  # one token between BOS and EOS
+    llama = LlamaTokenizer(ASSETS / "llama/tokenizer.model")
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        text = instruction(draw_scene(random), random)
+        tokens = llama.encode(text)
+        assert llama.decode(tokens) == text
+        assert len(tokens) < 52  # with BOS, vokens and the ending it fits the demo's 64 positions
+    assert llama.decode(llama.encode("a rötes 猫")) == "a rötes 猫"  # bytes stand in for unknown letters
+
+
+def test_native_pictures_are_right():
+    """The ceiling of stage 1; the provenance has it on 500 captions."""
+    assert evaluate.native(ASSETS, count=48)["all"] >= 0.9
+
+
+def test_a_missing_tower_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="minigpt5_jax.pretrain"):
+        files.read_config(tmp_path, "vae")
