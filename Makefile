@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without --no-compile pip byte-compiles all of TensorFlow; Python does that for what is imported.
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
-PYTEST := nice -n 5 $(BIN)/python -m pytest -q
+PYTEST := $(BIN)/python -m pytest -q
 
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.stamp-run
-	$(BIN)/python -m minigpt5_jax.demo
+	$(BIN)/python -m minigpt5_jax.demo --config configs/shapes_stage1.py --workdir runs/demo
 
 test: $(VENV)/.stamp-test
 	$(PYTEST) -m "not slow"

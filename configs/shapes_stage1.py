@@ -16,13 +16,13 @@ def get_config(variant: str | None = None):
     config = base()
     use_shapes_backbones(config)
     config.run.update(
-        name="shapes_stage1", num_steps=240, log_every=10, eval_every=60, eval_batches=2, save_every=120,
-        grid_every=60,
+        name="shapes_stage1", num_steps=160, log_every=10, eval_every=80, eval_batches=2, save_every=80,
+        grid_every=80,
     )  # fmt: skip
     config.data.update(
         format="shapes", shapes_train=4096, shapes_validation=128, global_batch=32, worker_count=0,
         max_length=64, max_targets=8, flip_mode="off",  # a mirror would turn "left" into "right"
     )  # fmt: skip
     config.loss.caption = 1.0
-    config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=30)
+    config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=20)
     return apply_variant(config, variant)

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from minigpt5_jax import parts  # noqa: F401  (fills the registries)
-from minigpt5_jax.config import ConfigError, weight_sources
+from minigpt5_jax.config import ConfigError, setting_errors, weight_sources
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.diffusion.schedule import SD21_BASE, NoiseSchedule
@@ -174,8 +174,13 @@ def tower_sizes(config: ConfigDict) -> Towers:
     )
 
 
+@setting_errors()
 def build(config: ConfigDict) -> ModelSpec:
-    """The abstract model of a validated configuration; allocates nothing."""
+    """The abstract model of a validated configuration; allocates nothing.
+
+    Raises:
+      ConfigError: what a tower or a tuning pattern says about a setting.
+    """
     towers = tower_sizes(config)
     backbone, mapper, generator = config.model.backbone, config.model.mapper, config.model.generator
     dtypes = {"dtype": jnp.dtype(config.model.dtype), "param_dtype": jnp.dtype(config.model.param_dtype)}

@@ -7,7 +7,9 @@ value of another type is an error.  Every key, its default and why: ``config_key
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +21,17 @@ from minigpt5_jax.config_keys import KEYS, PARTS, Key
 
 class ConfigError(ValueError):
     """A key is unknown, has a wrong type or value, or two keys do not go together."""
+
+
+@contextlib.contextmanager
+def setting_errors() -> Iterator[None]:
+    """What the model's parts say about a setting (ValueError, a bad pattern) as a :class:`ConfigError`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, re.error) as error:
+        raise ConfigError(str(error)) from error
 
 
 SUBFOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text_encoder",

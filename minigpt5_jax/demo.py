@@ -1,9 +1,10 @@
 """The demo: train stage 1 in the small world, generate from its checkpoint, count what is right.
 
-    python -m minigpt5_jax.demo [--workdir runs/demo]
+    python -m minigpt5_jax.demo --config configs/shapes_stage1.py --workdir runs/demo
 
-Its last line is one JSON object: configuration, steps, seconds, losses (first and last), validation,
-the oracle's count for pictures drawn from vokens and by the native UNet, and where to look.
+An earlier demo in the same workdir is replaced.  The last line is one JSON object: configuration,
+steps, seconds, losses (first and last), validation, the oracle's count for pictures drawn from vokens
+and by the native UNet, and where to look.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
 from minigpt5_jax.build import caption_tokenizer
-from minigpt5_jax.config import validate
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.generate import make_session
@@ -31,11 +32,10 @@ from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.restore import Run, load_run
 from minigpt5_jax.shapes.dataset import read_scenes
 from minigpt5_jax.shapes.oracle import score
-from minigpt5_jax.train import make_loop, set_compile_cache
+from minigpt5_jax.train import USER_ERRORS, make_loop, set_compile_cache
 
-CONFIG = config_flags.DEFINE_config_file("demo_config", "configs/shapes_stage1.py", "Run file.")
-WORKDIR = flags.DEFINE_string("demo_workdir", "runs/demo", "Folder of the demo; an earlier one is replaced.")
 PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.")
+MARK = ".demo"  # tells a folder of ours
 SHOWN = 12  # pictures on the page
 LOSSES = ("loss", "text", "image", "caption")
 
@@ -92,11 +92,29 @@ def table(ours: dict[str, float], native: dict[str, float]) -> str:
     return "\n".join(lines + [f"{name:12} {ours[name]:8.3f} {native.get(name, 1.0):8.3f}" for name in ours])
 
 
+def claim(config: ConfigDict) -> Path:
+    """The workdir, emptied if it holds an earlier demo.
+
+    Raises:
+      ConfigError: none was given, another data format, or the folder holds something else.
+    """
+    if not config.run.workdir:
+        raise ConfigError("give the folder of the demo: --workdir DIR")
+    if config.data.format != "shapes":
+        raise ConfigError("the demo counts with the oracle of the small world: data.format must be 'shapes'")
+    workdir = Path(config.run.workdir)
+    if (workdir / MARK).exists():
+        shutil.rmtree(workdir)
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} holds something that is no demo; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / MARK).touch()
+    return workdir
+
+
 def demonstrate(config: ConfigDict) -> dict[str, Any]:
     """Everything; returns the summary."""
-    start, workdir = time.time(), Path(config.run.workdir)
-    if (workdir / "metrics.jsonl").exists():  # an earlier demo: start over
-        shutil.rmtree(workdir)
+    start, workdir = time.time(), claim(config)
     set_compile_cache(config)
     validation = make_loop(config).run()
     trained = time.time() - start
@@ -129,13 +147,10 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def main(_: Any) -> None:
+def main(config: ConfigDict) -> None:
     """The command."""
-    cli.quiet()
-    config = CONFIG.value
-    config.run.workdir = WORKDIR.value
-    print(json.dumps(demonstrate(validate(config))))
+    print(json.dumps(demonstrate(config)))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, errors=USER_ERRORS)

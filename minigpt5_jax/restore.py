@@ -24,14 +24,16 @@ from minigpt5_jax.build import (
     llm_tokenizer,
     load_frozen,
 )
-from minigpt5_jax.config import get_config
+from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import (
     CheckpointError,
     check_compatible,
     describe_run,
+    differences,
     hash_parameters,
+    plain,
 )
 from minigpt5_jax.tuning import FROZEN
 
@@ -61,7 +63,7 @@ def open_checkpoints(path: str | Path) -> Checkpoints:
     """
     folder = Path(path).expanduser()
     inner = folder / "checkpoints"
-    checkpoints = Checkpoints(inner if inner.is_dir() else folder)
+    checkpoints = Checkpoints(inner if inner.is_dir() else folder, read_only=True)
     if checkpoints.latest_step is None:
         raise CheckpointError(
             f"no complete checkpoint in {checkpoints.directory}; "
@@ -71,22 +73,57 @@ def open_checkpoints(path: str | Path) -> Checkpoints:
 
 
 def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> ConfigDict:
-    """The configuration a checkpoint was written with; ``weights`` replaces source paths that moved."""
-    config = get_config()
-    with config.unlocked():
-        for section, values in meta["config"].items():
-            config[section] = ConfigDict(values)
+    """The configuration a checkpoint was written with, keys it did not know yet at their defaults.
+
+    Args:
+      meta: description in the checkpoint.
+      weights: source paths that moved since (``{"llm": "/models/vicuna"}``).
+
+    Raises:
+      CheckpointError: it has a key this version does not know.
+      ConfigError: ``weights`` names an unknown source.
+    """
+    saved, config = meta["config"], get_config()
+    for part in ("backbone", "mapper", "generator"):
+        choose(config, part, saved["model"][part]["name"])
+    if unknown := sorted(_paths(saved) - _paths(config.to_dict())):
+        raise CheckpointError(f"the checkpoint was written with settings this version lacks: {unknown}")
+    for section, values in saved.items():
+        config[section].update(values)
+    if unknown := sorted(set(weights or {}) - set(config.weights)):
+        raise ConfigError(f"unknown weight sources {unknown}; known: {', '.join(config.weights)}")
     config.weights.update(weights or {})
     return config
 
 
-def trained_parameters(checkpoints: Checkpoints, step: int | None = None) -> dict[str, jax.Array]:
-    """Everything the run changed or inherited, on the first device."""
-    step = checkpoints.latest_step if step is None else step
-    spec = build(config_of(checkpoints.meta(step)))
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Dotted keys of nested dicts."""
+    found: set[str] = set()
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        found |= _paths(value, f"{prefix}{name}.") if inner else {prefix + name}
+    return found
+
+
+def as_now(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """``meta`` with its configuration as :func:`config_of` completes it, for comparing."""
+    return {**meta, "config": plain(config_of(meta).to_dict())}
+
+
+def trained_parameters(
+    checkpoints: Checkpoints, step: int, spec: ModelSpec, shardings: Mapping[str, Any] | None = None
+) -> dict[str, jax.Array]:
+    """Everything the run of ``spec`` changed or inherited.
+
+    Args:
+      shardings: path -> where it goes; the first local device for paths that are not named.
+    """
     shapes = {path: s for path, s in spec.template.shapes.items() if _not_pretrained(path, spec)}
-    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = {path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed) for path, s in shapes.items()}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+        path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(shardings or {}).get(path, here))
+        for path, s in shapes.items()
+    }
     trainable = {path: s for path, s in like.items() if spec.labels[path] != FROZEN}
     inherited = {path: s for path, s in like.items() if spec.labels[path] == FROZEN}
     parts = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
@@ -120,34 +157,55 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str,
     spec = build(config)
     tokenizer = llm_tokenizer(config, spec.towers)
     frozen = load_frozen(config, spec, lambda _, value: jnp.asarray(value))
-    trained = trained_parameters(checkpoints, step)
-    inherited = {path: value for path, value in trained.items() if spec.labels[path] == FROZEN}
+    trained = trained_parameters(checkpoints, step, spec)
+    kept = {path: value for path, value in {**frozen, **trained}.items() if spec.labels[path] == FROZEN}
     caption = caption_tokenizer(config, spec.towers)
     now = describe_run(
         config.to_dict(),
         tokenizer={"llm": tokenizer.identity(), "caption": caption.identity()},
-        frozen=hash_parameters({**frozen, **inherited}),
+        frozen=hash_parameters(kept),
     )
-    check_compatible(meta, now)
+    check_compatible(as_now(meta), now)
     checkpoints.close()
     return Run(config, spec, {**frozen, **trained}, tokenizer, step)
 
 
-def inherit(path: str | Path, fresh: Mapping[str, jax.Array], spec: ModelSpec) -> dict[str, jax.Array]:
+def inherit(
+    path: str | Path,
+    fresh: Mapping[str, jax.Array],
+    spec: ModelSpec,
+    shardings: Mapping[str, Any],
+    now: Mapping[str, Any],
+    weights: Mapping[str, str],
+) -> dict[str, jax.Array]:
     """``fresh`` with everything a former run trained put in its place (reference 4.5).
 
+    Args:
+      path: workdir or checkpoints of the former run.
+      fresh: start values of this run.  spec, shardings: of this run.
+      now: this run's tokenizer and hashes of its frozen weights.  weights: its source paths.
+
     Raises:
-      CheckpointError: the former run trained something this model lacks or has in another shape.
+      CheckpointError: the former run had another tokenizer or other frozen weights, or trained
+        something that this model lacks or has in another shape.
     """
     checkpoints = open_checkpoints(path)
-    trained = trained_parameters(checkpoints)
-    checkpoints.close()
-    here = {name: shape.shape for name, shape in spec.template.shapes.items()}
+    step = checkpoints.latest_step
+    meta = checkpoints.meta(step)
+    common = {tower: value for tower, value in now["frozen"].items() if tower in meta["frozen"]}
+    before = {"tokenizer": meta["tokenizer"], "frozen": {name: meta["frozen"][name] for name in common}}
+    if other := differences(before, {"tokenizer": now["tokenizer"], "frozen": common}, before):
+        lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
+        raise CheckpointError(f"run.init_from={path} stood on other weights or words:\n" + "\n".join(lines))
+    former = build(config_of(meta, {name: value for name, value in weights.items() if value}))
+    here = {name: shape.shape for name, shape in spec.template.shapes.items() if name in fresh}
     wrong = [
-        f"{name}: {value.shape} there, {here.get(name, 'absent')} here"
-        for name, value in trained.items()
-        if value.shape != here.get(name)
+        f"{name}: {shape.shape} there, {here.get(name, 'not trained')} here"
+        for name, shape in former.template.shapes.items()
+        if _not_pretrained(name, former) and shape.shape != here.get(name)
     ]
     if wrong:
         raise CheckpointError(f"run.init_from={path} does not fit this model:\n  " + "\n  ".join(wrong[:8]))
-    return {**fresh, **{name: value for name, value in trained.items() if name in fresh}}
+    trained = trained_parameters(checkpoints, step, former, shardings)
+    checkpoints.close()
+    return {**fresh, **trained}

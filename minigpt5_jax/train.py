@@ -10,6 +10,7 @@ weights nor data.
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import os
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
@@ -31,14 +34,14 @@ from minigpt5_jax.build import (
     initial_trainable,
     load_frozen,
 )
-from minigpt5_jax.config import ConfigError, num_steps
+from minigpt5_jax.config import ConfigError, num_steps, setting_errors
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.pipeline import Loader, make_loader
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
-from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.diffusion.samplers import Sampler, make_sampler
 from minigpt5_jax.inference.images import make_batch_sampler
 from minigpt5_jax.inference.page import draw_grid
-from minigpt5_jax.restore import inherit
+from minigpt5_jax.restore import as_now, inherit
 from minigpt5_jax.shapes.dataset import write_pairs
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import DistributedError, initialize, main_process
@@ -69,7 +72,7 @@ from minigpt5_jax.weights.table import WeightTableError
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
 USER_ERRORS = (
     DataError, CheckpointError, ShardingError, WeightFileError, WeightTableError, DistributedError,
-    TrainingDiverged, FileNotFoundError,
+    TrainingDiverged, OSError,
 )  # fmt: skip
 
 
@@ -100,9 +103,7 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     data = config.data
     train, validation = data.train, data.validation
     if data.format == "shapes":
-        folder = Path(config.run.workdir) / "data"
-        train = write_pairs(folder, "train", data.shapes_train, config.run.seed)
-        validation = write_pairs(folder, "held_out", data.shapes_validation, config.run.seed)
+        train, validation = draw_shapes(config)
     if not train:
         raise ConfigError(f"give the training file: --config.data.train=FILE (data.format={data.format})")
 
@@ -117,6 +118,23 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
 
     vokens = config.model.backbone.num_vokens
     return open_one(train, True), open_one(validation, False) if validation else None
+
+
+def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
+    """Training and held-out tables of the small world, drawn into the workdir by one process."""
+    folder, data = Path(config.run.workdir) / "data", config.data
+
+    def draw() -> tuple[Path, Path]:
+        return (
+            write_pairs(folder, "train", data.shapes_train, config.run.seed),
+            write_pairs(folder, "held_out", data.shapes_validation, config.run.seed),
+        )
+
+    if main_process():
+        draw()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shapes are drawn")
+    return draw()  # what is there is left as it is
 
 
 def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
@@ -153,6 +171,9 @@ def placer(mesh: jax.sharding.Mesh, accumulation: int):
     def place(batch: Batch) -> Batch:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
         places = batch_shardings(shapes, mesh, accumulation)
+        if count > 1:
+            check_rows(places.tokens, shapes.tokens.shape, lead)
+            check_rows(places.target, shapes.target.shape, lead)
         return jax.tree.map(
             lambda s, x: jax.make_array_from_process_local_data(s, x, whole(x)), places, batch
         )
@@ -160,32 +181,64 @@ def placer(mesh: jax.sharding.Mesh, accumulation: int):
     return place
 
 
-def split_parameters(config: ConfigDict, spec: ModelSpec, shardings: dict[str, Any]):
-    """(trainable, frozen, inherited): inherited ones are frozen here but in no pretrained source."""
+def check_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> None:
+    """Whether this process's devices hold just the rows that this process reads.
+
+    Raises:
+      ShardingError: they do not (a mesh that spreads a row's copies, or its order, over processes).
+    """
+    part = shape[axis] // jax.process_count()
+    want = set(range(part * jax.process_index(), part * (jax.process_index() + 1)))
+    mine = sharding.addressable_devices_indices_map(shape).values()
+    have = {row for index in mine for row in range(*index[axis].indices(shape[axis]))}
+    if have != want:
+        raise ShardingError(
+            f"process {jax.process_index()} reads rows {min(want)} to {max(want)} of {shape[axis]}, but "
+            f"its devices hold {len(have)} rows from {min(have)} to {max(have)}; choose mesh.data x "
+            f"mesh.fsdp as a multiple of the {jax.process_count()} processes, tensor axes inside a process"
+        )
+
+
+def split_parameters(
+    config: ConfigDict, spec: ModelSpec, shardings: dict[str, Any], checkpoints: Checkpoints
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    """(trainable, frozen, inherited): inherited ones are frozen here but in no pretrained source.
+
+    They come from the run's own newest checkpoint, else from ``run.init_from``, else from nothing.
+    """
 
     def place(path: str, value: Any) -> jax.Array:
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, shardings[path], lambda index: value[index])
 
-    frozen = load_frozen(config, spec, place)
-    fresh = initial_trainable(config, spec, frozen)
-    if config.run.init_from:
-        fresh = inherit(config.run.init_from, fresh, spec)
-    fresh = {path: place(path, value) for path, value in fresh.items()}
-    trainable = {path: value for path, value in fresh.items() if spec.labels[path] != FROZEN}
-    inherited = {path: value for path, value in fresh.items() if path not in trainable}
-    also_frozen = [path for path in frozen if spec.labels[path] != FROZEN]
-    if also_frozen:  # a pretrained tower that trains (full UNet tuning)
-        trainable |= {path: frozen.pop(path) for path in also_frozen}
+    pretrained = load_frozen(config, spec, place)
+    fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
+    frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
+    if config.run.init_from and checkpoints.latest_step is None:
+        now = {"tokenizer": tokenizer_identity(config, spec), "frozen": hash_parameters(frozen)}
+        fresh = inherit(config.run.init_from, fresh, spec, shardings, now, config.weights)
+    inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
+    if inherited and checkpoints.latest_step is not None:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), inherited)
+        inherited = checkpoints.restore({"inherited": like})[0]["inherited"]
+    values = {**pretrained, **fresh}
+    trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
     return trainable, {**frozen, **inherited}, inherited
+
+
+def tokenizer_identity(config: ConfigDict, spec: ModelSpec) -> dict[str, Any]:
+    """What both tokenizers are, for a checkpoint."""
+    encode = encode_config(config, spec.towers, training=True)
+    return {"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()}
 
 
 def describe(config: ConfigDict, spec: ModelSpec, frozen: dict[str, jax.Array], source: Source):
     """What a checkpoint of this run says about it."""
-    encode = encode_config(config, spec.towers, training=True)
-    tokenizer = {"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()}
-    meta = describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hash_parameters(frozen))
-    return {**meta, "data": {"fingerprint": source.fingerprint(), "samples": len(source)}}
+    meta = describe_run(
+        config.to_dict(), tokenizer=tokenizer_identity(config, spec), frozen=hash_parameters(frozen)
+    )
+    order = {"global_batch": config.data.global_batch, "seed": config.run.seed}
+    return {**meta, "data": {"fingerprint": source.fingerprint(), "samples": len(source), **order}}
 
 
 def resume(
@@ -196,71 +249,93 @@ def resume(
     Raises:
       CheckpointError: another model, tokenizer, frozen weights or data; the message has both values.
     """
-    saved = checkpoints.meta()
+    saved = as_now(checkpoints.meta())
     check_compatible(saved, meta)
     if changed := differences(saved, meta, ["data"]):
         lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
         raise CheckpointError(
-            "the training data changed since the checkpoint; restore the files or start in another workdir:\n"
-            + "\n".join(lines)
+            "the training data or its order changed since the checkpoint; change it back or start in another "
+            "workdir:\n" + "\n".join(lines)
         )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
     parts, data_state, _ = checkpoints.restore(vars(like))
     return TrainState(**parts), data_state
 
 
+def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.GradientTransformation:
+    """AdamW with the configured rates.
+
+    Raises:
+      ConfigError: rates, warm-up or groups that do not go together.
+    """
+    settings = config.optimizer
+    rates = {"llm": settings.lr_llm, "mapper": settings.lr_mapper}
+    with setting_errors():
+        return make_optimizer(
+            spec.labels,
+            {g: linear_warmup_decay(rate, settings.warmup_steps, steps) for g, rate in rates.items()},
+            b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+        )  # fmt: skip
+
+
+def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
+    """Checkpoints of the workdir.
+
+    Raises:
+      CheckpointError: there are some, but the run shall not continue them.
+    """
+    run = config.run
+    checkpoints = Checkpoints(
+        Path(run.workdir) / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best,
+        best_metric=run.best_metric,
+    )  # fmt: skip
+    if checkpoints.latest_step is not None and not run.resume:
+        raise CheckpointError(
+            f"{run.workdir} holds checkpoints, but run.resume is False; choose another workdir"
+        )
+    return checkpoints
+
+
 def make_loop(config: ConfigDict) -> Loop:
     """Everything up to the first step; what is wrong with the input is found here, before any compile."""
     if not config.run.workdir:
         raise ConfigError("give the folder of this run: --workdir DIR")
-    workdir = Path(config.run.workdir)
     spec = build(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
     check_sources(config)
+    sampler = open_sampler(config, spec)
     source, held_out = open_sources(config)
     loader = open_loader(config, spec, source, training=True)
     place = placer(mesh, config.data.accumulation)
     place(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
     steps = num_steps(config, len(source))
-    rates = {"llm": config.optimizer.lr_llm, "mapper": config.optimizer.lr_mapper}
-    optimizer = make_optimizer(
-        spec.labels,
-        {g: linear_warmup_decay(rate, config.optimizer.warmup_steps, steps) for g, rate in rates.items()},
-        b1=config.optimizer.b1, b2=config.optimizer.b2, eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay, grad_clip=config.optimizer.grad_clip,
-    )  # fmt: skip
-    trainable, frozen, inherited = split_parameters(config, spec, shardings)
+    optimizer = open_optimizer(config, spec, steps)
+    checkpoints = open_run_checkpoints(config)
+    trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
     meta = describe(config, spec, frozen, source)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", keep_latest=config.run.keep_latest, keep_best=config.run.keep_best,
-        best_metric=config.run.best_metric,
-    )  # fmt: skip
     state = init_state(trainable, spec.labels, optimizer, config.run.seed)
     places = state_shardings(state, shardings, mesh)
     state, first_step = jax.device_put(state, places), 0
     if checkpoints.latest_step is not None:
-        if not config.run.resume:
-            raise CheckpointError(
-                f"{workdir} holds checkpoints, but run.resume is False; choose another workdir"
-            )
         state, data_state = resume(checkpoints, state, meta, places)
         first_step = int(state.step)
         loader.restore(data_state)
     metrics = Metrics(
-        workdir, steps, first_step=first_step, samples_per_step=config.data.global_batch,
+        config.run.workdir, steps, first_step=first_step, samples_per_step=config.data.global_batch,
         log_every=config.run.log_every, active=main_process(),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
     )  # fmt: skip
     if first_step:
-        metrics.message(f"continuing behind step {first_step} of {workdir}")
+        metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
     step = jax.jit(
         make_train_step(spec.template, spec.labels, optimizer, spec.options),
         donate_argnums=0,
         out_shardings=(places, None),
     )
-    validate, grid = watchers(config, spec, held_out, frozen, placer(mesh, 1))
+    validate, grid = watchers(config, spec, held_out, frozen, placer(mesh, 1), sampler)
     return Loop(
         state, frozen, step, loader, place, metrics, checkpoints, meta, first_step, steps,
         config.run.eval_every, config.run.save_every, config.run.grid_every, validate, grid,
@@ -268,25 +343,39 @@ def make_loop(config: ConfigDict) -> Loop:
     )  # fmt: skip
 
 
-def watchers(config: ConfigDict, spec: ModelSpec, held_out: Source | None, frozen: Any, place: Any):
-    """(validation, picture grid) over held-out samples; (None, None) without any."""
+def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:
+    """The picture sampler of ``config.inference``; ConfigError where the schedule does not allow it."""
+    with setting_errors():
+        return make_sampler(
+            config.inference.sampler, spec.towers.schedule, config.inference.num_inference_steps
+        )
+
+
+def watchers(
+    config: ConfigDict, spec: ModelSpec, held_out: Source | None, frozen: Any, place: Any, sampler: Sampler
+):
+    """(validation, picture grid) over held-out samples; None for what cannot be.
+
+    There is no grid without held-out pictures, nor with several processes (the batch's pictures are
+    spread over them); the validation's numbers are global.
+    """
     if held_out is None:
         return None, None
     loader = open_loader(config, spec, held_out, training=False)
-    local = [batch for batch, _ in zip(loader, range(config.run.eval_batches), strict=False)]
+    local = list(itertools.islice(loader, config.run.eval_batches))
+    loader.close()
     batches = [place(batch) for batch in local]
     validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
-    settings = config.inference
-    sampler = make_sampler(settings.sampler, spec.towers.schedule, settings.num_inference_steps)
-    sample = jax.jit(make_batch_sampler(spec.template, sampler, settings.guidance_scale))
-    count = min(config.run.grid_pictures, int(local[0].item_mask.sum()))
+    shown = np.flatnonzero(local[0].item_mask)[: config.run.grid_pictures]
+    sample = jax.jit(make_batch_sampler(spec.template, sampler, config.inference.guidance_scale))
 
     def grid(trainable: Any) -> np.ndarray:
         keys = jax.random.split(jax.random.key(config.run.seed), batches[0].item_id.shape[0])
         pictures = np.asarray(sample({**frozen, **trainable}, batches[0], keys))
-        return draw_grid(np.concatenate([local[0].target[:count], pictures[:count]]), columns=count)
+        return draw_grid(np.concatenate([local[0].target[shown], pictures[shown]]), columns=len(shown))
 
-    return lambda trainable: validator(trainable, frozen), grid if jax.process_count() == 1 else None
+    drawable = len(shown) and jax.process_count() == 1
+    return lambda trainable: validator(trainable, frozen), grid if drawable else None
 
 
 def set_compile_cache(config: ConfigDict) -> None:

@@ -32,10 +32,17 @@ class Checkpoints:
       keep_latest: newest steps kept.
       keep_best: steps kept besides for the lowest ``best_metric`` (of those saved with one).
       best_metric: name among the ``metrics`` given to :meth:`save`.
+      read_only: nothing is written or cleaned up, so that a run that is saving there is left alone.
     """
 
     def __init__(
-        self, directory: str | Path, *, keep_latest: int = 2, keep_best: int = 1, best_metric: str = "image"
+        self,
+        directory: str | Path,
+        *,
+        keep_latest: int = 2,
+        keep_best: int = 1,
+        best_metric: str = "image",
+        read_only: bool = False,
     ):
         self.directory = Path(directory).expanduser().absolute()
         self._best_metric = best_metric
@@ -43,7 +50,8 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         self._options = ocp.CheckpointManagerOptions(
             step_format_fixed_length=8,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep_latest),

@@ -49,22 +49,30 @@ class Loop:
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last validation (empty without one)."""
         results: dict[str, float] = {}
-        with self.metrics as metrics:
-            for step in range(self.first_step + 1, self.num_steps + 1):
-                batch = self.place(next(self.loader))
-                self.state, values = self.train_step(self.state, self.frozen, batch)
-                metrics.push(step, values)
-                last = step == self.num_steps
-                if self.validate and (due(step, self.eval_every) or last):
-                    results = self._validate(step)
-                if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
-                    with metrics.paused():
-                        metrics.picture(step, "held_out", self.grid(self.state.trainable))
-                if due(step, self.save_every) or last:
-                    self._save(step, results)
-        self.loader.close()
-        self.checkpoints.close()
+        try:
+            with self.metrics:
+                for step in range(self.first_step + 1, self.num_steps + 1):
+                    batch = self.place(next(self.loader))
+                    self.state, values = self.train_step(self.state, self.frozen, batch)
+                    self.metrics.push(step, values)
+                    last, validated = step == self.num_steps, None
+                    if self.validate and (due(step, self.eval_every) or last):
+                        results = validated = self._validate(step)
+                    if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
+                        with self.metrics.paused():
+                            self.metrics.picture(step, "held_out", self.grid(self.state.trainable))
+                    if due(step, self.save_every) or last:
+                        self._save(step, validated)
+                self._tell_left_out()
+        finally:  # worker processes end, and a checkpoint on its way to disk gets there
+            self.loader.close()
+            self.checkpoints.close()
         return results
+
+    def _tell_left_out(self) -> None:
+        skipped, truncated = len(self.loader.skipped), self.loader.truncated
+        if skipped or truncated:
+            self.metrics.message(f"{skipped} unusable samples were left out, {truncated} were cut to fit")
 
     def _validate(self, step: int) -> dict[str, float]:
         self.metrics.flush()
@@ -75,10 +83,10 @@ class Loop:
         self.metrics.message(f"step {step}, held out: {shown}")
         return results
 
-    def _save(self, step: int, results: Mapping[str, float]) -> None:
+    def _save(self, step: int, validated: Mapping[str, float] | None) -> None:
         losses = self.metrics.flush()  # raises before a diverged state can be saved
         state = {**vars(self.state), **self.saved_parts}
         self.checkpoints.save(
-            step, state, self.loader.state, self.meta, metrics=results or None,
+            step, state, self.loader.state, self.meta, metrics=validated,
             losses={"loss": losses["loss"]} if losses else None,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 Meta = dict[str, Any]
 COMPARED = ("config.model", "tokenizer", "frozen")
@@ -73,11 +74,18 @@ def hash_parameters(params: Mapping[str, jax.Array]) -> dict[str, str]:
     """
     hashes: dict[str, Any] = {}
     for path in sorted(params):
-        value = np.asarray(params[path])
+        value = _on_host(params[path])
         tower = hashes.setdefault("/".join(path.split("/")[:2]), hashlib.sha256())
         tower.update(f"{path} {value.shape} {value.dtype.name} ".encode())
         tower.update(np.ascontiguousarray(value).view(np.uint8).data)
     return {tower: digest.hexdigest() for tower, digest in hashes.items()}
+
+
+def _on_host(value: jax.Array) -> np.ndarray:
+    """The whole array, gathered if other processes hold parts of it."""
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
 
 
 def differences(saved: Meta, current: Meta, sections: Iterable[str]) -> dict[str, tuple[Any, Any]]:
