@@ -70,7 +70,11 @@ class Checkpoints:
     def _manager(self) -> ocp.CheckpointManager:
         # Opened late: looking for a checkpoint must not make a folder.
         if self._opened is None:
+            verbosity = logging.get_verbosity()
+            if self._options.read_only:  # Orbax warns that what was asked for is so
+                logging.set_verbosity(logging.ERROR)
             self._opened = ocp.CheckpointManager(self.directory, options=self._options)
+            logging.set_verbosity(verbosity)
         return self._opened
 
     @property
