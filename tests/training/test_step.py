@@ -52,15 +52,11 @@ def constant_rates(labels, rate=1e-2):
     return {group: optax.constant_schedule(rate) for group in set(labels.values()) - {FROZEN}}
 
 
-# Compiling is most of the time here: unoptimised code is as exact and ready sooner.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def test_frozen_leaves_stay_bit_identical_and_trainables_move(tiny_template, tiny_params, tiny_batch, labels):
     trainable, frozen = split(tiny_params, labels)
     before = {path: np.array(value) for path, value in tiny_params.items()}
     optimizer = make_optimizer(labels, constant_rates(labels))
-    step = compiled(make_train_step(tiny_template, labels, optimizer, OPTIONS), donate_argnums=0)
+    step = jax.jit(make_train_step(tiny_template, labels, optimizer, OPTIONS), donate_argnums=0)
     state = init_state(trainable, labels, optimizer, seed=0)
     for seed in range(3):
         state, metrics = step(state, frozen, tiny_batch(8, seed))
@@ -96,14 +92,14 @@ def task(tiny_template, tiny_params, tiny_batch, labels) -> Task:
 
         return accumulate_gradients(tiny_template, trainable, frozen, batch, draw, options)
 
-    return Task(run, trainable, frozen, batch, compiled(run)(trainable, frozen, batch))
+    return Task(run, trainable, frozen, batch, jax.jit(run)(trainable, frozen, batch))
 
 
 def test_accumulation_gives_the_update_of_the_large_batch(task):
     stacked = jax.tree.map(lambda x: x.reshape(4, x.shape[0] // 4, *x.shape[1:]), task.batch)
     stacked = dataclasses.replace(stacked, voken_row=stacked.voken_row % 2)
     run = functools.partial(task.run, options=dataclasses.replace(OPTIONS, accumulation=4))
-    grads, loss, sums = compiled(run)(task.trainable, task.frozen, stacked)
+    grads, loss, sums = jax.jit(run)(task.trainable, task.frozen, stacked)
     np.testing.assert_allclose(loss, task.expected[1], rtol=1e-6)
     for name, (total, count) in task.expected[2].items():
         np.testing.assert_allclose(sums[name][0], total, rtol=1e-5, err_msg=name)
@@ -112,9 +108,12 @@ def test_accumulation_gives_the_update_of_the_large_batch(task):
 
 
 def assert_close(got, want, tolerance=1e-5):
+    largest = max(np.abs(value).max() for value in want.values())
     for path in want:
-        scale = np.abs(want[path]).max()
-        np.testing.assert_allclose(got[path], want[path], atol=tolerance * max(scale, 1e-12), err_msg=path)
+        # A key's bias has no gradient (softmax ignores a shift of all keys): what is there is rounding.
+        scale = largest if path.endswith("k_proj/bias") else np.abs(want[path]).max()
+        error = np.abs(np.asarray(got[path]) - np.asarray(want[path])).max()
+        assert error <= tolerance * scale, f"{path}: {error / scale:.1e}"
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
@@ -130,7 +129,7 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(tiny_template, ta
         for params in (task.trainable, task.frozen)
     )
     batch = jax.device_put(task.batch, batch_shardings(task.batch, mesh))
-    grads, loss, _ = compiled(task.run)(trainable, frozen, batch)
+    grads, loss, _ = jax.jit(task.run)(trainable, frozen, batch)
     np.testing.assert_allclose(loss, task.expected[1], rtol=1e-5)
     assert_close(grads, task.expected[0])
 
