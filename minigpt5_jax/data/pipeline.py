@@ -129,9 +129,7 @@ class Loader:
 
     Attributes:
       source: where samples come from; its ``fingerprint()`` belongs into a checkpoint.
-      steps_per_epoch: batches that hold each sample once, the last one perhaps shared with the next
-        epoch (or filled with empty rows at the end of the last).
-      num_steps: batches in all, None without an end.
+      num_steps: batches in all, None without an end; the last one is filled with empty rows.
       skipped: unusable samples met so far by this process, each once.
       truncated: samples cut to fit so far.
     """
@@ -143,14 +141,13 @@ class Loader:
         source: Source,
         reader: StepReader,
         *,
-        steps_per_epoch: int,
         num_steps: int | None,
         budget: int,
         worker_count: int,
         prefetch: int,
     ):
         self.source, self._reader = source, reader
-        self.steps_per_epoch, self.num_steps = steps_per_epoch, num_steps
+        self.num_steps = num_steps
         self._budget, self._worker_count, self._prefetch = budget, worker_count, prefetch
         self._skips: dict[int, Skip] = {}
         self.truncated = 0
@@ -240,6 +237,23 @@ def _budget_count(budget: int | float, length: int) -> int:
     return budget if isinstance(budget, int) else math.floor(budget * length)
 
 
+def _check_sizes(
+    rows: int, global_batch: int, accumulation: int, process_index: int, process_count: int
+) -> None:
+    """DataError where micro-batches of ``rows`` do not make up the batch or do not divide over processes."""
+    if global_batch != rows * accumulation:
+        raise DataError(
+            f"global_batch = {global_batch} is not spec.rows x accumulation = {rows} x {accumulation}"
+        )
+    if rows % process_count:
+        raise DataError(
+            f"global_batch = {global_batch} over accumulation = {accumulation} gives {rows} rows, "
+            f"which {process_count} processes do not divide"
+        )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index = {process_index} of {process_count} processes")
+
+
 def make_loader(
     source: Source,
     encode_config: EncodeConfig,
@@ -277,17 +291,7 @@ def make_loader(
       DataError: sizes that do not divide, with the numbers; an empty source; tokenizers that do not fit
         ``spec``.
     """
-    if global_batch != spec.rows * accumulation:
-        raise DataError(
-            f"global_batch = {global_batch} is not spec.rows x accumulation = {spec.rows} x {accumulation}"
-        )
-    if spec.rows % process_count:
-        raise DataError(
-            f"global_batch = {global_batch} over accumulation = {accumulation} gives {spec.rows} rows, "
-            f"which {process_count} processes do not divide"
-        )
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index = {process_index} of {process_count} processes")
+    _check_sizes(spec.rows, global_batch, accumulation, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise DataError(f"seed must be in 0 ... {2**32 - 1}, got {seed}")
     if not len(source):
@@ -306,7 +310,6 @@ def make_loader(
     return Loader(
         source,
         reader,
-        steps_per_epoch=-(-len(source) // global_batch),
         num_steps=None if num_epochs is None else -(-order.total // global_batch),
         budget=_budget_count(error_budget, len(source)),
         worker_count=worker_count,

@@ -161,6 +161,16 @@ def _cut_source(
     return ids[::-1] if truncation == "left_history" else ids
 
 
+def _place_images(source: Sequence[int], image_id: int, image_tokens: int) -> tuple[list[int], list[int]]:
+    """(source ids with each picture's placeholder ``image_tokens`` times, the first slots of these)."""
+    tokens, starts = [], []
+    for i in source:
+        if i == image_id:
+            starts.append(len(tokens))
+        tokens.extend([i] * (image_tokens if i == image_id else 1))
+    return tokens, starts
+
+
 def expand(
     tokenizer: TextTokenizer,
     source: str,
@@ -193,9 +203,8 @@ def expand(
     """
     if truncation not in ("left_history", "right"):
         raise DataError(f"truncation must be 'left_history' or 'right', got {truncation!r}")
-    image_id = tokenizer.image_id
-    voken = tokenizer.first_voken_id
-    target_ids = tokenizer.encode(target)
+    image_id, voken = tokenizer.image_id, tokenizer.first_voken_id
+    source_ids, target_ids = tokenizer.encode(source), tokenizer.encode(target)
     mask = functools.partial(
         label_ids,
         first_voken_id=voken,
@@ -206,26 +215,18 @@ def expand(
     if max_targets is not None:
         target_room = min(target_room, max_targets + mask(target_ids).count(IGNORE))
     kept_target = _cut_target(target_ids, target_room, voken)
-    source_ids = tokenizer.encode(source)
     room = max_length - 1 - len(kept_target)
     kept_source = _cut_source(source_ids, room, max_images, image_id, image_tokens, truncation)
 
-    tokens, starts = [tokenizer.bos_id], []
-    for i in kept_source:
-        if i == image_id:
-            starts.append(len(tokens))
-        tokens.extend([i] * (image_tokens if i == image_id else 1))
-    labels = [IGNORE] * len(tokens) + mask(kept_target)
-    voken_start = len(tokens) + kept_target.index(voken) if voken in kept_target else None
+    head, starts = _place_images([tokenizer.bos_id, *kept_source], image_id, image_tokens)
     total, left = source_ids.count(image_id), len(starts)
     first = total - left if truncation == "left_history" else 0
     full = 1 + len(source_ids) + total * (image_tokens - 1) + len(target_ids)
-    tokens += kept_target
     return Expanded(
-        tokens=np.asarray(tokens, np.int32),
-        labels=np.asarray(labels, np.int32),
+        tokens=np.asarray(head + kept_target, np.int32),
+        labels=np.asarray([IGNORE] * len(head) + mask(kept_target), np.int32),
         images=tuple(range(first, first + left)),
         image_start=tuple(starts),
-        voken_start=voken_start,
-        dropped=full - len(tokens),
+        voken_start=len(head) + kept_target.index(voken) if voken in kept_target else None,
+        dropped=full - len(head) - len(kept_target),
     )
