@@ -135,16 +135,6 @@ def draw_grid(
     return np.asarray(canvas)
 
 
-def write_grid(
-    path: str | Path, pictures: np.ndarray, columns: int, captions: Sequence[str] | None = None
-) -> Path:
-    """:func:`draw_grid` as a PNG file; returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw_grid(pictures, columns, captions)).save(path, format="PNG")
-    return path
-
-
 def _check_pictures(value: np.ndarray, dims: int) -> None:
     if value.ndim != dims or value.shape[-1] != 3 or value.dtype != np.uint8:
         want = "u8[H W 3]" if dims == 3 else "u8[n H W 3]"

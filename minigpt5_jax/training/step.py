@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,15 +162,3 @@ def make_train_step(
 def means(sums: Mapping[str, SumCount]) -> Metrics:
     """sum / count of each entry; NaN where the count is zero."""
     return {name: jnp.where(n > 0, s / jnp.maximum(n, 1.0), jnp.nan) for name, (s, n) in sums.items()}
-
-
-def make_eval_step(
-    template: Template, options: LossOptions
-) -> Callable[[Params, Params, Batch, Draws], dict[str, SumCount]]:
-    """``eval(trainable, frozen, batch, draws) -> {name: (sum, count)}`` with the draws the caller fixes."""
-
-    def eval_step(trainable: Params, frozen: Params, batch: Batch, draws: Draws) -> dict[str, Any]:
-        losses, diagnostics = template.bind({**frozen, **trainable}).losses(batch, draws, options)
-        return {**losses, **diagnostics}
-
-    return eval_step

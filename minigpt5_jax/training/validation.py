@@ -31,7 +31,8 @@ def make_validation_step(
     """``f(trainable, frozen, batch) -> {name: (sum, count)}``; deterministic (Q6, Q16).
 
     Names: ``text``, ``voken_emission``, ``caption``, and the image loss at the fixed ``levels`` as
-    ``image`` (right condition), ``image_swapped`` (the next item's) and ``image_unconditional`` (T(0)).
+    ``image`` (right condition), ``image_swapped`` (that of the item before; the last's
+    for the first) and ``image_unconditional`` (T(0)).
     """
     info = DrawInfo.of(template)
 

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors, filling a tower from them, and fingerprints of what was loaded.
+"""Reading and writing safetensors, and filling a tower from them.
 
 Everything here is numpy: tensors are read one at a time, so importing a tower costs its own size
 once, whatever the size of the files.
@@ -6,8 +6,6 @@ once, whatever the size of the files.
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
 import json
 import os
 import tempfile
@@ -201,23 +199,3 @@ def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndar
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _leaf_digest(item: tuple[str, Any]) -> bytes:
-    path, value = item
-    array = np.ascontiguousarray(value)  # 0-d becomes 1-d here, so the shape is taken from `value`
-    digest = hashlib.sha256(f"{path}\0{array.dtype.name}\0{np.shape(value)}\0".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.digest()
-
-
-def fingerprint(params: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over the paths, dtypes, shapes and bytes of all leaves, in sorted path order.
-
-    Checkpoints store it for the frozen weights, so that a run never continues over other ones.
-    Leaves are hashed in parallel (hashlib releases the GIL), then their digests; the result does
-    not depend on the number of threads.  Leaves may be numpy or (addressable) JAX arrays.
-    """
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_leaf_digest, sorted(params.items())))
-    return hashlib.sha256(b"".join(digests)).hexdigest()

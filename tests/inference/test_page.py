@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.inference.page import Entry, draw_grid, write_grid, write_page
+from minigpt5_jax.inference.page import Entry, draw_grid, write_page
 
 
 def picture(seed: int, height: int = 8, width: int = 12) -> np.ndarray:
@@ -117,24 +117,25 @@ def test_grid_lays_pictures_out_row_by_row():
     assert (grid[20:28, 42:] == 255).all()  # the sixth cell is empty
 
 
-def test_grid_captions_wrap_under_enlarged_pictures(tmp_path):
+def test_grid_captions_wrap_under_enlarged_pictures():
     pictures = np.stack([picture(0), picture(1)])
-    plain = Image.open(write_grid(tmp_path / "deep" / "a.png", pictures, columns=9))
+    plain = draw_grid(pictures, columns=9)
     text = "a large red circle above the small blue square on a yellow background"
-    captioned = Image.open(write_grid(tmp_path / "b.png", pictures, columns=9, captions=[text, ""]))
-    assert plain.size == (2 * (132 + 6) + 6, 88 + 12)  # 12 px wide, enlarged 11 times
-    assert captioned.size[0] == plain.size[0]
-    assert (captioned.size[1] - plain.size[1]) % 14 == 0 and captioned.size[1] >= plain.size[1] + 2 * 14
-    below = np.asarray(captioned)[6 + 88 :]
+    captioned = draw_grid(pictures, columns=9, captions=[text, ""])
+    assert plain.shape == (88 + 12, 2 * (132 + 6) + 6, 3)  # 12 px wide, enlarged 11 times
+    assert captioned.shape[1] == plain.shape[1]
+    extra = captioned.shape[0] - plain.shape[0]
+    assert extra % 14 == 0 and extra >= 2 * 14
+    below = captioned[6 + 88 :]
     assert (below[:, :138] < 128).any()
     assert (below[:, 140:] == 255).all()  # no text runs into the next column
 
 
-def test_grid_refuses_what_does_not_fit_together(tmp_path):
+def test_grid_refuses_what_does_not_fit_together():
     pictures = np.stack([picture(0), picture(1)])
     with pytest.raises(ValueError, match="2 pictures but 1 captions"):
-        write_grid(tmp_path / "g.png", pictures, 2, ["one"])
+        draw_grid(pictures, 2, ["one"])
     with pytest.raises(ValueError, match="0 columns"):
-        write_grid(tmp_path / "g.png", pictures, 0)
+        draw_grid(pictures, 0)
     with pytest.raises(ValueError, match="u8"):
-        write_grid(tmp_path / "g.png", pictures[0], 1)
+        draw_grid(pictures[0], 1)
