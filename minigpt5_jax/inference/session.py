@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -192,7 +191,7 @@ class Session:
         model = self._template.bind(params)
         negative = model.unconditional()
         if self._negative == "empty_prompt":
-            negative = model.generator.empty_caption_features()[None].astype(jnp.float32)
+            negative = model.generator.empty_prompt_features()[None]
         keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
         latents = initial_latents(keys, model.generator.latent_shape)
         condition = model.condition(vokens)

@@ -71,7 +71,10 @@ class Generator(Protocol):
         """Text features of captions, [m q c]: the target of the caption loss."""
 
     def empty_caption_features(self) -> jax.Array:
-        """Text features of the empty string, [q c]."""
+        """Text features of the empty string, [q c]: the caption target of a CFG-dropped item."""
+
+    def empty_prompt_features(self) -> jax.Array:
+        """Condition of the empty prompt as the generator was trained with it, [q c]."""
 
     def denoising_loss(
         self, latents: jax.Array, condition: jax.Array, timesteps: jax.Array, noise: jax.Array

@@ -16,8 +16,9 @@ from minigpt5_jax.data.templates import IMAGE
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
+from minigpt5_jax.inference.images import initial_latents, sample_pictures
 from minigpt5_jax.inference.sampling import SamplingConfig
-from minigpt5_jax.inference.session import Prompt, Session, stop_sequences
+from minigpt5_jax.inference.session import Prompt, Session, _keys, stop_sequences
 from minigpt5_jax.minigpt5 import make_template
 from minigpt5_jax.models.clip_text import ClipTextConfig
 from minigpt5_jax.models.eva_vit import EvaVitConfig
@@ -209,6 +210,32 @@ def test_guidance_is_away_from_the_chosen_negative(session, make, seeing):
     still = [np.zeros((8, 32), np.float32)]
     plain = make(guidance_scale=1.0).draw(still, [0], [0])[0]
     assert np.abs(session.draw(still, [0], [0])[0].astype(int) - plain).max() <= 1
+
+
+def test_the_empty_prompt_is_unmasked_and_the_caption_target_is_not(make, seeing):
+    template, params = seeing
+
+    def features(params):
+        generator = template.bind(params).generator
+        return generator.empty_prompt_features(), generator.empty_caption_features()
+
+    prompt, caption = quick(features)(params)
+    assert prompt.shape == caption.shape == (12, 32) and prompt.dtype == caption.dtype == np.float32
+    np.testing.assert_allclose(prompt[:2], caption[:2], atol=1e-5)  # causal: BOS and EOS see no padding
+    assert np.abs(prompt[2:] - caption[2:]).max(1).min() > 0.01
+    # At scale 0 a session draws from its negative alone: what the generator makes of that condition.
+    alone = make(cfg_negative="empty_prompt", guidance_scale=0.0)
+    drawn = alone.draw([np.zeros((8, 32), np.float32)], [0], [0])[0].astype(int)
+
+    @quick
+    def draw(params, condition, seed):
+        generator = template.bind(params).generator
+        keys = jax.random.fold_in(_keys(seed)[1], 0)[None]
+        latents = initial_latents(keys, generator.latent_shape)
+        return sample_pictures(generator, alone._sampler, condition[None], condition[None], latents, 1.0)[0]
+
+    assert np.abs(drawn - draw(params, prompt, np.uint32(0))).max() <= 1
+    assert np.abs(drawn - draw(params, caption, np.uint32(0))).max() > 1
 
 
 @pytest.mark.parametrize(

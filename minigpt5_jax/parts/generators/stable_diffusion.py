@@ -92,10 +92,15 @@ class StableDiffusion(nnx.Module):
         return jax.lax.stop_gradient(self.text_encoder(caption_ids, mask)).astype(jnp.float32)
 
     def empty_caption_features(self) -> Float[Array, "q c"]:
-        """Text-encoder states of the empty string, fp32."""
+        """:meth:`caption_features` of the empty string, the caption target of a CFG-dropped item."""
         ids = jnp.asarray(self.empty_caption_ids, jnp.int32)[None]
         mask = (jnp.arange(ids.shape[1]) < self.empty_caption_length).astype(jnp.int32)[None]
         return self.caption_features(ids, mask)[0]
+
+    def empty_prompt_features(self) -> Float[Array, "q c"]:
+        """Condition of the empty prompt, fp32, as Stable Diffusion knows it: never masked (Q10, Q38)."""
+        ids = jnp.asarray(self.empty_caption_ids, jnp.int32)[None]
+        return self.text_encoder(ids)[0].astype(jnp.float32)
 
     def predict_noise(
         self, latents: Float[Array, "m h w c"], timesteps: Int[Array, " m"], condition: Float[Array, "m q d"]
