@@ -216,7 +216,7 @@ def split_parameters(
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
     if config.run.init_from and checkpoints.latest_step is None:
         now = {"tokenizer": tokenizer_identity(config, spec), "frozen": hash_parameters(frozen)}
-        fresh = inherit(config.run.init_from, fresh, spec, shardings, now, config.weights)
+        fresh = inherit(config.run.init_from, fresh, spec, shardings, now, config.weights.to_dict())
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
     if inherited and checkpoints.latest_step is not None:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), inherited)

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"] = "cpu", ""  # one device
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
