@@ -198,7 +198,9 @@ KEYS: dict[str, Key] = {
     "weights.scheduler": Key("", "folder; '': scheduler/ of weights.stable_diffusion"),
     # -- inference ------------------------------------------------------------------------------
     "inference.sampler": Key(
-        "pndm", "picture sampler: the original's, or DDIM for fewer calls (Q40)", choices=("pndm", "ddim")
+        "pndm",
+        "picture sampler: the original's, or DDIM or DPM-Solver++ for fewer calls (Q40)",
+        choices=("pndm", "ddim", "dpm_solver++"),
     ),
     "inference.num_inference_steps": Key(50, "denoising steps; PNDM makes one call more", low=1),
     "inference.guidance_scale": Key(7.5, "classifier-free guidance; 1 switches it off (3.5)", low=0.0),

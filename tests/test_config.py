@@ -24,9 +24,11 @@ from minigpt5_jax.config import (
     weight_sources,
 )
 from minigpt5_jax.config_keys import KEYS, PARTS, Key
+from minigpt5_jax.diffusion.samplers import SAMPLERS
+from minigpt5_jax.inference.session import CFG_NEGATIVES
 
 ROOT = Path(__file__).parents[1]
-RUN_FILES = [p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "shapes_backbones"]
+RUN_FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
 def load(path: Path):
@@ -182,3 +184,8 @@ def test_the_command_line_overrides_and_helps():
     assert (code, out) == (0, "RUN w 5000\n")
     code, out, _ = command("--help_config")
     assert code == 0 and out == config_module.describe() + "\n"
+
+
+def test_choices_are_what_the_code_behind_them_knows():
+    assert set(KEYS["inference.sampler"].choices) == set(SAMPLERS)
+    assert set(KEYS["inference.cfg_negative"].choices) == set(CFG_NEGATIVES)
