@@ -27,7 +27,7 @@ from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from minigpt5_jax.shapes.world import all_scenes
 
-STEPS = {"vae": 3700, "vae_decoder": 1500, "text": 500, "unet": 3000, "llama": 900}
+STEPS = {"vae": 3700, "vae_decoder": 1500, "text": 500, "unet": 2500, "llama": 900}
 
 Result = dict[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,7 +20,10 @@ def init_heads(key: jax.Array, width: int) -> Heads:
 
 
 def read_loss(
-    heads: Heads, states: Float[Array, "n t d"], labels: Int[Array, "n a"], mask: Bool[Array, "n t"]
+    heads: Heads,
+    states: Float[Array, "n t d"],
+    labels: Int[Array | np.ndarray, "n a"],
+    mask: Bool[Array | np.ndarray, "n t"],
 ) -> tuple[jax.Array, jax.Array]:
     """(cross-entropy summed over attributes, share with all of them right), means over marked states."""
     logits = states @ heads["kernel"] + heads["bias"]
