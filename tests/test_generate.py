@@ -1,0 +1,161 @@
+"""The generate command: prompts from words and files, refusals before weights are read, a page at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from minigpt5_jax import generate
+from minigpt5_jax.build import build, encode_config, initial_trainable, load_frozen
+from minigpt5_jax.config import ConfigError, get_config, validate
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.templates import DIALOG_SYSTEM, IMAGE
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
+from minigpt5_jax.tuning import FROZEN
+
+CONFIG = Path(__file__).parents[1] / "configs" / "shapes_stage1.py"
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+
+
+def command(**values):
+    """Runs the command with these flags."""
+    with flagsaver.flagsaver(**values):
+        return generate.generate()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Folder of a shapes run that saved itself before its first step."""
+    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = validate(module.get_config())
+    model = build(config)
+    frozen = load_frozen(config, model, lambda _, value: jnp.asarray(value))
+    fresh = initial_trainable(config, model, frozen)
+    trainable = {path: value for path, value in fresh.items() if model.labels[path] != FROZEN}
+    inherited = {path: value for path, value in fresh.items() if model.labels[path] == FROZEN}
+    encode = encode_config(config, model.towers, training=True)
+    meta = describe_run(
+        config.to_dict(),
+        tokenizer={"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()},
+        frozen=hash_parameters({**frozen, **inherited}),
+    )
+    folder = tmp_path_factory.mktemp("run")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
+    checkpoints.save(7, state, 0, meta)
+    checkpoints.close()
+    return folder
+
+
+def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
+    page = command(
+        checkpoint=str(checkpoint), prompt=["A small red circle.", "a blue square"], num_samples=2, seed=5,
+        output=str(tmp_path / "page"),
+        inference=["force_image=first", "max_new_tokens=3", "num_inference_steps=1"],
+    )  # fmt: skip
+    assert page == tmp_path / "page" / "index.html"
+    text = page.read_text()
+    assert text.count("a small red circle") == 2 and "seed 5" in text and "seed 6" in text
+    pictures = sorted((tmp_path / "page" / "pictures").glob("*.png"))
+    assert len(pictures) == 4, "each prompt twice"
+    shown = [np.asarray(Image.open(path)) for path in pictures]
+    assert all(picture.shape == (64, 64, 3) for picture in shown)
+    assert (shown[0] != shown[1]).any(), "samples have their own seeds"
+    assert "inference.force_image" in text and "first" in text
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({"prompt": []}, DataError, "nothing to answer"),
+        ({"prompt": ["..!"]}, DataError, "empty after cleaning"),
+        ({"prompt": [" "], "template": "dialog"}, DataError, "is empty"),
+        ({"image": ["/no/such.png"]}, DataError, "/no/such.png"),
+        ({"prompt": ["a", "b"], "image": ["x.png"]}, DataError, "one --prompt, not 2"),
+        ({"jsonl": "/no/such.jsonl"}, DataError, "no such file"),
+        ({"checkpoint": None}, ConfigError, "--checkpoint"),
+        ({"checkpoint": "/no/such/run"}, CheckpointError, "/no/such/run"),
+        ({"step": 3}, CheckpointError, "no step 3"),
+        ({"inference": ["top_q=1"]}, ConfigError, "inference.top_q"),
+        ({"inference": ["top_k=many"]}, ConfigError, "must be of type int"),
+        ({"inference": ["top_p=2.0"]}, ConfigError, "more than 1.0"),
+        ({"inference": ["top_p"]}, ConfigError, "NAME=VALUE"),
+        ({"output": str(CONFIG.parent)}, FileExistsError, "holds other things"),
+        ({"output": str(CONFIG)}, FileExistsError, "choose another"),
+    ],
+)
+def test_refused_before_weights_are_read(values, error, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load_run", lambda *_, **__: pytest.fail("weights were read"))
+    given = {"checkpoint": str(checkpoint), "prompt": ["a dog"], "output": str(tmp_path / "page"), **values}
+    with pytest.raises(error, match=message):
+        command(**given)
+    assert not (tmp_path / "page").exists()
+
+
+def test_what_a_user_types_becomes_what_the_model_was_trained_on():
+    assert generate.text_prompt(" A Red  Fox!", [], dialog=False).source == "a red fox"
+    head = f"{DIALOG_SYSTEM} ###Human:"
+    asked = generate.text_prompt("What next?", ["1.png", "2.png"], dialog=True)
+    assert asked.source == f"{head} {IMAGE} {IMAGE} What next? ###Assistant:"
+    assert asked.images == ("1.png", "2.png")
+    for spelt in ("<ImageHere>", IMAGE):
+        placed = generate.text_prompt(f"Look {spelt} well", ["1.png"], dialog=True)
+        assert placed.source == f"{head} Look {IMAGE} well ###Assistant:"
+    with pytest.raises(DataError, match="ends a turn"):
+        generate.text_prompt("a ### b", [], dialog=True)
+    with pytest.raises(DataError, match="--template dialog"):
+        generate.text_prompt("a dog", ["1.png"], dialog=False)
+
+
+def test_records_become_prompts(tmp_path):
+    ask = {"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": "image", "path": "a.png"}]}
+    answer = {"role": "assistant", "content": "I see."}
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"caption": "A dog.", "image": "b.png"}, {"system": "", "turns": [ask, answer, ask]}]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    pair, dialog = generate.file_prompts(file)
+    assert (pair.source, pair.images) == ("a dog", ())
+    assert dialog.source == (
+        f"###Human: Look {IMAGE} ###Assistant: I see. ###Human: Look {IMAGE} ###Assistant:"
+    )
+    assert dialog.images == (str(tmp_path / "a.png"),) * 2
+    file.write_text(json.dumps({"turns": [ask, answer]}))
+    with pytest.raises(DataError, match=r"prompts.jsonl:1: a prompt ends in a user turn"):
+        generate.file_prompts(file)
+    file.write_text("\n")
+    with pytest.raises(DataError, match="holds no record"):
+        generate.file_prompts(file)
+
+
+def test_a_page_shows_a_prompt_with_its_pictures_in_place(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2), "red").save(path)
+    prompt = generate.text_prompt("before <ImageHere> behind", [str(path)], dialog=True)
+    answer = generate.Generation((), "", (2,), prompt.source, 1, dropped=4)
+    entry = generate.entry(prompt, answer)
+    assert [type(part) for part in entry.prompt] == [str, np.ndarray, str]
+    assert entry.prompt[1].shape == (2, 3, 3) and entry.prompt[2].startswith("behind")
+    assert entry.output == ["(nothing)"] and "4 positions" in entry.notes
+
+
+def test_settings_keep_their_types():
+    config = generate.override(get_config(), {"sampler": "ddim", "guidance_scale": "3", "eos_ids": "(1, 2)"})
+    inference = config.inference
+    assert (inference.sampler, inference.guidance_scale) == ("ddim", 3.0)
+    assert tuple(inference.eos_ids) == (1, 2)
