@@ -4,9 +4,9 @@
 
 Data: captioned one-object scenes, drawn into the workdir in CC3M format; unseen combinations of
 attributes are held out.  Backbones: the tiny ones shipped in the package, frozen.
-Hardware: two CPU cores.  Expected numbers (`make demo`, 96 held-out captions): every attribute right 0.958 from
-vokens, 0.958 natively; validation image loss at fixed noise 0.220 (right caption), 0.665 (another one),
-0.257 (T(0)); voken emission 1.0.  Other runs: minigpt5_jax/shapes/README.md, 0.92 to 0.98 from vokens.
+Hardware: two CPU cores.  Expected numbers (`make demo`, 96 held-out captions): every attribute right
+0.958 from vokens, 0.958 natively; validation image loss at fixed noise 0.220 (right caption), 0.665 (another
+one), 0.257 (T(0)); voken emission 1.0.  Other runs: minigpt5_jax/shapes/README.md, 0.92 to 0.98 from vokens.
 """
 
 from minigpt5_jax.config import apply_variant, use_shapes_backbones
@@ -23,7 +23,7 @@ def get_config(variant: str | None = None):
     )  # fmt: skip
     config.data.update(
         format="shapes", shapes_train=4096, shapes_validation=128, global_batch=32, worker_count=0,
-        max_length=56, max_targets=8, flip_mode="off",  # a mirror would turn "left" into "right"
+        max_length=64, max_targets=8, flip_mode="off",  # a mirror would turn "left" into "right"
     )  # fmt: skip
     config.loss.caption = 1.0
     config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=20)
