@@ -23,7 +23,7 @@ def get_config(variant: str | None = None):
     )  # fmt: skip
     config.data.update(
         format="shapes", shapes_train=4096, shapes_validation=128, global_batch=32, worker_count=0,
-        max_length=64, max_targets=8, flip_mode="off",  # a mirror would turn "left" into "right"
+        max_length=56, max_targets=8, flip_mode="off",  # a mirror would turn "left" into "right"
     )  # fmt: skip
     config.loss.caption = 1.0
     config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=20)
