@@ -5,8 +5,8 @@
 Data: captioned one-object scenes, drawn into the workdir in CC3M format; unseen combinations of
 attributes are held out.  Backbones: the tiny ones shipped in the package, frozen.
 Hardware: two CPU cores.  Expected numbers (`make demo`, 96 held-out captions): every attribute right
-0.958 from vokens, 0.958 natively; validation image loss at fixed noise 0.220 (right caption), 0.665 (another
-one), 0.257 (T(0)); voken emission 1.0.  Other runs: minigpt5_jax/shapes/README.md, 0.92 to 0.98 from vokens.
+0.958 from vokens, 0.958 natively; validation image loss at fixed noise 0.221 (right caption), 0.655 (another
+one), 0.258 (T(0)); voken emission 1.0.  Other runs: minigpt5_jax/shapes/README.md, 0.92 to 0.98 from vokens.
 """
 
 from minigpt5_jax.config import apply_variant, use_shapes_backbones

@@ -52,6 +52,8 @@ class Checkpoints:
             step_format_fixed_length=8,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep_latest),
