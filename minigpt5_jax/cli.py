@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
@@ -47,6 +48,16 @@ def quiet() -> None:
     """Warnings only (Orbax tells every file it renames), unless ``--verbosity`` asks for more."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+
+
+def set_compile_cache(config: ConfigDict) -> None:
+    """Compiled programs are kept on disk, so that a restart is quick."""
+    import jax  # not needed to say what is wrong with a configuration
+
+    if config.run.compile_cache:
+        folder = Path(config.run.compile_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def fail(message: str) -> None:

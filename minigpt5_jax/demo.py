@@ -32,7 +32,7 @@ from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.restore import Run, load_run
 from minigpt5_jax.shapes.dataset import read_scenes
 from minigpt5_jax.shapes.oracle import score
-from minigpt5_jax.train import USER_ERRORS, make_loop, set_compile_cache
+from minigpt5_jax.train import USER_ERRORS, make_loop
 
 PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.")
 MARK = ".demo"  # tells a folder of ours
@@ -115,7 +115,7 @@ def claim(config: ConfigDict) -> Path:
 def demonstrate(config: ConfigDict) -> dict[str, Any]:
     """Everything; returns the summary."""
     start, workdir = time.time(), claim(config)
-    set_compile_cache(config)
+    cli.set_compile_cache(config)
     validation = make_loop(config).run()
     trained = time.time() - start
 

@@ -250,6 +250,7 @@ def generate() -> Path:
     ]
     run = load_run(CHECKPOINT.value, step=STEP.value, weights=weights)
     config = override(run.config, changes)
+    cli.set_compile_cache(config)
     session = make_session(run, batch_size=min(BATCH_SIZE.value, len(prompts)))
     entries = [entry(prompt, answer) for prompt, answer in zip(prompts, session.generate(prompts))]
     inference = {f"inference.{name}": value for name, value in config.inference.items()}

@@ -378,20 +378,12 @@ def watchers(
     return lambda trainable: validator(trainable, frozen), grid if drawable else None
 
 
-def set_compile_cache(config: ConfigDict) -> None:
-    """Compiled programs are kept on disk, so that a restart is quick."""
-    if config.run.compile_cache:
-        folder = Path(config.run.compile_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
 def main(config: ConfigDict) -> None:
     """The command."""
     if DRY_RUN.value:
         print(parameter_table(build(config)))
         return
-    set_compile_cache(config)
+    cli.set_compile_cache(config)
     initialize()
     make_loop(config).run()
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 rank, count, port = map(int, sys.argv[1:])
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
+os.environ["XLA_FLAGS"] = (  # the devices, and quick compiling as in conftest.py
+    f"--xla_force_host_platform_device_count={4 // count} "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import jax

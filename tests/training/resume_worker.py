@@ -15,8 +15,9 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 
+from minigpt5_jax.cli import set_compile_cache
 from minigpt5_jax.config import validate
-from minigpt5_jax.train import make_loop, set_compile_cache
+from minigpt5_jax.train import make_loop
 from minigpt5_jax.training.provenance import CheckpointError
 
 folder = Path(sys.argv[1])
