@@ -9,8 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# Eight devices for the meshes.  Compiling is most of the time of a test: unoptimised code is as exact,
-# and ready in less than half the time (with the older fusion emitters, in a quarter).
+# Eight devices for the meshes.  Compiling is most of the time of a test: unoptimised code is as exact and
+# ready sooner (one step of the composite: 7.8 s of CPU with the newer fusion emitters, 3.3 s without).
 for flag, value in {
     "xla_force_host_platform_device_count": "8",
     "xla_backend_optimization_level": "0",
