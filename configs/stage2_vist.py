@@ -16,33 +16,13 @@ Hardware: the original took about two days on four 48 GB GPUs; not yet measured 
 Expected numbers: not yet measured here.
 """
 
-from minigpt5_jax.config import apply_variant
+from minigpt5_jax.config import apply_variant, use_prefix, use_stage2
 from minigpt5_jax.config import get_config as base
-from minigpt5_jax.tuning import STAGE2_LORA, STAGE2_PREFIX
-
-
-def prefix(config):
-    """``:prefix``: prefix tuning in place of LoRA (390,562,816 trainable parameters)."""
-    config.model.backbone.lora_rank, config.model.backbone.prefix_tokens = 0, 5
-    config.tuning.rules = STAGE2_PREFIX
 
 
 def get_config(variant: str | None = None):
-    """Base configuration with LoRA, one rate of 2e-5, batch 32, four epochs and no caption loss."""
-    config = base()
+    """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
+    config = use_stage2(base())
     config.run.name = "stage2_vist"
-    config.run.epochs = 4.0
-    config.run.eval_every = 2000
-    config.run.grid_every = 2000
-    config.data.format = "jsonl"
-    config.data.global_batch = 32
-    config.data.accumulation = 4
-    config.data.max_length = 512
     config.data.max_images = 5
-    config.data.max_targets = 128
-    config.model.backbone.lora_rank = 8
-    config.loss.caption = 0.0
-    config.optimizer.lr_llm = 2e-5
-    config.optimizer.lr_mapper = 2e-5
-    config.tuning.rules = STAGE2_LORA
-    return apply_variant(config, variant, {"prefix": prefix})
+    return apply_variant(config, variant, {"prefix": use_prefix})

@@ -111,6 +111,7 @@ def record(assets: Path, part: str, result: Result) -> None:
 
 
 def main(_: list[str]) -> None:
+    """Train the parts asked for, one after the other."""
     flag = flags.FLAGS
     parts = list(PARTS) if flag.part == "all" else [flag.part]
     for part in parts:
