@@ -262,6 +262,14 @@ def llm_tokenizer(config: ConfigDict, towers: Towers) -> LlamaTokenizer:
     )
 
 
+def tokenizer_identity(config: ConfigDict, towers: Towers) -> dict[str, Any]:
+    """What both tokenizers are: a checkpoint is refused under others."""
+    return {
+        "llm": llm_tokenizer(config, towers).identity(),
+        "caption": caption_tokenizer(config, towers).identity(),
+    }
+
+
 def encode_config(config: ConfigDict, towers: Towers, *, training: bool) -> EncodeConfig:
     """How samples become numbers; held-out samples are never mirrored (Q16)."""
     data = config.data

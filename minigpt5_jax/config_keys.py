@@ -138,8 +138,8 @@ KEYS: dict[str, Key] = {
     "model.remat": Key(True, "recompute layers in the backward pass: less memory, about a third more work"),
     "model.voken_state_shift": Key(
         1,
-        "1: states that predict the vokens feed the mapper (as the original), 0: states on them (Q2)",
-        choices=(0, 1),
+        "1: states that predict the vokens feed the mapper, as the original; decoding knows no other (Q2)",
+        choices=(1,),
     ),
     # -- loss -----------------------------------------------------------------------------------
     "loss.text": Key(0.01, "weight of the text cross-entropy; 0 leaves it out (3.1)", low=0.0),

@@ -19,10 +19,10 @@ from minigpt5_jax.build import (
     NEW_PARTS,
     ModelSpec,
     build,
-    caption_tokenizer,
     check_sources,
     llm_tokenizer,
     load_frozen,
+    tokenizer_identity,
 )
 from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
@@ -159,10 +159,9 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str,
     frozen = load_frozen(config, spec, lambda _, value: jnp.asarray(value))
     trained = trained_parameters(checkpoints, step, spec)
     kept = {path: value for path, value in {**frozen, **trained}.items() if spec.labels[path] == FROZEN}
-    caption = caption_tokenizer(config, spec.towers)
     now = describe_run(
         config.to_dict(),
-        tokenizer={"llm": tokenizer.identity(), "caption": caption.identity()},
+        tokenizer=tokenizer_identity(config, spec.towers),
         frozen=hash_parameters(kept),
     )
     check_compatible(as_now(meta), now)

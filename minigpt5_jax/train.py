@@ -33,6 +33,7 @@ from minigpt5_jax.build import (
     encode_config,
     initial_trainable,
     load_frozen,
+    tokenizer_identity,
 )
 from minigpt5_jax.config import ConfigError, num_steps, setting_errors
 from minigpt5_jax.data.errors import DataError
@@ -215,7 +216,7 @@ def split_parameters(
     fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
     if config.run.init_from and checkpoints.latest_step is None:
-        now = {"tokenizer": tokenizer_identity(config, spec), "frozen": hash_parameters(frozen)}
+        now = {"tokenizer": tokenizer_identity(config, spec.towers), "frozen": hash_parameters(frozen)}
         fresh = inherit(config.run.init_from, fresh, spec, shardings, now, config.weights.to_dict())
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
     if inherited and checkpoints.latest_step is not None:
@@ -226,16 +227,10 @@ def split_parameters(
     return trainable, {**frozen, **inherited}, inherited
 
 
-def tokenizer_identity(config: ConfigDict, spec: ModelSpec) -> dict[str, Any]:
-    """What both tokenizers are, for a checkpoint."""
-    encode = encode_config(config, spec.towers, training=True)
-    return {"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()}
-
-
 def describe(config: ConfigDict, spec: ModelSpec, frozen: dict[str, jax.Array], source: Source):
     """What a checkpoint of this run says about it."""
     meta = describe_run(
-        config.to_dict(), tokenizer=tokenizer_identity(config, spec), frozen=hash_parameters(frozen)
+        config.to_dict(), tokenizer=tokenizer_identity(config, spec.towers), frozen=hash_parameters(frozen)
     )
     order = {"global_batch": config.data.global_batch, "seed": config.run.seed}
     return {**meta, "data": {"fingerprint": source.fingerprint(), "samples": len(source), **order}}
