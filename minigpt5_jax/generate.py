@@ -26,6 +26,7 @@ from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError, get_config, validate
 from minigpt5_jax.data import templates
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prompts import DIALOG_SYSTEM, dialog_source
 from minigpt5_jax.data.records import parse_record, prompt_of
 from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
 from minigpt5_jax.data.transforms import load_picture
@@ -129,7 +130,7 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
     spelt = text.replace(templates.IMAGE, IMAGE_TOKEN).replace(IMAGE_TOKEN, templates.IMAGE)
     if IMAGE_TOKEN not in text:
         spelt = " ".join([*[templates.IMAGE] * len(images), text]).strip()
-    return Prompt(templates.dialog_source(templates.DIALOG_SYSTEM, [("Human", spelt)]), tuple(images))
+    return Prompt(dialog_source(DIALOG_SYSTEM, [("Human", spelt)]), tuple(images))
 
 
 def file_prompts(path: str | Path) -> list[Prompt]:

@@ -17,7 +17,8 @@ from minigpt5_jax import generate
 from minigpt5_jax.build import build, encode_config, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, get_config, validate
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.templates import DIALOG_SYSTEM, IMAGE
+from minigpt5_jax.data.prompts import DIALOG_SYSTEM
+from minigpt5_jax.data.templates import IMAGE
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
 from minigpt5_jax.tuning import FROZEN

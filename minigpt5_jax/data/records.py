@@ -28,7 +28,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minigpt5_jax.data import templates
+from minigpt5_jax.data import prompts, templates
 from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.example import Example
 
@@ -142,7 +142,7 @@ class _Checker:
         turns = value["turns"]
         if not isinstance(turns, list) or not turns:
             raise self.fail("turns", "expected a list with at least one turn")
-        system = self.string(value.get("system", templates.DIALOG_SYSTEM), "system")
+        system = self.string(value.get("system", prompts.DIALOG_SYSTEM), "system")
         return Record(self.id(value), system, tuple(self.turn(t, f"turns[{i}]") for i, t in enumerate(turns)))
 
     def id(self, value: dict) -> str | None:
@@ -180,7 +180,7 @@ def prompt_of(record: Record, turns: int, image_root: Path) -> tuple[str, tuple[
     if record.pair:
         return history[0].spelt(), images
     said = [(SPEAKERS[turn.role], turn.spelt()) for turn in history]
-    return templates.dialog_source(record.system, said), images
+    return prompts.dialog_source(record.system, said), images
 
 
 def to_example(

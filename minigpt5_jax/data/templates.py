@@ -23,26 +23,6 @@ IGNORE = -100  # label of a position that is no target
 END = "###"  # ends every turn
 IMAGE = f"<Img>{IMAGE_TOKEN}</Img>"  # an input picture as prompts spell it
 
-CC3M_SYSTEM = "You will be able to generate image according to command."
-DIALOG_SYSTEM = (
-    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once "
-    "I provide it to you. Please generate conversations with appropriate images."
-)
-_CC3M_HEAD = (
-    "generate image with caption:",
-    "can you give me the image with caption:",
-    "help me to generate this image:",
-    "generate image with according to caption:",
-    "according to caption, generate image:",
-    "an image with caption:",
-    "can you visualize this caption:",
-)
-# Two generations of the original's code; released weights were trained with "a image" (quirk Q26).
-CC3M_PROMPTS: dict[str, tuple[str, ...]] = {
-    "head": _CC3M_HEAD,
-    "release": tuple(p.replace("an image", "a image") for p in _CC3M_HEAD),
-}
-
 
 def clean_caption(caption: str) -> str:
     """Lower case, the signs ``. ! " ( ) * # : ; ~`` to spaces, runs of white space to one space, stripped."""
@@ -59,26 +39,9 @@ def find_special(text: str) -> str | None:
     return found.group() if found else None
 
 
-def cc3m_instruction(caption: str, prompt: str) -> str:
-    """Source of an instruction sample (no space before ``###``, as the original)."""
-    return f"{CC3M_SYSTEM}###Human: {prompt} {caption} ###Assistant:"
-
-
 def target_text(text: str, *, draws: bool, num_vokens: int = 8) -> str:
     """What the model shall write: text, the vokens of a picture where it ``draws``, and ``###``."""
     return " ".join(part for part in (text, voken_text(num_vokens) if draws else "", END) if part)
-
-
-def dialog_source(system: str, history: Sequence[tuple[str, str]]) -> str:
-    """System prompt, the turns before, and the opening of the assistant's turn.
-
-    Args:
-      system: system prompt.
-      history: (speaker, content) of earlier turns, speaker ``Human`` or ``Assistant``; pictures in
-        content are spelt :data:`IMAGE`.
-    """
-    pieces = [system, *(f"###{speaker}: {content}" for speaker, content in history), "###Assistant:"]
-    return " ".join(piece for piece in pieces if piece)
 
 
 @runtime_checkable

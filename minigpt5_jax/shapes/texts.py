@@ -6,14 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from minigpt5_jax.data.templates import (
-    CC3M_PROMPTS,
-    CC3M_SYSTEM,
-    DIALOG_SYSTEM,
-    END,
-    cc3m_instruction,
-    clean_caption,
-)
+from minigpt5_jax.data.prompts import CC3M_PROMPTS, CC3M_SYSTEM, DIALOG_SYSTEM, cc3m_instruction
+from minigpt5_jax.data.templates import END, clean_caption
 from minigpt5_jax.shapes.world import (
     ATTRIBUTES,
     BACKGROUNDS,

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from minigpt5_jax.data import records, templates
+from minigpt5_jax.data import prompts, records
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source, TextLines
 from minigpt5_jax.data.tokenizer import voken_text
@@ -68,8 +68,8 @@ def test_cc3m_training_and_test_samples(tmp_path):
     assert plain.target == instruction.target == voken_text(8) + " ###"
     assert plain.images == () and plain.target_image == str(tmp_path / "val/000000000.jpg")
     assert plain.where == f"{path}:2" and training[2].where == f"{path}:3"
-    prompts = {templates.cc3m_instruction(plain.caption, p) for p in templates.CC3M_PROMPTS["head"]}
-    assert instruction.source in prompts and instruction.caption == plain.caption
+    wordings = {prompts.cc3m_instruction(plain.caption, p) for p in prompts.CC3M_PROMPTS["head"]}
+    assert instruction.source in wordings and instruction.caption == plain.caption
     assert [test[i].item_id for i in range(2)] == ["cc3m_0", "cc3m_1"]
     with pytest.raises(IndexError):
         test[2]
@@ -102,7 +102,7 @@ def test_cc3m_wording_is_drawn_by_seed_row_and_epoch(tmp_path):
     assert words(source, 3) != words(source, 4) and words(source, 3) != words(Cc3mSource(path, seed=1), 3)
     fixed = Cc3mSource(path, resample_prompts=False)
     assert words(fixed, 3) == words(fixed, 4) == words(source, 0)
-    used = {p for p in templates.CC3M_PROMPTS["head"] if any(p in w for w in words(source, 0))}
+    used = {p for p in prompts.CC3M_PROMPTS["head"] if any(p in w for w in words(source, 0))}
     assert len(used) == 7
     release = words(Cc3mSource(path, prompt_set="release"), 0)
     assert release == [w.replace(" an image with", " a image with") for w in words(source, 0)]
@@ -218,7 +218,7 @@ def test_jsonl_samples(tmp_path):
 def test_a_record_that_ends_in_a_user_turn_is_a_prompt(tmp_path):
     record = records.parse_record(json.dumps({"turns": STORY["turns"][:1]}), "own.jsonl:1")
     source, images = records.prompt_of(record, 1, tmp_path)
-    assert source.startswith(templates.DIALOG_SYSTEM + " ###Human: We left. <Img>")
+    assert source.startswith(prompts.DIALOG_SYSTEM + " ###Human: We left. <Img>")
     assert source.endswith("And then? ###Assistant:") and images == (str(tmp_path / "1.jpg"),)
     with pytest.raises(DataError, match="no assistant turn"):
         JsonlSource(write_jsonl(tmp_path, [{"turns": STORY["turns"][:1]}]))

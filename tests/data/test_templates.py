@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minigpt5_jax.data import templates
+from minigpt5_jax.data import prompts, templates
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.templates import IGNORE, IMAGE, clean_caption, expand, label_ids, target_text
 from minigpt5_jax.data.tokenizer import LlamaTokenizer, voken_text
@@ -34,12 +34,12 @@ def test_clean_caption(raw, clean):
 
 
 def test_prompt_sets_differ_by_one_word():
-    head, release = templates.CC3M_PROMPTS["head"], templates.CC3M_PROMPTS["release"]
+    head, release = prompts.CC3M_PROMPTS["head"], prompts.CC3M_PROMPTS["release"]
     assert len(head) == len(release) == 7
     assert [(a, b) for a, b in zip(head, release) if a != b] == [
         ("an image with caption:", "a image with caption:")
     ]
-    assert templates.cc3m_instruction("a dog", head[0]) == (
+    assert prompts.cc3m_instruction("a dog", head[0]) == (
         "You will be able to generate image according to command."
         "###Human: generate image with caption: a dog ###Assistant:"
     )
@@ -53,7 +53,7 @@ def test_target_text():
 
 def test_dialog_source_joins_pieces_with_single_spaces():
     history = [("Human", f"look {IMAGE}"), ("Assistant", "nice"), ("Human", "more")]
-    assert templates.dialog_source("S.", history) == (
+    assert prompts.dialog_source("S.", history) == (
         "S. ###Human: look <Img><ImageHere></Img> ###Assistant: nice ###Human: more ###Assistant:"
     )
 

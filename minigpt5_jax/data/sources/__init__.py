@@ -1,0 +1,7 @@
+"""Data on disk as random-access sequences of :class:`~minigpt5_jax.data.example.Example`."""
+
+from minigpt5_jax.data.sources.base import Source, TextLines
+from minigpt5_jax.data.sources.cc3m import Cc3mSource
+from minigpt5_jax.data.sources.jsonl import JsonlSource
+
+__all__ = ["Cc3mSource", "JsonlSource", "Source", "TextLines"]
