@@ -140,7 +140,8 @@ class Table:
     def __add__(self, other: Table) -> Table:
         return Table(self.rules + other.rules, {**self.ignored, **other.ignored})
 
-    def _resolve(self, key: str) -> Assignment | None:
+    def resolve(self, key: str) -> Assignment | None:
+        """The assignment of a source key, None where no rule matches; ``ignored`` is not looked at."""
         for rule in self.rules:
             values = _match(rule.source, key)
             if values is None:
@@ -153,13 +154,17 @@ class Table:
             return Assignment(key, targets, stacked[0] if stacked else None, rule.op)
         return None
 
+    def reason(self, key: str) -> str | None:
+        """Why a source key is not read; None for one that must be."""
+        return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, key)), None)
+
     def plan(self, keys: Sequence[str], targets: Mapping[str, Sequence[int]]) -> list[Assignment]:
         """Resolve every source key against the target shapes (path -> shape); strict both ways."""
         plan, problems, written = [], [], {}
         for key in sorted(keys):
-            if any(re.fullmatch(pattern, key) for pattern in self.ignored):
+            if self.reason(key) is not None:
                 continue
-            assignment = self._resolve(key)
+            assignment = self.resolve(key)
             if assignment is None:
                 problems.append(f"source key {key!r} is consumed by no rule")
                 continue
