@@ -42,7 +42,7 @@ from minigpt5_jax.weights.maps import llama as llama_map
 from minigpt5_jax.weights.maps import qformer as qformer_map
 from minigpt5_jax.weights.maps import unet as unet_map
 from minigpt5_jax.weights.maps import vae as vae_map
-from minigpt5_jax.weights.table import LINEAR, Rule, Table, norm_rules
+from minigpt5_jax.weights.table import LINEAR, Rule, Table
 
 SHAPES = "shapes"
 ASSETS = Path(__file__).parent / "shapes" / "assets"
@@ -317,12 +317,16 @@ PROJECTION_TABLE = Table(
 
 @dataclasses.dataclass(frozen=True)
 class TowerSource:
-    """One weight file of the model: which source, its table, and where its leaves go."""
+    """One weight file of the model: which source, its table, and where its leaves go.
+
+    ``adapt`` makes what the table reads of what files of other origin hold (old names, another grid).
+    """
 
     source: str
     table: Callable[[Mapping[str, np.ndarray]], Table]
     prefix: str
     skip: tuple[str, ...] = ()
+    adapt: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda source: source
 
 
 def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
@@ -330,17 +334,21 @@ def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
     found = [
         TowerSource("llm", lambda _: llama_map.table(towers.llm), "backbone/llm/", NEW_PARTS),
         TowerSource("unet", lambda _: unet_map.TABLE, "generator/unet/"),
-        TowerSource("vae", lambda _: vae_map.TABLE, "generator/vae/"),
+        TowerSource("vae", lambda _: vae_map.TABLE, "generator/vae/", adapt=vae_map.rename_legacy),
         TowerSource("text_encoder", clip_text_map.table_for, "generator/text_encoder/"),
     ]
     if towers.vit is not None and towers.qformer is not None:
         qformer, vit = towers.qformer, towers.vit
-        norm = Table(norm_rules("ln_vision", "ln_vision"))
         found += [
-            TowerSource("vit", lambda _: eva_vit_map.table(vit), "backbone/vit/"),
+            TowerSource(
+                "vit",
+                lambda keys: eva_vit_map.table_for(keys, vit),
+                "backbone/vit/",
+                adapt=lambda source: eva_vit_map.fit_positions(source, vit),
+            ),
             TowerSource(
                 "qformer",
-                lambda _: qformer_map.table(qformer).prefixed(target="qformer/") + norm,
+                lambda keys: qformer_map.table_for(keys, qformer),
                 "backbone/",
                 ("backbone/llm/", "backbone/vit/", "backbone/llama_proj/"),
             ),
@@ -364,9 +372,7 @@ def load_frozen(
             for path, shape in spec.template.shapes.items()
             if path.startswith(tower.prefix) and not any(part in path for part in tower.skip)
         }
-        source = open_safetensors(sources[tower.source])
-        if tower.source == "vae":
-            source = vae_map.rename_legacy(source)
+        source = tower.adapt(open_safetensors(sources[tower.source]))
         arrays = load_tower(tower.table(source), source, shapes)
         for path, array in arrays.items():
             full = tower.prefix + path

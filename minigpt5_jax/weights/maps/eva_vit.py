@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 
 from minigpt5_jax.models.eva_vit import EvaVitConfig
@@ -16,6 +18,7 @@ from minigpt5_jax.weights.table import (
     norm_rules,
     split,
 )
+from minigpt5_jax.weights.view import View, replaced
 
 _QKV_KERNELS = tuple(f"blocks/attn/{name}/kernel" for name in ("q_proj", "k_proj", "v_proj"))
 
@@ -81,3 +84,60 @@ HF_TABLE = Table(
     ignored={r"post_layernorm\.(weight|bias)": "this is ln_vision, which the backbone holds"},
 )
 """Names of Hugging Face's ``Blip2VisionModel`` (``vision_model.`` before each in ``Blip2Model``)."""
+
+_IN_BLIP2 = HF_TABLE.prefixed("vision_model.") + Table(
+    (), {r"(?!vision_model\.).*": "Q-Former and language model of BLIP-2; this is the vision tower"}
+)
+_IN_LAVIS = r"(?!visual_encoder\.).*"
+_POSITIONS = ("pos_embed", "visual_encoder.pos_embed", "vision_model.embeddings.position_embedding")
+
+
+def table_for(keys: Iterable[str], config: EvaVitConfig) -> Table:
+    """The table that fits a source: ``eva_vit_g.pth``, or BLIP-2 whole, in LAVIS' or Hugging Face's names."""
+    keys = set(keys)
+    if any(key.startswith("vision_model.") for key in keys):
+        return _IN_BLIP2
+    if any(key.startswith("visual_encoder.") for key in keys):
+        other = Table((), {_IN_LAVIS: "Q-Former and language model of BLIP-2; this is the vision tower"})
+        return table(config).prefixed("visual_encoder.") + other
+    return table(config)
+
+
+def fit_positions(source: Mapping[str, np.ndarray], config: EvaVitConfig) -> View:
+    """``source`` with its position embedding resized to the tower's grid where it has another one."""
+    grid = config.image_size // config.patch_size
+    return replaced(source, {name: lambda x: resize_positions(x, grid) for name in _POSITIONS})
+
+
+def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
+    """Bicubic resize of ``[1, 1 + n*n, d]`` to ``[1, 1 + grid*grid, d]``; the class token's stays.
+
+    As the original does by torch's ``interpolate(mode="bicubic", align_corners=False)`` (reference 1.2):
+    cubic convolution with a = -0.75, no antialiasing, edges repeated.
+
+    Raises:
+      WeightTableError: the old grid is not square.
+    """
+    count = positions.shape[1] - 1
+    old = round(count**0.5)
+    if old == grid and old * old == count:
+        return positions
+    if old * old != count or count < 1:
+        raise WeightTableError(f"pos_embed has {count} patches: no square grid, it cannot be resized")
+    weights = _cubic(old, grid)
+    square = positions[0, 1:].astype(np.float32).reshape(old, old, -1)
+    fitted = np.einsum("ih,jw,hwd->ijd", weights, weights, square, optimize=True).reshape(1, grid * grid, -1)
+    return np.concatenate([positions[:, :1], fitted.astype(positions.dtype)], axis=1)
+
+
+def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """Weights [new, old] of a cubic convolution at pixel centres."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centre).astype(int)
+    weights = np.zeros((new, old), np.float32)
+    for tap in range(-1, 3):
+        x = np.abs(centre - (first + tap))
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from minigpt5_jax.models.qformer import QFormerConfig
 from minigpt5_jax.weights.table import Rule, Table, linear_rules, norm_rules
 
@@ -50,3 +52,21 @@ def table(config: QFormerConfig) -> Table:
 def hf_table(config: QFormerConfig) -> Table:
     """Names of Hugging Face's ``Blip2Model`` (``query_tokens`` and ``qformer.*``)."""
     return Table(_rules(config, _HF, "layernorm", "attention"))
+
+
+def table_for(keys: Iterable[str], config: QFormerConfig) -> Table:
+    """The table that fits a source: LAVIS' file, or BLIP-2 whole in Hugging Face's names.
+
+    Targets are ``qformer/...`` and ``ln_vision/...``: BLIP-2 trained the norm between the vision tower and
+    the Q-Former together with it.
+    """
+    if any(key.startswith(_HF) for key in keys):
+        norm = norm_rules("vision_model.post_layernorm", "ln_vision")
+        rest = r"(?!qformer\.|query_tokens|vision_model\.post_layernorm\.).*"
+        other = Table(norm, {rest: "vision tower and language model of BLIP-2; this is the Q-Former"})
+        return hf_table(config).prefixed(target="qformer/") + other
+    other = Table(
+        norm_rules("ln_vision", "ln_vision"),
+        {r"visual_encoder\..*": "vision tower; weights.vit", r"t5_model\..*": "FLAN-T5"},
+    )
+    return table(config).prefixed(target="qformer/") + other

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from minigpt5_jax.weights.table import CONV, SQUEEZED_LINEAR, Rule, Table, linear_rules, norm_rules
+from minigpt5_jax.weights.view import View
 
 
 def conv_rules(source: str, target: str) -> tuple[Rule, Rule]:
@@ -65,16 +66,21 @@ _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 _LEGACY_KEY = re.compile(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\.weight|\.bias)")
 
 
-def rename_legacy(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rename_legacy(source: Mapping[str, np.ndarray]) -> View:
     """The source with the old attention names (``query``, ``proj_attn``, ...) replaced by today's.
 
     Weights of the old names may be 1x1 convolutions, ``[c, c, 1, 1]``; they become ``[c, c]``.
     Keys that are up to date pass unchanged.
     """
-    renamed = {}
-    for key, value in source.items():
-        if found := _LEGACY_KEY.fullmatch(key):
-            key = found[1] + _LEGACY[found[2]] + found[3]
-            value = value[:, :, 0, 0] if value.ndim == 4 else value
-        renamed[key] = value
-    return renamed
+
+    def reader(key: str) -> tuple[str, Callable[[], np.ndarray]]:
+        found = _LEGACY_KEY.fullmatch(key)
+        if found is None:
+            return key, lambda: source[key]
+        return found[1] + _LEGACY[found[2]] + found[3], lambda: _squeezed(source[key])
+
+    return View(source, dict(map(reader, source)))
+
+
+def _squeezed(value: np.ndarray) -> np.ndarray:
+    return value[:, :, 0, 0] if value.ndim == 4 else value
