@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,9 @@ from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import label_parameters
 from minigpt5_jax.weights.load import load_tower, open_safetensors
-from minigpt5_jax.weights.maps import clip_text as clip_text_map
-from minigpt5_jax.weights.maps import eva_vit as eva_vit_map
-from minigpt5_jax.weights.maps import llama as llama_map
-from minigpt5_jax.weights.maps import qformer as qformer_map
-from minigpt5_jax.weights.maps import unet as unet_map
-from minigpt5_jax.weights.maps import vae as vae_map
-from minigpt5_jax.weights.table import LINEAR, Rule, Table
+from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
+from minigpt5_jax.weights.table import Table
+from minigpt5_jax.weights.towers import TOWERS
 
 SHAPES = "shapes"
 ASSETS = Path(__file__).parent / "shapes" / "assets"
@@ -309,50 +305,41 @@ def batch_spec(config: ConfigDict, towers: Towers, rows: int) -> BatchSpec:
 # ---------------------------------------------------------------------------------------------
 # Weights
 
-PROJECTION_TABLE = Table(
-    (Rule("llama_proj.weight", "kernel", LINEAR), Rule("llama_proj.bias", "bias")),
-    {r"(?!llama_proj\.).*": "MiniGPT-4's file may hold buffers of other parts"},
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class TowerSource:
-    """One weight file of the model: which source, its table, and where its leaves go.
-
-    ``adapt`` makes what the table reads of what files of other origin hold (old names, another grid).
-    """
+    """One weight file of the model: which tower it is (a name under ``weights``), its sizes, and where its
+    leaves go: below ``prefix``, but for those with a name of ``skip`` in them."""
 
     source: str
-    table: Callable[[Mapping[str, np.ndarray]], Table]
+    sizes: Any
     prefix: str
     skip: tuple[str, ...] = ()
-    adapt: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda source: source
+
+    def table(self, keys: Iterable[str]) -> Table:
+        """Rules for a source with these keys."""
+        return TOWERS[self.source].table(keys, self.sizes)
+
+    def adapt(self, source: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """What the table reads of what files of other origin hold (old names, another grid)."""
+        return TOWERS[self.source].adapt(source, self.sizes)
 
 
 def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
     """Every pretrained part of the composite."""
     found = [
-        TowerSource("llm", lambda _: llama_map.table(towers.llm), "backbone/llm/", NEW_PARTS),
-        TowerSource("unet", lambda _: unet_map.TABLE, "generator/unet/"),
-        TowerSource("vae", lambda _: vae_map.TABLE, "generator/vae/", adapt=vae_map.rename_legacy),
-        TowerSource("text_encoder", clip_text_map.table_for, "generator/text_encoder/"),
+        TowerSource("llm", towers.llm, "backbone/llm/", NEW_PARTS),
+        TowerSource("unet", towers.unet, "generator/unet/"),
+        TowerSource("vae", towers.vae, "generator/vae/"),
+        TowerSource("text_encoder", towers.text_encoder, "generator/text_encoder/"),
     ]
     if towers.vit is not None and towers.qformer is not None:
-        qformer, vit = towers.qformer, towers.vit
+        others = ("backbone/llm/", "backbone/vit/", "backbone/llama_proj/")
+        widths = ProjectionConfig(towers.qformer.hidden_size, towers.llm.hidden_size)
         found += [
-            TowerSource(
-                "vit",
-                lambda keys: eva_vit_map.table_for(keys, vit),
-                "backbone/vit/",
-                adapt=lambda source: eva_vit_map.fit_positions(source, vit),
-            ),
-            TowerSource(
-                "qformer",
-                lambda keys: qformer_map.table_for(keys, qformer),
-                "backbone/",
-                ("backbone/llm/", "backbone/vit/", "backbone/llama_proj/"),
-            ),
-            TowerSource("llama_proj", lambda _: PROJECTION_TABLE, "backbone/llama_proj/"),
+            TowerSource("vit", towers.vit, "backbone/vit/"),
+            TowerSource("qformer", towers.qformer, "backbone/", others),
+            TowerSource("llama_proj", widths, "backbone/llama_proj/"),
         ]
     return tuple(found)
 
