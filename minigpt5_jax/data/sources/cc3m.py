@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
-import numpy as np
-
-from minigpt5_jax.data import prompts
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.pairs import Pair, PairRules
 from minigpt5_jax.data.sources.base import TextLines
-from minigpt5_jax.data.templates import clean_caption, target_text
 
 
 class Cc3mSource:
@@ -52,9 +50,9 @@ class Cc3mSource:
         self._image_root = Path(tsv).parent if image_root is None else Path(image_root)
         if not self._image_root.is_dir():
             raise DataError(f"image folder not found: {self._image_root}")
-        if prompt_set not in prompts.CC3M_PROMPTS:
-            known = ", ".join(prompts.CC3M_PROMPTS)
-            raise DataError(f"unknown prompt_set {prompt_set!r}; known: {known}")
+        self._rules = PairRules(
+            instruction_every if training else 0, prompt_set, seed, resample_prompts, num_vokens
+        )
         header = self._lines[0].split("\t")
         missing = [name for name in ("caption", "image_path") if name not in header]
         if missing:
@@ -67,59 +65,47 @@ class Cc3mSource:
         self._rows = len(self._lines) - 1
         if not self._rows:
             raise DataError(f"{self._lines.path} has a header and no rows")
-        if instruction_every < 0:
-            raise DataError(f"instruction_every must not be negative, got {instruction_every}")
-        self._training, self._every = training, instruction_every if training else 0
-        self._prompt_set, self._seed = prompt_set, seed
-        self._resample, self._num_vokens = resample_prompts, num_vokens
+        self._training = training
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table, one pair each."""
+        return self._rows
 
     def __len__(self) -> int:
-        return self._rows + (-(-self._rows // self._every) if self._every else 0)
+        return self._rules.count(self._rows)
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
 
-    def _row(self, index: int) -> tuple[int, bool]:
-        """Row of a sample and whether it is the instruction sample that follows the row's plain one."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        if not self._every:
-            return index, False
-        block, place = divmod(index, self._every + 1)
-        return block * self._every + max(0, place - 1), place == 1
-
-    def example(self, index: int, epoch: int = 0) -> Example:
-        """Sample ``index``; SampleError for a row with too few columns or an empty caption."""
-        row, is_instruction = self._row(index)
+    def pair(self, row: int) -> Pair:
+        """A row as it is written; SampleError for too few columns or no path."""
         where = self._lines.where(row + 1)
         cells = self._lines[row + 1].split("\t")
         if len(cells) != self._columns:
             raise SampleError(where, f"{len(cells)} tab-separated cells, the header has {self._columns}")
-        caption, path = clean_caption(cells[self._caption]), cells[self._path].strip()
-        if not caption:
-            raise SampleError(where, "empty caption")
+        path = cells[self._path].strip()
         if not path:
             raise SampleError(where, "empty image_path")
-        source = caption
-        if is_instruction:
-            wordings = prompts.CC3M_PROMPTS[self._prompt_set]
-            key = (self._seed, epoch if self._resample else 0, row)
-            wording = wordings[np.random.default_rng(key).integers(len(wordings))]
-            source = prompts.cc3m_instruction(caption, wording)
-        return Example(
-            source=source,
-            target=target_text("", draws=True, num_vokens=self._num_vokens),
-            images=(),
-            target_image=str(self._image_root / path),
-            caption=caption,
-            task="cc3m-instruction" if is_instruction else "cc3m",
-            item_id=f"cc3m_{row}_instruction" if is_instruction else f"cc3m_{row}",
-            where=where,
-        )
+        return Pair(row, cells[self._caption], str(self._image_root / path), where)
+
+    def _find(self, index: int) -> tuple[Pair, bool]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        row, instruction = self._rules.find(index)
+        return self.pair(row), instruction
+
+    def example(self, index: int, epoch: int = 0) -> Example:
+        """Sample ``index``; SampleError for a row with too few columns or an empty caption."""
+        return self._rules.example(*self._find(index), epoch)
+
+    def texts(self, index: int) -> list[tuple[str, str]]:
+        """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
+        return self._rules.texts(*self._find(index))
 
     def fingerprint(self) -> str:
         """Hash of the table and of everything that changes the samples made of it."""
-        settings = (self._every, self._prompt_set, self._seed, self._resample, self._num_vokens)
+        settings = dataclasses.astuple(self._rules)
         return hashlib.sha256(f"cc3m {self._lines.sha256} {settings}".encode()).hexdigest()
 
     def describe(self) -> str:
