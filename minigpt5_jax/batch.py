@@ -22,7 +22,7 @@ class Batch:
       tokens: i32[b t].  BOS first; a picture is ``image_tokens`` slots of ``<ImageHere>``.
       labels: i32[b t].  Id of the token *at* this position, -100 where it is no target (unshifted,
         as the original's).
-      label_positions: i32[b l].  Positions of the row's targets, ascending; 0 fills unused slots
+      label_positions: i32[b l].  Positions of the row's targets, sample by sample; 0 fills unused slots
         (position 0 is BOS and never a target).  The text loss makes logits at these places only.
       positions: i32[b t].  Position inside its segment.
       segment_ids: i32[b t].  1, 2, ... for packed samples of a row; 0 is padding.

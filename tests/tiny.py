@@ -22,17 +22,18 @@ from minigpt5_jax.models.vae import VaeConfig
 ORACLE = Path(__file__).parent / "oracle"
 
 
-def make_tiny_template() -> Template:
+def make_tiny_template(vocab_size: int = 64, caption_vocab_size: int = 64) -> Template:
     """Composite small enough for any test; 8 heads and widths that divide over 8 devices."""
-
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
         configs["llama"]
-        | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8,
+        | {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8,
            "num_hidden_layers": 2}
     )  # fmt: skip
     text = dataclasses.replace(
-        ClipTextConfig.from_hf(configs["sd_text_encoder"]), vocab_size=64, max_position_embeddings=12
+        ClipTextConfig.from_hf(configs["sd_text_encoder"]),
+        vocab_size=caption_vocab_size,
+        max_position_embeddings=12,
     )
     unet = UNetConfig.from_hf(
         configs["unet"]
@@ -54,7 +55,7 @@ def make_tiny_template() -> Template:
         ("stable_diffusion",
          {"unet": unet, "vae": vae, "text_encoder": text, "image_size": 16,
           "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
-          "empty_caption_ids": (62, 63) + (0,) * 10}),
+          "empty_caption_ids": (caption_vocab_size - 2, caption_vocab_size - 1) + (0,) * 10}),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.example import Example
@@ -22,14 +22,15 @@ class BatchSpec:
     Attributes:
       rows: rows b.
       length: positions t of a row, BOS included; longer samples are cut by the template's rule.
-      items: target pictures m, a multiple of ``rows``; 0 for text only.
-      images: input pictures i, a multiple of ``rows``; a row keeps its last ``images / rows``.
-      targets: label slots l of a row, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
+      items: target pictures m, one for each sample; 0 for text only.
+      images: input pictures i, a multiple of the samples; each keeps its last ``images / samples``.
+      targets: label slots l of a sample, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
         ``###``).
       image_size, target_size: sides in pixels of input and target pictures.
       caption_length: CLIP ids c of a caption.
       num_vokens: vokens of a target picture.
       image_tokens: positions of an input picture.
+      pack: samples of a row, each a segment of its own; ``rows * pack`` samples in all.
     """
 
     rows: int
@@ -42,16 +43,29 @@ class BatchSpec:
     caption_length: int = 77
     num_vokens: int = 8
     image_tokens: int = 32
+    pack: int = 1
 
     def __post_init__(self):
         if self.rows < 1 or self.length < 2:
             raise DataError(f"a batch has at least 1 row of 2 positions; got {self.rows} of {self.length}")
+        if self.pack < 1:
+            raise DataError(f"a row has at least 1 sample, got pack = {self.pack}")
         if not 1 <= self.targets <= self.length:
             raise DataError(f"targets must be 1 ... length = {self.length}, got {self.targets}")
-        for name in ("items", "images"):
-            size = getattr(self, name)
-            if size < 0 or size % self.rows:
-                raise DataError(f"{name} = {size} is no multiple of rows = {self.rows}")
+        if self.items not in (0, self.samples):
+            raise DataError(f"items = {self.items} is neither 0 nor one for each of {self.samples} samples")
+        if self.images < 0 or self.images % self.samples:
+            raise DataError(f"images = {self.images} is no multiple of the {self.samples} samples")
+
+    @property
+    def samples(self) -> int:
+        """Samples of a micro-batch."""
+        return self.rows * self.pack
+
+    def bucket(self, length: int, images: int) -> BatchSpec:
+        """Shapes for samples of at most ``length`` positions and ``images`` input pictures each."""
+        images = min(images, self.images // self.samples) * self.samples
+        return dataclasses.replace(self, length=length, images=images, targets=min(self.targets, length))
 
     def part(self, count: int) -> BatchSpec:
         """Shapes of one of ``count`` equal parts (a process's share); DataError where rows do not divide."""
@@ -111,11 +125,14 @@ class Sample:
     has_caption: bool
 
 
-def encode(example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[int, ...]) -> Sample:
+def encode(
+    example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[int, ...], limit: int | None = None
+) -> Sample:
     """Tokenises an example and decodes its pictures.
 
     Args:
       key: names the draw of its mirrors, (seed, epoch, place in the source).
+      limit: positions it may take; all of a row by default.
 
     Raises:
       SampleError: a picture cannot be read, or placeholders and pictures differ in number (quirk Q31).
@@ -129,8 +146,8 @@ def encode(example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[i
         example.source,
         example.target,
         image_tokens=spec.image_tokens,
-        max_length=spec.length,
-        max_images=spec.images // spec.rows,
+        max_length=spec.length if limit is None else limit,
+        max_images=spec.images // spec.samples,
         max_targets=spec.targets,
         truncation=config.truncation,
         mask_all_inner_vokens=config.mask_all_inner_vokens,
@@ -162,7 +179,7 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
     return {
         "tokens": ints(b, t),
         "labels": np.full((b, t), IGNORE, np.int32),
-        "label_positions": ints(b, spec.targets),
+        "label_positions": ints(b, spec.pack * spec.targets),
         "positions": ints(b, t),
         "segment_ids": ints(b, t),
         "row_id": ints(b),
@@ -182,67 +199,74 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
 
 
 def collate(
-    samples: Sequence[Sample | None],
+    samples: Sequence[Sequence[Sample | None]],
     spec: BatchSpec,
-    row_ids: Sequence[int],
+    numbers: Int[np.ndarray, "r p"],
     config: EncodeConfig,
     first_row: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Fields of a :class:`~minigpt5_jax.batch.Batch`, a row per sample.
+    """Fields of a :class:`~minigpt5_jax.batch.Batch`: ``spec.rows`` rows of ``spec.pack`` samples.
 
-    A row without a sample (None: it could not be read) is padding, its items and pictures masked out.
-    Slots of items and pictures belong to rows, ``items / rows`` each, so that what a row holds does not
-    depend on its neighbours nor on how rows are shared among processes.
+    A place without a sample (None: it could not be read) is padding, its items and pictures masked out.
+    Slots of items and pictures belong to places, so that what a row holds does not depend on its
+    neighbours nor on how rows are shared among processes.
 
     Args:
-      samples: ``spec.rows`` of them.
+      samples: by row and place.
       spec: shapes of this part of the batch.
-      row_ids: global number of each row's sample; it is the item's number too.
+      numbers: i64[r p] global number of each sample; it is the item's number too, and the first one of
+        a row is the row's.
       first_row: row of the whole micro-batch where this part begins; ``image_row`` and ``voken_row``
         count from the whole's first row.
     """
-    if len(samples) != spec.rows or len(row_ids) != spec.rows:
-        raise DataError(f"{len(samples)} samples and {len(row_ids)} row ids for {spec.rows} rows")
+    if len(samples) != spec.rows or numbers.shape != (spec.rows, spec.pack):
+        raise DataError(f"{len(samples)} rows and {numbers.shape} numbers for {spec.rows} x {spec.pack}")
     arrays = empty_arrays(spec)
     arrays["tokens"][:] = config.tokenizer.pad_id
     empty_ids, empty_mask = config.caption_tokenizer.encode([""])
     arrays["caption_ids"][:], arrays["caption_mask"][:] = empty_ids, empty_mask
-    items, images = spec.items // spec.rows, spec.images // spec.rows
-    for row, (sample, row_id) in enumerate(zip(samples, row_ids)):
-        number = row_id % 2**31  # int32 on the device; distinct within any step
-        arrays["row_id"][row] = number
-        item_slots = slice(row * items, (row + 1) * items)
-        arrays["item_id"][item_slots] = number
-        arrays["voken_row"][item_slots] = first_row + row
-        arrays["image_row"][row * images : (row + 1) * images] = first_row + row
-        if sample is not None:
-            _fill_row(arrays, row, sample)
-            _fill_images(arrays, row * images, sample)
-            if sample.target is not None:
-                _fill_item(arrays, row * items, sample)
+    numbers = numbers % 2**31  # int32 on the device; distinct within any step
+    arrays["row_id"][:] = numbers[:, 0]
+    if spec.items:
+        arrays["item_id"][:] = numbers.ravel()
+        arrays["voken_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.pack)
+    arrays["image_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.images // spec.rows)
+    for row, places in enumerate(samples):
+        start = 0  # of the next sample in its row
+        for place, sample in enumerate(places):
+            if sample is not None:
+                _fill_text(arrays, row, place, start, spec.targets, sample)
+                slot = row * spec.pack + place
+                _fill_images(arrays, slot * (spec.images // spec.samples), start, sample)
+                if sample.target is not None:
+                    _fill_item(arrays, slot, start, sample)
+                start += len(sample.text.tokens)
     return arrays
 
 
-def _fill_row(arrays: dict[str, np.ndarray], row: int, sample: Sample) -> None:
+def _fill_text(
+    arrays: dict[str, np.ndarray], row: int, place: int, start: int, targets: int, sample: Sample
+) -> None:
     length = len(sample.text.tokens)
-    arrays["tokens"][row, :length] = sample.text.tokens
-    arrays["labels"][row, :length] = sample.text.labels
-    places = np.flatnonzero(sample.text.labels != IGNORE)
-    arrays["label_positions"][row, : len(places)] = places
-    arrays["positions"][row, :length] = np.arange(length)
-    arrays["segment_ids"][row, :length] = 1
+    here = slice(start, start + length)
+    arrays["tokens"][row, here] = sample.text.tokens
+    arrays["labels"][row, here] = sample.text.labels
+    found = np.flatnonzero(sample.text.labels != IGNORE)
+    arrays["label_positions"][row, place * targets : place * targets + len(found)] = start + found
+    arrays["positions"][row, here] = np.arange(length)
+    arrays["segment_ids"][row, here] = 1 + place
 
 
-def _fill_images(arrays: dict[str, np.ndarray], first: int, sample: Sample) -> None:
+def _fill_images(arrays: dict[str, np.ndarray], first: int, start: int, sample: Sample) -> None:
     slots = slice(first, first + len(sample.images))
     arrays["images"][slots] = sample.images
-    arrays["image_start"][slots] = sample.text.image_start
+    arrays["image_start"][slots] = start + np.asarray(sample.text.image_start, np.int32)
     arrays["image_mask"][slots] = True
 
 
-def _fill_item(arrays: dict[str, np.ndarray], slot: int, sample: Sample) -> None:
+def _fill_item(arrays: dict[str, np.ndarray], slot: int, start: int, sample: Sample) -> None:
     arrays["target"][slot] = sample.target
-    arrays["voken_start"][slot] = sample.text.voken_start
+    arrays["voken_start"][slot] = start + sample.text.voken_start
     arrays["item_mask"][slot] = True
     arrays["caption_ids"][slot] = sample.caption_ids
     arrays["caption_mask"][slot] = sample.caption_mask

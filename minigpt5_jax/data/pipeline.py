@@ -1,9 +1,8 @@
-"""From a source to batches: the order of samples, worker processes, the error budget, the state.
+"""From a source to batches: worker processes, the error budget, the state.
 
-The global batch comes first.  Which samples step ``s`` holds, in which order, is a function of the seed
-and ``s`` alone: sample ``g = s * global_batch + place`` of an endless row of shuffled epochs.  A process
-reads only its contiguous rows of each micro-batch.  So the same run continues on another number of
-processes, and its state is one number, the next step.
+Which samples step ``s`` holds, and in which rows, is a function of the seed and ``s`` alone
+(:mod:`~minigpt5_jax.data.plan`).  A process reads only its contiguous rows of each micro-batch.  So the
+same run continues on another number of processes, and its state is one number, the next step.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import dataclasses
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -19,8 +19,10 @@ import numpy as np
 from absl import flags
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, collate, encode
+from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, Sample, collate, encode
 from minigpt5_jax.data.errors import DataError, SampleError, Skip
+from minigpt5_jax.data.lengths import LengthIndex
+from minigpt5_jax.data.plan import NOBODY, BucketPlan, Plan, Shape, StreamPlan, crowded_share
 from minigpt5_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -36,35 +38,11 @@ class Report:
     truncated: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """The endless (or ``num_epochs`` long) row of samples, by global number ``g``.
-
-    ``shuffle`` draws a new permutation each epoch from (seed, epoch), computed number by number: nothing
-    is stored.  Epochs follow each other without a gap, so a batch may hold the end of one and the
-    beginning of the next.
-    """
-
-    length: int
-    seed: int
-    shuffle: bool
-    num_epochs: int | None
-
-    @property
-    def total(self) -> int:
-        """Number of samples, ``sys.maxsize`` without an end."""
-        return sys.maxsize if self.num_epochs is None else self.length * self.num_epochs
-
-    def dataset(self) -> grain.MapDataset:
-        """``g -> place in the source``."""
-        places = grain.MapDataset.range(self.length)
-        if self.shuffle:
-            places = places.shuffle(seed=self.seed)
-        return places.repeat(self.num_epochs)
-
-
 class StepReader:
     """Makes this process's part of the batch of any step; what worker processes run.
+
+    Args:
+      specs: shapes of a whole micro-batch, one for each bucket of the plan.
 
     Returns ``{"batch": fields of a Batch, "report": Report}``.
     """
@@ -73,49 +51,42 @@ class StepReader:
         self,
         source: Source,
         config: EncodeConfig,
-        spec: BatchSpec,
-        order: Order,
+        specs: Sequence[BatchSpec],
+        plan: Plan,
         *,
-        accumulation: int,
+        seed: int,
         process_index: int,
         process_count: int,
     ):
-        self._source, self._config, self._order = source, config, order
-        self._accumulation = accumulation
-        self._micro_rows = spec.rows
-        self._part = spec.part(process_count)
-        self._first_row = process_index * self._part.rows
-        self._places = order.dataset()
-
-    def rows(self, step: int, micro: int) -> list[int]:
-        """Global numbers of this process's samples in one micro-batch of ``step``."""
-        first = (step * self._accumulation + micro) * self._micro_rows + self._first_row
-        return list(range(first, first + self._part.rows))
+        self._source, self._config, self._plan, self._seed = source, config, plan, seed
+        self._parts = [spec.part(process_count) for spec in specs]
+        self._first_row = process_index * self._parts[0].rows
 
     def __call__(self, step: int) -> dict[str, Any]:
-        micro, skips, truncated = [], [], 0
-        for k in range(self._accumulation):
-            numbers = self.rows(int(step), k)
-            samples = []
-            for number in numbers:
-                sample = self._read(number, skips)
-                truncated += sample is not None and sample.text.dropped > 0
-                samples.append(sample)
-            micro.append(collate(samples, self._part, numbers, self._config, self._first_row))
-        if self._accumulation == 1:
+        plan = self._plan.step(int(step))
+        part, skips, micro, truncated = self._parts[plan.bucket], [], [], 0
+        mine = slice(self._first_row, self._first_row + part.rows)
+        for numbers, limits in zip(plan.numbers[:, mine], plan.limits[:, mine]):
+            rows = [
+                [self._read(int(n), part, int(limit), skips) for n, limit in zip(*row)]
+                for row in zip(numbers, limits)
+            ]
+            truncated += sum(sample is not None and sample.text.dropped > 0 for row in rows for sample in row)
+            micro.append(collate(rows, part, numbers, self._config, self._first_row))
+        if len(micro) == 1:
             arrays = micro[0]
         else:
             arrays = {name: np.stack([part[name] for part in micro]) for name in micro[0]}
         return {"batch": arrays, "report": Report(tuple(skips), truncated)}
 
-    def _read(self, number: int, skips: list[Skip]):
-        """Sample ``number``, or None where it is unusable or past the end of the last epoch."""
-        if number >= self._order.total:
+    def _read(self, number: int, spec: BatchSpec, limit: int, skips: list[Skip]) -> Sample | None:
+        """Sample ``number``, or None for an empty place and where it is unusable."""
+        if number == NOBODY:
             return None
-        epoch, place = number // self._order.length, int(self._places[number])
+        epoch, place = self._plan.find(number)
         try:
             example = self._source.example(place, epoch)
-            return encode(example, self._config, self._part, (self._order.seed, epoch, place))
+            return encode(example, self._config, spec, (self._seed, epoch, place), limit)
         except SampleError as error:
             skips.append(Skip(place, error.where, error.reason))
             return None
@@ -238,20 +209,60 @@ def _budget_count(budget: int | float, length: int) -> int:
 
 
 def _check_sizes(
-    rows: int, global_batch: int, accumulation: int, process_index: int, process_count: int
+    spec: BatchSpec, global_batch: int, accumulation: int, process_index: int, process_count: int
 ) -> None:
-    """DataError where micro-batches of ``rows`` do not make up the batch or do not divide over processes."""
-    if global_batch != rows * accumulation:
+    """DataError where micro-batches of ``spec`` do not make up the batch or do not divide over processes."""
+    samples = spec.rows * spec.pack
+    if global_batch != samples * accumulation:
         raise DataError(
-            f"global_batch = {global_batch} is not spec.rows x accumulation = {rows} x {accumulation}"
+            f"global_batch = {global_batch} is not samples of a micro-batch x accumulation = "
+            f"{spec.rows} rows x {spec.pack} x {accumulation}"
         )
-    if rows % process_count:
+    if spec.rows % process_count:
         raise DataError(
-            f"global_batch = {global_batch} over accumulation = {accumulation} gives {rows} rows, "
-            f"which {process_count} processes do not divide"
+            f"global_batch = {global_batch} over accumulation = {accumulation} gives {spec.rows} rows"
+            f"{f' of {spec.pack} samples' if spec.pack > 1 else ''}, which {process_count} processes do not "
+            "divide"
         )
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index = {process_index} of {process_count} processes")
+
+
+CROWDED = 0.01  # share of packed rows that may be too full before it is an error
+
+
+def _make_plan(
+    spec: BatchSpec,
+    shape: Shape,
+    length: int,
+    index: LengthIndex | None,
+    buckets: tuple[int, ...],
+    *,
+    seed: int,
+    shuffle: bool,
+    num_epochs: int | None,
+) -> tuple[Plan, list[BatchSpec]]:
+    """The plan, and the shapes of its buckets."""
+    if (buckets or spec.pack > 1) and (index is None or len(index) != length):
+        raise DataError("length buckets and packing need the length index of this source")
+    if buckets:
+        if spec.pack > 1 or not shuffle:
+            raise DataError("length buckets go with shuffled samples, one to a row")
+        if buckets[-1] != spec.length:
+            raise DataError(f"the last bucket is {buckets[-1]}, rows have {spec.length} positions")
+        plan = BucketPlan(index, buckets, seed=seed, num_epochs=num_epochs, shape=shape)
+        return plan, [spec.bucket(size, plan.images_in(i)) for i, size in enumerate(buckets)]
+    packed = index if spec.pack > 1 else None
+    if packed and (share := crowded_share(packed, shape, spec.length)) > CROWDED:
+        raise DataError(
+            f"{share:.0%} of rows of {spec.length} positions do not hold {spec.pack} samples; use longer "
+            "rows (data.max_length) or fewer samples in each (data.pack)"
+        )
+    plan = StreamPlan(
+        length, seed=seed, shuffle=shuffle, num_epochs=num_epochs, shape=shape, row_length=spec.length,
+        index=packed,
+    )  # fmt: skip
+    return plan, [spec]
 
 
 def make_loader(
@@ -264,6 +275,8 @@ def make_loader(
     seed: int = 0,
     shuffle: bool = True,
     num_epochs: int | None = None,
+    buckets: tuple[int, ...] = (),
+    index: LengthIndex | None = None,
     process_index: int = 0,
     process_count: int = 1,
     worker_count: int = 0,
@@ -275,12 +288,16 @@ def make_loader(
     Args:
       source: random-access samples.
       encode_config: tokenizers and rules.
-      spec: shapes of one micro-batch over all processes: ``spec.rows * accumulation == global_batch``.
+      spec: shapes of one micro-batch over all processes:
+        ``spec.rows * spec.pack * accumulation == global_batch``.
       global_batch: samples of one step over all processes and micro-batches.
       accumulation: micro-batches of a step; more than one gives every array a leading axis.
       seed: of the order and of the mirrors.
       shuffle: a new order each epoch; else the order of the source.
       num_epochs: None for no end.  With an end, the last batch is filled with empty rows.
+      buckets: lengths of rows, ascending up to ``spec.length``; each step takes samples of one bucket and
+        has its shape.  Empty: every row has ``spec.length`` positions.
+      index: sizes of the samples, for buckets and packing (``spec.pack`` above 1).
       process_index, process_count: which rows are read here.
       worker_count: processes that read and decode; 0 for one thread here.
       prefetch: batches made ahead (per worker).
@@ -289,28 +306,26 @@ def make_loader(
 
     Raises:
       DataError: sizes that do not divide, with the numbers; an empty source; tokenizers that do not fit
-        ``spec``.
+        ``spec``; packed rows that are too short.
     """
-    _check_sizes(spec.rows, global_batch, accumulation, process_index, process_count)
+    _check_sizes(spec, global_batch, accumulation, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise DataError(f"seed must be in 0 ... {2**32 - 1}, got {seed}")
     if not len(source):
         raise DataError(f"no samples in {source.describe()}")
     encode_config.check(spec)
-    order = Order(len(source), seed, shuffle, num_epochs)
+    plan, specs = _make_plan(
+        spec, Shape(accumulation, spec.rows, spec.pack), len(source), index, buckets,
+        seed=seed, shuffle=shuffle, num_epochs=num_epochs,
+    )  # fmt: skip
     reader = StepReader(
-        source,
-        encode_config,
-        spec,
-        order,
-        accumulation=accumulation,
-        process_index=process_index,
-        process_count=process_count,
-    )
+        source, encode_config, specs, plan,
+        seed=seed, process_index=process_index, process_count=process_count,
+    )  # fmt: skip
     return Loader(
         source,
         reader,
-        num_steps=None if num_epochs is None else -(-order.total // global_batch),
+        num_steps=plan.num_steps,
         budget=_budget_count(error_budget, len(source)),
         worker_count=worker_count,
         prefetch=prefetch,

@@ -36,6 +36,15 @@ def pictures(tmp_path_factory):
     return [str(folder / f"{i}.png") for i in range(4)]
 
 
+def in_rows(samples):
+    """One sample to a row."""
+    return [[sample] for sample in samples]
+
+
+def numbers(row_ids):
+    return np.asarray(row_ids, np.int64)[:, None]
+
+
 def example(source, text, images=(), target=None, caption=None):
     return Example(
         source, target_text(text, draws=target is not None), images, target, caption, "t", "id", "f:1"
@@ -54,7 +63,7 @@ def examples(pictures):
 def test_batch_fields(examples, config, pictures, oracle_cases):
     samples = [encode(e, config, SPEC, (0, 0, i)) for i, e in enumerate(examples)]
     row_ids = [7, 2**31 + 5, 9]
-    batch = Batch(**collate(samples, SPEC, row_ids, config, first_row=6))
+    batch = Batch(**collate(in_rows(samples), SPEC, numbers(row_ids), config, first_row=6))
 
     for row, sample in enumerate(samples):
         n = len(sample.text.tokens)
@@ -97,7 +106,7 @@ def test_static_shapes_and_dtypes(examples, config):
     assert set(shapes) == {field.name for field in dataclasses.fields(Batch)}
     for count in range(4):
         samples = [encode(e, config, SPEC, (0, 0, 0)) for e in examples[:count]] + [None] * (3 - count)
-        arrays = collate(samples, SPEC, [0, 1, 2], config)
+        arrays = collate(in_rows(samples), SPEC, numbers([0, 1, 2]), config)
         assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == shapes
     kinds = {str(dtype) for _, dtype in shapes.values()}
     assert kinds == {"int32", "uint8", "bool"}
@@ -105,14 +114,15 @@ def test_static_shapes_and_dtypes(examples, config):
 
 def test_a_row_without_a_sample_is_padding(examples, config):
     samples = [None, encode(examples[1], config, SPEC, (0, 0, 0)), None]
-    batch = Batch(**collate(samples, SPEC, [0, 1, 2], config))
+    batch = Batch(**collate(in_rows(samples), SPEC, numbers([0, 1, 2]), config))
     assert batch.item_mask.tolist() == [False, True, False]
     for row in (0, 2):
         assert not batch.segment_ids[row].any() and (batch.labels[row] == IGNORE).all()
         assert not batch.label_positions[row].any()
     assert batch.image_mask.tolist() == [False, False, True, True, False, False]
     # What a row holds does not depend on its neighbours.
-    full = Batch(**collate([encode(e, config, SPEC, (0, 0, 0)) for e in examples], SPEC, [0, 1, 2], config))
+    samples = in_rows(encode(e, config, SPEC, (0, 0, 0)) for e in examples)
+    full = Batch(**collate(samples, SPEC, numbers([0, 1, 2]), config))
     np.testing.assert_array_equal(full.tokens[1], batch.tokens[1])
     np.testing.assert_array_equal(full.target[1], batch.target[1])
     np.testing.assert_array_equal(full.images[2:4], batch.images[2:4])
@@ -165,17 +175,19 @@ def test_samples_that_do_not_add_up(examples, config, pictures, tmp_path):
 
 def test_text_only_shapes(examples, config):
     spec = dataclasses.replace(SPEC, items=0, images=0)
-    arrays = collate([encode(examples[2], config, spec, (0, 0, 0)), None, None], spec, [0, 1, 2], config)
+    samples = [[encode(examples[2], config, spec, (0, 0, 0))], [None], [None]]
+    arrays = collate(samples, spec, numbers([0, 1, 2]), config)
     assert arrays["target"].shape == (0, 24, 24, 3) and arrays["images"].shape == (0, 16, 16, 3)
     assert arrays["caption_ids"].shape == (0, 77)
 
 
 def test_shapes_that_do_not_go_together(config):
     for change, message in [
-        ({"items": 4}, "items = 4 is no multiple of rows = 3"),
-        ({"images": 7}, "images = 7 is no multiple of rows = 3"),
+        ({"items": 4}, "items = 4 is neither 0 nor one for each of 3 samples"),
+        ({"images": 7}, "images = 7 is no multiple of the 3 samples"),
         ({"targets": 41}, "targets must be 1 ... length = 40, got 41"),
         ({"rows": 0}, "at least 1 row"),
+        ({"pack": 0}, "at least 1 sample, got pack = 0"),
     ]:
         with pytest.raises(DataError, match=message):
             dataclasses.replace(SPEC, **change)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.lengths import LengthIndex
 from minigpt5_jax.data.pipeline import make_loader
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -63,10 +64,11 @@ def take(loader, n):
     return batches
 
 
-def run(source, config, *, steps, rows=4, start=0, **kwargs):
+def run(source, config, *, steps, rows=4, start=0, shape=None, **kwargs):
     kwargs.setdefault("prefetch", 0)
-    global_batch = rows * kwargs.get("accumulation", 1)
-    loader = make_loader(source, config, spec(rows), global_batch=global_batch, seed=3, **kwargs)
+    shape = shape or spec(rows)
+    global_batch = shape.samples * kwargs.get("accumulation", 1)
+    loader = make_loader(source, config, shape, global_batch=global_batch, seed=3, **kwargs)
     loader.restore(start)
     return take(loader, steps)
 
@@ -255,7 +257,7 @@ def test_long_captions_are_cut_and_counted(table, config):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"global_batch": 10, "accumulation": 4}, r"global_batch = 10 is not .* = 4 x 4"),
+        ({"global_batch": 10, "accumulation": 4}, r"global_batch = 10 is not .* = 4 rows x 1 x 4"),
         (
             {"global_batch": 8, "accumulation": 2, "process_count": 3},
             "8 over accumulation = 2 gives 4 rows.*3 proc",
@@ -285,3 +287,117 @@ def test_an_error_in_a_worker_is_the_same_error(source, config):
         with pytest.raises(DataError, match="8 positions are left for a target"):
             next(loader)
         loader.close()
+
+
+# ------------------------------------------------------------------------------- buckets and packing
+
+
+LENGTHS = LengthIndex(np.array([17, 24, 31, 40, 18, 20, 45, 29, 33, 48], np.int32), np.zeros(10, np.int32))
+
+
+def layout(name):
+    """Samples that differ in length: in buckets, or two to a row."""
+    if name == "buckets":
+        return {"shape": spec(4, images=0), "buckets": (24, 48), "index": LENGTHS}
+    return {"shape": spec(4, length=96, items=8, images=0, pack=2), "index": LENGTHS}
+
+
+@pytest.fixture
+def ragged(table):
+    """Captions of the lengths of ``LENGTHS``: BOS, words, ten for the vokens and ``###``."""
+    lines = table.read_text().split("\n")
+    words = [" ".join(["the"] * (length - 10)) for length in LENGTHS.lengths]
+    rows = [f"{words[i]}\tval/{i}.png" for i in range(ROWS)]
+    table.write_text("\n".join([lines[0], *rows]))
+    return Cc3mSource(table, training=False)
+
+
+@pytest.mark.parametrize("name", ["buckets", "pack"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_planned_rows_are_the_same_for_any_process_count(ragged, config, name, accumulation):
+    kwargs = {"steps": 5, "accumulation": accumulation, **layout(name)}
+    whole = run(ragged, config, **kwargs)
+    for count in (2, 4):
+        parts = [run(ragged, config, process_index=p, process_count=count, **kwargs) for p in range(count)]
+        for step in range(5):
+            assert_equal(join([part[step] for part in parts]), whole[step])
+
+
+@pytest.mark.parametrize("name", ["buckets", "pack"])
+def test_planned_rows_resume_on_another_process_and_worker_count(ragged, config, name):
+    straight = run(ragged, config, steps=7, **layout(name))
+    for start, count in ((1, 2), (4, 1)):
+        parts = [
+            run(
+                ragged, config, steps=7 - start, start=start, process_index=p, process_count=count,
+                worker_count=count - 1, prefetch=1, **layout(name),
+            )
+            for p in range(count)
+        ]  # fmt: skip
+        for step in range(7 - start):
+            assert_equal(join([part[step] for part in parts]), straight[start + step])
+
+
+def test_a_bucket_has_its_own_static_shape_and_cuts_nothing(ragged, config):
+    loader = make_loader(
+        ragged,
+        config,
+        spec(4, images=0),
+        global_batch=4,
+        seed=3,
+        num_epochs=1,
+        buckets=(24, 48),
+        index=LENGTHS,
+    )
+    batches = list(loader)
+    assert {b.tokens.shape for b in batches} == {(4, 24), (4, 48)}
+    seen = np.concatenate([b.row_id[b.item_mask] for b in batches])
+    assert sorted(seen) == list(range(ROWS)) and loader.truncated == 0
+    sizes = np.concatenate([b.segment_ids.sum(1)[b.item_mask] for b in batches])
+    assert sorted(sizes) == sorted(LENGTHS.lengths)
+
+
+def test_packed_rows_hold_every_sample_whole(ragged, config):
+    packed = run(ragged, config, steps=3, **layout("pack"))
+    plain = run(ragged, config, steps=3, rows=8)
+    for one, many in zip(packed, plain):
+        assert one.tokens.shape == (4, 96) and one.item_id.shape == (8,)
+        assert sorted(one.item_id) == sorted(many.item_id)
+        for slot, number in enumerate(one.item_id):
+            row, segment = divmod(slot, 2)
+            here = one.segment_ids[row] == segment + 1
+            other = list(many.item_id).index(number)
+            there = many.segment_ids[other] == 1
+            for name in ("tokens", "labels", "positions"):
+                np.testing.assert_array_equal(
+                    getattr(one, name)[row, here], getattr(many, name)[other, there]
+                )
+            start = np.flatnonzero(here)[0]
+            assert one.voken_start[slot] - start == many.voken_start[other] and one.voken_row[slot] == row
+            np.testing.assert_array_equal(one.target[slot], many.target[other])
+        places = one.label_positions[one.label_positions > 0]
+        assert (
+            len(places) == 24 and (np.take_along_axis(one.labels, one.label_positions, 1) != -100).sum() == 24
+        )
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"buckets": (24, 48)}, "need the length index"),
+        ({"buckets": (24, 40), "index": LENGTHS}, "last bucket is 40, rows have 48"),
+        ({"buckets": (24, 48), "index": LENGTHS, "shuffle": False}, "shuffled samples, one to a row"),
+        (
+            {"spec": spec(2, items=4, images=0, pack=2), "index": LENGTHS},
+            r"\d+% of rows of 48 positions do not hold 2 samples; use longer rows",
+        ),
+        ({"spec": spec(2, items=4, images=0, pack=2)}, "need the length index"),
+        (
+            {"spec": spec(2, items=4, images=0, pack=2), "index": LENGTHS, "process_count": 4},
+            "gives 2 rows of 2 samples, which 4 processes",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_are_errors(ragged, config, kwargs, message):
+    with pytest.raises(DataError, match=message):
+        make_loader(ragged, config, kwargs.pop("spec", spec(4)), global_batch=4, **kwargs)
