@@ -213,6 +213,7 @@ def test_jsonl_samples(tmp_path):
     assert second.target == "Yes. ###" and second.target_image is None and second.caption is None
     assert second.images == (str(tmp_path / "1.jpg"), str(tmp_path / "2.jpg"))
     assert second.where == f"{tmp_path / 'own.jsonl'}:2"
+    assert source.texts(2) == [(second.source, second.target)]
 
 
 def test_a_record_that_ends_in_a_user_turn_is_a_prompt(tmp_path):

@@ -24,7 +24,8 @@ class Source(Protocol):
     """A random-access data set.  Everything it returns is a function of its files and arguments.
 
     ``example(index, epoch)`` gives sample ``index``; prompts that are drawn anew each epoch are drawn
-    by ``epoch``.  ``fingerprint()`` changes with the content and the meaning of the samples, and
+    by ``epoch``.  ``texts(index)`` are the (source, target) of all wordings the sample may have, made
+    without touching a picture: the length index takes the longest.  ``fingerprint()`` changes with the content and the meaning of the samples, and
     ``describe()`` is one line for the log.
     """
 
@@ -33,6 +34,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def example(self, index: int, epoch: int = 0) -> Example: ...
+
+    def texts(self, index: int) -> list[tuple[str, str]]: ...
 
     def fingerprint(self) -> str: ...
 

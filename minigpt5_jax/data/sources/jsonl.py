@@ -95,6 +95,11 @@ class JsonlSource:
             num_vokens=self._num_vokens,
         )
 
+    def texts(self, index: int) -> list[tuple[str, str]]:
+        """(source, target) of sample ``index``: one, since wordings are not drawn; errors as ``example``."""
+        example = self.example(index)
+        return [(example.source, example.target)]
+
     def fingerprint(self) -> str:
         """Hash of the file and of everything that changes the samples made of it."""
         return hashlib.sha256(f"jsonl {self._lines.sha256} {self._num_vokens}".encode()).hexdigest()
