@@ -3,5 +3,6 @@
 from minigpt5_jax.data.sources.base import Source, TextLines
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
 from minigpt5_jax.data.sources.jsonl import JsonlSource
+from minigpt5_jax.data.sources.tar import Cc3mTarSource
 
-__all__ = ["Cc3mSource", "JsonlSource", "Source", "TextLines"]
+__all__ = ["Cc3mSource", "Cc3mTarSource", "JsonlSource", "Source", "TextLines"]
