@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.templates import IMAGE
+
+PROMPT_SETS = ("head", "release")  # the original's two code generations (quirk Q26)
 CC3M_SYSTEM = "You will be able to generate image according to command."
 DIALOG_SYSTEM = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once "
     "I provide it to you. Please generate conversations with appropriate images."
 )
+STORY_SYSTEM = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once "
+    "I provide it to you. Please understanding images and generate story."
+)
+DIALOG_SYSTEMS: dict[str, str] = {
+    "head": DIALOG_SYSTEM,
+    "release": DIALOG_SYSTEM.replace(
+        "conversations with appropriate images.", "conversation with appropriate image."
+    ),
+}
 _CC3M_HEAD = (
     "generate image with caption:",
     "can you give me the image with caption:",
@@ -18,11 +32,34 @@ _CC3M_HEAD = (
     "an image with caption:",
     "can you visualize this caption:",
 )
-# Two generations of the original's code; released weights were trained with "a image" (quirk Q26).
+# Released weights were trained with "a image".
 CC3M_PROMPTS: dict[str, tuple[str, ...]] = {
     "head": _CC3M_HEAD,
     "release": tuple(p.replace("an image", "a image") for p in _CC3M_HEAD),
 }
+# Requests of a story's step, task by task; {text} stands for what the step says.
+_STORY_HEAD = {
+    "gen": ("Generate an image with the scene description: {text}", "the scene description: {text}"),
+    "multimodal": (
+        "Tell me the next scene with image.",
+        "Generate the next scene with image.",
+        "What should happen then?",
+    ),
+    "understanding": (
+        f"Tell me the next scene description by this image: {IMAGE}",
+        f"What happen in the next scene image: {IMAGE}",
+    ),
+}
+STORY_PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "head": _STORY_HEAD,
+    "release": _STORY_HEAD | {"gen": tuple(p.replace("an image", "a image") for p in _STORY_HEAD["gen"])},
+}
+
+
+def check_prompt_set(prompt_set: str) -> None:
+    """DataError for a prompt set that is not one of :data:`PROMPT_SETS`."""
+    if prompt_set not in PROMPT_SETS:
+        raise DataError(f"unknown prompt_set {prompt_set!r}; known: {', '.join(PROMPT_SETS)}")
 
 
 def cc3m_instruction(caption: str, prompt: str) -> str:
@@ -30,13 +67,31 @@ def cc3m_instruction(caption: str, prompt: str) -> str:
     return f"{CC3M_SYSTEM}###Human: {prompt} {caption} ###Assistant:"
 
 
-def dialog_source(system: str, history: Sequence[tuple[str, str]]) -> str:
-    """System prompt, the turns before, and the opening of the assistant's turn.
+def story_source(history: Sequence[str], request: str) -> str:
+    """Source of a story's step (reference 5.3).
+
+    Args:
+      history: texts of the steps before, each of which is followed by its picture; a newline ends them.
+      request: one of :data:`STORY_PROMPTS`, ``{text}`` filled in.
+    """
+    before = "".join(text + IMAGE for text in history) + "\n" if history else ""
+    return f"{STORY_SYSTEM}###Human:{before} {request} ###Assistant:"
+
+
+def dialog_source(system: str, history: Sequence[tuple[str, str]], speaker: str = "Assistant") -> str:
+    """System prompt, the turns before, and the opening of the next turn, single spaces between.
 
     Args:
       system: system prompt.
       history: (speaker, content) of earlier turns, speaker ``Human`` or ``Assistant``; pictures in
         content are spelt ``<Img><ImageHere></Img>``.
+      speaker: whose turn is next.
     """
-    pieces = [system, *(f"###{speaker}: {content}" for speaker, content in history), "###Assistant:"]
+    pieces = [system, *(f"###{who}: {content}" for who, content in history), f"###{speaker}:"]
     return " ".join(piece for piece in pieces if piece)
+
+
+def dialog_source_release(system: str, history: Sequence[tuple[str, str]], speaker: str = "Assistant") -> str:
+    """:func:`dialog_source` as the loader before March 2024 spelt it: no space behind the system prompt,
+    a newline behind every turn."""
+    return system + "".join(f"###{who}: {content}\n" for who, content in history) + f"###{speaker}:"

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.data import prompts, templates
 from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.fields import Fields
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
@@ -89,47 +89,8 @@ def parse_record(line: str, where: str) -> Record:
     return _Checker(where).record(value)
 
 
-class _Checker:
-    """Checks values against the schema; every complaint names the line and the place in the object."""
-
-    def __init__(self, where: str):
-        self._where = where
-
-    def fail(self, place: str, problem: str) -> SampleError:
-        return SampleError(self._where, f"{place}: {problem}" if place else problem)
-
-    def object(self, value: Any, place: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict:
-        if not isinstance(value, dict):
-            raise self.fail(place, f"expected an object, found {type(value).__name__}")
-        required, optional = tuple(required), tuple(optional)
-        missing = [key for key in required if key not in value]
-        unknown = [key for key in value if key not in required + optional]
-        if missing or unknown:
-            parts = [f"lacks {', '.join(missing)}"] * bool(missing)
-            parts += [f"has unknown keys {', '.join(unknown)}"] * bool(unknown)
-            raise self.fail(place, f"{' and '.join(parts)} (known: {', '.join(required + optional)})")
-        return value
-
-    def string(self, value: Any, place: str) -> str:
-        if not isinstance(value, str):
-            raise self.fail(place, f"expected text, found {type(value).__name__}")
-        return value
-
-    def words(self, value: Any, place: str) -> str:
-        """Text that is not empty and does not spell a token of ours."""
-        text = self.string(value, place).strip()
-        if not text:
-            raise self.fail(place, "text is empty")
-        special = templates.find_special(text) or (templates.END if templates.END in text else None)
-        if special:
-            raise self.fail(place, f"text contains {special}, which has a meaning of its own in prompts")
-        return text
-
-    def path(self, value: Any, place: str) -> str:
-        path = self.string(value, place)
-        if not path.strip():
-            raise self.fail(place, "path of a picture is empty")
-        return path
+class _Checker(Fields):
+    """Checks values against the schema."""
 
     def record(self, value: Any) -> Record:
         if isinstance(value, dict) and "turns" not in value:

@@ -1,0 +1,76 @@
+"""Values of JSON objects, checked; every complaint names the line and the place in the object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from minigpt5_jax.data import templates
+from minigpt5_jax.data.errors import SampleError
+
+
+class Fields:
+    """Checks the values of one object.
+
+    Args:
+      where: the object, as a user finds it again (``own.jsonl:7``).
+
+    Every method raises SampleError, naming ``where``, the place in the object and what was found.
+    """
+
+    def __init__(self, where: str):
+        self._where = where
+
+    def fail(self, place: str, problem: str) -> SampleError:
+        return SampleError(self._where, f"{place}: {problem}" if place else problem)
+
+    def object(
+        self, value: Any, place: str, required: Sequence[str], optional: Sequence[str] | None = ()
+    ) -> dict:
+        """An object with these keys; ``optional=None`` allows any others."""
+        if not isinstance(value, dict):
+            raise self.fail(place, f"expected an object, found {type(value).__name__}")
+        known = (*required, *(optional or ()))
+        missing = [key for key in required if key not in value]
+        unknown = [key for key in value if key not in known and optional is not None]
+        if missing or unknown:
+            parts = [f"lacks {', '.join(missing)}"] * bool(missing)
+            parts += [f"has unknown keys {', '.join(unknown)}"] * bool(unknown)
+            raise self.fail(place, f"{' and '.join(parts)} (known: {', '.join(known)})")
+        return value
+
+    def items(self, value: Any, place: str) -> list:
+        if not isinstance(value, list):
+            raise self.fail(place, f"expected a list, found {type(value).__name__}")
+        return value
+
+    def string(self, value: Any, place: str) -> str:
+        if not isinstance(value, str):
+            raise self.fail(place, f"expected text, found {type(value).__name__}")
+        return value
+
+    def integer(self, value: Any, place: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.fail(place, f"expected a whole number, found {type(value).__name__}")
+        return value
+
+    def plain(self, value: Any, place: str) -> str:
+        """Text, as it is written, that does not spell a token of ours; it may be empty."""
+        text = self.string(value, place)
+        special = templates.find_special(text) or (templates.END if templates.END in text else None)
+        if special:
+            raise self.fail(place, f"text contains {special}, which has a meaning of its own in prompts")
+        return text
+
+    def words(self, value: Any, place: str) -> str:
+        """Text that is not empty and does not spell a token of ours, white space around it dropped."""
+        text = self.string(value, place).strip()
+        if not text:
+            raise self.fail(place, "text is empty")
+        return self.plain(text, place)
+
+    def path(self, value: Any, place: str) -> str:
+        path = self.string(value, place)
+        if not path.strip():
+            raise self.fail(place, "path of a picture is empty")
+        return path
