@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax import parts  # noqa: F401  (fills the registries)
 from minigpt5_jax.config import ConfigError, setting_errors, weight_sources
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.diffusion.schedule import SD21_BASE, NoiseSchedule
 from minigpt5_jax.minigpt5 import LossOptions, make_template
@@ -239,7 +238,7 @@ def step_options(config: ConfigDict) -> StepOptions:
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokenizers and batch shapes
+# Tokenizers
 
 
 def caption_tokenizer(config: ConfigDict, towers: Towers) -> ClipTokenizer:
@@ -264,42 +263,6 @@ def tokenizer_identity(config: ConfigDict, towers: Towers) -> dict[str, Any]:
         "llm": llm_tokenizer(config, towers).identity(),
         "caption": caption_tokenizer(config, towers).identity(),
     }
-
-
-def encode_config(config: ConfigDict, towers: Towers, *, training: bool) -> EncodeConfig:
-    """How samples become numbers; held-out samples are never mirrored (Q16)."""
-    data = config.data
-    return EncodeConfig(
-        llm_tokenizer(config, towers),
-        caption_tokenizer(config, towers),
-        flip_mode=data.flip_mode if training else "off",
-        pad_input_square=data.pad_input_square,
-        truncation=data.truncation,
-        mask_all_inner_vokens=data.mask_all_inner_vokens,
-        strict_image_count=data.strict_image_count,
-    )
-
-
-def batch_spec(config: ConfigDict, towers: Towers, rows: int) -> BatchSpec:
-    """Static shapes of a (micro-)batch of ``rows`` rows."""
-    data = config.data
-    if data.max_images and towers.qformer is None:
-        raise ConfigError(
-            f"data.max_images={data.max_images}, but model.backbone.vit='none' cannot see; "
-            "set data.max_images=0 or give the backbone a vision tower"
-        )
-    return BatchSpec(
-        rows=rows,
-        length=data.max_length,
-        items=rows,
-        images=rows * data.max_images,
-        targets=data.max_targets,
-        image_size=towers.vit.image_size if towers.vit else 0,
-        target_size=config.model.generator.image_size,
-        caption_length=towers.text_encoder.max_position_embeddings,
-        num_vokens=config.model.backbone.num_vokens,
-        image_tokens=towers.qformer.num_query_tokens if towers.qformer else 0,
-    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax import tuning
 from minigpt5_jax.config_keys import KEYS, PARTS, Key
+from minigpt5_jax.profiles import PROFILES
 
 
 class ConfigError(ValueError):
@@ -74,19 +75,19 @@ def apply_variant(
 ) -> ConfigDict:
     """What follows the colon of ``--config file.py:variant``, comma separated.
 
-    Each piece is a name in ``known``, whose function changes the configuration in place, or
-    ``part=name``, which installs another backbone, mapper or generator.
+    Each piece is a name in ``known`` or a profile (:mod:`minigpt5_jax.profiles`), whose function changes the
+    configuration in place, or ``part=name``, which installs another backbone, mapper or generator.
 
     Raises:
       ConfigError: listing what the file knows.
     """
-    known = known or {}
+    known = {**PROFILES, **(known or {})}
     for piece in filter(None, (variant or "").split(",")):
         part, equals, name = piece.partition("=")
-        if equals:
-            choose(config, part, name)
-        elif piece in known:
+        if piece in known:
             known[piece](config)
+        elif equals:
+            choose(config, part, name)
         else:
             pairs = [f"{part}={name}" for part, names in PARTS.items() for name in names]
             raise ConfigError(f"unknown variant {piece!r}; known: {', '.join([*known, *pairs])}")
@@ -194,6 +195,17 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             f"data.global_batch={data.global_batch} does not divide into data.accumulation="
             f"{data.accumulation} micro-batches; choose {_near(data.global_batch, data.accumulation)}"
         )
+    samples = data.global_batch // data.accumulation
+    if samples % data.pack:
+        yield (
+            f"data.pack={data.pack} does not divide the {samples} samples of a micro-batch; choose "
+            f"{_near(samples, data.pack)}"
+        )
+    buckets = list(data.buckets)
+    if buckets and (buckets != sorted(set(buckets)) or buckets[-1] != data.max_length):
+        yield f"data.buckets={data.buckets} must ascend and end in data.max_length={data.max_length}"
+    if buckets and data.pack > 1:
+        yield "data.buckets and data.pack exclude each other; packed rows all have data.max_length positions"
     if run.num_steps is not None and config.optimizer.warmup_steps >= run.num_steps:
         yield (
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be less than "

@@ -81,6 +81,13 @@ KEYS: dict[str, Key] = {
     "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
     "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),
     "data.prefetch": Key(2, "batches each reader holds ready", low=1),
+    "data.buckets": Key(
+        (), "lengths of rows, ascending to data.max_length: a batch takes samples of one; () pads all to it"
+    ),
+    "data.pack": Key(1, "samples of a row, each a segment of its own; for short ones (captions)", low=1),
+    "data.index_cache": Key(
+        "~/.cache/minigpt5_jax/lengths", "folder of sample lengths, which buckets and packing plan from"
+    ),
     "data.max_length": Key(
         256, "positions of a row, pictures included; longer ones follow data.truncation", low=16
     ),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,31 @@ import jax
 import numpy as np
 import optax
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
-from minigpt5_jax.batch import Batch
 from minigpt5_jax.build import (
     ModelSpec,
-    batch_spec,
     build,
     check_sources,
-    encode_config,
     initial_trainable,
     load_frozen,
     tokenizer_identity,
 )
 from minigpt5_jax.config import ConfigError, num_steps, setting_errors
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.pipeline import Loader, make_loader
-from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
+from minigpt5_jax.data.sources import Source
 from minigpt5_jax.diffusion.samplers import Sampler, make_sampler
 from minigpt5_jax.inference.images import make_batch_sampler
 from minigpt5_jax.inference.page import draw_grid
+from minigpt5_jax.inputs import data_identity, open_loader, open_sources, placer
 from minigpt5_jax.restore import as_now, inherit
-from minigpt5_jax.shapes.dataset import write_pairs
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import DistributedError, initialize, main_process
 from minigpt5_jax.training.loop import Loop
 from minigpt5_jax.training.metrics import Metrics, TrainingDiverged
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.training.prefetch import DevicePrefetch
 from minigpt5_jax.training.provenance import (
     CheckpointError,
     check_compatible,
@@ -58,7 +53,6 @@ from minigpt5_jax.training.provenance import (
 )
 from minigpt5_jax.training.sharding import (
     ShardingError,
-    batch_shardings,
     make_mesh,
     parameter_shardings,
     state_shardings,
@@ -95,111 +89,6 @@ def parameter_table(spec: ModelSpec) -> str:
     return "\n".join(lines)
 
 
-def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
-    """Training and held-out samples; ``shapes`` draws its scenes into the workdir first.
-
-    Raises:
-      ConfigError: no training file was given.  DataError: a file cannot be read.
-    """
-    data = config.data
-    train, validation = data.train, data.validation
-    if data.format == "shapes":
-        train, validation = draw_shapes(config)
-    if not train:
-        raise ConfigError(f"give the training file: --config.data.train=FILE (data.format={data.format})")
-
-    def open_one(path: str | os.PathLike[str], training: bool) -> Source:
-        if data.format == "jsonl":
-            return JsonlSource(path, data.image_root, strict=True, num_vokens=vokens)
-        return Cc3mSource(
-            path, data.image_root, training=training, prompt_set=data.prompt_set, seed=config.run.seed,
-            instruction_every=data.instruction_every, resample_prompts=data.resample_prompts,
-            num_vokens=vokens,
-        )  # fmt: skip
-
-    vokens = config.model.backbone.num_vokens
-    return open_one(train, True), open_one(validation, False) if validation else None
-
-
-def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
-    """Training and held-out tables of the small world, drawn into the workdir by one process."""
-    folder, data = Path(config.run.workdir) / "data", config.data
-
-    def draw() -> tuple[Path, Path]:
-        return (
-            write_pairs(folder, "train", data.shapes_train, config.run.seed),
-            write_pairs(folder, "held_out", data.shapes_validation, config.run.seed),
-        )
-
-    if main_process():
-        draw()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("shapes are drawn")
-    return draw()  # what is there is left as it is
-
-
-def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
-    """Batches of this process."""
-    data = config.data
-    rows = data.global_batch // data.accumulation
-    return make_loader(
-        source,
-        encode_config(config, spec.towers, training=training),
-        batch_spec(config, spec.towers, rows),
-        global_batch=data.global_batch if training else rows,
-        accumulation=data.accumulation if training else 1,
-        seed=config.run.seed,
-        shuffle=training,
-        num_epochs=None if training else 1,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        worker_count=data.worker_count if training else 0,
-        prefetch=data.prefetch,
-        error_budget=data.error_budget,
-    )
-
-
-def placer(mesh: jax.sharding.Mesh, accumulation: int):
-    """``numpy batch of this process -> global arrays``; sharding errors come before any compile."""
-    count = jax.process_count()
-    lead = int(accumulation > 1)
-
-    def whole(value: np.ndarray) -> tuple[int, ...]:
-        shape = list(value.shape)
-        shape[lead] *= count
-        return tuple(shape)
-
-    def place(batch: Batch) -> Batch:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
-        places = batch_shardings(shapes, mesh, accumulation)
-        if count > 1:
-            check_rows(places.tokens, shapes.tokens.shape, lead)
-            check_rows(places.target, shapes.target.shape, lead)
-        return jax.tree.map(
-            lambda s, x: jax.make_array_from_process_local_data(s, x, whole(x)), places, batch
-        )
-
-    return place
-
-
-def check_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> None:
-    """Whether this process's devices hold just the rows that this process reads.
-
-    Raises:
-      ShardingError: they do not (a mesh that spreads a row's copies, or its order, over processes).
-    """
-    part = shape[axis] // jax.process_count()
-    want = set(range(part * jax.process_index(), part * (jax.process_index() + 1)))
-    mine = sharding.addressable_devices_indices_map(shape).values()
-    have = {row for index in mine for row in range(*index[axis].indices(shape[axis]))}
-    if have != want:
-        raise ShardingError(
-            f"process {jax.process_index()} reads rows {min(want)} to {max(want)} of {shape[axis]}, but "
-            f"its devices hold {len(have)} rows from {min(have)} to {max(have)}; choose mesh.data x "
-            f"mesh.fsdp as a multiple of the {jax.process_count()} processes, tensor axes inside a process"
-        )
-
-
 def split_parameters(
     config: ConfigDict, spec: ModelSpec, shardings: dict[str, Any], checkpoints: Checkpoints
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
@@ -232,8 +121,7 @@ def describe(config: ConfigDict, spec: ModelSpec, frozen: dict[str, jax.Array], 
     meta = describe_run(
         config.to_dict(), tokenizer=tokenizer_identity(config, spec.towers), frozen=hash_parameters(frozen)
     )
-    order = {"global_batch": config.data.global_batch, "seed": config.run.seed}
-    return {**meta, "data": {"fingerprint": source.fingerprint(), "samples": len(source), **order}}
+    return {**meta, "data": data_identity(config, source)}
 
 
 def resume(
@@ -332,7 +220,7 @@ def make_loop(config: ConfigDict) -> Loop:
     )
     validate, grid = watchers(config, spec, held_out, frozen, placer(mesh, 1), sampler)
     return Loop(
-        state, frozen, step, loader, place, metrics, checkpoints, meta, first_step, steps,
+        state, frozen, step, DevicePrefetch(loader, place), metrics, checkpoints, meta, first_step, steps,
         config.run.eval_every, config.run.save_every, config.run.grid_every, validate, grid,
         {"inherited": inherited} if inherited else {},
     )  # fmt: skip

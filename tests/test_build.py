@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from minigpt5_jax import build as building
+from minigpt5_jax import inputs
 from minigpt5_jax.build import ModelSpec, build, check_sources, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.models.eva_vit import EvaVitConfig
@@ -121,7 +122,7 @@ def test_parts_and_sizes_that_do_not_fit_are_refused(tmp_path):
     config.data.max_images = 2
     config.model.backbone.update(vit="none", qformer="none")
     with pytest.raises(ConfigError, match="max_images=2.*cannot see"):
-        building.batch_spec(config, building.tower_sizes(config), rows=2)
+        inputs.batch_spec(config, building.tower_sizes(config), 2)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from minigpt5_jax import generate
-from minigpt5_jax.build import build, encode_config, initial_trainable, load_frozen
+from minigpt5_jax.build import build, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, get_config, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prompts import DIALOG_SYSTEM
 from minigpt5_jax.data.templates import IMAGE
+from minigpt5_jax.inputs import encode_config
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
 from minigpt5_jax.tuning import FROZEN

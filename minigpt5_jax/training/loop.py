@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.pipeline import Loader
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.metrics import Metrics, due
+from minigpt5_jax.training.prefetch import DevicePrefetch
 from minigpt5_jax.training.state import TrainState
 
 
@@ -23,7 +23,7 @@ class Loop:
     Attributes:
       state: where to start; ``frozen``: parameters that are an argument of the step and never change.
       train_step: ``(state, frozen, batch) -> (state, metrics)``, compiled, donating the state.
-      loader: gives this process's numpy batches; ``place`` puts one on the devices.
+      data: batches on the devices.
       validate: ``trainable -> {name: value}``; ``grid``: ``trainable -> u8[H W 3]``; None for neither.
       saved_parts: part name -> arrays saved beside the state (parameters inherited from another run).
       meta: description of the run that a checkpoint carries.
@@ -32,8 +32,7 @@ class Loop:
     state: TrainState
     frozen: Params
     train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]
-    loader: Loader
-    place: Callable[[Batch], Batch]
+    data: DevicePrefetch
     metrics: Metrics
     checkpoints: Checkpoints
     meta: Mapping[str, Any]
@@ -52,7 +51,7 @@ class Loop:
         try:
             with self.metrics:
                 for step in range(self.first_step + 1, self.num_steps + 1):
-                    batch = self.place(next(self.loader))
+                    batch = next(self.data)
                     self.state, values = self.train_step(self.state, self.frozen, batch)
                     self.metrics.push(step, values)
                     last, validated = step == self.num_steps, None
@@ -65,12 +64,12 @@ class Loop:
                         self._save(step, validated)
                 self._tell_left_out()
         finally:  # worker processes end, and a checkpoint on its way to disk gets there
-            self.loader.close()
+            self.data.close()
             self.checkpoints.close()
         return results
 
     def _tell_left_out(self) -> None:
-        skipped, truncated = len(self.loader.skipped), self.loader.truncated
+        skipped, truncated = len(self.data.skipped), self.data.truncated
         if skipped or truncated:
             self.metrics.message(f"{skipped} unusable samples were left out, {truncated} were cut to fit")
 
@@ -87,6 +86,6 @@ class Loop:
         losses = self.metrics.flush()  # raises before a diverged state can be saved
         state = {**vars(self.state), **self.saved_parts}
         self.checkpoints.save(
-            step, state, self.loader.state, self.meta, metrics=validated,
+            step, state, self.data.state, self.meta, metrics=validated,
             losses={"loss": losses["loss"]} if losses else None,
         )  # fmt: skip

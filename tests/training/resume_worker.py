@@ -53,7 +53,7 @@ half = make_loop(config("parts"))
 half.num_steps = 3  # the schedule still knows six
 half.run()
 rest = make_loop(config("parts"))
-assert rest.first_step == 3 and rest.loader.state == 3
+assert rest.first_step == 3 and rest.data.state == 3
 rest.run()
 want, got = bits(whole), bits(rest)
 different = [name for name in want if not np.array_equal(want[name], got[name])]

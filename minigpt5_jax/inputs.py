@@ -1,0 +1,186 @@
+"""From a configuration to batches on the devices: sources, shapes of a batch, loaders, placement."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.build import ModelSpec, Towers, caption_tokenizer, llm_tokenizer
+from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.lengths import LengthIndex, length_index
+from minigpt5_jax.data.pipeline import Loader, make_loader
+from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
+from minigpt5_jax.shapes.dataset import write_pairs
+from minigpt5_jax.training.distributed import main_process
+from minigpt5_jax.training.sharding import ShardingError, batch_shardings
+
+
+def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
+    """Training and held-out samples; ``shapes`` draws its scenes into the workdir first.
+
+    Raises:
+      ConfigError: no training file was given.  DataError: a file cannot be read.
+    """
+    data = config.data
+    train, validation = data.train, data.validation
+    if data.format == "shapes":
+        train, validation = draw_shapes(config)
+    if not train:
+        raise ConfigError(f"give the training file: --config.data.train=FILE (data.format={data.format})")
+
+    def open_one(path: str | os.PathLike[str], training: bool) -> Source:
+        if data.format == "jsonl":
+            return JsonlSource(path, data.image_root, strict=True, num_vokens=vokens)
+        return Cc3mSource(
+            path, data.image_root, training=training, prompt_set=data.prompt_set, seed=config.run.seed,
+            instruction_every=data.instruction_every, resample_prompts=data.resample_prompts,
+            num_vokens=vokens,
+        )  # fmt: skip
+
+    vokens = config.model.backbone.num_vokens
+    return open_one(train, True), open_one(validation, False) if validation else None
+
+
+def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
+    """Training and held-out tables of the small world, drawn into the workdir by one process."""
+    folder, data = Path(config.run.workdir) / "data", config.data
+
+    def draw() -> tuple[Path, Path]:
+        return (
+            write_pairs(folder, "train", data.shapes_train, config.run.seed),
+            write_pairs(folder, "held_out", data.shapes_validation, config.run.seed),
+        )
+
+    if main_process():
+        draw()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shapes are drawn")
+    return draw()  # what is there is left as it is
+
+
+def encode_config(config: ConfigDict, towers: Towers, *, training: bool) -> EncodeConfig:
+    """How samples become numbers; held-out samples are never mirrored (Q16)."""
+    data = config.data
+    return EncodeConfig(
+        llm_tokenizer(config, towers),
+        caption_tokenizer(config, towers),
+        flip_mode=data.flip_mode if training else "off",
+        pad_input_square=data.pad_input_square,
+        truncation=data.truncation,
+        mask_all_inner_vokens=data.mask_all_inner_vokens,
+        strict_image_count=data.strict_image_count,
+    )
+
+
+def batch_spec(config: ConfigDict, towers: Towers, samples: int, pack: int = 1) -> BatchSpec:
+    """Static shapes of a (micro-)batch of ``samples`` samples, ``pack`` to a row."""
+    data = config.data
+    if data.max_images and towers.qformer is None:
+        raise ConfigError(
+            f"data.max_images={data.max_images}, but model.backbone.vit='none' cannot see; "
+            "set data.max_images=0 or give the backbone a vision tower"
+        )
+    return BatchSpec(
+        rows=samples // pack,
+        length=data.max_length,
+        items=samples,
+        images=samples * data.max_images,
+        targets=data.max_targets,
+        image_size=towers.vit.image_size if towers.vit else 0,
+        target_size=config.model.generator.image_size,
+        caption_length=towers.text_encoder.max_position_embeddings,
+        num_vokens=config.model.backbone.num_vokens,
+        image_tokens=towers.qformer.num_query_tokens if towers.qformer else 0,
+        pack=pack,
+    )
+
+
+def size_index(config: ConfigDict, spec: ModelSpec, source: Source) -> LengthIndex | None:
+    """Sizes of the samples, where buckets or packing need them; None where they do not."""
+    if not config.data.buckets and config.data.pack == 1:
+        return None
+    tokens = spec.towers.qformer.num_query_tokens if spec.towers.qformer else 0
+    return length_index(source, llm_tokenizer(config, spec.towers), tokens, config.data.index_cache)
+
+
+def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
+    """Batches of this process.  Held-out ones have one shape and one sample a row."""
+    data = config.data
+    samples = data.global_batch // data.accumulation
+    pack = data.pack if training else 1
+    return make_loader(
+        source,
+        encode_config(config, spec.towers, training=training),
+        batch_spec(config, spec.towers, samples, pack),
+        global_batch=data.global_batch if training else samples,
+        accumulation=data.accumulation if training else 1,
+        seed=config.run.seed,
+        shuffle=training,
+        num_epochs=None if training else 1,
+        buckets=tuple(data.buckets) if training else (),
+        index=size_index(config, spec, source) if training else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        worker_count=data.worker_count if training else 0,
+        prefetch=data.prefetch,
+        error_budget=data.error_budget,
+    )
+
+
+def data_identity(config: ConfigDict, source: Source) -> dict[str, object]:
+    """What a checkpoint stores of its data: the samples and everything that orders them."""
+    data = config.data
+    order = {"global_batch": data.global_batch, "seed": config.run.seed}
+    if data.buckets:
+        order["buckets"] = list(data.buckets)
+    if data.pack > 1:
+        order["pack"] = data.pack
+    return {"fingerprint": source.fingerprint(), "samples": len(source), **order}
+
+
+def placer(mesh: jax.sharding.Mesh, accumulation: int):
+    """``numpy batch of this process -> global arrays``; sharding errors come before any compile."""
+    count = jax.process_count()
+    lead = int(accumulation > 1)
+
+    def whole(value: np.ndarray) -> tuple[int, ...]:
+        shape = list(value.shape)
+        shape[lead] *= count
+        return tuple(shape)
+
+    def place(batch: Batch) -> Batch:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
+        places = batch_shardings(shapes, mesh, accumulation)
+        if count > 1:
+            check_rows(places.tokens, shapes.tokens.shape, lead)
+            check_rows(places.target, shapes.target.shape, lead)
+        return jax.tree.map(
+            lambda s, x: jax.make_array_from_process_local_data(s, x, whole(x)), places, batch
+        )
+
+    return place
+
+
+def check_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> None:
+    """Whether this process's devices hold just the rows that this process reads.
+
+    Raises:
+      ShardingError: they do not (a mesh that spreads a row's copies, or its order, over processes).
+    """
+    part = shape[axis] // jax.process_count()
+    want = set(range(part * jax.process_index(), part * (jax.process_index() + 1)))
+    mine = sharding.addressable_devices_indices_map(shape).values()
+    have = {row for index in mine for row in range(*index[axis].indices(shape[axis]))}
+    if have != want:
+        raise ShardingError(
+            f"process {jax.process_index()} reads rows {min(want)} to {max(want)} of {shape[axis]}, but "
+            f"its devices hold {len(have)} rows from {min(have)} to {max(have)}; choose mesh.data x "
+            f"mesh.fsdp as a multiple of the {jax.process_count()} processes, tensor axes inside a process"
+        )
