@@ -3,6 +3,16 @@
 from minigpt5_jax.data.sources.base import Source, TextLines
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
 from minigpt5_jax.data.sources.jsonl import JsonlSource
+from minigpt5_jax.data.sources.mmdialog import MMDialogSource
 from minigpt5_jax.data.sources.tar import Cc3mTarSource
+from minigpt5_jax.data.sources.vist import VistSource
 
-__all__ = ["Cc3mSource", "Cc3mTarSource", "JsonlSource", "Source", "TextLines"]
+__all__ = [
+    "Cc3mSource",
+    "Cc3mTarSource",
+    "JsonlSource",
+    "MMDialogSource",
+    "Source",
+    "TextLines",
+    "VistSource",
+]

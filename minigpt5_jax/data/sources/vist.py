@@ -1,0 +1,192 @@
+"""VIST: stories of five steps, each a text and a picture (reference 5.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.fields import Fields
+from minigpt5_jax.data.stories import Step, Story, StoryRules
+
+STEPS = 5  # of a story as VIST was published
+
+
+class VistSource:
+    """Stories from the two files of the original (reference 5.3).
+
+    ``cleaned`` holds an object, story id -> list of steps in order, each ``{"caption": text, "image_id":
+    text, "sequence_index": number}``; ``mapping`` holds an object, image id -> path.  A story may have any
+    number of steps from one on.  A story that breaks the form, or that names a picture which is not in the
+    mapping, counts as one sample that cannot be fetched.  Picture files are looked for when they are read.
+
+    Args:
+      cleaned: the stories.
+      mapping: paths of the pictures; default: beside ``cleaned``, with ``image_mapping`` for ``cleaned`` in
+        its name (quirk Q29).
+      image_root: folder that paths are relative to; default: the stories' folder.
+      training: with all three tasks; else ``gen`` alone.
+      tasks: some of ``gen``, ``multimodal``, ``understanding``, whatever ``training`` is.
+      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
+      seed: of the wordings.
+      resample_prompts: draw the wordings anew each epoch; False keeps the first draw (quirk Q24).
+      num_vokens: vokens of one picture.
+
+    Raises:
+      DataError: a file or the folder is missing, no JSON, not of this form as a whole, or names a story or
+        a picture twice; no name for the mapping; an unknown task or prompt set.
+    """
+
+    def __init__(
+        self,
+        cleaned: str | Path,
+        mapping: str | Path | None = None,
+        image_root: str | Path | None = None,
+        *,
+        training: bool = True,
+        tasks: Sequence[str] | None = None,
+        prompt_set: str = "head",
+        seed: int = 0,
+        resample_prompts: bool = True,
+        num_vokens: int = 8,
+    ):
+        self.path = Path(cleaned)
+        self.mapping_path = _mapping_path(self.path) if mapping is None else Path(mapping)
+        root = self.path.parent if image_root is None else Path(image_root)
+        if not root.is_dir():
+            raise DataError(f"image folder not found: {root}")
+        self._rules = StoryRules(training, tasks, prompt_set, seed, resample_prompts, num_vokens)
+        values, stories_hash = _read_object(self.path, "stories")
+        paths, mapping_hash = _read_object(self.mapping_path, "picture paths")
+        if not values:
+            raise DataError(f"no stories in {self.path}")
+        self._hash = f"{stories_hash} {mapping_hash}"
+        self._stories = [_story(self.path, name, value, paths, root) for name, value in values.items()]
+        counts = [1 if isinstance(s, SampleError) else len(self._samples(s)) for s in self._stories]
+        self._stops = np.cumsum(counts)
+
+    @property
+    def rows(self) -> int:
+        """Stories of the file, unusable ones included."""
+        return len(self._stories)
+
+    def story(self, row: int) -> Story:
+        """A story as it is written; SampleError for one that cannot be used."""
+        story = self._stories[row]
+        if isinstance(story, SampleError):
+            raise story
+        return story
+
+    def _samples(self, story: Story) -> list[tuple[int, str]]:
+        return self._rules.samples(len(story.steps))
+
+    def _find(self, index: int) -> tuple[Story, int, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        row = int(np.searchsorted(self._stops, index, side="right"))
+        story = self.story(row)
+        samples = self._samples(story)
+        return story, *samples[index - int(self._stops[row]) + len(samples)]
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        return self.example(index)
+
+    def example(self, index: int, epoch: int = 0) -> Example:
+        """Sample ``index`` in its wording of this epoch; SampleError for a story that cannot be used."""
+        return self._rules.example(*self._find(index), epoch)
+
+    def texts(self, index: int) -> list[tuple[str, str]]:
+        """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
+        return self._rules.texts(*self._find(index))
+
+    def fingerprint(self) -> str:
+        """Hash of both files and of everything that changes the samples made of them."""
+        settings = dataclasses.astuple(self._rules)
+        return hashlib.sha256(f"vist {self._hash} {settings}".encode()).hexdigest()
+
+    def describe(self) -> str:
+        usable = [story for story in self._stories if isinstance(story, Story)]
+        others = sum(len(story.steps) != STEPS for story in usable)
+        bad = self.rows - len(usable)
+        notes = f"; {others:,} with more or fewer than {STEPS} steps" if others else ""
+        notes += f"; {bad:,} unusable" if bad else ""
+        tasks = ", ".join(self._rules.tasks)
+        return f"VIST ({tasks}): {len(self):,} samples of {self.rows:,} stories in {self.path}{notes}"
+
+
+def _mapping_path(cleaned: Path) -> Path:
+    if "cleaned" not in cleaned.name:
+        raise DataError(
+            f"{cleaned.name} has no 'cleaned' in its name to find its picture paths by; give mapping="
+        )
+    return cleaned.with_name(cleaned.name.replace("cleaned", "image_mapping"))
+
+
+def _read_object(path: Path, what: str) -> tuple[dict, str]:
+    """The object a JSON file holds, and the hash of the file."""
+    if not path.is_file():
+        raise DataError(f"file of {what} not found: {path}")
+    data = path.read_bytes()
+    try:
+        value = json.loads(data, object_pairs_hook=_unique)
+    except _RepeatedKeyError as error:
+        raise DataError(f"{path}: key {error} occurs twice in one object") from None
+    except ValueError as error:  # covers JSON and UTF-8 errors
+        raise DataError(f"{path} is no valid JSON ({error}); is the file cut off?") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected one object of {what}, found {type(value).__name__}")
+    return value, hashlib.sha256(data).hexdigest()
+
+
+class _RepeatedKeyError(Exception):
+    """A JSON object that names a key twice, of which Python would keep the last without a word."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        raise _RepeatedKeyError(repr(next(key for key, _ in pairs if key in seen or seen.add(key))))
+    return value
+
+
+def _story(path: Path, name: str, value: Any, paths: dict, root: Path) -> Story | SampleError:
+    """A story of the file, or what is wrong with it."""
+    where = f"{path}: story {name}"
+    fields = Fields(where)
+    try:
+        steps = tuple(_step(fields, step, n, paths, root) for n, step in enumerate(fields.items(value, "")))
+        if not steps:
+            raise fields.fail("", "no steps")
+        for before, after in itertools.pairwise(steps):
+            if after.sequence_index <= before.sequence_index:
+                numbers = [step.sequence_index for step in steps]
+                raise fields.fail("sequence_index", f"must rise from step to step, found {numbers}")
+    except SampleError as error:
+        return error
+    return Story(name, steps, where)
+
+
+def _step(fields: Fields, value: Any, number: int, paths: dict, root: Path) -> Step:
+    place = f"step {number}"
+    value = fields.object(value, place, ("caption", "image_id", "sequence_index"), optional=None)
+    image_id = fields.string(value["image_id"], f"{place}.image_id")
+    if image_id not in paths:
+        raise fields.fail(f"{place}.image_id", f"picture {image_id} is not in the mapping")
+    fields.words(value["caption"], f"{place}.caption")
+    return Step(
+        value["caption"],  # as it is written, white space included
+        str(root / fields.path(paths[image_id], f"{place}, path of picture {image_id}")),
+        fields.integer(value["sequence_index"], f"{place}.sequence_index"),
+    )
