@@ -4,6 +4,7 @@ from minigpt5_jax.data.sources.base import Source, TextLines
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
 from minigpt5_jax.data.sources.jsonl import JsonlSource
 from minigpt5_jax.data.sources.mmdialog import MMDialogSource
+from minigpt5_jax.data.sources.prepared import PreparedSource
 from minigpt5_jax.data.sources.tar import Cc3mTarSource
 from minigpt5_jax.data.sources.vist import VistSource
 
@@ -12,6 +13,7 @@ __all__ = [
     "Cc3mTarSource",
     "JsonlSource",
     "MMDialogSource",
+    "PreparedSource",
     "Source",
     "TextLines",
     "VistSource",

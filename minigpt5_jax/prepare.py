@@ -1,0 +1,91 @@
+"""Prepare a data set once, so that training reads it fast, or check one's own data before any training.
+
+    python -m minigpt5_jax.prepare cc3m --input cc3m_train.tsv --output prepared
+    python -m minigpt5_jax.prepare check my_data.jsonl
+
+The first form writes ArrayRecord files through TFDS, with a report; an interrupted run continues when the
+same command is given again.  The second lists what is wrong with a file, line by line, and ends with status
+1 where anything is.  docs/data.md has the whole way for each data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from minigpt5_jax import cli
+from minigpt5_jax.data.builders.run import SPLITS, prepare
+from minigpt5_jax.data.builders.shards import Job
+from minigpt5_jax.data.builders.units import UNITS
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.report import write_report
+from minigpt5_jax.data.sources.prepared import PreparedSource
+from minigpt5_jax.data.tokenizer import LlamaTokenizer
+
+USAGE = f"python -m minigpt5_jax.prepare {{{'|'.join(UNITS)}}} --input FILE --output FOLDER, or check PATH"
+
+
+def tokenizer() -> LlamaTokenizer | None:
+    """The tokenizer of the flags; a folder stands for its ``tokenizer.model``."""
+    given = flags.FLAGS.tokenizer
+    if given is None:
+        return None
+    path = Path(given)
+    return LlamaTokenizer(path / "tokenizer.model" if path.is_dir() else path)
+
+
+def run_prepare(dataset: str) -> None:
+    """Writes a split and its report, and says where they are."""
+    flag = flags.FLAGS
+    if flag.input is None or flag.output is None:
+        raise DataError("--input (the raw data) and --output (a folder) are needed")
+    words = tokenizer()  # before hours of work, not after
+    budget = flag.error_budget
+    job = Job.plan(
+        dataset,
+        flag.input,
+        flag.output,
+        split=flag.split,
+        image_root=flag.image_root,
+        num_shards=flag.num_shards,
+        letterbox=flag.letterbox,
+        error_budget=float(budget) if "." in budget else int(budget),
+    )
+    folder = prepare(job, beam_runner=flag.beam_runner, beam_options=flag.beam_options)
+    source = PreparedSource(folder, flag.split)
+    page = write_report(source, tokenizer=words)
+    skipped = len(source.metadata["tally"]["skipped"])
+    print(f"{source.describe()}; {skipped:,} of {job.count:,} units left out; report: {page}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """``prepare DATASET`` or ``prepare check PATH``."""
+    cli.quiet()
+    try:
+        if len(argv) == 2 and argv[1] in UNITS:
+            run_prepare(argv[1])
+        else:
+            cli.fail(f"usage: {USAGE}\n--help lists the flags")
+    except DataError as error:
+        cli.fail(str(error))
+
+
+def define_flags() -> None:
+    """The flags of this command."""
+    flags.DEFINE_string("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
+    flags.DEFINE_string("image_root", None, "folder that picture paths are relative to; default: the file's")
+    flags.DEFINE_string("output", None, "folder the prepared data set is made in")
+    flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
+    flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)
+    flags.DEFINE_integer("letterbox", None, "fit pictures into white squares of that side", lower_bound=1)
+    flags.DEFINE_string("error_budget", "0.01", "unusable units allowed: a count, or a fraction with a point")
+    flags.DEFINE_string("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
+    flags.DEFINE_string("beam_runner", None, "write the shards with Apache Beam on this runner")
+    flags.DEFINE_multi_string("beam_options", [], "a flag of the runner; may be repeated")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
