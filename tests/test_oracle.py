@@ -167,7 +167,7 @@ def test_the_131_tensors_of_a_stage1_file(case, labels, oracle_dir):
     assert params.keys() == set(paths)
     tables = {name: source[maps.LLAMA_PREFIX + name][:-9]
               for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
-    again = maps.stage1_to_source(params, tables["model.embed_tokens.weight"], tables["lm_head.weight"].T)
+    again = maps.trained_to_source(params, tables["model.embed_tokens.weight"], tables["lm_head.weight"].T)
     assert again.keys() == source.keys()
     assert all(np.array_equal(again[name], source[name]) for name in source)
 
@@ -190,8 +190,8 @@ def test_every_intermediate_is_the_originals(case):
         found["mapper_memory"] = model.mapper.encoder(found["fc_out"].astype(jnp.float32))
         found["mapper_out"] = out.condition
         generator = model.generator
-        found["vae_moments"] = generator.vae.encode(batch.target.astype(jnp.float32) / 127.5 - 1.0)
-        latents = generator.latents(batch.target, draws.posterior_noise)
+        found["vae_moments"] = generator.moments(batch.target)
+        latents = model.target_latents(batch, draws)
         sampled = sample_posterior(found["vae_moments"], draws.posterior_noise)
         found["latents"], found["scaled"] = latents, generator.scaling_factor * sampled
         found["unet_in"] = generator.schedule.add_noise(latents, draws.noise, draws.timesteps)

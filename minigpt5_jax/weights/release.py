@@ -8,31 +8,27 @@ others are Vicuna's, shrunk by weight decay (Q3).
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from minigpt5_jax.weights.importer import Coverage, check_tensors
 from minigpt5_jax.weights.maps import llama
-from minigpt5_jax.weights.maps.minigpt5 import LLAMA_PREFIX, MAPPER_TABLE
-from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError, linear_rules
+from minigpt5_jax.weights.maps.minigpt5 import (
+    LLAMA_PREFIX,
+    LLM,
+    LORA_TABLE,
+    MAPPER_TABLE,
+    PREFIX_TABLE,
+    unwrap,
+)
+from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError
 from minigpt5_jax.weights.view import View
 
-LLM = "backbone/llm/"
 TABLES = {llama.EMBED: f"{LLM}embed_tokens/embedding", llama.HEAD: f"{LLM}lm_head/kernel"}
 """The two tables in a file, and where their old rows go."""
 ROWS = ("vokens", "all")
 
-_PEFT = LLAMA_PREFIX + "base_model.model."
-_WRAPPED = re.compile(re.escape(_PEFT) + r"(.*)\.modules_to_save\.default(\.weight)")
-_PREFIX_TABLE = Table(
-    (
-        Rule("model.prefix_encoder.embedding.weight", f"{LLM}prefix_encoder/embedding"),
-        *linear_rules("model.prefix_encoder.transform.0", f"{LLM}prefix_encoder/transform/0"),
-        *linear_rules("model.prefix_encoder.transform.2", f"{LLM}prefix_encoder/transform/1"),
-    )
-)
 _ROWS_TABLE = llama.VOKEN_TABLE + Table(
     (
         Rule(llama.EMBED + ".old", "embed_tokens/embedding"),
@@ -42,8 +38,8 @@ _ROWS_TABLE = llama.VOKEN_TABLE + Table(
 RELEASE_TABLE = (
     MAPPER_TABLE
     + _ROWS_TABLE.prefixed(LLAMA_PREFIX, LLM)
-    + llama.lora_table().prefixed(LLAMA_PREFIX, LLM)
-    + _PREFIX_TABLE
+    + LORA_TABLE
+    + PREFIX_TABLE
 )
 """Every name of a stage-1 or stage-2 file, tables unwrapped and cut into ``.old`` and ``.new`` rows."""
 
@@ -145,7 +141,7 @@ def _check_stages(stage1: Mapping[str, np.ndarray], stage2: Mapping[str, np.ndar
     """The files are what they are given as."""
 
     def is_second(keys: Mapping[str, np.ndarray]) -> bool:
-        return any(key.startswith((_PEFT, "model.prefix_encoder.")) for key in keys)
+        return any(key.startswith((f"{LLAMA_PREFIX}base_model.", "model.prefix_encoder.")) for key in keys)
 
     if is_second(stage1):
         given = "" if stage2 is None else "; the two files seem to be swapped"
@@ -164,8 +160,7 @@ def _merge(files: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, tup
     owner: dict[str, tuple[str, str]] = {}
     for name, source in files.items():
         for key in source:
-            found = _WRAPPED.fullmatch(key)
-            owner[LLAMA_PREFIX + found[1] + found[2] if found else key] = (name, key)
+            owner[unwrap(key)] = (name, key)
     readers = {plain: lambda f=file, k=key: files[f][k] for plain, (file, key) in owner.items()}
     return owner, View(next(iter(files.values())), readers)
 
