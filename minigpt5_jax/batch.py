@@ -38,6 +38,10 @@ class Batch:
       caption_ids: i32[m c].  CLIP ids of the caption.
       caption_mask: i32[m c].  1 on real tokens (BOS and EOS included), 0 on padding.
       has_caption: bool[m].  False where the item takes no part in the caption loss.
+      target_moments: f32 or bf16[m h w 2c].  Ready posterior moments of the pictures to draw, None where
+        pictures travel; ``target`` then is u8[m 0 0 3].
+      image_states: f32 or bf16[i q c].  Ready states of the input pictures before the projection into
+        the language model, None where pictures travel; ``images`` then is u8[i 0 0 3].
     """
 
     tokens: Array
@@ -58,3 +62,5 @@ class Batch:
     caption_ids: Array
     caption_mask: Array
     has_caption: Array
+    target_moments: Array | None = None
+    image_states: Array | None = None

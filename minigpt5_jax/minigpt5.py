@@ -145,6 +145,13 @@ class MiniGPT5(nnx.Module):
         """T(0), the negative condition of voken guidance (reference 3.5)."""
         return self.condition(jnp.zeros((1, self.backbone.num_vokens, self.backbone.hidden_size)))
 
+    def target_latents(self, batch: Batch, draws: Draws) -> Float[Array, "m h w c"]:
+        """Latents of the pictures to draw, from pixels or from ready moments with the same draws."""
+        moments = batch.target_moments
+        if moments is None:
+            moments = self.generator.moments(batch.target)
+        return self.generator.latents(moments, draws.posterior_noise)
+
     def outputs(self, batch: Batch, draws: Draws, options: LossOptions) -> Outputs:
         """Run backbone and mapper on a batch."""
         hidden = self.backbone.hidden(self.backbone.embed(batch), batch, draws.dropout_keys)
@@ -196,7 +203,7 @@ def text_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOpti
 def image_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
     """Latent-diffusion loss of every target picture (reference 3.4), also by timestep bin."""
     draws = outputs.draws
-    latents = model.generator.latents(batch.target, draws.posterior_noise)
+    latents = model.target_latents(batch, draws)
     per_item = model.generator.denoising_loss(latents, outputs.condition, draws.timesteps, draws.noise)
     borders = (0, *SNR_BINS, model.generator.num_train_timesteps)
     bins = {

@@ -180,7 +180,9 @@ class Session:
         embeds = model.backbone.llm.embed(tokens)
         if images.shape[0]:
             mask = image_row < tokens.shape[0]
-            embeds = model.backbone.place_images(embeds, images, image_row, image_start, mask)
+            embeds = model.backbone.place_images(
+                embeds, model.backbone.image_states(images), image_row, image_start, mask
+            )
         keys = jax.vmap(lambda seed: _keys(seed)[0])(seeds)
         return decode(
             model.backbone.llm, embeds, lengths, keys, self.sampling,

@@ -64,8 +64,11 @@ class Generator(Protocol):
     condition_shape: tuple[int, int]
     num_train_timesteps: int
 
-    def latents(self, pictures: jax.Array, posterior_noise: jax.Array) -> jax.Array:
-        """u8[m H W 3] -> scaled latents f32[m h w c], one posterior sample per picture."""
+    def moments(self, pictures: jax.Array) -> jax.Array:
+        """u8[m H W 3] -> moments of the posterior over latents, f32[m h w 2c]; may be made beforehand."""
+
+    def latents(self, moments: jax.Array, posterior_noise: jax.Array) -> jax.Array:
+        """Moments -> scaled latents f32[m h w c], one posterior sample per picture."""
 
     def caption_features(self, caption_ids: jax.Array, caption_mask: jax.Array) -> jax.Array:
         """Text features of captions, [m q c]: the target of the caption loss."""

@@ -121,7 +121,7 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
       ShardingError: naming the field, its size and the devices that do not divide it.
     """
     row_fields = {"tokens", "labels", "label_positions", "positions", "segment_ids", "row_id"}
-    image_fields = {"images", "image_row", "image_start", "image_mask"}
+    image_fields = {"images", "image_row", "image_start", "image_mask", "image_states"}
     lead = (None,) if accumulation > 1 else ()
 
     def of(name: str, value) -> NamedSharding:
@@ -136,5 +136,5 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
             )
         return NamedSharding(mesh, P(*lead, axes))
 
-    fields = {name: of(name, getattr(batch, name)) for name in batch.__dataclass_fields__}
-    return Batch(**fields)
+    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return Batch(**{name: None if value is None else of(name, value) for name, value in values.items()})

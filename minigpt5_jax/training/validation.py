@@ -63,7 +63,7 @@ def make_validation_step(
 def _image_losses(
     model: MiniGPT5, batch: Batch, draws: Draws, condition: jax.Array, levels: tuple[int, ...]
 ) -> dict[str, SumCount]:
-    latents = model.generator.latents(batch.target, draws.posterior_noise)
+    latents = model.target_latents(batch, draws)
     mask = batch.item_mask
     cases = {
         "image": (condition, mask),

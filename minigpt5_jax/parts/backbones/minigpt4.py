@@ -72,20 +72,24 @@ class MiniGPT4(nnx.Module):
                 qformer.hidden_size, llm.hidden_size, axes=(None, "embed"), rngs=rngs, **dtypes
             )
 
-    def encode_images(self, images: UInt8[Array, "i H W 3"]) -> Float[Array, "i q d"]:
-        """Features of input pictures in the language model's embedding space, fp32."""
+    def image_states(self, images: UInt8[Array, "i H W 3"]) -> Float[Array, "i q c"]:
+        """The Q-Former's output for input pictures: what may be made beforehand, as its towers are frozen."""
         if not self.image_tokens:
             raise ValueError("this backbone has no vision tower; it cannot read pictures")
         mean, std = jnp.asarray(IMAGE_MEAN), jnp.asarray(IMAGE_STD)
         pixels = (images.astype(jnp.float32) / 255.0 - mean) / std
         patches = self.ln_vision(self.vit(pixels.astype(self.dtype)))
-        return self.llama_proj(self.qformer(patches)).astype(jnp.float32)
+        return self.qformer(patches)
+
+    def project(self, states: Float[Array, "i q c"]) -> Float[Array, "i q d"]:
+        """Features of input pictures in the language model's embedding space, fp32."""
+        return self.llama_proj(states.astype(jnp.float32)).astype(jnp.float32)
 
     def place_images(
-        self, embeds: jax.Array, images: jax.Array, row: jax.Array, start: jax.Array, mask: jax.Array
+        self, embeds: jax.Array, states: jax.Array, row: jax.Array, start: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """Overwrite the placeholder slots of ``embeds [b t d]`` with picture features."""
-        features = self.encode_images(images)
+        """Overwrite the placeholder slots of ``embeds [b t d]`` with features of pictures' ``states``."""
+        features = self.project(states)
         rows = jnp.where(mask, row, embeds.shape[0])[:, None]  # out of range: dropped
         columns = start[:, None] + jnp.arange(self.image_tokens)
         return embeds.at[rows, columns].set(features, mode="drop")
@@ -95,7 +99,8 @@ class MiniGPT4(nnx.Module):
         embeds = self.llm.embed(batch.tokens)
         if batch.images.shape[0] == 0:  # static: a text-only batch never touches the vision tower
             return embeds
-        return self.place_images(embeds, batch.images, batch.image_row, batch.image_start, batch.image_mask)
+        states = self.image_states(batch.images) if batch.image_states is None else batch.image_states
+        return self.place_images(embeds, states, batch.image_row, batch.image_start, batch.image_mask)
 
     def hidden(self, embeds: jax.Array, batch: Batch, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Final-layer hidden states (after the closing norm), [b t d]."""

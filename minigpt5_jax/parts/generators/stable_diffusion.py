@@ -77,12 +77,15 @@ class StableDiffusion(nnx.Module):
         self.vae = AutoencoderKL(vae, rngs=rngs, **dtypes)
         self.text_encoder = ClipTextModel(text_encoder, rngs=rngs, **dtypes)
 
+    def moments(self, pictures: UInt8[Array, "m H W 3"]) -> Float[Array, "m h w c2"]:
+        """Moments of the posterior over unscaled latents, fp32, of pixels in [-1, 1] (Q9, Q12)."""
+        return self.vae.encode(pictures.astype(jnp.float32) / 127.5 - 1.0)
+
     def latents(
-        self, pictures: UInt8[Array, "m H W 3"], posterior_noise: Float[Array, "m h w c"]
+        self, moments: Float[Array, "m h w c2"], posterior_noise: Float[Array, "m h w c"]
     ) -> Float[Array, "m h w c"]:
         """One posterior sample per picture, scaled; fp32 whatever the towers' dtype (Q12)."""
-        pixels = pictures.astype(jnp.float32) / 127.5 - 1.0
-        return self.scaling_factor * sample_posterior(self.vae.encode(pixels), posterior_noise)
+        return self.scaling_factor * sample_posterior(moments, posterior_noise)
 
     def caption_features(
         self, caption_ids: Int[Array, "m q"], caption_mask: Int[Array, "m q"]
