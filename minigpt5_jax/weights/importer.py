@@ -133,7 +133,7 @@ def trim_vocabulary(source: Mapping[str, np.ndarray], rows: int) -> Mapping[str,
     return replaced(source, {key: lambda x: x[:rows] for key in (llama.EMBED, llama.HEAD)})
 
 
-def read_sizes(name: str, path: Path | None, section: bool = True) -> Any:
+def read_sizes(name: str, path: Path | None) -> Any:
     """Sizes of a tower from a ``config.json``, or its preset without one.
 
     Raises:
@@ -144,7 +144,7 @@ def read_sizes(name: str, path: Path | None, section: bool = True) -> Any:
         return tower.preset
     try:
         values = json.loads(path.read_text())
-        if section and tower.section and tower.section in values:  # BLIP-2 whole
+        if tower.section and tower.section in values:  # BLIP-2 whole
             width = values.get("vision_config", {}).get("hidden_size")
             more = {"encoder_hidden_size": width} if name == "qformer" and width else {}
             queries = values.get("num_query_tokens")
@@ -176,8 +176,8 @@ def likely_cause(name: str, source: Mapping[str, np.ndarray]) -> str:
                 return f"this is a file for weights.{owner}, not for weights.{name}"
     if name == "llm":
         rows = shape(llama.EMBED)
-        if rows[1:] and rows[1] in _LLAMA_SIZES and rows[1] != 4096:
-            return f"hidden size {rows[1]} is LLaMA-{_LLAMA_SIZES[rows[1]]}; MiniGPT-5 stands on the 7B model"
+        if rows[1:] and rows[1] in LLAMA_SIZES and rows[1] != 4096:
+            return f"hidden size {rows[1]} is LLaMA-{LLAMA_SIZES[rows[1]]}; MiniGPT-5 stands on the 7B model"
         if rows and rows[0] == 32001:
             return "32001 rows: Vicuna v0 as its delta gives it, with a [PAD] row; `convert llm` takes it off"
         if any(".lora_" in key or key.startswith("base_model.") for key in keys):
@@ -196,7 +196,7 @@ def likely_cause(name: str, source: Mapping[str, np.ndarray]) -> str:
     return ""
 
 
-_LLAMA_SIZES = {5120: "13B", 6656: "33B", 8192: "65B or 70B", 3200: "3B"}
+LLAMA_SIZES = {5120: "13B", 6656: "33B", 8192: "65B or 70B", 3200: "3B"}
 _MARKS: dict[str, tuple[str, ...]] = {
     "llm": ("model.layers.", "model.embed_tokens"),
     "vit": ("blocks.", "visual_encoder.", "vision_model."),
