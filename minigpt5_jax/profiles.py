@@ -14,8 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_RELEASE = {"data.bos_id": 2, "data.prompt_set": "release"}
-_HEAD = {"data.bos_id": 1, "data.prompt_set": "head"}
+_RELEASE = {"data.bos_id": 2, "data.prompt_set": "release", "data.dialog_loader": "release"}
+_HEAD = {"data.bos_id": 1, "data.prompt_set": "head", "data.dialog_loader": "head"}
 _ORIGINAL: Mapping[str, Any] = {
     "data.mask_all_inner_vokens": False,  # Q1
     "model.voken_state_shift": 1,  # Q2

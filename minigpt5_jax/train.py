@@ -211,7 +211,7 @@ def make_loop(config: ConfigDict) -> Loop:
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
     check_sources(config)
     sampler = open_sampler(config, spec)
-    source, held_out = open_sources(config)
+    source, held_out = open_sources(config, spec.towers)
     loader = open_loader(config, spec, source, training=True)
     place = placer(mesh, config.data.accumulation)
     place(next(loader))  # shapes and the first samples, before weights are read
