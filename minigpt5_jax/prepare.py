@@ -18,7 +18,7 @@ from absl import app, flags
 from minigpt5_jax import cli
 from minigpt5_jax.data.builders.run import SPLITS, prepare
 from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import UNITS
+from minigpt5_jax.data.builders.units import UNITS, Raw
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.report import write_report
 from minigpt5_jax.data.sources.prepared import PreparedSource
@@ -44,17 +44,18 @@ def run_prepare(dataset: str) -> None:
     words = tokenizer()  # before hours of work, not after
     budget = flag.error_budget
     job = Job.plan(
-        dataset,
-        flag.input,
+        Raw(dataset, flag.input, flag.image_root, flag.mapping),
         flag.output,
         split=flag.split,
-        image_root=flag.image_root,
         num_shards=flag.num_shards,
         letterbox=flag.letterbox,
         error_budget=float(budget) if "." in budget else int(budget),
     )
     folder = prepare(job, beam_runner=flag.beam_runner, beam_options=flag.beam_options)
-    source = PreparedSource(folder, flag.split)
+    count = None if words is None else lambda text: len(words.encode(text))
+    # What training leaves out of dialogues is counted in tokens: without a tokenizer, all turns are shown.
+    training = words is not None or dataset != "mmdialog"
+    source = PreparedSource(folder, flag.split, training=training, count_tokens=count)
     page = write_report(source, tokenizer=words)
     skipped = len(source.metadata["tally"]["skipped"])
     print(f"{source.describe()}; {skipped:,} of {job.count:,} units left out; report: {page}")
@@ -76,6 +77,7 @@ def define_flags() -> None:
     """The flags of this command."""
     flags.DEFINE_string("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
     flags.DEFINE_string("image_root", None, "folder that picture paths are relative to; default: the file's")
+    flags.DEFINE_string("mapping", None, "VIST's picture paths; default: the file beside the stories")
     flags.DEFINE_string("output", None, "folder the prepared data set is made in")
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)

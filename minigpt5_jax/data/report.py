@@ -79,7 +79,10 @@ def write_report(
 def summary(source: PreparedSource, tokenizer: LlamaTokenizer | None, image_tokens: int) -> dict[str, Any]:
     """The content of ``report.json``."""
     made, tally = source.metadata, source.metadata["tally"]
-    skipped = [{"unit": unit, "where": where, "reason": reason} for unit, where, reason in tally["skipped"]]
+    skipped, lost = (
+        [{"unit": unit, "where": where, "reason": reason} for unit, where, reason in tally[name]]
+        for name in ("skipped", "cut")
+    )
     facts = {
         "dataset": made["dataset"],
         "split": made["split"],
@@ -88,6 +91,7 @@ def summary(source: PreparedSource, tokenizer: LlamaTokenizer | None, image_toke
         "skipped": len(skipped),
         "skipped_by_reason": _by_reason(skip["reason"] for skip in skipped),
         "skipped_units": skipped,
+        "pictures_lost": lost,
         "samples": len(source),
         "shards": made["num_shards"],
         "letterbox": made["letterbox"],
@@ -131,7 +135,7 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
     tiles = {
         "kept": f"{facts['kept']:,}",
         "left out": f"{facts['skipped']:,}",
-        "training samples": f"{facts['samples']:,}",
+        "samples": f"{facts['samples']:,}",
         "pictures": f"{facts['pictures']:,}",
         "MiB of pictures": f"{facts['picture_bytes'] / 2**20:,.1f}",
         "shards": f"{facts['shards']:,}",
@@ -143,10 +147,13 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         rows = ((skip["where"], skip["reason"]) for skip in facts["skipped_units"][:SHOWN])
         cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>\n" for a, b in rows)
         body += f"<h2>The first of them</h2>\n<table>{cells}</table>\n"
+    if facts["pictures_lost"]:
+        body += "<h2>Pictures that dialogues go without, and end before</h2>\n"
+        body += _bars(_by_reason(lost["reason"] for lost in facts["pictures_lost"]))
     if facts.get("lengths", {}).get("samples"):
         lengths = facts["lengths"]
         shown = ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p95", "p99", "max"))
-        body += f"<h2>Positions of a training sample</h2>\n<p>{shown}</p>\n" + _bars(lengths["histogram"])
+        body += f"<h2>Positions of a sample</h2>\n<p>{shown}</p>\n" + _bars(lengths["histogram"])
     body += "<h2>Pictures by width x height</h2>\n" + _bars(facts["pictures_by_size"])
     body += "<h2>Pictures by size of file (KiB, from)</h2>\n" + _bars(facts["pictures_by_kilobytes"])
     body += f"<h2>{len(drawn)} samples</h2>\n" + "".join(_sample(source, index) for index in drawn)

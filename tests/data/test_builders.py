@@ -18,7 +18,7 @@ from PIL import Image
 
 from minigpt5_jax.data.builders.run import prepare
 from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import encode_picture
+from minigpt5_jax.data.builders.units import Raw, encode_picture
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.sources import PreparedSource
 
@@ -43,7 +43,7 @@ def cc3m(folder: Path, rows: int = 7) -> Path:
 
 
 def make(table: Path, output: Path, **settings) -> Path:
-    return prepare(Job.plan("cc3m", table, output, **settings), show_progress=False)
+    return prepare(Job.plan(Raw("cc3m", str(table)), output, **settings), show_progress=False)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -138,7 +138,7 @@ def slow(picture, letterbox):
     time.sleep(0.15)
     return read(picture, letterbox)
 shards.encode_picture = slow
-prepare(shards.Job.plan("cc3m", sys.argv[1], sys.argv[2], num_shards=4), show_progress=False)
+prepare(shards.Job.plan(shards.Raw("cc3m", sys.argv[1]), sys.argv[2], num_shards=4), show_progress=False)
 """
 
 
@@ -204,9 +204,9 @@ def test_settings_that_are_wrong(tmp_path):
         ({"error_budget": 1.5}, "fraction"),
     ):
         with pytest.raises(DataError, match=message):
-            Job.plan("cc3m", table, tmp_path / "out", **settings)
+            Job.plan(Raw("cc3m", str(table)), tmp_path / "out", **settings)
     with pytest.raises(DataError, match="unknown data set 'coco'"):
-        Job.plan("coco", table, tmp_path / "out")
+        Job.plan(Raw("coco", str(table)), tmp_path / "out")
     (tmp_path / "out").write_text("")
     with pytest.raises(DataError, match="is a file"):
         make(table, tmp_path / "out")

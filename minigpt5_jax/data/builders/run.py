@@ -44,7 +44,7 @@ def prepare(
     runner = _beam(beam_runner, beam_options)
     from minigpt5_jax.data.builders.tfds_builders import make_builder, tfds
 
-    with tqdm(total=job.count, unit="unit", desc=job.dataset, disable=runner or not show_progress) as bar:
+    with tqdm(total=job.count, unit="unit", desc=job.raw.dataset, disable=runner or not show_progress) as bar:
         tfds.disable_progress_bar()
         with _quiet():
             builder = make_builder(job, None if runner else bar.update)
@@ -72,8 +72,8 @@ def claim(job: Job) -> None:
     """DataError where the output folder holds anything but splits of this data set."""
     mine = (PARTS, VERSION, TEMPORARY)
     for folder, known in (
-        (job.output, (job.dataset,)),
-        (job.output / job.dataset, SPLITS),
+        (job.output, (job.raw.dataset,)),
+        (job.output / job.raw.dataset, SPLITS),
         (job.folder, mine),
     ):
         if folder.exists() and not folder.is_dir():
@@ -82,7 +82,7 @@ def claim(job: Job) -> None:
         if others:
             raise DataError(
                 f"{folder} holds {', '.join(sorted(others)[:5])}, which is not part of the data set "
-                f"{job.dataset!r}; choose an empty --output folder"
+                f"{job.raw.dataset!r}; choose an empty --output folder"
             )
 
 

@@ -97,12 +97,44 @@ class Cc3m(PreparedBuilder):
     }
 
 
-BUILDERS: dict[str, type[PreparedBuilder]] = {"cc3m": Cc3m}
+class Vist(PreparedBuilder):
+    """Stories; picture k is that of step k."""
+
+    DESCRIPTION = "Stories of texts and pictures, step by step."
+    FIELDS: ClassVar = {
+        "id": tfds.features.Text(),
+        "steps": tfds.features.Sequence(
+            {
+                "caption": tfds.features.Text(),
+                "image_path": tfds.features.Text(),
+                "sequence_index": tfds.features.Scalar(dtype=np.int64),
+            }
+        ),
+    }
+
+
+class Mmdialog(PreparedBuilder):
+    """Dialogues; a turn's ``picture`` counts in ``image``, -1 for none (or a lost one, if it has media)."""
+
+    DESCRIPTION = "Dialogues with pictures, turn by turn, the first turn a human's."
+    FIELDS: ClassVar = {
+        "id": tfds.features.Text(),
+        "turns": tfds.features.Sequence(
+            {
+                "text": tfds.features.Text(),
+                "media": tfds.features.Sequence(tfds.features.Text()),
+                "picture": tfds.features.Scalar(dtype=np.int64),
+            }
+        ),
+    }
+
+
+BUILDERS: dict[str, type[PreparedBuilder]] = {"cc3m": Cc3m, "vist": Vist, "mmdialog": Mmdialog}
 
 
 def make_builder(job: Job, progress: Callable[[int], None] | None = None) -> PreparedBuilder:
     """The builder of a job."""
     config = tfds.core.BuilderConfig(name=job.split)
-    return BUILDERS[job.dataset](
+    return BUILDERS[job.raw.dataset](
         job=job, progress=progress, data_dir=str(job.output), config=config, file_format="array_record"
     )
