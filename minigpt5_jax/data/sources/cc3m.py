@@ -103,6 +103,10 @@ class Cc3mSource:
         """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
         return self._rules.texts(*self._find(index))
 
+    def picture_fingerprint(self) -> str:
+        """Hash of which picture each sample draws, whatever its wording."""
+        return hashlib.sha256(f"cc3m {self._lines.sha256} {self._rules.every}".encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """Hash of the table and of everything that changes the samples made of it."""
         settings = dataclasses.astuple(self._rules)
