@@ -69,7 +69,7 @@ class VistSource:
         if not values:
             raise DataError(f"no stories in {self.path}")
         self._hash = f"{stories_hash} {mapping_hash}"
-        self._stories = [_story(self.path, name, value, paths, root) for name, value in values.items()]
+        self._stories = [parse_story(self.path, name, value, paths, root) for name, value in values.items()]
         counts = [1 if isinstance(s, SampleError) else len(self._samples(s)) for s in self._stories]
         self._stops = np.cumsum(counts)
 
@@ -163,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 def parse_story(path: Path, name: str, value: Any, paths: dict, root: Path) -> Story | SampleError:
     """A story of the file, or what is wrong with it."""
-    where = f"{path}: story {name}"
+    where = f"{path}: story {name.encode(errors='backslashreplace').decode()}"  # fit for any log
     fields = Fields(where)
     try:
         fields.string(name, "id")
