@@ -167,6 +167,7 @@ BROKEN = [
     (raw(turn("a", 1.5)), "turn 0, part 1: expected text, found float"),
     (raw(turn("a", " ")), "turn 0, part 1: path of a picture is empty"),
     (raw(turn("a", "../b")), "turn 0, part 1: picture id '../b' is no file name"),
+    (raw(turn("half a pair \ud83d")), "turn 0, part 0: text is no Unicode at character 12"),
     (raw(turn("a [IMG0]")), r"turn 0, part 0: text contains \[IMG0\]"),
     (raw(turn("a"), turn("an <ImageHere>")), "turn 1, part 0: text contains <ImageHere>"),
     (raw(turn("a"), turn("b ###Human: c")), "turn 1, part 0: text contains ###"),

@@ -158,6 +158,7 @@ BROKEN = [
     (changed(2, caption=" "), "step 2.caption: text is empty"),
     (changed(2, caption="see [IMG0]"), r"step 2.caption: text contains \[IMG0\]"),
     (changed(2, caption="an <ImageHere> ."), "step 2.caption: text contains <ImageHere>"),
+    (changed(2, caption="half a pair \ud83d"), "step 2.caption: text is no Unicode at character 12"),
     (changed(4, caption="a ###Human: b"), "step 4.caption: text contains ###"),
     (changed(4, sequence_index="4"), "step 4.sequence_index: expected a whole number, found str"),
     (changed(4, sequence_index=True), "step 4.sequence_index: expected a whole number, found bool"),
@@ -178,6 +179,11 @@ def test_a_story_that_is_wrong_is_one_sample_that_cannot_be_fetched(tmp_path, st
         with pytest.raises(SampleError, match=reason) as caught:
             call(4)
         assert caught.value.where == f"{path}: story 7"
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    with pytest.raises(SampleError, match=r"story 7\\ud83d: id: text is no Unicode at character 1"):
+        VistSource(write(tmp_path, {"7\ud83d": steps(7)}))[0]
 
 
 def test_a_path_that_is_no_path(tmp_path):
