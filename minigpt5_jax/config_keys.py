@@ -69,10 +69,10 @@ KEYS: dict[str, Key] = {
     # -- data -----------------------------------------------------------------------------------
     "data.format": Key(
         "cc3m",
-        "reader: the published data sets, JSONL of one's own, or scenes drawn into the workdir (as CC3M)",
-        choices=("cc3m", "cc3m_tar", "vist", "mmdialog", "jsonl", "shapes"),
+        "reader: published data sets, JSONL of one's own, what `prepare` wrote, or scenes drawn here (CC3M)",
+        choices=("cc3m", "cc3m_tar", "vist", "mmdialog", "jsonl", "prepared", "shapes"),
     ),
-    "data.train": unset(str, "training data: .tsv, folder of tar shards, VIST's cleaned.json, or .jsonl"),
+    "data.train": unset(str, "training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),
     "data.validation": unset(str, "held-out data, same format"),
     "data.train_mapping": unset(
         str, "VIST's picture paths; not set: the file's name with image_mapping for cleaned (Q29)"

@@ -22,6 +22,7 @@ from minigpt5_jax.data.sources import (
     Cc3mTarSource,
     JsonlSource,
     MMDialogSource,
+    PreparedSource,
     Source,
     VistSource,
 )
@@ -93,12 +94,23 @@ def _open_jsonl(config: ConfigDict, towers: Towers, path: str | Path, training: 
     return JsonlSource(path, config.data.image_root, strict=True, num_vokens=vokens)
 
 
+def _open_prepared(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
+    """What ``minigpt5_jax.prepare`` wrote; held-out samples as the raw files' sources give them."""
+    data, tokenizer = config.data, llm_tokenizer(config, towers)
+    return PreparedSource(
+        path, "train" if training else None, instruction_every=data.instruction_every if training else 0,
+        tasks=tuple(data.tasks) or None, loader=data.dialog_loader, bad_media_ids=tuple(data.bad_media_ids),
+        count_tokens=lambda text: len(tokenizer.encode(text)), **_wording(config),
+    )  # fmt: skip
+
+
 OPENERS: dict[str, Callable[[ConfigDict, Towers, str | Path, bool], Source]] = {
     "cc3m": _open_cc3m,
     "cc3m_tar": _open_tar,
     "vist": _open_vist,
     "mmdialog": _open_mmdialog,
     "jsonl": _open_jsonl,
+    "prepared": _open_prepared,
     "shapes": _open_cc3m,
 }
 """``data.format`` -> ``open(config, towers, path, training)``."""
