@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import label_parameters
-from minigpt5_jax.weights.load import load_tower, open_safetensors
+from minigpt5_jax.weights.load import load_tower, open_weights
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 from minigpt5_jax.weights.table import Table
 from minigpt5_jax.weights.towers import TOWERS
@@ -308,21 +308,29 @@ def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
 
 
 def load_frozen(
-    config: ConfigDict, spec: ModelSpec, place: Callable[[str, np.ndarray], jax.Array]
+    config: ConfigDict,
+    spec: ModelSpec,
+    place: Callable[[str, np.ndarray], jax.Array],
+    only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
     """Every pretrained parameter, read from its source and put on the devices by ``place(path, array)``.
+
+    Args:
+      only: names under ``weights`` to read; all of them by default.
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: naming file and keys.
     """
     sources, params = check_sources(config), {}
     for tower in tower_sources(spec.towers):
+        if only is not None and tower.source not in only:
+            continue
         shapes = {
             path.removeprefix(tower.prefix): shape
             for path, shape in spec.template.shapes.items()
             if path.startswith(tower.prefix) and not any(part in path for part in tower.skip)
         }
-        source = tower.adapt(open_safetensors(sources[tower.source]))
+        source = tower.adapt(open_weights(sources[tower.source], TOWERS[tower.source].key))
         arrays = load_tower(tower.table(source), source, shapes)
         for path, array in arrays.items():
             full = tower.prefix + path

@@ -20,8 +20,8 @@ from minigpt5_jax.build import ModelSpec, build, check_sources, initial_trainabl
 from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
-from minigpt5_jax.weights.load import save_safetensors
 from minigpt5_jax.weights.maps.llama import split_tables
+from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import WeightTableError
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,9 @@ from minigpt5_jax.models.common import Params, Template
 from minigpt5_jax.models.llama import LlamaConfig
 from minigpt5_jax.models.unet import UNetConfig
 from minigpt5_jax.models.vae import VaeConfig
-from minigpt5_jax.weights.load import load_tower, open_safetensors, save_safetensors
+from minigpt5_jax.weights.load import load_tower, open_weights
 from minigpt5_jax.weights.maps import clip_text, llama, unet, vae
+from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import Table
 
 ASSETS = Path(__file__).parent / "assets"
@@ -125,7 +126,7 @@ def read_tower(assets: Path, name: str, template: Template) -> Params:
     files = TOWERS[name]
     new = {path: shape for path, shape in template.shapes.items() if path.endswith("/voken")}
     stored = {path: shape for path, shape in template.shapes.items() if path not in new}
-    params = load_tower(files.table, open_safetensors(assets / files.folder), stored, np.float32)
+    params = load_tower(files.table, open_weights(assets / files.folder), stored, np.float32)
     params |= {path: np.zeros(shape.shape, np.float32) for path, shape in new.items()}
     return {path: jnp.asarray(value) for path, value in params.items()}
 

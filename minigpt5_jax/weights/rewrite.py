@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from minigpt5_jax.diffusion.schedule import NoiseSchedule
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.importer import (
     COVERAGE_FILE,
     LLAMA_SIZES,
@@ -25,8 +27,9 @@ from minigpt5_jax.weights.importer import (
     read_sizes,
     trim_vocabulary,
 )
-from minigpt5_jax.weights.load import WeightFileError, save_safetensors
+from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps import ldm, llama
+from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
 from minigpt5_jax.weights.view import rename, subset
@@ -47,6 +50,7 @@ SCHEDULER = {
 NOT_SIZES = (
     "vocab_size", "initializer_range", "sample_size", "max_position_embeddings", "num_key_value_heads",
 )  # fmt: skip
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = {"unet": ldm.unet, "vae": ldm.vae, "text_encoder": ldm.text_encoder}
 
 
@@ -187,6 +191,36 @@ def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: this is Vicuna {later}; MiniGPT-4 and MiniGPT-5 stand on v0, and their weights fit no "
             "other (Vision-CAIR/vicuna-7b, or lmsys/vicuna-7b-delta-v0 applied to LLaMA-7B)"
         )
+
+
+def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> list[Coverage]:
+    """A diffusers folder of Stable Diffusion 2.1-base as safetensors, with today's names.
+
+    Args:
+      source: folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/, tensors in any form.
+      output: folder to fill.  any_size: sizes may differ from the full-size presets.
+
+    Raises:
+      WeightFileError: a part is missing, or the scheduler is not that of an epsilon model.
+    """
+    for name in (*PARTS, "tokenizer", "scheduler"):
+        if not (source / name).is_dir():
+            raise WeightFileError(f"{source} has no {name}/; a diffusers folder has {', '.join(FOLDERS)}")
+    try:
+        NoiseSchedule.from_hf(json.loads((source / "scheduler/scheduler_config.json").read_text()))
+    except ValueError as error:
+        raise WeightFileError(f"{source}/scheduler/scheduler_config.json: {error}") from None
+    found = []
+    for name in PARTS:
+        config = source / name / "config.json"
+        sizes = read_sizes(name, config)
+        if not any_size:
+            require_preset(name, sizes)
+        found.append(write_tower(name, open_weights(source / name), sizes, output / name,
+                                 config=json.loads(config.read_text())))  # fmt: skip
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(source / name, output / name)
+    return found
 
 
 def write_single_file(

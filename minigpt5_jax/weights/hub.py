@@ -1,0 +1,77 @@
+"""Where a source lies: a local path, or a Hugging Face id and the local cache of ``huggingface_hub``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from minigpt5_jax.weights.errors import WeightFileError
+
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt")
+"""What is brought of a repository: weights, sizes, tokenizer."""
+TORCH_PATTERNS = ("*.bin", "*.bin.index.json")
+"""Wanted too where a folder has no safetensors."""
+FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
+
+
+def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = PATTERNS) -> Path:
+    """The local file or folder of a source.
+
+    Args:
+      name_or_path: what is there locally comes first; else ``org/name``, ``org/name/folder`` or
+        ``org/name/folder/file.ckpt`` on the Hugging Face hub.  Without a network (or with
+        ``HF_HUB_OFFLINE=1``) its local cache is all there is.
+      patterns: files wanted of a repository's folder; PyTorch's ``.bin`` files are brought only where there
+        are no safetensors.
+
+    Raises:
+      FileNotFoundError: a local path that does not exist.
+      WeightFileError: the hub does not have it or cannot be reached; the message says which files to put
+        where.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if not _ID.fullmatch(name):
+        raise FileNotFoundError(f"no file or folder {path}; correct it, or give a repository as org/name")
+    repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if inner.endswith(FILES):
+        file = _from_hub(repository, [inner], name) / inner
+        if not file.is_file():
+            raise WeightFileError(f"{repository} has no file {inner!r}")
+        return file
+    prefix = f"{inner}/" if inner else ""
+    folder = _from_hub(repository, [prefix + pattern for pattern in patterns], name) / inner
+    if not any(folder.glob("*.safetensors")) and "*.safetensors" in patterns:
+        _from_hub(repository, [prefix + pattern for pattern in TORCH_PATTERNS], name)
+    if not folder.is_dir():
+        raise WeightFileError(f"{repository} has no folder {inner!r} with {', '.join(patterns)}")
+    return folder
+
+
+def _from_hub(repository: str, patterns: list[str], name: str) -> Path:
+    """Snapshot of a repository in the local cache that has what fits ``patterns``."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    here = Path.cwd() / name
+    place = here if name.endswith(FILES) else f"{here}/ (as files {', '.join(patterns)})"
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except GatedRepoError:
+        why = "its licence must be accepted on its page first, then log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        why = "the hub has no such repository, or it is private"
+    except LocalEntryNotFoundError:
+        why = "it is not in the local cache and the hub cannot be reached"
+    except Exception as error:  # the errors of the network are those of whichever client the hub uses
+        why = f"{type(error).__name__}: {error}"
+    raise WeightFileError(
+        f"{name!r} is no file or folder here and was not brought from the Hugging Face hub: {why}.\n"
+        f"Where there is a network, `hf download {repository} --local-dir {repository}` fetches it; put "
+        f"it at {place} or give the path where it lies"
+    )
