@@ -72,12 +72,23 @@ def hash_parameters(params: Mapping[str, jax.Array]) -> dict[str, str]:
 
     One leaf at a time is on the host.
     """
+    values = ((path, _on_host(params[path])) for path in sorted(params))
+    return hash_leaves((path, value, (value,)) for path, value in values)
+
+
+def hash_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> dict[str, str]:
+    """:func:`hash_parameters` of leaves that are never whole in memory.
+
+    Args:
+      leaves: in the order of their paths: path, what has ``shape`` and ``dtype``, and the values in pieces
+        along the first axis.
+    """
     hashes: dict[str, Any] = {}
-    for path in sorted(params):
-        value = _on_host(params[path])
+    for path, shape, pieces in leaves:
         tower = hashes.setdefault("/".join(path.split("/")[:2]), hashlib.sha256())
-        tower.update(f"{path} {value.shape} {value.dtype.name} ".encode())
-        tower.update(np.ascontiguousarray(value).view(np.uint8).data)
+        tower.update(f"{path} {shape.shape} {np.dtype(shape.dtype).name} ".encode())
+        for piece in pieces:
+            tower.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return {tower: digest.hexdigest() for tower, digest in hashes.items()}
 
 
