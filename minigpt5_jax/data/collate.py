@@ -129,8 +129,8 @@ class Sample:
     """An encoded example: i pictures read, at most one drawn, as pixels or as ready features."""
 
     text: Expanded
-    images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q c"], ...]
-    target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "h w c2"] | None
+    images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"], ...]
+    target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "y x c2"] | None
     caption_ids: Int32[np.ndarray, " c"]
     caption_mask: Int32[np.ndarray, " c"]
     has_caption: bool

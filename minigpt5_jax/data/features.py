@@ -64,6 +64,7 @@ class FeatureSpec:
       target_size, image_size: sides of the pictures in pixels.
       pad_input_square: whether input pictures were padded (quirk Q30).
       dtype: of the stored numbers, ``bfloat16`` or ``float32``.
+      pixel_range: what the target's tower saw black and white as (quirk Q9).
       shard_samples: samples of a shard.
     """
 
@@ -76,6 +77,7 @@ class FeatureSpec:
     image_size: int
     pad_input_square: bool = False
     dtype: str = "bfloat16"
+    pixel_range: tuple[float, ...] = (-1.0, 1.0)
     shard_samples: int = 2048
 
     def __post_init__(self):
@@ -283,8 +285,7 @@ def read_spec(folder: str | Path) -> FeatureSpec:
         content = json.loads(file.read_bytes())
         if content.pop("format") != FORMAT:
             raise DataError(f"{file} is of another version; make the features anew")
-        for kind in ("target", "image"):
-            content[kind] = None if content[kind] is None else tuple(content[kind])
+        content = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
         return FeatureSpec(**content)
     except FileNotFoundError:
         raise DataError(f"no feature store in {folder}: {MANIFEST} is missing") from None
@@ -413,6 +414,11 @@ class FeatureSource:
         if "image" in shapes:
             changes["images"] = tuple(map(Ready, self._store.images(index)))
         return dataclasses.replace(example, **changes)
+
+    @property
+    def features(self) -> FeatureSpec:
+        """What the features are."""
+        return self._store.spec
 
     def texts(self, index: int) -> list[tuple[str, str]]:
         """As the source's."""
