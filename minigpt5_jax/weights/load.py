@@ -131,7 +131,8 @@ def _is_torch(path: Path) -> bool:
         raise WeightFileError(f"{path} is empty; download it again")
     if start.startswith(b"version https://git-lfs"):
         raise WeightFileError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there")
-    return start.startswith((b"PK\x03\x04", b"\x80"))
+    # A safetensors file starts with its header's length in 8 bytes, whose first may be any.
+    return start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{"
 
 
 def _open_file(path: Path, key: str | None) -> Tensors:
@@ -189,7 +190,7 @@ def count_non_finite(value: np.ndarray) -> int:
     """
     if not is_floating(value.dtype):
         return 0
-    bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
+    bits = value.ravel(order="K").view(f"u{value.dtype.itemsize}")
     infinite = np.array(np.inf, value.dtype).view(bits.dtype)
     magnitude = np.array(np.iinfo(bits.dtype).max >> 1, bits.dtype)
     step, bad = 1 << 20, 0
