@@ -121,7 +121,7 @@ class PreparedSource:
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def find(self, index: int) -> tuple[int, int]:
         """Record of a sample, and which of the record's samples it is."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -158,12 +158,12 @@ class PreparedSource:
 
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index``, its pictures as encoded bytes; SampleError where the record is broken."""
-        record, place = self._find(index)
+        record, place = self.find(index)
         return self._kind.example(self.fields(record), self.pictures(record), place, epoch)
 
     def texts(self, index: int) -> list[tuple[str, str]]:
         """(source, target) of sample ``index`` in every wording it may have; no picture is read."""
-        record, place = self._find(index)
+        record, place = self.find(index)
         return self._kind.texts(self.fields(record), place)
 
     def fingerprint(self) -> str:
