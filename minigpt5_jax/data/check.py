@@ -92,9 +92,10 @@ class Findings:
                 f"({self.longest[1]}); {over:,} are over --max_length {max_length} and would be cut"
             )
         lines += [f"note: {count:,} {kind} (first: {first})" for kind, (count, first) in self.notes.items()]
-        verdict = "nothing is wrong" if not self.problems else (
-            f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)} in {self.bad:,} of {self.entries:,} {name}"
-        )  # fmt: skip
+        verdict = "nothing is wrong"
+        if self.problems:
+            problems = f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"
+            verdict = f"{problems} in {self.bad:,} of {self.entries:,} {name}"
         return "\n".join([*lines, verdict])
 
 
