@@ -235,3 +235,35 @@ def test_metadata_says_what_was_done(tmp_path):
     sizes = [(tmp_path / f"raw/val/{i:09d}.jpg").stat().st_size for i in range(3)]
     assert (made["dataset"], made["split"], made["count"]) == ("cc3m", "train", 3)
     assert made["tally"]["bytes"] == sum(sizes) and made["tally"]["sizes"] == {"12x9": 3}
+
+
+def test_more_than_ten_shards_of_unequal_length(tmp_path):
+    """TFDS sorts lengths as text when Beam writes; ours are in the order of the shards either way."""
+    table = cc3m(tmp_path / "raw", rows=23)
+    folder = make(table, tmp_path / "out", num_shards=14)
+    (split,) = json.loads((folder / "dataset_info.json").read_text())["splits"]
+    assert [int(n) for n in split["shardLengths"]] == [23 * (i + 1) // 14 - 23 * i // 14 for i in range(14)]
+
+
+@pytest.mark.slow
+def test_beam_on_two_processes_writes_the_same_files(tmp_path):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[prepare]'")
+    table = cc3m(tmp_path / "raw", rows=23)
+    (tmp_path / "raw/val/000000004.jpg").unlink()
+    here = make(table, tmp_path / "here", num_shards=14, error_budget=1)
+    job = Job.plan(Raw("cc3m", str(table)), tmp_path / "beam", num_shards=14, error_budget=1)
+    options = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    there = prepare(job, beam_runner="DirectRunner", beam_options=options, show_progress=False)
+    assert files(there) == files(here)
+    assert [path.name for path in there.parent.iterdir()] == ["1.0.0"]
+    with pytest.raises(DataError, match=r"1 of 23 units are unusable(.|\n)*000000004\.jpg"):
+        job = Job.plan(Raw("cc3m", str(table)), tmp_path / "none", num_shards=3, error_budget=0)
+        prepare(job, beam_runner="DirectRunner", beam_options=options, show_progress=False)
+    assert not (tmp_path / "none/cc3m/train/1.0.0").exists()
+
+
+def test_beam_that_is_not_installed_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    job = Job.plan(Raw("cc3m", str(cc3m(tmp_path / "raw", rows=1))), tmp_path / "out")
+    with pytest.raises(DataError, match=r"needs Apache Beam: pip install 'minigpt5_jax\[prepare\]'"):
+        prepare(job, beam_runner="DirectRunner", show_progress=False)

@@ -46,7 +46,7 @@ def prepare(
 
     with tqdm(total=job.count, unit="unit", desc=job.raw.dataset, disable=runner or not show_progress) as bar:
         tfds.disable_progress_bar()
-        with _quiet():
+        with _quiet(), _errors_of_workers():
             builder = make_builder(job, None if runner else bar.update)
             builder.download_and_prepare(
                 download_dir=job.parts / "downloads",  # TFDS makes one though there is nothing to download
@@ -66,6 +66,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Beam wraps what a worker raises into a traceback of text; a DataError in it is raised as one."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        mark = f"{DataError.__module__}.{DataError.__name__}: "
+        if mark not in str(error):
+            raise
+        raise DataError(str(error).rpartition(mark)[2]) from None
 
 
 def claim(job: Job) -> None:

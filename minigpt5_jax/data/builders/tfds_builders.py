@@ -77,13 +77,20 @@ class PreparedBuilder(tfds.core.ShardBasedBuilder):
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
-        tally, target = Tally(), Path(self.data_dir) / UNITS_FILE
-        with target.open("w", encoding="utf-8") as units:
+        tally, lengths, folder = Tally(), [], Path(self.data_dir)
+        with (folder / UNITS_FILE).open("w", encoding="utf-8") as units:
             for work in self._works():
-                tally.add(Tally.read(work.file("json")))
+                part = Tally.read(work.file("json"))
+                lengths.append(part.kept)
+                tally.add(part)
                 units.write(work.file("jsonl").read_text(encoding="utf-8"))
         check_budget(self._job, len(tally.skipped), tally.skipped)
         self.info.metadata[METADATA]["tally"] = vars(tally)
+        # With Beam, TFDS 4.9 puts the lengths of more than ten shards in the order "0", "1", "10", "2".
+        split = self.info.splits[self._job.split].replace(shard_lengths=lengths)
+        self.info.set_splits(tfds.core.splits.SplitDict([split]))
+        for file in folder.glob("*.shard_infos.json"):
+            file.unlink()
 
 
 class Cc3m(PreparedBuilder):
