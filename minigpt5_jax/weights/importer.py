@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.weights.load import WeightFileError, is_floating
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.load import Weights, count_non_finite, open_weights
 from minigpt5_jax.weights.maps import llama
 from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS, Shapes
-from minigpt5_jax.weights.view import View, replaced
+from minigpt5_jax.weights.view import Tensors, View, replaced
 
 COVERAGE_FILE = "coverage.json"
 
@@ -60,13 +61,28 @@ class Coverage:
         return {**dataclasses.asdict(self), "written": self.written}
 
 
+def open_source(name: str, path: Path) -> Weights:
+    """A tower's published file or folder, no tensor read yet.
+
+    Raises:
+      FileNotFoundError, WeightFileError: as :func:`minigpt5_jax.weights.load.open_weights`.
+    """
+    return open_weights(path, None if path.is_dir() else TOWERS[name].key)
+
+
 def examine(
-    name: str, source: Mapping[str, np.ndarray], sizes: Any, *, notes: tuple[str, ...] = ()
+    name: str,
+    source: Tensors,
+    sizes: Any,
+    *,
+    notes: tuple[str, ...] = (),
+    values: bool = True,
 ) -> tuple[View, Coverage]:
     """Compare a source's keys with a tower, and prepare to read it.
 
     Args:
       name: tower, as under ``config.weights``.  source: tensors by name.  sizes: the tower's.
+      values: look for NaN too, not at shapes only.
 
     Returns:
       (the tensors that are used, under the names the tower's table reads; checked for shape and for
@@ -83,9 +99,10 @@ def examine(
         plan = table.plan(list(adapted), shapes)
     except WeightTableError as error:
         raise WeightTableError(_with_cause(f"{where}: {error}", name, source)) from None
-    return check_tensors(plan, adapted, shapes, lambda text: _with_cause(f"{where}: {text}", name, source)), (
-        coverage_of(where, table, plan, adapted, notes)
+    checked = check_tensors(
+        plan, adapted, shapes, lambda text: _with_cause(f"{where}: {text}", name, source), values=values
     )
+    return checked, coverage_of(where, table, plan, adapted, notes)
 
 
 def coverage_of(
@@ -98,9 +115,11 @@ def coverage_of(
 
 def check_tensors(
     plan: list[Assignment],
-    source: Mapping[str, np.ndarray],
+    source: Tensors,
     shapes: Shapes,
     explain: Callable[[str], str] = lambda text: text,
+    *,
+    values: bool = True,
 ) -> View:
     """The tensors of a plan; reading one raises WeightTableError if its shape or its values are wrong."""
 
@@ -116,15 +135,14 @@ def check_tensors(
                 raise WeightTableError(
                     explain(f"{item.key!r} gives shape {part.shape} for {path!r}, the model has {want}")
                 )
-        if is_floating(value.dtype) and not np.isfinite(value).all():
-            bad = int(value.size - np.isfinite(value).sum())
+        if values and (bad := count_non_finite(value)):
             raise WeightTableError(explain(f"{item.key!r} holds {bad} values that are NaN or infinite"))
         return value
 
     return View(source, {item.key: lambda item=item: checked(item) for item in plan})
 
 
-def trim_vocabulary(source: Mapping[str, np.ndarray], rows: int) -> Mapping[str, np.ndarray]:
+def trim_vocabulary(source: Tensors, rows: int) -> Tensors:
     """A language model without the rows its tokenizer has no piece for.
 
     Vicuna v0's deltas carry a ``[PAD]`` row behind LLaMA's 32000 (reference 1.5); the original overwrites
@@ -155,12 +173,12 @@ def read_sizes(name: str, path: Path | None) -> Any:
         raise WeightFileError(f"{path}: {error}") from None
 
 
-def _with_cause(message: str, name: str, source: Mapping[str, np.ndarray]) -> str:
+def _with_cause(message: str, name: str, source: Tensors) -> str:
     cause = likely_cause(name, source)
     return f"{message}\nlikely cause: {cause}" if cause else message
 
 
-def likely_cause(name: str, source: Mapping[str, np.ndarray]) -> str:
+def likely_cause(name: str, source: Tensors) -> str:
     """What a source probably is, where it is not what the tower wants; '' for no idea.
 
     Told by a few names and shapes; only called once something does not fit.

@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.importer import (
@@ -32,7 +30,7 @@ from minigpt5_jax.weights.maps import ldm, llama
 from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
-from minigpt5_jax.weights.view import rename, subset
+from minigpt5_jax.weights.view import Tensors, rename, subset
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -76,7 +74,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def write_tower(
     name: str,
-    source: Mapping[str, np.ndarray],
+    source: Tensors,
     sizes: Any,
     folder: Path,
     *,
@@ -134,7 +132,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_llm(
-    source: Mapping[str, np.ndarray], folder: Path, output: Path, *, keep_rows: bool = False
+    source: Tensors, folder: Path, output: Path, *, keep_rows: bool = False
 ) -> Coverage:
     """A LLaMA folder: weights, configuration and tokenizer.
 
@@ -224,7 +222,7 @@ def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> li
 
 
 def write_single_file(
-    source: Mapping[str, np.ndarray], tokenizer: Path, output: Path, sizes: Path | None = None
+    source: Tensors, tokenizer: Path, output: Path, sizes: Path | None = None
 ) -> list[Coverage]:
     """A Stable Diffusion 2.1-base checkpoint of one file as a diffusers folder.
 
@@ -268,7 +266,7 @@ def write_single_file(
     return found
 
 
-def _refuse_other_diffusion(source: Mapping[str, np.ndarray]) -> None:
+def _refuse_other_diffusion(source: Tensors) -> None:
     """Other generations of Stable Diffusion, told by their keys or by the file's name."""
     path = str(getattr(source, "path", ""))
     cause = ""
