@@ -68,7 +68,7 @@ def test_records_keep_words_and_bytes(tmp_path):
         "row": 4,
         "caption": "Picture number 4 .",  # as written
         "image_path": "val/000000004.jpg",
-        "where": f"{table}:6",
+        "where": "cc3m_train.tsv:6",
     }
     assert source.pictures(4) == [(tmp_path / "raw/val/000000004.jpg").read_bytes()]
 

@@ -23,6 +23,7 @@ from minigpt5_jax.data.example import Example
 from minigpt5_jax.data.sources import (
     Cc3mSource,
     Cc3mTarSource,
+    JsonlSource,
     MMDialogSource,
     PreparedSource,
     Source,
@@ -94,10 +95,12 @@ def prepared(raw: Raw, output: Path, **settings) -> Path:
 
 
 def as_bytes(example: Example) -> Example:
-    """With pictures as bytes, and without the place."""
+    """With pictures as bytes, and without the folder of the place."""
     read = lambda picture: Path(picture).read_bytes() if isinstance(picture, str) else picture  # noqa: E731
     target = None if example.target_image is None else read(example.target_image)
-    return dataclasses.replace(example, images=tuple(map(read, example.images)), target_image=target)
+    return dataclasses.replace(
+        example, images=tuple(map(read, example.images)), target_image=target, where=Path(example.where).name
+    )
 
 
 def same_samples(stored: Source, raw: Source, epochs: int = 2) -> None:
@@ -234,6 +237,48 @@ def test_dialogues_need_a_tokenizer_in_training(tmp_path):
     folder = prepared(Raw("mmdialog", str(talks)), tmp_path / "out")
     with pytest.raises(DataError, match="give count_tokens="):
         PreparedSource(folder)
+
+
+def test_lines_of_ones_own(tmp_path):
+    for name in "abc":
+        draw(tmp_path / f"raw/photos/{name}.jpg", ord(name))
+    image = lambda name, **more: {"type": "image", "path": f"photos/{name}.jpg", **more}  # noqa: E731
+    story = [
+        {"role": "user", "content": [image("a"), {"type": "text", "text": "And then?"}, image("b")]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A lake."}, image("a", caption="lake")]},
+        {"role": "user", "content": "Nice \U0001f600."},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    lines = [
+        {"caption": "A fox!", "image": "photos/c.jpg"},
+        {"turns": story},
+        {"id": "x", "turns": story[2:]},
+    ]
+    path = tmp_path / "raw/own.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    folder = prepared(Raw("jsonl", str(path)), tmp_path / "out", num_shards=2)
+    same_samples(PreparedSource(folder, num_vokens=4), JsonlSource(path, num_vokens=4))
+    path.write_text(path.read_text() + '\n{"id": "x", "caption": "b", "image": "a"}')
+    with pytest.raises(DataError, match="id 'x' was used in line 3"):
+        Raw("jsonl", str(path)).open()
+
+
+def test_the_folder_of_the_raw_files_leaves_no_trace(tmp_path):
+    for name in "ab":
+        write_vist(tmp_path / name)
+        prepared(Raw("vist", str(tmp_path / name / "val_cleaned.json")), tmp_path / f"out_{name}")
+    first, second = (PreparedSource(tmp_path / f"out_{name}") for name in "ab")
+    assert first.fingerprint() == second.fingerprint() and first[3] == second[3]
+    assert first[0].where == "val_cleaned.json: story 40470"
+
+
+def test_picture_fingerprint_is_that_of_the_pictures(tmp_path):
+    folder = prepared(Raw("vist", str(write_vist(tmp_path / "raw"))), tmp_path / "out")
+    prints = [
+        PreparedSource(folder, **settings).picture_fingerprint()
+        for settings in ({}, {"seed": 1, "prompt_set": "release"}, {"training": False}, {"tasks": ("gen",)})
+    ]
+    assert prints[0] == prints[1] != prints[2] == prints[3]
 
 
 def test_fingerprint_follows_content_and_settings(tmp_path):

@@ -134,9 +134,9 @@ class Record:
         """What TFDS encodes."""
         return {**self.fields, "image": [io.BytesIO(picture.data) for picture in self.pictures]}
 
-    def line(self) -> str:
+    def line(self, raw: Raw) -> str:
         """The unit without its pictures, one line of JSON."""
-        return json.dumps({**self.fields, "where": self.unit.where}, ensure_ascii=False) + "\n"
+        return json.dumps({**self.fields, "where": raw.place(self.unit.where)}, ensure_ascii=False) + "\n"
 
 
 @dataclasses.dataclass
@@ -238,7 +238,7 @@ class ShardWork:
                 check_budget(self.job, spent + len(tally.skipped), tally.skipped)
             else:
                 yield tally.kept, record.example()
-                lines.write(record.line())
+                lines.write(record.line(self.job.raw))
                 tally.count(index, record)
             self._tell(1)
         write_whole(self.file("jsonl"), lines.getvalue())

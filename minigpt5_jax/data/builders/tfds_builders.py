@@ -136,7 +136,19 @@ class Mmdialog(PreparedBuilder):
     }
 
 
-BUILDERS: dict[str, type[PreparedBuilder]] = {"cc3m": Cc3m, "vist": Vist, "mmdialog": Mmdialog}
+class Jsonl(PreparedBuilder):
+    """Lines of one's own, as written; pictures in the order a line names them."""
+
+    DESCRIPTION = "Pairs, stories and dialogues of one's own, one JSON object each."
+    FIELDS: ClassVar = {"name": tfds.features.Text(), "record": tfds.features.Text()}
+
+
+BUILDERS: dict[str, type[PreparedBuilder]] = {
+    "cc3m": Cc3m,
+    "vist": Vist,
+    "mmdialog": Mmdialog,
+    "jsonl": Jsonl,
+}
 
 
 def make_builder(job: Job, progress: Callable[[int], None] | None = None) -> PreparedBuilder:

@@ -14,7 +14,15 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.sources import Cc3mSource, Cc3mTarSource, MMDialogSource, VistSource
+from minigpt5_jax.data.records import parse_record
+from minigpt5_jax.data.sources import (
+    Cc3mSource,
+    Cc3mTarSource,
+    JsonlSource,
+    MMDialogSource,
+    TextLines,
+    VistSource,
+)
 from minigpt5_jax.data.transforms import Picture, load_picture, pad_square, picture_name
 
 JPEG_QUALITY = 95
@@ -80,6 +88,11 @@ class Raw:
     def root(self) -> Path:
         """Folder that picture paths are relative to."""
         return Path(self.path).parent if self.image_root is None else Path(self.image_root)
+
+    def place(self, where: str) -> str:
+        """A place without the folder of the files, which may lie elsewhere tomorrow."""
+        folder = Path(self.path) if os.path.isdir(self.path) else Path(self.path).parent
+        return where.removeprefix(f"{folder}{os.sep}")
 
     def name(self, picture: Picture) -> str:
         """Path of a picture as the files give it; nothing for one in a tar shard."""
@@ -166,7 +179,36 @@ class MMDialogUnits:
         return self._sha256
 
 
-UNITS: Mapping[str, type[Units]] = {"cc3m": Cc3mUnits, "vist": VistUnits, "mmdialog": MMDialogUnits}
+class JsonlUnits:
+    """Lines of JSONL of one's own."""
+
+    def __init__(self, raw: Raw):
+        # Opened as a source as well, for what concerns the file as a whole: ids that occur twice.
+        self._source = JsonlSource(raw.path, raw.image_root, strict=False)
+        self._lines, self._root = TextLines(raw.path), raw.root()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Unit:
+        where, line = self._lines.where(index), self._lines[index]
+        record = parse_record(line, where)
+        if not record.answers():
+            raise SampleError(where, "no assistant turn, so nothing to learn from")
+        name = f"{self._lines.path.stem}_{self._lines.number(index)}"
+        pictures = tuple(str(self._root / image.path) for turn in record.turns for image in turn.images())
+        return Unit({"name": name, "record": line}, pictures, where)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+UNITS: Mapping[str, type[Units]] = {
+    "cc3m": Cc3mUnits,
+    "vist": VistUnits,
+    "mmdialog": MMDialogUnits,
+    "jsonl": JsonlUnits,
+}
 
 
 @dataclasses.dataclass(frozen=True)

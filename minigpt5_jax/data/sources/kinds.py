@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,7 @@ from minigpt5_jax.data.dialogs import Dialog, DialogRules, DialogTurn
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.example import Example
 from minigpt5_jax.data.pairs import Pair, PairRules
+from minigpt5_jax.data.records import Record, parse_record, to_example
 from minigpt5_jax.data.stories import Step, Story, StoryRules
 from minigpt5_jax.data.transforms import Picture
 
@@ -29,7 +31,8 @@ class Kind(Protocol):
 
     ``counts`` gives the number of samples of each record, from the lines of the units' file and the number
     each unit had in the raw files; ``example`` and ``texts`` give sample ``place`` of one record, the latter
-    without pictures; ``settings`` is everything they depend on, ``left_out`` what is not used, by kind.
+    without pictures; ``settings`` is everything they depend on, ``layout`` that part of it which decides
+    what pictures a sample has, ``left_out`` what is not used, by kind.
     """
 
     def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
@@ -39,6 +42,8 @@ class Kind(Protocol):
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]: ...
 
     def settings(self) -> tuple: ...
+
+    def layout(self) -> tuple: ...
 
     def left_out(self) -> dict[str, int]: ...
 
@@ -60,6 +65,9 @@ class PairKind:
 
     def settings(self) -> tuple:
         return dataclasses.astuple(self._rules)
+
+    def layout(self) -> tuple:
+        return (self._rules.every,)
 
     def left_out(self) -> dict[str, int]:
         return {}
@@ -86,6 +94,9 @@ class StoryKind:
 
     def settings(self) -> tuple:
         return dataclasses.astuple(self._rules)
+
+    def layout(self) -> tuple:
+        return (self._rules.tasks,)
 
     def left_out(self) -> dict[str, int]:
         return {}
@@ -134,6 +145,9 @@ class DialogKind:
     def settings(self) -> tuple:
         return dataclasses.astuple(self._rules)
 
+    def layout(self) -> tuple:
+        return self.settings()
+
     def left_out(self) -> dict[str, int]:
         return dict(sorted(self._left_out.items()))
 
@@ -145,3 +159,49 @@ class DialogKind:
                 picture = UNREAD if pictures is None else pictures[turn["picture"]]
             turns.append(DialogTurn(turn["text"], picture, tuple(turn["media"])))
         return Dialog(fields["id"], tuple(turns), fields["where"])
+
+
+class RecordKind:
+    """JSONL of one's own: every assistant turn."""
+
+    def __init__(self, num_vokens: int):
+        self._num_vokens = num_vokens
+
+    def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return np.array([len(self._record(json.loads(line)).answers()) for line in lines], np.int64)
+
+    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
+        record, example = self._record(fields), self._example(fields, place)
+        paths = (str(Path(image.path)) for turn in record.turns for image in turn.images())
+        found: dict[Picture, bytes] = dict(zip(paths, pictures, strict=True))
+        target = None if example.target_image is None else found[example.target_image]
+        images = tuple(found[path] for path in example.images)
+        return dataclasses.replace(example, images=images, target_image=target)
+
+    def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
+        example = self._example(fields, place)
+        return [(example.source, example.target)]
+
+    def settings(self) -> tuple:
+        return (self._num_vokens,)
+
+    def layout(self) -> tuple:
+        return ()
+
+    def left_out(self) -> dict[str, int]:
+        return {}
+
+    def _record(self, fields: Fields) -> Record:
+        return parse_record(fields["record"], fields["where"])
+
+    def _example(self, fields: Fields, place: int) -> Example:
+        """The sample with paths for pictures."""
+        record = self._record(fields)
+        return to_example(
+            record,
+            record.answers()[place],
+            image_root=Path(),
+            name=fields["name"],
+            where=fields["where"],
+            num_vokens=self._num_vokens,
+        )

@@ -15,7 +15,7 @@ from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.example import Example
 from minigpt5_jax.data.pairs import PairRules
 from minigpt5_jax.data.sources.base import TextLines
-from minigpt5_jax.data.sources.kinds import DialogKind, Fields, Kind, PairKind, StoryKind
+from minigpt5_jax.data.sources.kinds import DialogKind, Fields, Kind, PairKind, RecordKind, StoryKind
 from minigpt5_jax.data.stories import StoryRules
 
 METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"
@@ -80,6 +80,7 @@ class PreparedSource:
             "mmdialog": lambda: DialogKind(
                 DialogRules(loader, training, max_tokens, max_words, bad, num_vokens), count_tokens
             ),
+            "jsonl": lambda: RecordKind(num_vokens),
         }
         self._kind = kinds[self.dataset]()
         lines = (self._lines[number] for number in range(len(self._lines)))
@@ -167,10 +168,16 @@ class PreparedSource:
         return self._kind.texts(self.fields(record), place)
 
     def fingerprint(self) -> str:
-        """Hash of the words, of the sizes of the pictures and of everything that changes the samples."""
+        """Hash of the words, of the pictures' size and of everything that changes the samples."""
+        return self._hash(self._kind.settings())
+
+    def picture_fingerprint(self) -> str:
+        """Hash of which pictures each sample has, whatever its wording."""
+        return self._hash(self._kind.layout())
+
+    def _hash(self, settings: tuple) -> str:
         content = (self._lines.sha256, self.metadata["letterbox"], self.metadata["tally"]["bytes"])
-        text = f"prepared {self.dataset} {content} {self._kind.settings()}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(f"prepared {self.dataset} {content} {settings}".encode()).hexdigest()
 
     def describe(self) -> str:
         kind = "training" if self._training else "test"
