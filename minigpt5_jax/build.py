@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from minigpt5_jax import parts  # noqa: F401  (fills the registries)
@@ -34,8 +35,9 @@ from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import label_parameters
-from minigpt5_jax.weights.load import load_tower, open_weights
+from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
+from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import Table
 from minigpt5_jax.weights.towers import TOWERS
 
@@ -310,12 +312,13 @@ def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
 def load_frozen(
     config: ConfigDict,
     spec: ModelSpec,
-    place: Callable[[str, np.ndarray], jax.Array],
+    shardings: Mapping[str, Sharding] | None = None,
     only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
-    """Every pretrained parameter, read from its source and put on the devices by ``place(path, array)``.
+    """Every pretrained parameter, streamed from its source onto its devices.
 
     Args:
+      shardings: path -> where it goes; the first local device for paths that are not named.
       only: names under ``weights`` to read; all of them by default.
 
     Raises:
@@ -325,16 +328,17 @@ def load_frozen(
     for tower in tower_sources(spec.towers):
         if only is not None and tower.source not in only:
             continue
-        shapes = {
-            path.removeprefix(tower.prefix): shape
+        targets = {
+            path.removeprefix(tower.prefix): jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=(shardings or {}).get(path)
+            )
             for path, shape in spec.template.shapes.items()
             if path.startswith(tower.prefix) and not any(part in path for part in tower.skip)
         }
-        source = tower.adapt(open_weights(sources[tower.source], TOWERS[tower.source].key))
-        arrays = load_tower(tower.table(source), source, shapes)
-        for path, array in arrays.items():
-            full = tower.prefix + path
-            params[full] = place(full, array.astype(spec.template.shapes[full].dtype))
+        path = sources[tower.source]
+        source = tower.adapt(open_weights(path, None if path.is_dir() else TOWERS[tower.source].key))
+        arrays = stream_tower(tower.table(source), source, targets)
+        params |= {tower.prefix + path: array for path, array in arrays.items()}
     return params
 
 

@@ -10,12 +10,11 @@ tower and the Q-Former over every input picture.  Training takes them with ``dat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from minigpt5_jax.build import ModelSpec, build, load_frozen
@@ -40,13 +39,11 @@ TOWERS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def _parameters(
-    config: ConfigDict, spec: ModelSpec, kind: str, place: Callable[[str, np.ndarray], jax.Array]
-) -> Params:
+def _parameters(config: ConfigDict, spec: ModelSpec, kind: str) -> Params:
     """The leaves that make one kind of feature."""
     towers = TOWERS[kind]
     paths = tuple(prefix for prefixes in towers.values() for prefix in prefixes)
-    loaded = load_frozen(config, spec, place, only=towers.keys())
+    loaded = load_frozen(config, spec, only=towers.keys())
     return {path: value for path, value in loaded.items() if path.startswith(paths)}
 
 
@@ -122,7 +119,7 @@ def prepare_features(
     """
     spec = build(config)
     kinds = ["target", "image"] if spec.towers.qformer and config.data.max_images else ["target"]
-    params = {kind: _parameters(config, spec, kind, lambda _, value: jnp.asarray(value)) for kind in kinds}
+    params = {kind: _parameters(config, spec, kind) for kind in kinds}
     hashes = {name: digest for kind in kinds for name, digest in _hashes(kind, params[kind]).items()}
     store = feature_spec(config, spec, source, hashes, dtype=dtype)
     missing = write_features(
@@ -153,7 +150,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
     store = FeatureStore(folder)
     now = {}
     for kind in store.spec.shapes():
-        params = _parameters(config, spec, kind, lambda _, value: value)
+        params = _parameters(config, spec, kind)
         now |= _hashes(kind, params)
     store.check(source, now)
     return FeatureSource(source, store)

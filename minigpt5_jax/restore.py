@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from minigpt5_jax.build import (
@@ -159,7 +158,7 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str,
     check_sources(config)
     spec = build(config)
     tokenizer = llm_tokenizer(config, spec.towers)
-    frozen = load_frozen(config, spec, lambda _, value: jnp.asarray(value))
+    frozen = load_frozen(config, spec)
     trained = trained_parameters(checkpoints, step, spec)
     kept = {path: value for path, value in {**frozen, **trained}.items() if spec.labels[path] == FROZEN}
     now = describe_run(

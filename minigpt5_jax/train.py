@@ -101,7 +101,7 @@ def split_parameters(
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, shardings[path], lambda index: value[index])
 
-    pretrained = load_frozen(config, spec, place)
+    pretrained = load_frozen(config, spec, shardings)
     fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
     newest = checkpoints.latest_step

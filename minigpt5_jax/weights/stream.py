@@ -74,8 +74,11 @@ class _Leaf:
         Raises:
           WeightTableError: its shape is not the parameter's, or it is no floating tensor where that is one.
         """
-        value = self.source[item.key]
-        view, want = item.op.forward(value)[part], self.shape[0 if item.index is None else 1 :]
+        value, want = self.source[item.key], self.shape[0 if item.index is None else 1 :]
+        try:
+            view = item.op.forward(value)[part]
+        except (ValueError, IndexError) as error:  # fewer dimensions than the operation permutes
+            raise WeightTableError(f"{item.key!r} of shape {value.shape}: {error}") from None
         if view.shape != want:
             raise WeightTableError(
                 f"{item.key!r} gives shape {view.shape} for {self.path!r}, the model has {want}"

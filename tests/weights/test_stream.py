@@ -134,6 +134,7 @@ def test_values_that_are_no_numbers_name_their_tensor(tmp_path, bad, dtype):
         ({"head.weight": None}, r"'head/kernel' is written by no source key"),
         ({"layers.1.norm.weight": None}, r"'layers/norm/scale' lacks layers \[1\]"),
         ({"head.weight": np.ones((8, 16), np.float32)}, r"'head\.weight' gives shape \(16, 8\).*\(8, 16\)"),
+        ({"conv.weight": np.ones((4, 8), np.float32)}, r"'conv\.weight' of shape \(4, 8\): axes"),
         ({"head.weight": np.ones((16, 8), np.int8)}, r"'head\.weight' is int8, 'head/kernel' is float32"),
     ],
 )
