@@ -31,7 +31,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
-from minigpt5_jax.config import ConfigError, get_config, validate
+from minigpt5_jax.config import ConfigError, get_config, setting_errors, validate
 from minigpt5_jax.data import templates
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.prompts import DIALOG_SYSTEM, dialog_source
@@ -112,22 +112,20 @@ def make_session(run: Run, *, batch_size: int = 4) -> Session:
       ConfigError: settings that do not go together.
     """
     inference, towers = run.config.inference, run.spec.towers
-    try:
-        sampler = make_sampler(inference.sampler, towers.schedule, inference.num_inference_steps)
-    except ValueError as error:
-        raise ConfigError(f"inference.num_inference_steps: {error}") from None
-    return Session(
-        run.spec.template,
-        run.params,
-        run.tokenizer,
-        sampler=sampler,
-        sampling=sampling_config(run.config, run.tokenizer),
-        guidance_scale=inference.guidance_scale,
-        cfg_negative=inference.cfg_negative,
-        max_length=run.config.data.max_length,
-        batch_size=batch_size,
-        pad_input_square=run.config.data.pad_input_square,
-    )
+    sampling = sampling_config(run.config, run.tokenizer)
+    with setting_errors():
+        return Session(
+            run.spec.template,
+            run.params,
+            run.tokenizer,
+            sampler=make_sampler(inference.sampler, towers.schedule, inference.num_inference_steps),
+            sampling=sampling,
+            guidance_scale=inference.guidance_scale,
+            cfg_negative=inference.cfg_negative,
+            max_length=run.config.data.max_length,
+            batch_size=batch_size,
+            pad_input_square=run.config.data.pad_input_square,
+        )
 
 
 def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:

@@ -155,6 +155,11 @@ def batch_spec(config: ConfigDict, towers: Towers, samples: int, pack: int = 1) 
             f"data.max_images={data.max_images}, but model.backbone.vit='none' cannot see; "
             "set data.max_images=0 or give the backbone a vision tower"
         )
+    if data.max_length > towers.llm.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_length={data.max_length} exceeds the language model's "
+            f"{towers.llm.max_position_embeddings} positions (max_position_embeddings)"
+        )
     return BatchSpec(
         rows=samples // pack,
         length=data.max_length,

@@ -108,6 +108,12 @@ def test_training_data_must_be_given(config):
         inputs.open_sources(config, build(config).towers)
 
 
+def test_rows_longer_than_the_language_model_are_refused(config):
+    config.data.max_length = 513
+    with pytest.raises(ConfigError, match="data.max_length=513 exceeds the language model's 512 positions"):
+        inputs.batch_spec(config, build(config).towers, 1)
+
+
 def test_an_unknown_task_is_one_clear_error(config, tmp_path):
     config.data.update(format="vist", train=str(write_vist(tmp_path)), tasks=("drawing",))
     with pytest.raises(DataError, match="some of gen, multimodal, understanding; got drawing"):

@@ -297,6 +297,8 @@ def test_settings_out_of_range_are_named(make):
         make(cfg_negative="zero")
     with pytest.raises(ValueError, match="batch_size=0"):
         make(batch_size=0)
+    with pytest.raises(ValueError, match=r"max_length=2040 and an answer of 13 .*exceed.* 2048 positions"):
+        make(max_length=2040)
 
 
 def test_stop_sequences_of_a_tokenizer(tokenizer):

@@ -52,6 +52,7 @@ class MiniGPT4(nnx.Module):
         if lora is not None and prefix is not None:
             raise ValueError("minigpt4 is tuned by `lora` or by `prefix`, not by both")
         self.hidden_size, self.vocab_size, self.num_vokens = llm.hidden_size, llm.vocab_size, num_vokens
+        self.max_positions = llm.max_position_embeddings
         self.dtype = dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.llm = Llama(
