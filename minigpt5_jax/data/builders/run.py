@@ -42,6 +42,7 @@ def prepare(
         return finished
     _continue_or_restart(job)
     runner = _beam(beam_runner, beam_options)
+    job = job.absolute() if runner else job
     from minigpt5_jax.data.builders.tfds_builders import make_builder, tfds
 
     with tqdm(total=job.count, unit="unit", desc=job.raw.dataset, disable=runner or not show_progress) as bar:

@@ -98,6 +98,13 @@ class Job:
     def parts(self) -> Path:
         return self.folder / PARTS
 
+    def absolute(self) -> Job:
+        """With paths that a worker with another working folder understands."""
+        names = ("path", "image_root", "mapping")
+        paths = {name: os.path.abspath(path) for name in names if (path := getattr(self.raw, name))}
+        raw = dataclasses.replace(self.raw, **paths)
+        return dataclasses.replace(self, raw=raw, output=self.output.absolute())
+
     def settings(self) -> dict[str, Any]:
         """What the content of the data set depends on."""
         names = ("split", "count", "fingerprint", "num_shards", "letterbox")
