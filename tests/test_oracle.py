@@ -248,6 +248,7 @@ def test_losses_gradients_and_two_updates_are_the_originals(case, labels):
         assert_close(metrics["loss"], numbers[f"step{number}/loss"], 1e-5, f"loss of step {number}")
         check_update(case, state.trainable, number, {path: rates[labels[path]] for path in trainable})
     assert state.step == 2
+    check_export(case, state.trainable, rates)
 
 
 def check_gradients(grads, want):
@@ -268,3 +269,25 @@ def check_update(case, trainable, number, rates):
             clear = np.abs(gradients[path]) >= 1e-4 * np.abs(gradients[path]).max()
             error = np.abs(np.asarray(value) - want[path])[clear].max() / rates[path]
             assert error < 5e-3, f"{path} after update {number}: off by {error:.1e} updates"
+
+
+def check_export(case, trainable, rates):
+    """The 131 tensors an export writes after two updates, against those the original had then: whole tables,
+    stacked projections.  Its old rows have shrunk by weight decay, ours are Vicuna's (Q3)."""
+    paths = ("backbone/llm/embed_tokens/embedding", "backbone/llm/lm_head/kernel")
+    tables = (np.asarray(case.params[path]) for path in paths)
+    exported = maps.trained_to_source({path: np.asarray(x) for path, x in trainable.items()}, *tables)
+    want, gradients = (
+        {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
+        for group in ("step2/", "grad/")
+    )
+    assert exported.keys() == want.keys() - {"lr", "loss"} and len(exported) == 131
+    for name, value in exported.items():
+        table = name.startswith(maps.LLAMA_PREFIX)
+        clear = np.abs(gradients[name]) >= 1e-4 * np.abs(gradients[name]).max()
+        if table:
+            assert not clear[:-9].any()
+            shrunk = want[name][:-9] / value[:-9]
+            np.testing.assert_allclose(shrunk, (1 - 1e-3 * 0.01) * (1 - 5e-4 * 0.01), rtol=2e-7)
+        error = np.abs(value - want[name])[clear].max() / rates["llm" if table else "mapper"]
+        assert error < 5e-3, f"{name}: off by {error:.1e} updates"
