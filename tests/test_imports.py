@@ -20,7 +20,7 @@ FILES = sorted(
 MODEL = {"models", "diffusion", "parts", "minigpt5", "batch"}
 ALLOWED: dict[str, set[str]] = {
     # room or file -> rooms it may import from, besides itself; everything else is a command line
-    "__init__": MODEL | {"config", "training", "inference", "build", "export"},
+    "__init__": MODEL | {"config", "training", "inference", "build", "export", "pretrained"},
     "batch": set(),
     "tuning": set(),
     "models": set(),
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
 # and what they share
 COMMANDS = {
     "cli", "build", "inputs", "restore", "trained", "train", "generate", "pretrain", "prepare", "demo",
-    "export", "features",
+    "export", "features", "convert", "plan", "pretrained", "verify",
 }  # fmt: skip
 NEVER = {"torch", "torchvision", "peft", "timm", "lightning"}
 TORCH_LATE = {"weights/export/minigpt5.py"}  # a Lightning checkpoint is a torch container

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Release:
       coverage: of each file.
     """
 
-    params: dict[str, np.ndarray]
+    params: Mapping[str, Any]
     vocab_size: int
     decay: dict[str, tuple[float, float]]
     coverage: tuple[Coverage, ...]

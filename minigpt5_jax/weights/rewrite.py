@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.importer import (
     COVERAGE_FILE,
@@ -199,15 +198,11 @@ def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> li
       output: folder to fill.  any_size: sizes may differ from the full-size presets.
 
     Raises:
-      WeightFileError: a part is missing, or the scheduler is not that of an epsilon model.
+      WeightFileError: a part is missing, or cannot be used.
     """
     for name in (*PARTS, "tokenizer", "scheduler"):
         if not (source / name).is_dir():
             raise WeightFileError(f"{source} has no {name}/; a diffusers folder has {', '.join(FOLDERS)}")
-    try:
-        NoiseSchedule.from_hf(json.loads((source / "scheduler/scheduler_config.json").read_text()))
-    except ValueError as error:
-        raise WeightFileError(f"{source}/scheduler/scheduler_config.json: {error}") from None
     found = []
     for name in PARTS:
         config = source / name / "config.json"
