@@ -172,7 +172,9 @@ def _place_images(source: Sequence[int], image_id: int, image_tokens: int) -> tu
     for i in source:
         if i == image_id:
             starts.append(len(tokens))
-        tokens.extend([i] * (image_tokens if i == image_id else 1))
+            tokens.extend([i] * image_tokens)
+        else:
+            tokens.append(i)
     return tokens, starts
 
 
@@ -222,13 +224,14 @@ def expand(
         target_room = min(target_room, max_targets + mask(target_ids).count(IGNORE))
     kept_target = _cut_target(target_ids, target_room, voken)
     room = max_length - 1 - len(kept_target)
-    kept_source = source_ids
-    if truncation == "left_history":
-        kept_source = _drop_turns(tokenizer, source, source_ids, room, max_images, image_tokens)
-    kept_source = _cut_source(kept_source, room, max_images, image_id, image_tokens, truncation)
+    kept_source, total = source_ids, source_ids.count(image_id)
+    if len(source_ids) + total * (image_tokens - 1) > room or (max_images is not None and total > max_images):
+        if truncation == "left_history":
+            kept_source = _drop_turns(tokenizer, source, source_ids, room, max_images, image_tokens)
+        kept_source = _cut_source(kept_source, room, max_images, image_id, image_tokens, truncation)
 
     head, starts = _place_images([tokenizer.bos_id, *kept_source], image_id, image_tokens)
-    total, left = source_ids.count(image_id), len(starts)
+    left = len(starts)
     first = total - left if truncation == "left_history" else 0
     full = 1 + len(source_ids) + total * (image_tokens - 1) + len(target_ids)
     return Expanded(

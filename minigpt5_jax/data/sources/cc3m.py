@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
@@ -87,7 +88,7 @@ class Cc3mSource:
         path = cells[self._path].strip()
         if not path:
             raise SampleError(where, "empty image_path")
-        return Pair(row, cells[self._caption], str(self._image_root / path), where)
+        return Pair(row, cells[self._caption], os.path.join(self._image_root, path), where)
 
     def _find(self, index: int) -> tuple[Pair, bool]:
         if not 0 <= index < len(self):
