@@ -1,7 +1,7 @@
 """PyTorch's ``.pth``, ``.pt``, ``.bin`` and ``.ckpt`` files, without PyTorch and without running a pickle.
 
 A checkpoint is a pickle that says how tensors lie in raw storages.  Here that pickle can only name what is
-listed in :data:`KNOWN`: plain containers and the descriptions of tensors.  Any other name is refused before
+listed in :func:`_known`: plain containers and the descriptions of tensors.  Any other name is refused before
 anything is made of it, which is what ``torch.load(weights_only=True)`` does.  Tensors are views of the mapped
 file, in the zip format (PyTorch 1.6 and later) and in the older one.
 """
@@ -24,17 +24,17 @@ import numpy as np
 from minigpt5_jax.weights.errors import WeightFileError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-STORAGES = {
-    "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
-    "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
-    "ComplexFloatStorage": np.complex64, "ComplexDoubleStorage": np.complex128,
-}  # fmt: skip
 DTYPES = {
     "float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
     "int64": np.int64, "int32": np.int32, "int16": np.int16, "int8": np.int8, "uint8": np.uint8,
     "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64, "bool": np.bool_,
     "complex64": np.complex64, "complex128": np.complex128,
+}  # fmt: skip
+STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16",
+    "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 
 
@@ -43,76 +43,67 @@ class _Refused(Exception):
 
 
 class _Storage:
-    """Raw bytes; ``dtype`` None for an untyped one."""
+    """Raw bytes, and the name of their dtype; '' for an untyped one."""
 
-    def __init__(self, dtype: np.dtype | None):
+    def __init__(self, dtype: str):
         self.dtype, self.data = dtype, memoryview(b"")
 
 
 class _Tensor:
     """A tensor as the pickle describes it."""
 
-    def __init__(self, storage, offset, size, stride, dtype=None):
+    def __init__(self, storage, offset, size, stride, dtype=""):
         self.storage, self.offset, self.size, self.stride, self.dtype = storage, offset, size, stride, dtype
 
     def array(self) -> np.ndarray:
         """A view of the storage; numpy refuses one that reaches beyond it."""
-        dtype = np.dtype(self.dtype or self.storage.dtype)
+        dtype = np.dtype(DTYPES[self.dtype or self.storage.dtype])
         strides = tuple(step * dtype.itemsize for step in self.stride)
         offset, shape = self.offset * dtype.itemsize, tuple(self.size)
         return np.ndarray(shape, dtype, buffer=self.storage.data, offset=offset, strides=strides)
 
 
 class _StorageType:
-    """``torch.FloatStorage`` and so on: a name that is never called."""
+    """``torch.FloatStorage`` and so on, which are named but never called."""
 
-    def __init__(self, dtype: Any):
-        self.dtype = None if dtype is None else np.dtype(dtype)
-
-
-def _tensor(storage, offset, size, stride, *_) -> _Tensor:
-    return _Tensor(storage, offset, size, stride)
+    def __init__(self, dtype: str):
+        self.dtype = dtype
 
 
-def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *_) -> _Tensor:
-    return _Tensor(storage, offset, size, stride, dtype)
+def _known() -> dict[str, Any]:
+    """Everything a pickle may name, and what stands for it here.
 
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 writes bytes."""
-    return text.encode("latin1")
-
-
-KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "builtins.set": set,
-    "__builtin__.set": set,
-    "argparse.Namespace": types.SimpleNamespace,
-    "_codecs.encode": _encode,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
-    "torch.Size": tuple,
-    "torch.device": lambda *args: ":".join(map(str, args)),
-    "torch.storage.UntypedStorage": _StorageType(None),
-    **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
-    **{f"torch.{name}": np.dtype(dtype) for name, dtype in DTYPES.items()},
-}
-"""Everything a pickle may name, and what stands for it here."""
+    Made anew for every file, since a pickle can set attributes of what it names.
+    """
+    return {
+        "collections.OrderedDict": collections.OrderedDict,
+        "builtins.set": set,
+        "__builtin__.set": set,
+        "argparse.Namespace": types.SimpleNamespace,
+        "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
+        "torch._utils._rebuild_tensor": lambda *args: _Tensor(*args[:4]),
+        "torch._utils._rebuild_tensor_v2": lambda *args: _Tensor(*args[:4]),
+        "torch._utils._rebuild_tensor_v3": lambda *args: _Tensor(*args[:4], args[6]),
+        "torch._utils._rebuild_parameter": lambda data, *_: data,
+        "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+        "torch.Size": tuple,
+        "torch.device": lambda *args: ":".join(map(str, args)),
+        "torch.storage.UntypedStorage": _StorageType(""),
+        **{f"torch.{name}": _StorageType(dtype) for name, dtype in STORAGES.items()},
+        **{f"torch.{name}": name for name in DTYPES},
+    }
 
 
 class _Unpickler(pickle.Unpickler):
     """Makes plain containers and :class:`_Tensor`; ``storage(key, dtype)`` gives the storages."""
 
-    def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, np.dtype | None], _Storage]):
+    def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, str], _Storage]):
         super().__init__(file, encoding="utf-8")
-        self._storage = storage
+        self._storage, self._known = storage, _known()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return KNOWN[f"{module}.{name}"]
+            return self._known[f"{module}.{name}"]
         except KeyError:
             raise _Refused(f"{module}.{name}") from None
 
@@ -169,7 +160,7 @@ def _read_zip(path: Path, data: memoryview) -> Any:
         raise ValueError("written on a big-endian machine")
     storages: dict[str, _Storage] = {}
 
-    def storage(key: str, dtype: np.dtype | None) -> _Storage:
+    def storage(key: str, dtype: str) -> _Storage:
         if key not in storages:
             storages[key] = _Storage(dtype)
             storages[key].data = _member(archive.getinfo(f"{folder}data/{key}"), data)
@@ -206,7 +197,7 @@ def _read_legacy(file: io.BufferedReader, data: memoryview) -> Any:
     start = file.tell()
     for key in keys:
         storage = storages[str(key)]
-        size = int.from_bytes(data[start : start + 8], "little") * storage.dtype.itemsize
+        size = int.from_bytes(data[start : start + 8], "little") * np.dtype(DTYPES[storage.dtype]).itemsize
         if start + 8 + size > len(data):
             raise ValueError(f"storage {key} ends beyond the file")
         storage.data = data[start + 8 : start + 8 + size]

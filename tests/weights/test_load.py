@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file as torch_load
 from safetensors.torch import save_file as torch_save
 
-from minigpt5_jax.weights.load import WeightFileError, load_tower, open_weights
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.load import count_non_finite, load_tower, open_weights
 from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import Rule, Table, WeightTableError, linear_rules
 
@@ -120,6 +121,47 @@ def test_files_of_another_kind(tmp_path, name):
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(WeightFileError, match=rf"bad\.safetensors.*{message}"):
         open_weights(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("start", [b"\x80\x00\x00\x00", b"PK\x00\x00"])
+def test_a_header_length_that_begins_like_another_format(tmp_path, start):
+    """The first bytes of safetensors are a number, which may look like a pickle's or a zip file's."""
+    size = int.from_bytes(start, "little")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    content = size.to_bytes(8, "little") + header.ljust(size) + np.float32(7).tobytes()
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert open_weights(tmp_path / "x.safetensors")["a"].tolist() == [7]
+
+
+def test_tensors_that_are_not_aligned(tmp_path):
+    """Nothing in the format says that they are."""
+    header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+              "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + b"\x01" + np.float32([7, 8]).tobytes()
+    (tmp_path / "x.safetensors").write_bytes(content)
+    value = open_weights(tmp_path / "x.safetensors")["b"]
+    assert value.tolist() == [7, 8] and value.flags.aligned
+
+
+def test_small_floats_are_refused_when_they_are_read(tmp_path):
+    small = torch.ones(2).to(torch.float8_e4m3fn)
+    torch_save({"w": torch.ones(2), "small": small}, tmp_path / "x.safetensors")
+    source = open_weights(tmp_path / "x.safetensors")
+    assert source["w"].tolist() == [1, 1]
+    with pytest.raises(WeightFileError, match=r"x\.safetensors: 'small' is F8_E4M3, which is not supported"):
+        source["small"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_values_that_are_no_numbers_are_counted(dtype):
+    value = np.random.default_rng(0).standard_normal((3, 1 << 20)).astype(dtype)
+    value[0, 0] = np.finfo(np.float16).max  # large, but a number
+    assert count_non_finite(value) == count_non_finite(value.T) == count_non_finite(value[:, ::2]) == 0
+    value[1, 5], value[2, 8], value[2, -1] = np.nan, -np.inf, np.inf
+    assert count_non_finite(value) == count_non_finite(value.T) == 3
+    assert count_non_finite(value[:, ::2]) == 1
+    assert count_non_finite(np.arange(3)) == count_non_finite(np.zeros(0, dtype)) == 0
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.999])

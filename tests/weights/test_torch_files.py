@@ -75,6 +75,7 @@ def test_lightning_container(tmp_path, oracle_dir):
     assert held["epoch"] == 1 and held["hyper_parameters"]["learning_rate"] == 2e-5
     assert held["hyper_parameters"]["args"].stage == 1 and held["raw"] == b"\x00\xff"
     assert held["callbacks"]["ModelCheckpoint"]["seen"] == {1, 2} and held["size"] == (2, 3)
+    assert held["device"] == "cuda:1" and held["dtype"] == "float16"
     assert held["optimizer_states"][0]["state"][0]["exp_avg"].tolist() == [0, 0]
     assert open_weights(tmp_path / "x.ckpt", key="state_dict")["fc.0.bias"].tolist() == [1, 1]
     # and one that the original's own code wrote
@@ -129,12 +130,27 @@ def test_objects_that_are_no_plain_data_are_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")  # a whole module, as some are published
     with pytest.raises(WeightFileError, match=r"torch\.nn\.modules\.linear\.Linear"):
         open_weights(tmp_path / "module.pth")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
-    with pytest.raises(WeightFileError, match=r"script\.pt is refused"):
+    write_zip(tmp_path / "script.pt", {"data.pkl": pickle.dumps({}), "constants.pkl": pickle.dumps(())})
+    with pytest.raises(WeightFileError, match=r"script\.pt is refused.*TorchScript"):
         open_weights(tmp_path / "script.pt")
     torch.save({"w": torch.ones(2, dtype=torch.float8_e4m3fn)}, tmp_path / "small.pt")
     with pytest.raises(WeightFileError, match=r"float8_e4m3fn"):
         open_weights(tmp_path / "small.pt")
+
+
+def test_one_file_cannot_change_how_the_next_is_read(tmp_path):
+    """A pickle may set attributes of what it names: here, what a storage of floats holds."""
+    forged = b"\x80\x02ctorch\nFloatStorage\n}(X\x05\x00\x00\x00dtypeX\x04\x00\x00\x00int8ub0}."
+    write_zip(tmp_path / "forged.pth", {"data.pkl": forged})
+    assert dict(open_weights(tmp_path / "forged.pth")) == {}
+    torch.save({"w": torch.ones(2)}, tmp_path / "good.pth")
+    assert open_weights(tmp_path / "good.pth")["w"].tolist() == [1, 1]
+
+
+def write_zip(path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"x/{name}", content)
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
