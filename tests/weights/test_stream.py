@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +148,55 @@ def test_what_does_not_fit_is_said_before_anything_is_read(change, message, monk
     monkeypatch.setattr(jax, "make_array_from_callback", lambda *args: pytest.fail("read"))
     with pytest.raises(WeightTableError, match=message):
         stream_tower(TABLE, View({}, {k: lambda k=k: content[k] for k in content}), make_targets(jnp.float32))
+
+
+WORKER = """
+import json, os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from minigpt5_jax.training import provenance
+from minigpt5_jax.training.sharding import make_mesh
+from minigpt5_jax.weights import stream
+from minigpt5_jax.weights.table import LINEAR, Rule, Table
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+read = []
+stream.count_non_finite = lambda value: read.append(value.size) or 0
+source = {f"l.{i}.w": np.random.default_rng(i).standard_normal((16, 8)).astype(np.float32) for i in range(4)}
+sharding = NamedSharding(make_mesh(data=1, fsdp=1, tensor=4), P(None, None, "tensor"))
+targets = {"a/b/l": jax.ShapeDtypeStruct((4, 8, 16), jnp.float32, sharding=sharding)}
+table, want = Table((Rule("l.{i}.w", "a/b/l", LINEAR),)), np.stack([w.T for w in source.values()])
+provenance.PIECE = 1024
+found = []
+for in_place in (0, 1 << 30):
+    params = stream.stream_tower(table, source, targets, in_place=in_place)
+    same = [np.array_equal(s.data, want[s.index]) for s in params["a/b/l"].addressable_shards]
+    found += [all(same) and len(same) == 2, provenance.hash_parameters(params)]
+print("RESULT", json.dumps([sum(read), found, provenance.hash_parameters({"a/b/l": want})]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_half_each():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command, root = [sys.executable, "-c", WORKER], Path(__file__).parents[2]
+    workers = [
+        subprocess.Popen([*command, str(rank), port], stdout=-1, stderr=-1, text=True, cwd=root)
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            out, err = worker.communicate(timeout=120)
+            line = next((line for line in out.splitlines() if line.startswith("RESULT ")), None)
+            assert line, err[-3000:]
+            read, found, digest = json.loads(line.removeprefix("RESULT "))
+            assert read == 2 * 4 * 16 * 8 / 2  # twice loaded, half of it each time
+            assert found == [True, digest] * 2
+    finally:
+        for worker in workers:
+            worker.kill()
