@@ -14,6 +14,7 @@ from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.weights.load import is_floating
 from minigpt5_jax.weights.maps import llama
 from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
+from minigpt5_jax.weights.view import Tensors
 
 LLM = "backbone/llm/"
 LLM_TABLES = {llama.EMBED: "embed_tokens", llama.HEAD: "lm_head"}
@@ -24,7 +25,7 @@ class ExportError(ValueError):
     """A model has no place in the format that was asked for; the message says what has."""
 
 
-class PretrainedTower(Mapping[str, np.ndarray]):
+class PretrainedTower(Mapping):
     """A pretrained tower as the model computes with it, under the names of its file.
 
     A tensor is read, and cast to the dtype of the parameter it fills, when it is asked for.
@@ -41,7 +42,7 @@ class PretrainedTower(Mapping[str, np.ndarray]):
     def __init__(
         self,
         table: Table,
-        source: Mapping[str, np.ndarray],
+        source: Tensors,
         shapes: Mapping[str, Any],
         own: Mapping[str, np.ndarray],
     ):
