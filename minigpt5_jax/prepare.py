@@ -65,7 +65,7 @@ def run_prepare(dataset: str) -> None:
     folder = prepare(job, beam_runner=flag.beam_runner, beam_options=flag.beam_options)
     count = None if words is None else lambda text: len(words.encode(text))
     # What training leaves out of dialogues is counted in tokens: without a tokenizer, all turns are shown.
-    training = words is not None or dataset != "mmdialog"
+    training = flag.split != "test" and (words is not None or dataset != "mmdialog")
     source = PreparedSource(folder, flag.split, training=training, count_tokens=count)
     page = write_report(source, tokenizer=words)
     skipped = len(source.metadata["tally"]["skipped"])

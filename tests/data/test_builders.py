@@ -163,6 +163,22 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(tmp_path):
     assert [path.name for path in continued.parent.iterdir()] == ["1.0.0"]
 
 
+def test_two_runs_at_once_do_not_write_the_same_split(tmp_path):
+    table = cc3m(tmp_path / "raw", rows=24)
+    child = subprocess.Popen([sys.executable, "-c", SLOW, str(table), str(tmp_path / "a")], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "a/cc3m/train/parts/00000.array_record").is_file():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        with pytest.raises(DataError, match="is being prepared by another process"):
+            make(table, tmp_path / "a", num_shards=4)
+        make(table, tmp_path / "a", num_shards=2, split="test")  # another split may be
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_parts_of_other_data_are_not_continued(tmp_path):
     table = cc3m(tmp_path / "raw")
     (tmp_path / "raw/val/000000006.jpg").unlink()

@@ -183,8 +183,8 @@ class PreparedSource:
         kind = "training" if self._training else "test"
         notes = ", ".join(f"{count:,} {what}" for what, count in self._kind.left_out().items())
         return (
-            f"prepared {self.dataset} {kind}: {len(self):,} samples of {len(self._lines):,} records "
-            f"in {self.folder}{'; left out: ' * bool(notes)}{notes}"
+            f"prepared {self.dataset}, {self.split} as {kind}: {len(self):,} samples of "
+            f"{len(self._lines):,} records in {self.folder}{'; left out: ' * bool(notes)}{notes}"
         )
 
 
