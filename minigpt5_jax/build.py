@@ -35,10 +35,10 @@ from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import label_parameters
-from minigpt5_jax.weights.load import open_weights
+from minigpt5_jax.weights.importer import open_source, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 from minigpt5_jax.weights.stream import stream_tower
-from minigpt5_jax.weights.table import Table
+from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
 
 SHAPES = "shapes"
@@ -335,9 +335,12 @@ def load_frozen(
             for path, shape in spec.template.shapes.items()
             if path.startswith(tower.prefix) and not any(part in path for part in tower.skip)
         }
-        path = sources[tower.source]
-        source = tower.adapt(open_weights(path, None if path.is_dir() else TOWERS[tower.source].key))
-        arrays = stream_tower(tower.table(source), source, targets)
+        source = open_source(tower.source, sources[tower.source])
+        try:
+            adapted = tower.adapt(source)
+            arrays = stream_tower(tower.table(adapted), adapted, targets)
+        except WeightTableError as error:
+            raise WeightTableError(with_cause(str(error), tower.source, source)) from None
         params |= {tower.prefix + path: array for path, array in arrays.items()}
     return params
 

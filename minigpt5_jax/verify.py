@@ -99,19 +99,19 @@ def verify_run(run: Run) -> Report:
     if bad:
         raise VerificationError(f"parameters are NaN or infinite: {', '.join(bad[:8])}")
     report = _measure(run)
-    problems = _problems(report, run.config.inference.top_k)
+    problems = problems_of(report, run.config.inference.top_k)
     if problems:
         raise VerificationError("\n".join(["the checkpoint does not work:", *problems, "", str(report)]))
     return report
 
 
-def _problems(report: Report, top_k: int) -> list[str]:
+def problems_of(report: Report, top_k: int) -> list[str]:
     """What is wrong with the numbers, a line each."""
     problems = []
     numbers = (report.logit, report.spread, report.difference, report.correlation)
     if not all(map(np.isfinite, numbers)):
         problems.append("  the forward pass gives NaN or infinite numbers")
-    if report.spread == 0:
+    if report.spread < 1e-6:  # a mean of nine equal numbers is rounded
         problems.append("  all voken rows are the same: they were never trained")
     if not report.forced:
         problems.append("  a picture cannot be forced: the vokens are out of the decoder's reach")

@@ -62,12 +62,19 @@ class Coverage:
 
 
 def open_source(name: str, path: Path) -> Weights:
-    """A tower's published file or folder, no tensor read yet.
+    """A tower's published file or folder, no tensor read yet; where in a file of PyTorch its tensors are is
+    found out.
 
     Raises:
       FileNotFoundError, WeightFileError: as :func:`minigpt5_jax.weights.load.open_weights`.
     """
-    return open_weights(path, None if path.is_dir() else TOWERS[name].key)
+    failure: WeightFileError | None = None
+    for key in (None,) if path.is_dir() else dict.fromkeys((TOWERS[name].key, "model", "state_dict", None)):
+        try:
+            return open_weights(path, key)
+        except WeightFileError as error:
+            failure = failure or error
+    raise failure or WeightFileError(f"{path} cannot be read")
 
 
 def examine(
@@ -98,9 +105,9 @@ def examine(
         table, shapes = tower.table(adapted, sizes), tower.shapes(sizes)
         plan = table.plan(list(adapted), shapes)
     except WeightTableError as error:
-        raise WeightTableError(_with_cause(f"{where}: {error}", name, source)) from None
+        raise WeightTableError(with_cause(f"{where}: {error}", name, source)) from None
     checked = check_tensors(
-        plan, adapted, shapes, lambda text: _with_cause(f"{where}: {text}", name, source), values=values
+        plan, adapted, shapes, lambda text: with_cause(f"{where}: {text}", name, source), values=values
     )
     return checked, coverage_of(where, table, plan, adapted, notes)
 
@@ -173,7 +180,8 @@ def read_sizes(name: str, path: Path | None) -> Any:
         raise WeightFileError(f"{path}: {error}") from None
 
 
-def _with_cause(message: str, name: str, source: Tensors) -> str:
+def with_cause(message: str, name: str, source: Tensors) -> str:
+    """``message`` about a source, and what the source probably is instead (:func:`likely_cause`)."""
     cause = likely_cause(name, source)
     return f"{message}\nlikely cause: {cause}" if cause else message
 
