@@ -147,12 +147,10 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
             "ready features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
             f"{config.data.flip_mode!r}"
         )
-    store = FeatureStore(folder)
-    now = {}
+    store, hashes = FeatureStore(folder), {}
     for kind in store.spec.shapes():
-        params = _parameters(config, spec, kind)
-        now |= _hashes(kind, params)
-    store.check(source, now)
+        hashes |= _hashes(kind, _parameters(config, spec, kind))
+    store.check(feature_spec(config, spec, source, hashes, dtype=store.spec.dtype))
     return FeatureSource(source, store)
 
 

@@ -95,11 +95,11 @@ class FeatureSpec:
         given = {"target": self.target, "image": self.image}
         return {kind: shape for kind, shape in given.items() if shape is not None}
 
-    def differences(self, other: FeatureSpec) -> list[str]:
-        """``name: mine, not theirs`` for everything in which two stores differ."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+    def differences(self, stored: FeatureSpec) -> list[str]:
+        """``name: stored ..., now ...`` for everything in which a stored spec is another one."""
+        then, now = dataclasses.asdict(stored), dataclasses.asdict(self)
         return [
-            f"{name}: {mine[name]!r}, not {theirs[name]!r}" for name in mine if mine[name] != theirs[name]
+            f"{name}: stored {then[name]!r}, now {now[name]!r}" for name in now if then[name] != now[name]
         ]
 
 
@@ -334,28 +334,24 @@ class FeatureStore:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # mapped memory stays in its process
 
-    def check(self, source: Source, towers: Mapping[str, str]) -> None:
-        """Whether these are features of these pictures by these towers.
+    def check(self, wanted: FeatureSpec) -> None:
+        """Whether these are features of the pictures, sizes and towers of a run.
 
         Args:
-          towers: tower -> hash of its weights now.
+          wanted: what the run would store.  Number format and shards may be others, and a store of targets
+            alone leaves the input pictures to be read as such.
 
         Raises:
           DataError: they are not, with both fingerprints.
         """
-        wrong, spec = [], self.spec
-        pictures = picture_fingerprint(source)
-        if (spec.pictures, spec.samples) != (pictures, len(source)):
-            wrong.append(
-                f"pictures: features of {spec.samples:,} samples with fingerprint {spec.pictures[:16]}, the "
-                f"data now has {len(source):,} with {pictures[:16]}"
-            )
-        for tower, stored in spec.towers.items():
-            if towers.get(tower) != stored:
-                now = str(towers.get(tower))
-                wrong.append(f"{tower}: features of weights {stored[:16]}, the model has {now[:16]}")
-        if wrong:
-            lines = "\n  ".join(wrong)
+        spec = self.spec
+        same = {"dtype", "shard_samples"} | (
+            set() if spec.image else {"image", "image_size", "pad_input_square"}
+        )
+        towers = {name: digest for name, digest in wanted.towers.items() if spec.image or name in spec.towers}
+        wanted = dataclasses.replace(wanted, towers=towers, **{name: getattr(spec, name) for name in same})
+        if differ := wanted.differences(spec):
+            lines = "\n  ".join(differ)
             raise DataError(
                 f"feature store {self.folder} does not belong to this run; make it anew:\n  {lines}"
             )

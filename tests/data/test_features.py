@@ -149,20 +149,22 @@ def test_processes_share_the_shards(folder, pairs):
 def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(folder, pairs):
     write_features(folder / "store", pairs, spec_of(pairs), {"target": pooled})
     store = FeatureStore(folder / "store")
-    store.check(pairs, {"vae": "v" * 64})
-    store.check(
-        Cc3mSource(folder / "pairs.tsv", instruction_every=3, seed=9, prompt_set="release"), {"vae": "v" * 64}
-    )
-    with pytest.raises(DataError, match=f"vae: features of weights {'v' * 16}, the model has {'w' * 16}"):
-        store.check(pairs, {"vae": "w" * 64})
+    store.check(spec_of(pairs, dtype="bfloat16", image=(3, 4), image_size=99))
+    reworded = Cc3mSource(folder / "pairs.tsv", instruction_every=3, seed=9, prompt_set="release")
+    store.check(spec_of(reworded))
+    other = f"'{'w' * 64}'"
+    with pytest.raises(DataError, match=f"(?s)anew:.*towers: stored.*'{'v' * 64}'.*, now.*{other}"):
+        store.check(spec_of(pairs, towers={"vae": "w" * 64}))
+    with pytest.raises(DataError, match="target_size: stored 8, now 16"):
+        store.check(spec_of(pairs, target_size=16))
     (folder / "pairs.tsv").write_text("caption\timage_path\ndog\t0.png\n")
-    other = Cc3mSource(folder / "pairs.tsv", instruction_every=3)
-    mine, theirs = picture_fingerprint(pairs)[:16], picture_fingerprint(other)[:16]
+    changed = Cc3mSource(folder / "pairs.tsv", instruction_every=3)
+    mine, theirs = picture_fingerprint(pairs), picture_fingerprint(changed)
     with pytest.raises(
-        DataError, match=f"features of 10 samples with fingerprint {mine}, the data now has 2 with {theirs}"
+        DataError, match=f"pictures: stored '{mine}', now '{theirs}'\n  samples: stored 10, now 2"
     ):
-        store.check(other, {"vae": "v" * 64})
-    with pytest.raises(DataError, match="holds other features.*\n.*vae"):
+        store.check(spec_of(changed))
+    with pytest.raises(DataError, match="holds other features.*\n.*towers: stored"):
         write_features(folder / "store", pairs, spec_of(pairs, towers={"vae": "w" * 64}), {"target": pooled})
 
 
@@ -313,10 +315,11 @@ def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, t
         image_mask=np.array([True, True]),
     )  # fmt: skip
     batch = jax.tree.map(jnp.asarray, batch)
-    want = model.embed(batch)
+    embed = jax.jit(model.embed)
+    want = embed(batch)
     ready = dataclasses.replace(
-        batch, images=batch.images[:, :0, :0], image_states=model.image_states(batch.images)
+        batch, images=batch.images[:, :0, :0], image_states=jax.jit(model.image_states)(batch.images)
     )
-    np.testing.assert_allclose(model.embed(ready), want, rtol=1e-5)
+    np.testing.assert_allclose(embed(ready), want, rtol=1e-5)
     empty = dataclasses.replace(batch, image_mask=jnp.zeros(2, bool))
-    assert np.abs(np.asarray(model.embed(empty) - want)).max() > 1e-3
+    assert np.abs(np.asarray(embed(empty) - want)).max() > 1e-3
