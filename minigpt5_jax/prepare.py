@@ -106,6 +106,8 @@ def main(argv: Sequence[str]) -> None:
             cli.fail(f"usage: {USAGE}\n--help lists the flags")
     except DataError as error:
         cli.fail(str(error))
+    except KeyboardInterrupt:
+        cli.fail("stopped; a preparation continues when the same command is given again")
 
 
 def define_flags() -> None:

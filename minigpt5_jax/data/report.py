@@ -34,8 +34,8 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 60rem;
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; }
 .lead { opacity: .75; margin: .2rem 0 1rem; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; }
-.tile { border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
+.tile { flex: 1 1 7rem; border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.3rem; } .tile span { opacity: .7; font-size: .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; }
 td { padding: .15rem .7rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
@@ -137,7 +137,7 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         "left out": f"{facts['skipped']:,}",
         "samples": f"{facts['samples']:,}",
         "pictures": f"{facts['pictures']:,}",
-        "MiB of pictures": f"{facts['picture_bytes'] / 2**20:,.1f}",
+        "all pictures": _size(facts["picture_bytes"]),
         "shards": f"{facts['shards']:,}",
     }
     parts = [f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles.items()]
@@ -166,6 +166,14 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
     )
 
 
+def _size(count: int) -> str:
+    """Bytes in a unit that gives a readable number."""
+    unit, power = next(
+        (u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if count >> p or not p
+    )
+    return f"{count / 2**power:,.1f} {unit}"
+
+
 def _bars(counts: dict[str, int]) -> str:
     """A table of names, numbers and bars; the rest in one line where there are many."""
     rows = list(counts.items())
@@ -174,7 +182,7 @@ def _bars(counts: dict[str, int]) -> str:
     top = max((number for _, number in rows), default=1)
     return "<table>" + "".join(
         f'<tr><td>{html.escape(name)}</td><td class="number">{number:,}</td>'
-        f'<td class="bar"><div style="width:{100 * number / max(top, 1):.1f}%"></div></td></tr>\n'
+        f'<td class="bar"><div style="width:{100 * number / max(top, 1):.3g}%"></div></td></tr>\n'
         for name, number in rows
     ) + "</table>\n"  # fmt: skip
 

@@ -261,6 +261,19 @@ def test_more_than_ten_shards_of_unequal_length(tmp_path):
     assert [int(n) for n in split["shardLengths"]] == [23 * (i + 1) // 14 - 23 * i // 14 for i in range(14)]
 
 
+def test_a_shard_may_be_written_again(tmp_path):
+    """Beam repeats a shard whose worker failed after it was written."""
+    from minigpt5_jax.data.builders.tfds_builders import PartsWriter, tfds
+
+    job = Job.plan(Raw("cc3m", str(cc3m(tmp_path / "raw", rows=3))), tmp_path / "out")
+    job.parts.mkdir(parents=True)
+    target = tmp_path / "cc3m-train.array_record-00000-of-00001"
+    for _ in range(2):
+        records = ((key, b"") for key, _ in job.shard(0)())
+        PartsWriter(tfds.core.FileFormat.ARRAY_RECORD, job.parts).write(target, records)
+        assert target.samefile(job.parts / "00000.array_record")
+
+
 @pytest.mark.slow
 def test_beam_on_two_processes_writes_the_same_files(tmp_path):
     pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[prepare]'")

@@ -321,7 +321,10 @@ def test_formats_that_cannot_be_told(tmp_path):
     (tmp_path / "b.tsv").write_bytes(b" \n")
     with pytest.raises(DataError, match="is empty"):
         check(tmp_path / "b.tsv")
-    with pytest.raises(DataError, match="holds no prepared split"):
+    with pytest.raises(DataError, match=r"is a folder; name one of the files in it: b\.tsv, cc3m\.tsv"):
         check(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no prepared split"):
+        check(tmp_path / "empty")
     path = table(tmp_path, "A cat\ta.jpg").rename(tmp_path / "table")
     assert check(path).format == "cc3m" and check(path).guessed == "its header"

@@ -295,7 +295,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no links."""
+    """A second name for a file, or a copy where the file system has no links; replaces ``target``."""
+    target.unlink(missing_ok=True)  # of an earlier attempt: Beam repeats work that failed
     try:
         os.link(source, target)
     except OSError:

@@ -9,6 +9,7 @@ not be continued.  Order while training is the pipeline's matter.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ class PartsWriter(tfds.core.writer.ExampleWriter):
         index = int(re.search(r"-(\d+)-of-\d+$", Path(path).name)[1])
         part = self._parts / f"{index:05d}.array_record"
         if not part.is_file():
-            temporary = self._parts / f".{part.name}-{Path(path).parent.name}"
+            temporary = self._parts / f".{part.name}-{uuid.uuid4().hex}"
             super().write(temporary, ((key, _same_bytes(example)) for key, example in examples))
             temporary.replace(part)
         link_or_copy(part, Path(path))

@@ -194,6 +194,10 @@ def guess_format(path: Path) -> tuple[str, str]:
     if path.is_dir():
         if any(path.glob("*.tar")):
             return "cc3m_tar", "the .tar files in it"
+        names = sorted(file.name for file in path.iterdir())
+        files = [name for name in names if name.endswith((".tsv", ".json", ".jsonl"))]
+        if files and "units.jsonl" not in files:
+            raise DataError(f"{path} is a folder; name one of the files in it: {', '.join(files[:5])}")
         return "prepared", "what the folder holds"
     if not path.is_file():
         raise DataError(f"nothing to check: {path} is not there")
