@@ -294,6 +294,26 @@ def test_fingerprint_follows_content_and_settings(tmp_path):
     assert len({source.fingerprint() for source in (first, *others)}) == 5
 
 
+WRITE = """
+import sys
+from minigpt5_jax.data.builders.run import prepare
+from minigpt5_jax.data.builders.shards import Job
+from minigpt5_jax.data.builders.units import Raw
+for dataset, path in zip(sys.argv[2::2], sys.argv[3::2]):
+    prepare(Job.plan(Raw(dataset, path), f"{sys.argv[1]}/{dataset}"), show_progress=False)
+print(sorted({"tensorflow", "torch", "apache_beam"} & set(sys.modules)))
+"""
+
+
+def test_writing_imports_no_tensorflow_either(tmp_path):
+    files = {"cc3m": write_cc3m, "vist": write_vist, "mmdialog": write_mmdialog}
+    arguments = [str(x) for name, write in files.items() for x in (name, write(tmp_path / f"raw_{name}"))]
+    command = [sys.executable, "-c", WRITE, str(tmp_path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 CODE = """
 import sys
 from minigpt5_jax.data.sources import PreparedSource

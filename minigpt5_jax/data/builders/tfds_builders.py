@@ -122,7 +122,8 @@ class Vist(PreparedBuilder):
 
 
 class Mmdialog(PreparedBuilder):
-    """Dialogues; a turn's ``picture`` counts in ``image``, -1 for none (or a lost one, if it has media)."""
+    """Dialogues.  A turn's ``picture`` counts in ``image``, -1 for none, or a lost one if it has ``media``:
+    ids with ``/`` between, as TFDS needs TensorFlow to write lists within lists."""
 
     DESCRIPTION = "Dialogues with pictures, turn by turn, the first turn a human's."
     FIELDS: ClassVar = {
@@ -130,7 +131,7 @@ class Mmdialog(PreparedBuilder):
         "turns": tfds.features.Sequence(
             {
                 "text": tfds.features.Text(),
-                "media": tfds.features.Sequence(tfds.features.Text()),
+                "media": tfds.features.Text(),
                 "picture": tfds.features.Scalar(dtype=np.int64),
             }
         ),

@@ -169,7 +169,7 @@ class MMDialogUnits:
         dialog = self._source.dialog(index)
         pictures, turns = [], []
         for turn in dialog.turns:
-            turns.append({"text": turn.text, "media": list(turn.media), "picture": -1})
+            turns.append({"text": turn.text, "media": "/".join(turn.media), "picture": -1})
             if turn.picture is not None:
                 turns[-1]["picture"] = len(pictures)
                 pictures.append(turn.picture)

@@ -157,7 +157,7 @@ class DialogKind:
             picture: Picture | None = LOST if turn["media"] else None
             if turn["picture"] >= 0:
                 picture = UNREAD if pictures is None else pictures[turn["picture"]]
-            turns.append(DialogTurn(turn["text"], picture, tuple(turn["media"])))
+            turns.append(DialogTurn(turn["text"], picture, tuple(filter(None, turn["media"].split("/")))))
         return Dialog(fields["id"], tuple(turns), fields["where"])
 
 
