@@ -13,6 +13,8 @@ PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*
 """What is brought of a repository: weights, sizes, tokenizer."""
 TORCH_PATTERNS = ("*.bin", "*.bin.index.json")
 """Wanted too where a folder has no safetensors."""
+VARIANTS = ("*.fp16.*", "*.non_ema.*")
+"""Second copies that diffusers folders hold; never brought."""
 FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 
@@ -54,14 +56,22 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = PATT
 
 
 def _from_hub(repository: str, patterns: list[str], name: str) -> Path:
-    """Snapshot of a repository in the local cache that has what fits ``patterns``."""
+    """Snapshot of a repository in the local cache that has what fits ``patterns``.
+
+    A pattern's ``*`` stands for folders too, so these are left out unless a pattern names one.
+    """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    here = Path.cwd() / name
-    place = here if name.endswith(FILES) else f"{here}/ (as files {', '.join(patterns)})"
+    here, what = Path.cwd() / name, ""
+    place = f"{here}/ (files {', '.join(patterns)})"
+    if name.endswith(FILES):
+        place, what = str(here), f" {patterns[0]}"
+    unwanted = [*VARIANTS] + ([] if any("/" in pattern for pattern in patterns) else ["*/*"])
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(repository, allow_patterns=patterns, ignore_patterns=unwanted)
+        )
     except GatedRepoError:
         why = "its licence must be accepted on its page first, then log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -72,6 +82,6 @@ def _from_hub(repository: str, patterns: list[str], name: str) -> Path:
         why = f"{type(error).__name__}: {error}"
     raise WeightFileError(
         f"{name!r} is no file or folder here and was not brought from the Hugging Face hub: {why}.\n"
-        f"Where there is a network, `hf download {repository} --local-dir {repository}` fetches it; put "
-        f"it at {place} or give the path where it lies"
+        f"Where there is a network, `hf download {repository}{what} --local-dir {repository}` fetches it; "
+        f"put it at {place} or give the path where it lies"
     )

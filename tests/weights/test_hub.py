@@ -62,8 +62,38 @@ def test_an_unreachable_hub_says_which_files_to_put_where(cache, tmp_path):
     assert "'org/model' is no file or folder here" in text and "cannot be reached" in text
     assert "hf download org/model" in text and f"{tmp_path / 'org/model'}/" in text
     assert "*.safetensors" in text and "*.json" in text
-    with pytest.raises(WeightFileError, match=rf"put it at {tmp_path}/org/model/stage1\.ckpt"):
+    with pytest.raises(WeightFileError) as error:
         resolve("org/model/stage1.ckpt")
+    assert "`hf download org/model stage1.ckpt --local-dir org/model`" in str(error.value)
+    assert f"put it at {tmp_path}/org/model/stage1.ckpt" in str(error.value)
+
+
+def test_only_what_is_wanted_is_asked_for(cache, monkeypatch):
+    published = [
+        "config.json", "model.safetensors", "README.md", "tokenizer.model", "pytorch_model.bin",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "bin/config.json", "bin/pytorch_model.bin",
+    ]  # fmt: skip
+    snapshot = put(cache, "org/model")
+
+    def download(repository, allow_patterns, ignore_patterns):
+        wanted = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in huggingface_hub.utils.filter_repo_objects(published, **wanted):
+            (snapshot / name).parent.mkdir(exist_ok=True)
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    def brought() -> set[str]:
+        return {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("org/model") == snapshot
+    top = {"config.json", "model.safetensors", "tokenizer.model"}
+    assert brought() == top
+    assert resolve("org/model/unet") == snapshot / "unet"
+    assert brought() == top | {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert resolve("org/model/bin") == snapshot / "bin"  # where there are no safetensors
+    assert brought() >= {"bin/config.json", "bin/pytorch_model.bin"}
 
 
 @pytest.mark.parametrize("name", ["/absent/model", "./absent/model", "absent", "~/absent/model", "a b/c"])
