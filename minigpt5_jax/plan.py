@@ -87,7 +87,7 @@ def source_status(config: ConfigDict, name: str, given: str, towers: Towers | No
         return False, "not given"
     try:
         path = source_path(name, given)
-        path = path if path.exists() else resolve(given)
+        path = path if path.exists() else resolve(given, fetch=False)
         return True, f"{path}: {_verified(name, path, towers)}"
     except (ConfigError, OSError, WeightFileError, WeightTableError) as error:
         return False, str(error).replace("\n", "\n    ")

@@ -19,7 +19,9 @@ FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w.-]+)*")
 
 
-def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = PATTERNS) -> Path:
+def resolve(
+    name_or_path: str | os.PathLike[str], patterns: Sequence[str] = PATTERNS, *, fetch: bool = True
+) -> Path:
     """The local file or folder of a source.
 
     Args:
@@ -28,6 +30,7 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = PATT
         ``HF_HUB_OFFLINE=1``) its local cache is all there is.
       patterns: files wanted of a repository's folder; PyTorch's ``.bin`` files are brought only where there
         are no safetensors.
+      fetch: whether what the cache lacks may be brought.
 
     Raises:
       FileNotFoundError: a local path that does not exist.
@@ -42,20 +45,20 @@ def resolve(name_or_path: str | os.PathLike[str], patterns: Sequence[str] = PATT
         raise FileNotFoundError(f"no file or folder {path}; correct it, or give a repository as org/name")
     repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if inner.endswith(FILES):
-        file = _from_hub(repository, [inner], name) / inner
+        file = _from_hub(repository, [inner], name, fetch) / inner
         if not file.is_file():
             raise WeightFileError(f"{repository} has no file {inner!r}")
         return file
     prefix = f"{inner}/" if inner else ""
-    folder = _from_hub(repository, [prefix + pattern for pattern in patterns], name) / inner
+    folder = _from_hub(repository, [prefix + pattern for pattern in patterns], name, fetch) / inner
     if not any(folder.glob("*.safetensors")) and "*.safetensors" in patterns:
-        _from_hub(repository, [prefix + pattern for pattern in TORCH_PATTERNS], name)
+        _from_hub(repository, [prefix + pattern for pattern in TORCH_PATTERNS], name, fetch)
     if not folder.is_dir():
         raise WeightFileError(f"{repository} has no folder {inner!r} with {', '.join(patterns)}")
     return folder
 
 
-def _from_hub(repository: str, patterns: list[str], name: str) -> Path:
+def _from_hub(repository: str, patterns: list[str], name: str, fetch: bool) -> Path:
     """Snapshot of a repository in the local cache that has what fits ``patterns``.
 
     A pattern's ``*`` stands for folders too, so these are left out unless a pattern names one.
@@ -70,14 +73,16 @@ def _from_hub(repository: str, patterns: list[str], name: str) -> Path:
     unwanted = [*VARIANTS] + ([] if any("/" in pattern for pattern in patterns) else ["*/*"])
     try:
         return Path(
-            huggingface_hub.snapshot_download(repository, allow_patterns=patterns, ignore_patterns=unwanted)
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=patterns, ignore_patterns=unwanted, local_files_only=not fetch
+            )
         )
     except GatedRepoError:
         why = "its licence must be accepted on its page first, then log in with `hf auth login`"
     except RepositoryNotFoundError:
         why = "the hub has no such repository, or it is private"
     except LocalEntryNotFoundError:
-        why = "it is not in the local cache and the hub cannot be reached"
+        why = "it is not in the local cache" + (" and the hub cannot be reached" if fetch else "")
     except Exception as error:  # the errors of the network are those of whichever client the hub uses
         why = f"{type(error).__name__}: {error}"
     raise WeightFileError(

@@ -68,6 +68,12 @@ def test_an_unreachable_hub_says_which_files_to_put_where(cache, tmp_path):
     assert f"put it at {tmp_path}/org/model/stage1.ckpt" in str(error.value)
 
 
+def test_a_look_at_the_cache_fetches_nothing(cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(WeightFileError, match=r"it is not in the local cache\.\n"):
+        resolve("org/model", fetch=False)
+
+
 def test_only_what_is_wanted_is_asked_for(cache, monkeypatch):
     published = [
         "config.json", "model.safetensors", "README.md", "tokenizer.model", "pytorch_model.bin",
@@ -76,7 +82,8 @@ def test_only_what_is_wanted_is_asked_for(cache, monkeypatch):
     ]  # fmt: skip
     snapshot = put(cache, "org/model")
 
-    def download(repository, allow_patterns, ignore_patterns):
+    def download(repository, allow_patterns, ignore_patterns, local_files_only):
+        assert not local_files_only
         wanted = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
         for name in huggingface_hub.utils.filter_repo_objects(published, **wanted):
             (snapshot / name).parent.mkdir(exist_ok=True)
