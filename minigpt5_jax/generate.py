@@ -53,7 +53,7 @@ from minigpt5_jax.inference.transcript import (
 )
 from minigpt5_jax.restore import Run, load_run, open_checkpoints
 from minigpt5_jax.training.provenance import CheckpointError
-from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.")

@@ -61,7 +61,7 @@ from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.training.validation import Validator, make_validation_step
 from minigpt5_jax.tuning import FROZEN
-from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
