@@ -28,6 +28,7 @@ from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.data.transforms import prepare_picture
 from minigpt5_jax.minigpt5 import Draws, LossOptions
+from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.models.llama import LlamaConfig
 from minigpt5_jax.models.qformer import QFormerConfig
@@ -298,15 +299,19 @@ def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params
 
 
 def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, tiny_batch):
-    from flax import nnx
-
     vit = dataclasses.replace(EvaVitConfig.from_eva(oracle_configs["eva_vit"]), num_hidden_layers=1)
     qformer = QFormerConfig.from_hf(
         oracle_configs["qformer_bert"] | {"num_hidden_layers": 1}, encoder_hidden_size=vit.hidden_size,
         num_query_tokens=4, cross_attention_frequency=1,
     )  # fmt: skip
     llm = LlamaConfig.from_hf(oracle_configs["llama"] | {"num_hidden_layers": 1})
-    model = MiniGPT4(llm=llm, vit=vit, qformer=qformer, rngs=nnx.Rngs(0))
+    template = Template.of(lambda rngs: MiniGPT4(llm=llm, vit=vit, qformer=qformer, rngs=rngs))
+    random = np.random.default_rng(1)
+    params = {
+        p: jnp.asarray(0.1 * random.standard_normal(s.shape), s.dtype) for p, s in template.shapes.items()
+    }
+    embed = jax.jit(lambda batch: template.bind(params).embed(batch))
+    image_states = jax.jit(lambda pictures: template.bind(params).image_states(pictures))
     pictures = np.random.default_rng(0).integers(
         0, 256, (2, vit.image_size, vit.image_size, 3), dtype=np.uint8
     )
@@ -315,10 +320,9 @@ def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, t
         image_mask=np.array([True, True]),
     )  # fmt: skip
     batch = jax.tree.map(jnp.asarray, batch)
-    embed = jax.jit(model.embed)
     want = embed(batch)
     ready = dataclasses.replace(
-        batch, images=batch.images[:, :0, :0], image_states=jax.jit(model.image_states)(batch.images)
+        batch, images=batch.images[:, :0, :0], image_states=image_states(batch.images)
     )
     np.testing.assert_allclose(embed(ready), want, rtol=1e-5)
     empty = dataclasses.replace(batch, image_mask=jnp.zeros(2, bool))
