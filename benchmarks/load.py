@@ -7,6 +7,9 @@ Writes it as PyTorch writes shards of ``pytorch_model.bin`` (this step alone nee
 safetensors in the way of ``python -m minigpt5_jax.convert llm``, loads the result onto one device, and
 deletes everything.  Each step is a process of its own and prints a JSON line: ``anonymous_gib`` is the peak
 of RssAnon, which pages of mapped files are no part of; ``ratio`` is that peak over the bytes that stay.
+
+Measured with 32 layers (13.5 GB) on two busy cores: rewriting 0.09 GiB in 93 s; loading 12.90 GiB for the
+12.55 GiB that stay, ratio 1.03.
 """
 
 from __future__ import annotations
