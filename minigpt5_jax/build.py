@@ -34,7 +34,7 @@ from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
-from minigpt5_jax.tuning import label_parameters
+from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
 from minigpt5_jax.weights.importer import open_source, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 from minigpt5_jax.weights.stream import stream_tower
@@ -61,7 +61,7 @@ HOW_TO_GET = {
     "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
 }  # fmt: skip
 LLM = "backbone/llm/"
-NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/")  # in the language model, but in no pretrained file
+NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/", "/table_decay")  # of the language model, in no file
 SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
 
 
@@ -201,6 +201,7 @@ def build(config: ConfigDict) -> ModelSpec:
             {
                 "llm": towers.llm, "vit": towers.vit, "qformer": towers.qformer,
                 "num_vokens": backbone.num_vokens, "lora": lora, "prefix": prefix,
+                "decay_tables": config.optimizer.decay_frozen_rows,
                 "remat": config.model.remat, **dtypes,
             },
         ),
@@ -225,6 +226,8 @@ def build(config: ConfigDict) -> ModelSpec:
         ),
     )  # fmt: skip
     labels = label_parameters(template.shapes, [tuple(rule) for rule in config.tuning.rules])
+    if labels.get(TABLE_DECAY) == FROZEN:
+        raise ConfigError(f"optimizer.decay_frozen_rows=True, but tuning.rules freeze {TABLE_DECAY}")
     return ModelSpec(towers, template, labels, step_options(config))
 
 

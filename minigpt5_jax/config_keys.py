@@ -189,8 +189,7 @@ KEYS: dict[str, Key] = {
     "optimizer.weight_decay": Key(0.01, "decoupled decay of every trained leaf (torch's default)", low=0.0),
     "optimizer.decay_frozen_rows": Key(
         False,
-        "the original shrinks all 32,000 frozen rows; here they are no parameters that train (Q3)",
-        choices=(False,),
+        "weight decay shrinks the language model's frozen rows too, as in the original (Q3)",
     ),
     "optimizer.grad_clip": unset(
         float, "global norm over the trainables; not set: no clipping (Q19)", low=0.0

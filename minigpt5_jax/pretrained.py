@@ -31,11 +31,12 @@ from minigpt5_jax.profiles import PROFILES
 from minigpt5_jax.restore import Run, load_run, not_pretrained
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
-from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.tuning import FROZEN, TABLE_DECAY
 from minigpt5_jax.weights.hub import PATTERNS, resolve
 from minigpt5_jax.weights.importer import COVERAGE_FILE
 from minigpt5_jax.weights.load import open_container, open_weights
-from minigpt5_jax.weights.release import Release, read_release
+from minigpt5_jax.weights.maps.llama import EMBED
+from minigpt5_jax.weights.release import TABLES, Release, read_release
 from minigpt5_jax.weights.sources import STABLE_DIFFUSION
 
 Files = str | Path | tuple[str | Path, str | Path]
@@ -149,6 +150,7 @@ def import_release(
     sources = [open_weights(path, key="state_dict") for path in files]
     spec, frozen = _frozen(validate(config))
     shapes = {path: s.shape for path, s in spec.template.shapes.items() if not_pretrained(path, spec)}
+    decays = shapes.pop(TABLE_DECAY, None) is not None  # no tensor of the files: measured on their tables
     release = read_release(
         sources[0], sources[1] if stage2 is not None else None, shapes,
         vocab_size=spec.towers.llm.vocab_size, num_new=config.model.backbone.num_vokens + 1, rows=rows,
@@ -157,6 +159,9 @@ def import_release(
     params = {
         path: jnp.asarray(value, spec.template.shapes[path].dtype) for path, value in release.params.items()
     }
+    if decays:
+        shrunk = 0.0 if rows == "all" else 1.0 - release.decay[TABLES[EMBED]][0]
+        params[TABLE_DECAY] = jnp.asarray(shrunk, jnp.float32)
     about = {str(path): _about(path) for path in files}
     step = max((int(values.get("global_step") or 0) for values in about.values()), default=0)
     if stage2 is not None:

@@ -16,11 +16,16 @@ from ml_collections import ConfigDict
 
 import tiny
 from minigpt5_jax import load_pretrained, load_run
+from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, use_stage2
+from minigpt5_jax.diffusion.samplers import guided, make_sampler
+from minigpt5_jax.inference.decode import decode
+from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.pretrained import default_config, import_release, save_imported
 from minigpt5_jax.restore import inherit, open_checkpoints
 from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.tuning import TABLE_DECAY
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.importer import COVERAGE_FILE
 from minigpt5_jax.weights.maps import llama
@@ -89,11 +94,15 @@ def tuned(oracle_dir, oracle_configs, tmp_path_factory):
     return lightning(tmp_path_factory.mktemp("release") / "stage2.ckpt", kept, global_step=9), model
 
 
-def test_whole_model_from_the_originals_files_is_the_originals(
-    sources, oracle_dir, oracle_configs, oracle_weights
-):
+@pytest.fixture(scope="module")
+def released(sources, oracle_dir):
+    """The oracle's model as a user makes it: pretrained files, and the original's stage-1 checkpoint."""
     given = {**paths(sources), "config": stage1_config(sources)}
-    run = load_pretrained(**given, minigpt5=oracle_dir / "stage1.ckpt")
+    return load_pretrained(**given, minigpt5=oracle_dir / "stage1.ckpt")
+
+
+def test_whole_model_from_the_originals_files_is_the_originals(released, oracle_configs, oracle_weights):
+    run = released
     vit = EvaVitConfig.from_eva(oracle_configs["eva_vit"])
     table = maps.table(vit, run.spec.towers.qformer)
     want = table.to_params(
@@ -103,6 +112,49 @@ def test_whole_model_from_the_originals_files_is_the_originals(
     for path, value in want.items():
         np.testing.assert_array_equal(np.asarray(run.params[path]), value, err_msg=path)
     assert (run.step, run.tokenizer.first_voken_id) == (0, 1000)
+
+
+def test_it_answers_and_draws_as_the_original_did(released, oracle_cases):
+    """Recorded case ``s1/i1_forced``: ids, the forced answer, T(h), T(0), five PNDM steps, the picture."""
+    case = {k.removeprefix("s1/i1_forced/"): v for k, v in oracle_cases.items() if "s1/i1_forced/" in k}
+    tokenizer, template = released.tokenizer, released.spec.template
+    ids = [tokenizer.bos_id, *tokenizer.encode(str(case["in/text"]))]
+    dummy = int(case["out/sequences"][0, 0])
+    sampling = SamplingConfig(
+        max_new_tokens=int(case["in/max_new_tokens"]), do_sample=False, force_image="first", eos_ids=(1,),
+        dummy_token_id=dummy, ban_inner_vokens=False,
+    )  # fmt: skip
+    sampler = make_sampler("pndm", released.spec.towers.schedule, 5)
+
+    @jax.jit
+    def run(params, ids, noise, keys):
+        model = template.bind(params)
+        embeds = model.backbone.llm.embed(ids)
+        lengths = jnp.full(1, ids.shape[1], jnp.int32)
+        llm = model.backbone.llm
+        answer = decode(llm, embeds, lengths, keys, sampling, first_voken_id=1000, num_vokens=8)
+        condition, nothing = model.condition(answer.voken_states[:, 0]), model.unconditional()
+        both = jnp.concatenate([nothing, condition])
+
+        def denoise(noisy, timestep):
+            return model.generator.predict_noise(noisy, jnp.full(2, timestep, jnp.int32), both)
+
+        latents = sampler.sample(guided(denoise, float(case["image/guidance_scale"])), noise)
+        return embeds, answer.tokens, condition, nothing, latents, model.generator.decode(latents)
+
+    noise = case["image/latents_init"].transpose(0, 2, 3, 1)
+    keys = jax.random.split(jax.random.key(0), 1)
+    embeds, tokens, condition, nothing, latents, picture = run(released.params, np.int32([ids]), noise, keys)
+    np.testing.assert_array_equal(tokens, case["out/sequences"])
+    for ours, theirs, tolerance in (
+        (embeds, case["mid/prompt_embeds_llm"], 0),
+        (condition, case["image/prompt_embeds"], 5e-6),
+        (nothing, case["image/negative_prompt_embeds"], 5e-6),
+        (latents, case["image/latents"][-1:].transpose(0, 2, 3, 1), 1e-5),
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+    apart = np.abs(np.asarray(picture[0], int) - case["image/uint8"])
+    assert apart.max() <= 1 and (apart > 0).mean() < 1e-3  # a value may round the other way
 
 
 def test_stage_2_on_stage_1_gives_what_peft_gives(sources, oracle_dir, tuned):
@@ -156,6 +208,8 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
     checkpoints = open_checkpoints(tmp_path)
     meta = checkpoints.meta(0)
     checkpoints.close()
+    assert meta["bundle"] == {"stage": 1, "bos_id": 1, "prompt_set": "head",
+                              "voken_ids": list(range(1000, 1008)), "image_id": 1008}  # fmt: skip
     [about] = meta["imported"]["files"].values()
     assert about["hyper_parameters"]["real_batch_size"] == 48 and about["epoch"] == 0
     with pytest.raises(CheckpointError, match="holds checkpoints; choose another --workdir"):
@@ -237,3 +291,30 @@ def test_the_command_imports_a_release_and_says_what_it_did(run_file, oracle_dir
     ):  # fmt: skip
         assert text in done.stdout
     assert load_run(tmp_path / "run").config.data.bos_id == 2
+
+
+def test_decay_of_the_files_goes_on_where_the_run_decays_its_tables(sources, oracle_dir, tmp_path):
+    """With ``optimizer.decay_frozen_rows`` the tables' share of decay is measured and trained on (Q3)."""
+    state = dict(torch.load(oracle_dir / "stage1.ckpt", weights_only=True)["state_dict"])
+    for key in (maps.LLAMA_PREFIX + llama.EMBED, maps.LLAMA_PREFIX + llama.HEAD):
+        state[key] = torch.cat([0.99 * state[key][:1000], state[key][1000:]])
+    file = lightning(tmp_path / "stage1.ckpt", state)
+    config = stage1_config(sources)
+    config.model.backbone.update(vit="none", qformer="none")
+    config.optimizer.decay_frozen_rows = True
+    run = import_release(config, file).run
+    assert abs(float(run.params[TABLE_DECAY]) - 0.01) < 1e-6 and run.spec.labels[TABLE_DECAY] == "llm"
+
+    @jax.jit
+    def read(params, ids):
+        model_llm = run.spec.template.bind(params).backbone.llm
+        return model_llm.embed(ids), model_llm.logits(jnp.ones(48))
+
+    embeds, logits = read(run.params, np.int32([[5, 1003]]))
+    embedding, head = (state[maps.LLAMA_PREFIX + key].numpy() for key in (llama.EMBED, llama.HEAD))
+    np.testing.assert_allclose(embeds[0], embedding[[5, 1003]], rtol=1e-6)
+    np.testing.assert_allclose(logits, head.sum(1), rtol=1e-5, atol=1e-5)
+    # Frozen, the share would stay and the tables with it: that is refused.
+    config.tuning.rules = ((r"mapper/.*", "mapper"), (".*", "frozen"))
+    with pytest.raises(ConfigError, match="decay_frozen_rows=True, but tuning.rules freeze"):
+        build(config)

@@ -10,8 +10,8 @@ from minigpt5_jax import profiles
 from minigpt5_jax.config import ConfigError, apply_variant, get_config, keys_of, validate, value_at
 
 # Q-numbers whose flag a profile or the run file decides, not compat=original: the code generations
-# (Q21, Q26), rates of the paper's stages (Q14).
-OTHERS = {"data.bos_id", "data.prompt_set", "optimizer.lr_mapper"}
+# (Q21, Q26), rates of the paper's stages (Q14), explicit paths (Q29).
+OTHERS = {"data.bos_id", "data.prompt_set", "optimizer.lr_mapper", "data.train_mapping"}
 
 
 def test_the_release_had_bos_2_and_other_prompts():

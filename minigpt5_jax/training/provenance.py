@@ -45,10 +45,28 @@ def describe_run(
             "config": config,
             "tokenizer": tokenizer,
             "frozen": frozen,
+            "bundle": bundle(config, tokenizer),
             "git_revision": git_revision(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
     )
+
+
+def bundle(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Meta:
+    """What else must go with the parameters to use them: stage, ids of the vokens, BOS, prompt spelling.
+
+    All of it follows from configuration and tokenizer; it is written out for readers of other programs.
+    """
+    known: Meta = {}
+    if backbone := config.get("model", {}).get("backbone"):
+        tuned = backbone.get("lora_rank") or backbone.get("prefix_tokens") or config["run"].get("init_from")
+        known["stage"] = 2 if tuned else 1
+    if data := config.get("data"):
+        known |= {name: data[name] for name in ("bos_id", "prompt_set") if name in data}
+    if words := tokenizer.get("llm"):
+        first, count = words["vocab_size"], words["num_vokens"]
+        known |= {"voken_ids": list(range(first, first + count)), "image_id": first + count}
+    return known
 
 
 def plain(tree: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt5_jax.weights.export.model import LLM, ExportError, Trained
+from minigpt5_jax.weights.export.model import LLM, TABLE_DECAY, ExportError, Trained
 from minigpt5_jax.weights.maps import llama
 from minigpt5_jax.weights.maps.minigpt5 import trained_to_source
 from minigpt5_jax.weights.table import WeightTableError
@@ -37,9 +37,9 @@ def state_dict(model: Trained, stage: int | None = None) -> dict[str, np.ndarray
     chosen = {None: set(model.trainable), 1: mapper, 2: tuned | kept}[stage] | set(ROWS)
     try:
         return trained_to_source(
-            {path: model.params[path] for path in sorted(chosen)},
-            np.asarray(model.towers["llm"][llama.EMBED], np.float32),
-            np.asarray(model.towers["llm"][llama.HEAD], np.float32).T,
+            {path: model.params[path] for path in sorted(chosen - {TABLE_DECAY})},
+            model.old_rows(llama.EMBED),
+            model.old_rows(llama.HEAD).T,
         )
     except WeightTableError as error:
         raise ExportError(

@@ -17,6 +17,7 @@ from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
 from minigpt5_jax.weights.view import Tensors
 
 LLM = "backbone/llm/"
+TABLE_DECAY = f"{LLM}table_decay"
 LLM_TABLES = {llama.EMBED: "embed_tokens", llama.HEAD: "lm_head"}
 """The two tables of words under Hugging Face's names, and their modules here."""
 
@@ -148,7 +149,12 @@ class Trained:
     def table(self, key: str) -> np.ndarray:
         """A table of words under its Hugging Face name: old rows, then new ones, f32[V + n, d]."""
         new = self.params[f"{LLM}{LLM_TABLES[key]}/voken"]
-        return np.concatenate([np.asarray(rows, np.float32) for rows in (self.towers["llm"][key], new)])
+        return np.concatenate([self.old_rows(key), np.asarray(new, np.float32)])
+
+    def old_rows(self, key: str) -> np.ndarray:
+        """The same without the new rows, as weight decay left them (Q3)."""
+        rows, decay = np.asarray(self.towers["llm"][key], np.float32), self.params.get(TABLE_DECAY)
+        return rows if decay is None else rows * (1 - np.float32(decay))
 
     def below(self, prefix: str) -> dict[str, np.ndarray]:
         """Trained parameters below ``prefix``, without it."""
