@@ -177,10 +177,12 @@ def define_flags() -> None:
     flags.DEFINE_enum("stage", None, ["1", "2"], "minigpt5: tensors of that stage; default: of this run's")
 
 
-def main(_: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Export, or say what is wrong in a line."""
     cli.quiet()
     flag = flags.FLAGS
+    if len(argv) > 1:
+        cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         weights = dict(_pair(item) for item in flag.weights)
         print(export_torch(
@@ -200,4 +202,4 @@ def _pair(item: str) -> tuple[str, str]:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=cli.parse)
+    app.run(main)

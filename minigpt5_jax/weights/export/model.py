@@ -146,15 +146,17 @@ class Trained:
     hyper_parameters: Mapping[str, Any]
     llm_source: str
 
-    def table(self, key: str) -> np.ndarray:
-        """A table of words under its Hugging Face name: old rows, then new ones, f32[V + n, d]."""
+    def table(self, key: str, dtype: Any = np.float32) -> np.ndarray:
+        """A table of words under its Hugging Face name: old rows, then new ones, [V + n, d]."""
         new = self.params[f"{LLM}{LLM_TABLES[key]}/voken"]
-        return np.concatenate([self.old_rows(key), np.asarray(new, np.float32)])
+        return np.concatenate([self.old_rows(key, dtype), new.astype(dtype)])
 
-    def old_rows(self, key: str) -> np.ndarray:
+    def old_rows(self, key: str, dtype: Any = np.float32) -> np.ndarray:
         """The same without the new rows, as weight decay left them (Q3)."""
-        rows, decay = np.asarray(self.towers["llm"][key], np.float32), self.params.get(TABLE_DECAY)
-        return rows if decay is None else rows * (1 - np.float32(decay))
+        rows, decay = self.towers["llm"][key], self.params.get(TABLE_DECAY)
+        if decay is not None:
+            rows = rows.astype(np.float32) * (1 - np.float32(decay))
+        return rows.astype(dtype, copy=False)
 
     def below(self, prefix: str) -> dict[str, np.ndarray]:
         """Trained parameters below ``prefix``, without it."""

@@ -39,7 +39,7 @@ def tensors(model: Trained, *, merge: bool, dtype: Any) -> View:
 
     def read(key: str) -> np.ndarray:
         if key in LLM_TABLES:
-            return cast(model.table(key), dtype)
+            return model.table(key, dtype)
         return cast(merged(model, key, llm[key]) if merge else llm[key], dtype)
 
     return View(llm, {key: lambda key=key: read(key) for key in llm})
