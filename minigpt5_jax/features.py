@@ -20,14 +20,8 @@ from ml_collections import ConfigDict
 from minigpt5_jax.build import ModelSpec, build, load_frozen
 from minigpt5_jax.data.collate import BatchSpec
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.features import (
-    Encoder,
-    FeatureSource,
-    FeatureSpec,
-    FeatureStore,
-    picture_fingerprint,
-    write_features,
-)
+from minigpt5_jax.data.feature_writer import Encoder, write_features
+from minigpt5_jax.data.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
 from minigpt5_jax.data.sources import Source
 from minigpt5_jax.models.common import Params, Template
 from minigpt5_jax.training.provenance import hash_parameters
