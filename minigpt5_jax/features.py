@@ -136,7 +136,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
     Raises:
       DataError: they are not, with both fingerprints; mirrors are asked for; no finished store.
     """
-    if config.data.flip_mode != "off":
+    if config.data.flip_mode != "off":  # also of callers that have no validated configuration
         raise DataError(
             "ready features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
             f"{config.data.flip_mode!r}"
