@@ -162,13 +162,24 @@ def _check_stages(stage1: Tensors, stage2: Tensors | None) -> None:
         raise WeightTableError(
             "the stage-2 file has neither LoRA nor prefix tensors: it is a stage-1 file, or another model's"
         )
+    lost = [] if stage2 is None else sorted(set(map(unwrap, stage1)) - set(map(unwrap, stage2)))
+    lost = [key for key in lost if not key.startswith(("fc.", "t2i_decoder_prompt"))]
+    if lost:  # those of stage 1 must not stand in for them
+        raise WeightTableError(f"the stage-2 file lacks {', '.join(lost[:8])} ({len(lost)} in all)")
 
 
 def _merge(files: Mapping[str, Tensors]) -> tuple[dict[str, tuple[str, str]], View]:
-    """(plain name -> (file, key there), tensors by plain name); the later file wins."""
+    """(plain name -> (file, key there), tensors by plain name); the later file wins.
+
+    Raises:
+      WeightTableError: a file has two tensors for the same place.
+    """
     owner: dict[str, tuple[str, str]] = {}
     for name, source in files.items():
         for key in source:
+            file, other = owner.get(unwrap(key), ("", ""))
+            if file == name:
+                raise WeightTableError(f"the {name} file holds both {other!r} and {key!r}: one tensor")
             owner[unwrap(key)] = (name, key)
     readers = {plain: lambda f=file, k=key: files[f][k] for plain, (file, key) in owner.items()}
     return owner, View(next(iter(files.values())), readers)

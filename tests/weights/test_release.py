@@ -142,6 +142,12 @@ def test_files_that_do_not_belong_together(stage1, stage2, shapes):
     refused(stage1, None, both, "lora_rank.*files have none: give the stage-2 file")
     refused(stage1, stage2, shapes | lora_shapes(4),
             "LoRA of rank 2 in the file, rank 4 in the configuration.*lora_rank=2")  # fmt: skip
+    for key in ("llm_to_t2i_mapping.decoder.norm.bias", f"{PEFT}lm_head.modules_to_save.default.weight"):
+        rest = {k: v for k, v in stage2.items() if k != key}
+        plain = key if "norm" in key else HEAD
+        refused(stage1, rest, both, rf"the stage-2 file lacks {plain} \(1 in all\)")
+    twice = {**stage2, EMBED: stage1[EMBED]}
+    refused(stage1, twice, both, f"stage 2 file holds both '{PEFT}.* and '{EMBED}'")
     part = {k: v for k, v in stage1.items() if not k.startswith("fc.")}
     refused(part, None, shapes, "'mapper/fc/fc1/kernel' is written by no.*(.|\n)*without the stage-1 file")
     refused(stage1, None, shapes, r"V = 1009 rows, so \[IMG0\] is id 1000; the language model has 1001",
