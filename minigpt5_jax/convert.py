@@ -23,9 +23,9 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
+from minigpt5_jax.build import check_scheduler
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.pretrained import import_release, save_imported
 from minigpt5_jax.profiles import PROFILES
 from minigpt5_jax.training.provenance import CheckpointError
@@ -112,18 +112,6 @@ def _diffusion(source: Path, folder: Path) -> list[Coverage]:
     weights = open_weights(source, "state_dict" if torch else None)
     sizes = Path(SIZES.value) if SIZES.value not in (None, "source") else None
     return rewrite.write_single_file(weights, Path(TOKENIZER.value), folder, sizes)
-
-
-def check_scheduler(path: Path) -> None:
-    """Whether a diffusion model predicts noise on a schedule that is built.
-
-    Raises:
-      WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
-    """
-    try:
-        NoiseSchedule.from_hf(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise WeightFileError(f"{path}: {error}") from None
 
 
 def convert_release() -> Path:
