@@ -286,13 +286,13 @@ def test_jsonl_of_ones_own(tmp_path):
         (2, "b.jpg"),
         (3, "lacks image"),
         (4, "text contains ###"),
+        (5, "no assistant turn"),
         (6, "c.jpg"),
     ]
     wanted += [(7, "no valid JSON"), (8, "expected an object, found list")]
     assert len(problems) == len(wanted)
     for problem, (line, words) in zip(problems, wanted):
         assert problem.startswith(f"own.jsonl:{line}: ") and words in problem
-    assert found.notes["lines that end in a user's turn"][0] == 1
 
 
 # ---------------------------------------------------------------------------------- prepared, format
