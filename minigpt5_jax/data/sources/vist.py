@@ -126,6 +126,8 @@ class VistSource:
 
 
 def mapping_path(cleaned: Path) -> Path:
+    """File of the picture paths that belongs to a file of stories (quirk Q29); DataError where its name
+    does not tell."""
     if "cleaned" not in cleaned.name:
         raise DataError(
             f"{cleaned.name} has no 'cleaned' in its name to find its picture paths by; give mapping="
