@@ -36,8 +36,9 @@ from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.importer import open_source, with_cause
+from minigpt5_jax.weights.importer import open_source, read_sizes, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
+from minigpt5_jax.weights.rewrite import differing, refuse_other_vicuna
 from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
@@ -61,6 +62,14 @@ HOW_TO_GET = {
     "clip_tokenizer": "tokenizer/ of Stable Diffusion 2.1-base",
     "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
 }  # fmt: skip
+PRESETS = {
+    "llm": ("backbone.llm", VICUNA_7B), "vit": ("backbone.vit", EVA_VIT_G),
+    "qformer": ("backbone.qformer", BLIP2_QFORMER), "unet": ("generator.unet", SD21_UNET),
+    "vae": ("generator.vae", SD21_VAE), "text_encoder": ("generator.text_encoder", SD21_TEXT),
+    "scheduler": ("generator.scheduler", SD21_BASE),
+}  # fmt: skip
+"""Source -> the key below ``config.model`` that chooses its sizes, and the sizes of its preset."""
+SINGLE_FILES = (".pth", ".pt", ".ckpt")  # published alone; a config.json beside one may be another tower's
 LLM = "backbone/llm/"
 NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/", "/table_decay")  # of the language model, in no file
 SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
@@ -120,7 +129,8 @@ def check_sources(config: ConfigDict) -> dict[str, Path]:
     """Path of every needed source.
 
     Raises:
-      ConfigError: naming each source that is not given or not there, and how to get it.
+      ConfigError: naming each source that is not given or not there, and how to get it; or a file beside a
+        source that is not the preset's (:func:`check_preset`).
       WeightFileError: the diffusion model predicts something else than noise.
     """
     given, paths, problems = weight_sources(config), {}, []
@@ -140,11 +150,52 @@ def check_sources(config: ConfigDict) -> dict[str, Path]:
         )
     if (schedule := paths["scheduler"] / "scheduler_config.json").is_file():  # asked for by the preset too
         check_scheduler(schedule)
+    for name, path in paths.items():
+        check_preset(config, name, path)
     return paths
 
 
-def check_scheduler(path: Path) -> None:
-    """Whether a diffusion model predicts noise on a schedule that is built.
+def check_preset(config: ConfigDict, name: str, path: Path) -> None:
+    """Compare the sizes that lie beside a source with the preset that is chosen for it.
+
+    Shapes of tensors do not tell everything: another epsilon, number of heads or noise schedule fits too.
+
+    Args:
+      name: as under ``config.weights``.  path: where the source lies.
+
+    Raises:
+      ConfigError: the file, each field that differs with both values, and what to do.
+      WeightFileError: the file is no JSON, or has a value that is not implemented.
+    """
+    key, preset = PRESETS.get(name, ("", None))
+    if preset is None or path.suffix in SINGLE_FILES:
+        return
+    part, _, tower = key.partition(".")
+    chosen = config.model[part][tower]
+    if chosen in ("source", "none"):
+        return
+    file = "scheduler_config.json" if name == "scheduler" else "config.json"
+    file = (path if path.is_dir() else path.parent) / file
+    if not file.is_file():
+        return
+    made = check_scheduler(file) if name == "scheduler" else read_sizes(name, file)
+    problems = differing(made, preset)
+    if name == "llm":
+        try:
+            refuse_other_vicuna(json.loads(file.read_text()), file)
+        except WeightFileError as error:
+            problems.append(str(error).removeprefix(f"{file}: "))
+    if problems:
+        raise ConfigError(
+            f"{file} does not fit model.{key}={chosen!r}:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + f"\nGive weights.{name} as {HOW_TO_GET[name]}, or take the file's own values: "
+            f"--config.model.{key}=source"
+        )
+
+
+def check_scheduler(path: Path) -> NoiseSchedule:
+    """Noise schedule of a diffusion model, which must predict noise.
 
     Args:
       path: its ``scheduler_config.json``.
@@ -153,7 +204,7 @@ def check_scheduler(path: Path) -> None:
       WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
     """
     try:
-        NoiseSchedule.from_hf(json.loads(path.read_text()))
+        return NoiseSchedule.from_hf(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise WeightFileError(f"{path}: {error}") from None
 

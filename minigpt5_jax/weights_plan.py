@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax.build import (
     Towers,
+    check_preset,
     check_scheduler,
     needed_sources,
     source_path,
@@ -95,6 +96,7 @@ def source_status(config: ConfigDict, name: str, given: str, towers: Towers | No
     try:
         path = source_path(name, given)
         path = path if path.exists() else resolve(given, fetch=False)
+        check_preset(config, name, path)
         return True, f"{path}: {_verified(name, path, towers)}"
     except (ConfigError, OSError, WeightFileError, WeightTableError) as error:
         return False, str(error).replace("\n", "\n    ")

@@ -25,6 +25,7 @@ from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps.llama import split_tables
+from minigpt5_jax.weights.rewrite import SCHEDULER
 from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.weights_plan import source_status
@@ -109,13 +110,43 @@ def test_the_768_pixel_model_is_refused_by_its_schedule(tmp_path):
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         (tmp_path / name).mkdir()
     file = tmp_path / "scheduler/scheduler_config.json"
-    file.write_text('{"prediction_type": "epsilon"}')
+    file.write_text(json.dumps(SCHEDULER))
     assert check_sources(config)["scheduler"] == file.parent
     file.write_text('{"prediction_type": "v_prediction"}')
     with pytest.raises(WeightFileError, match=r"scheduler_config\.json: .*768-pixel.*predicts v"):
         check_sources(config)
     there, why = source_status(config, "scheduler", str(file.parent), None)
     assert not there and "predicts v" in why
+
+
+@pytest.mark.parametrize(
+    "name, file, values, told",
+    [
+        ("llm", "config.json", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05, not 1e-06"),
+        ("llm", "config.json", {"_name_or_path": "lmsys/vicuna-7b-v1.5"}, r"Vicuna v1\.5"),
+        ("llm", "config.json", {"max_position_embeddings": 4096}, "max_position_embeddings is 4096"),
+        ("vae", "config.json", {"layers_per_block": 1}, "layers_per_block is 1, not 2"),
+        ("scheduler", "scheduler_config.json", SCHEDULER | {"beta_end": 0.02}, r"beta_end is 0\.02"),
+    ],
+)
+def test_a_preset_is_compared_with_the_file_beside_the_source(tmp_path, name, file, values, told):
+    """Such weights have the preset's names and shapes: nothing but this file tells them apart."""
+    config = run_file("stage1")
+    config.model.backbone.update(vit="none", qformer="none")
+    config.weights.update(dict.fromkeys(("llm", "tokenizer"), str(tmp_path)), stable_diffusion=str(tmp_path))
+    for folder in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / folder).mkdir()
+    place = (tmp_path if name == "llm" else tmp_path / name) / file
+    if name != "vae":
+        place.write_text(json.dumps(SCHEDULER if name == "scheduler" else {}))
+        check_sources(config)
+    place.write_text(json.dumps(values))
+    part, tower = building.PRESETS[name][0].split(".")
+    with pytest.raises(ConfigError, match=f"{file} does not fit(.|\n)*{told}(.|\n)*{part}.{tower}=source"):
+        check_sources(config)
+    assert not source_status(config, name, str(place.parent), None)[0]
+    config.model[part][tower] = "source"
+    check_sources(config)
 
 
 def test_parts_and_sizes_that_do_not_fit_are_refused(tmp_path):

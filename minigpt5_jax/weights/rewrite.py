@@ -99,23 +99,28 @@ def write_tower(
     return coverage
 
 
+def differing(sizes: Any, preset: Any) -> list[str]:
+    """Each field in which sizes are not the preset's, with both values; but for ``NOT_SIZES``."""
+    want = dataclasses.asdict(preset)
+    return [
+        f"{field} is {value}, not {want[field]}"
+        for field, value in dataclasses.asdict(sizes).items()
+        if value != want[field] and field not in NOT_SIZES
+    ]
+
+
 def require_preset(name: str, sizes: Any) -> None:
     """Refuse sizes that are not those MiniGPT-5 stands on.
 
     Raises:
       WeightTableError: each number that differs, and what the file probably is.
     """
-    preset = dataclasses.asdict(TOWERS[name].preset)
-    other = {
-        field: (value, preset[field])
-        for field, value in dataclasses.asdict(sizes).items()
-        if value != preset[field] and field not in NOT_SIZES
-    }
-    if other:
-        shown = "; ".join(f"{field} is {value}, not {want}" for field, (value, want) in other.items())
+    if other := differing(sizes, TOWERS[name].preset):
         width = getattr(sizes, "hidden_size", None)
         cause = f"\nlikely cause: LLaMA-{LLAMA_SIZES[width]} in place of 7B" if width in LLAMA_SIZES else ""
-        raise WeightTableError(f"{name}: {shown}{cause}\nto convert it all the same: --sizes=source")
+        raise WeightTableError(
+            f"{name}: {'; '.join(other)}{cause}\nto convert it all the same: --sizes=source"
+        )
 
 
 def describe(name: str, sizes: Any) -> dict[str, Any]:
@@ -191,8 +196,8 @@ def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:
     """
     name = str(config.get("_name_or_path", "")).lower()
     later = next((version for version in ("v1.1", "v1.3", "v1.5") if version in name), None)
-    if config.get("max_position_embeddings", 2048) > 2048:
-        later = later or "LLaMA-2 or later (v1.5)"
+    if (positions := config.get("max_position_embeddings", 2048)) > 2048:
+        later = later or f"on LLaMA-2 or later (v1.5): max_position_embeddings is {positions}, not 2048"
     if later:
         raise WeightFileError(
             f"{path}: this is Vicuna {later}; MiniGPT-4 and MiniGPT-5 stand on v0, and their weights fit no "
