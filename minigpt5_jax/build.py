@@ -36,6 +36,7 @@ from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.hub import resolve
 from minigpt5_jax.weights.importer import open_source, read_sizes, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 from minigpt5_jax.weights.rewrite import differing, refuse_other_vicuna
@@ -104,9 +105,15 @@ class ModelSpec:
 
 
 def source_path(name: str, value: str) -> Path:
-    """Where a weight source lies; ``shapes`` is the packaged small world."""
+    """Where a weight source lies: a local path, else a Hugging Face id that is in the local cache.
+
+    ``shapes`` is the packaged small world.  Nothing is fetched; what is nowhere keeps its name.
+    """
     if value != SHAPES:
-        return Path(value).expanduser()
+        try:
+            return resolve(value, fetch=False)
+        except (FileNotFoundError, WeightFileError):
+            return Path(value).expanduser()
     if name not in PACKAGED:
         raise ConfigError(f"weights.{name}='shapes': the packaged world has no {name}")
     path = ASSETS / PACKAGED[name]
@@ -145,7 +152,8 @@ def check_sources(config: ConfigDict) -> dict[str, Path]:
         raise ConfigError(
             "these weights are missing:\n"
             + "\n".join(problems)
-            + "\nSet each with --config.weights.NAME=PATH (weights.stable_diffusion=FOLDER: the last five), "
+            + "\nSet each with --config.weights.NAME=PATH, or =ORG/NAME once `hf download ORG/NAME` has "
+            "brought it (weights.stable_diffusion=FOLDER: the last five), "
             "or look at the model without weights: --dry_run"
         )
     if (schedule := paths["scheduler"] / "scheduler_config.json").is_file():  # asked for by the preset too

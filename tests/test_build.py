@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from ml_collections import ConfigDict
 
 from minigpt5_jax import build as building
@@ -100,6 +101,28 @@ def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):
     assert not any(f"weights.{name}:" in str(error.value) for name in ("vit", "qformer", "llama_proj", "llm"))
     with pytest.raises(ConfigError, match="packaged world has no vit"):
         building.source_path("vit", "shapes")
+
+
+def test_hugging_face_ids_lie_in_the_local_cache(tmp_path, monkeypatch):
+    """The plan says that they are there; so must the run."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    for name, folders in {"org/llm": ("",), "org/sd": parts}.items():
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs/main").write_text("0" * 40)
+        for folder in folders:
+            (repository / "snapshots" / ("0" * 40) / folder).mkdir(parents=True)
+    config = run_file("stage1")
+    config.model.backbone.update(vit="none", qformer="none")
+    config.weights.update(llm="org/llm", stable_diffusion="org/sd")
+    snapshot = "snapshots/" + "0" * 40
+    paths = check_sources(config)
+    assert paths["llm"] == tmp_path / "models--org--llm" / snapshot
+    assert paths["unet"] == tmp_path / "models--org--sd" / snapshot / "unet"
+    config.weights.llm = "org/other"
+    with pytest.raises(ConfigError, match=r"weights.llm: org/other does not exist(.|\n)*hf download"):
+        check_sources(config)
 
 
 def test_the_768_pixel_model_is_refused_by_its_schedule(tmp_path):
