@@ -27,6 +27,7 @@ from minigpt5_jax.weights.hub import resolve
 from minigpt5_jax.weights.importer import examine, open_source
 from minigpt5_jax.weights.sources import LLAMA_TOKENIZER_SHA256, ORIGINS, RELEASE, Origin
 from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.weights.towers import TOWERS
 
 FOLDER = "weights"
 """Where the commands put things."""
@@ -39,10 +40,11 @@ def make_plan(config: ConfigDict) -> str:
       ConfigError: a setting that no model can be made of.
     """
     needed, given = needed_sources(config), weight_sources(config)
+    towers, why = None, ""
     try:
         towers = tower_sizes(config)
-    except ConfigError:  # sizes come from sources that are not there yet
-        towers = None
+    except (OSError, ValueError) as error:  # sizes come from sources that are not there yet
+        why = str(error)
     status = {name: source_status(config, name, given[name], towers) for name in needed}
     lines, missing = [], []
     for origin, names in _by_origin(needed):
@@ -51,6 +53,9 @@ def make_plan(config: ConfigDict) -> str:
             missing.append(origin)
     lines += ["", "MiniGPT-5's own weights, to generate without training:", *_about(RELEASE), ""]
     total = sum(origin.gigabytes for origin in missing)
+    if not missing and towers is None:
+        lines.append(f"Everything is on disk, but nothing was compared, for the sizes are not known: {why}")
+        return "\n".join(lines)
     if not missing:
         return "\n".join([*lines, "Everything that this configuration needs is on disk and fits."])
     flags = " ".join(f"--config.weights.{o.command}={FOLDER}/{o.command}" for o in missing)
@@ -83,6 +88,12 @@ def _block(origin: Origin, status: dict[str, tuple[bool, str]]) -> Iterator[str]
 def _about(origin: Origin) -> Iterator[str]:
     yield f"  files: {', '.join(origin.files)}; {origin.gigabytes:g} GB; licence: {origin.licence}"
     yield f"  fetch: {origin.fetch(f'{FOLDER}/raw/{origin.command}')}"
+    if origin.within:
+        whole = f"{FOLDER}/raw/blip2"
+        yield (
+            f"     or: hf download {origin.within} --include '*.json' '*.safetensors' --local-dir {whole}"
+            f"  (all of BLIP-2, 49 GB; convert {whole} then)"
+        )
     if origin.repos[1:]:
         yield f"  mirrors: {', '.join(origin.repos[1:])}"
     if origin.repos and origin.elsewhere:
@@ -112,6 +123,8 @@ def _verified(name: str, path: Path, towers: Towers | None) -> str:
     if name == "scheduler":
         check_scheduler(path / "scheduler_config.json")
     source = next((s for s in tower_sources(towers) if s.source == name), None) if towers else None
+    if towers is None and name in TOWERS:
+        return "there, not compared: the sizes are not known"
     if source is None:
         return "there"
     view, coverage = examine(name, open_source(name, path), source.sizes, values=False)

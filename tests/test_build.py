@@ -29,7 +29,7 @@ from minigpt5_jax.weights.maps.llama import split_tables
 from minigpt5_jax.weights.rewrite import SCHEDULER
 from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import WeightTableError
-from minigpt5_jax.weights_plan import source_status
+from minigpt5_jax.weights_plan import make_plan, source_status
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,6 +123,27 @@ def test_hugging_face_ids_lie_in_the_local_cache(tmp_path, monkeypatch):
     config.weights.llm = "org/other"
     with pytest.raises(ConfigError, match=r"weights.llm: org/other does not exist(.|\n)*hf download"):
         check_sources(config)
+
+
+def test_the_plan_does_not_call_fitting_what_it_did_not_compare(tmp_path):
+    config = run_file("stage1")
+    config.model.backbone.update(llm="source", vit="none", qformer="none")
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    config.weights.update(dict.fromkeys(("llm", "stable_diffusion"), str(tmp_path)))
+    plan = make_plan(config)
+    assert "weights.unet: " in plan and plan.count("there, not compared") == 4
+    assert plan.splitlines()[-1].startswith("Everything is on disk, but nothing was compared")
+    assert f"no config.json in {tmp_path}" in plan and "and fits" not in plan
+
+
+@pytest.mark.parametrize("name", ["vit", "qformer"])
+def test_the_plan_gives_a_command_for_what_lies_in_blip2(name):
+    plan = make_plan(run_file("stage1"))
+    block = next(text for text in plan.split("\n\n") if f"weights.{name}: not given" in text)
+    assert "or: hf download Salesforce/blip2-flan-t5-xxl" in block
 
 
 def test_the_768_pixel_model_is_refused_by_its_schedule(tmp_path):

@@ -19,6 +19,7 @@ class Origin:
       repos: Hugging Face repositories that have it, the first home first; withdrawn ones are not listed.
       include: patterns of the files wanted from such a repository.
       elsewhere: where it is published otherwise.
+      within: Hugging Face repository of a larger model that holds it; ``convert`` takes its folder.
       command: name of the ``convert`` command that reads it.
     """
 
@@ -29,6 +30,7 @@ class Origin:
     repos: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     elsewhere: str = ""
+    within: str = ""
     command: str = ""
 
     def fetch(self, folder: str) -> str:
@@ -54,7 +56,8 @@ EVA = Origin(
     ("eva_vit_g.pth",),
     2.0,
     "MIT (EVA); BSD-3 (LAVIS)",
-    elsewhere="model zoo of LAVIS (BLIP-2's vision tower); also in Salesforce/blip2-flan-t5-xxl",
+    elsewhere="model zoo of LAVIS (BLIP-2's vision tower)",
+    within="Salesforce/blip2-flan-t5-xxl",
     command="vit",
 )
 BLIP2 = Origin(
@@ -62,7 +65,8 @@ BLIP2 = Origin(
     ("blip2_pretrained_flant5xxl.pth",),
     0.4,
     "BSD-3 (LAVIS)",
-    elsewhere="model zoo of LAVIS (blip2_t5, pretrain_flant5xxl); also in Salesforce/blip2-flan-t5-xxl",
+    elsewhere="model zoo of LAVIS (blip2_t5, pretrain_flant5xxl)",
+    within="Salesforce/blip2-flan-t5-xxl",
     command="qformer",
 )
 MINIGPT4 = Origin(
