@@ -164,6 +164,8 @@ def main(argv: Sequence[str]) -> None:
             print(*convert_source(command, given, output), f"written: {output}", sep="\n")
     except USER_ERRORS as error:
         cli.fail(str(error))
+    except KeyboardInterrupt:
+        cli.fail("stopped; what was half written does not count, the same command begins anew")
 
 
 if __name__ == "__main__":

@@ -185,3 +185,16 @@ def test_what_is_refused_says_why_and_leaves_nothing(world, command, message):
     assert code == 1 and err.startswith("error: ") and message in err and "Traceback" not in err
     assert not (root / "out/no").exists() and not (root / "run/checkpoints").exists()
     assert not list((root / "out").glob("*.partial"))
+
+
+def test_an_interruption_is_one_line():
+    code = """
+from minigpt5_jax import cli, convert
+def interrupted():
+    raise KeyboardInterrupt
+cli.load = interrupted
+convert.main(["convert", "plan"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: stopped; ") and done.stderr.count("\n") == 1
