@@ -69,8 +69,7 @@ def read_trained(
         clip_tokenizer=paths.get("clip_tokenizer"),
         caption_ids={f"{name}_token_id": getattr(captions, f"{name}_id") for name in ("bos", "eos", "pad")}
         if captions else {},
-        hyper_parameters=_hyper_parameters(config),
-        step=step,
+        **training_progress(config, meta, step),
         **_shape(config, spec),
     )  # fmt: skip
 
@@ -188,6 +187,18 @@ def _tokens(config: ConfigDict, tokenizer: LlamaTokenizer | None, path: Path | N
         bos_id=tokenizer.bos_id,
         eos_ids=tuple(dict.fromkeys([tokenizer.eos_id, *config.inference.eos_ids, *ends])),
     )
+
+
+def training_progress(config: ConfigDict, meta: Meta, step: int) -> dict[str, Any]:
+    """How far which training went: of an imported release what its newest file says, not our defaults."""
+    files = meta.get("imported", {}).get("files", {})
+    last = [about for file, about in files.items() if file != config.run.init_from]  # that is stage 1's
+    about = last[-1] if last else {}
+    return {
+        "hyper_parameters": about.get("hyper_parameters") or _hyper_parameters(config),
+        "epoch": int(about.get("epoch") or 0),
+        "step": int(about["global_step"]) if about.get("global_step") is not None else step,
+    }
 
 
 def _hyper_parameters(config: ConfigDict) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from ml_collections import ConfigDict
 
 import tiny
-from minigpt5_jax import load_pretrained, load_run
+from minigpt5_jax import export_torch, load_pretrained, load_run
 from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, use_stage2
 from minigpt5_jax.diffusion.samplers import guided, make_sampler
@@ -212,6 +212,11 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
                               "voken_ids": list(range(1000, 1008)), "image_id": 1008}  # fmt: skip
     [about] = meta["imported"]["files"].values()
     assert about["hyper_parameters"]["real_batch_size"] == 48 and about["epoch"] == 0
+    export_torch(tmp_path, tmp_path / "back.ckpt", to="minigpt5")
+    files = oracle_dir / "stage1.ckpt", tmp_path / "back.ckpt"
+    there, back = (torch.load(file, weights_only=True) for file in files)
+    for name in ("hyper_parameters", "epoch", "global_step"):
+        assert back[name] == there[name], name
     with pytest.raises(CheckpointError, match="holds checkpoints; choose another --workdir"):
         save_imported(imported, tmp_path)
 

@@ -69,7 +69,7 @@ def write(model: Trained, path: Path, *, stage: int | None = None) -> int:
         ) from None
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in state_dict(model, stage).items()}
     container = {
-        "epoch": 0,
+        "epoch": model.epoch,
         "global_step": model.step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": tensors,

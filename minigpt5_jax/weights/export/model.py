@@ -124,8 +124,8 @@ class Trained:
       scheduler: noise schedule in Hugging Face field names.
       caption_ids: special ids of the generator's tokenizer in Hugging Face field names.
       voken_state_shift: 1 if the states before the vokens feed the mapper, 0 for those on them.
-      dtype: of frozen weights.  step: updates done.
-      hyper_parameters: of the run, under the original's names.
+      dtype: of frozen weights.  step: updates done.  epoch: as the original counts it, 0 for runs of ours.
+      hyper_parameters: of the run, under the original's names; an imported release keeps its own.
       llm_source: where the language model came from, as the configuration has it.
     """
 
@@ -145,6 +145,7 @@ class Trained:
     step: int
     hyper_parameters: Mapping[str, Any]
     llm_source: str
+    epoch: int = 0
 
     def table(self, key: str, dtype: Any = np.float32) -> np.ndarray:
         """A table of words under its Hugging Face name: old rows, then new ones, [V + n, d]."""
