@@ -8,7 +8,7 @@ Formats (docs/export.md shows how each is loaded):
     minigpt5      the original's Lightning checkpoint, stage 1 or 2; needs torch
     peft          LoRA adapter with the resized tables
     transformers  LLaMA with the new rows, LoRA folded in, and its tokenizer
-    mapper        the feature mapper and its PyTorch module
+    mapper        the feature mapper and its PyTorch module (also called safetensors)
     diffusers     Stable Diffusion pipeline, the mapper beside it, an example of both
 
 Pretrained weights are read again from their sources, one tensor at a time, and refused if they are not those
@@ -68,6 +68,7 @@ FORMATS: dict[str, Format] = {
     "transformers": Format(transformers.write, ("llm", "tokenizer"), ("dtype", "merge")),
     "mapper": Format(mapper.write, (), ("dtype",)),
     "diffusers": Format(diffusers.write, GENERATOR, ("dtype",)),
+    "safetensors": Format(mapper.write, (), ("dtype",)),  # another name of "mapper"
 }
 
 

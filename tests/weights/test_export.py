@@ -52,6 +52,10 @@ def test_the_command_says_what_is_wrong(run_folder, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: [Errno 36] File name too long")
 
 
+def test_safetensors_is_another_name_of_mapper():
+    assert FORMATS["safetensors"] == FORMATS["mapper"]
+
+
 def test_it_is_public():
     assert minigpt5_jax.export_torch is export_torch
 
