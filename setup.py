@@ -53,6 +53,8 @@ setup(
         "metrics": METRICS,
         "test": [*METRICS, *TEST],
         "dev": [*METRICS, *TEST, "pre-commit"],
+        "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it
+        "prepare": ["apache-beam>=2.77,<3"],  # wants protobuf < 7: best in an environment of its own
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

@@ -3,14 +3,17 @@
     JAX_PLATFORMS=cpu python benchmarks/data.py                   # two minutes, needs torch
     JAX_PLATFORMS=cpu python benchmarks/data.py --workers 4       # processes on both sides
 
-The files are made first, alike for both: 256-pixel JPEGs of about 20 kB with white borders.  Rows:
+The files are made first, alike for both: 256-pixel JPEGs of about 20 kB with white borders, each named by
+many rows of a table, because grain's shuffle is slow on very short ones.  Rows:
 
 * ``cc3m``: a caption and a 512-pixel target picture (stage 1).
 * ``vist``: one to four 224-pixel input pictures, a target and a story.
+* ``features``: as ``cc3m``, with ready moments bf16[64 64 8] in the place of the picture.
 
 The PyTorch side does what the original's Dataset and collator do: PIL decode, white square, resize, crop,
 flip, scale to float, normalise, pad the ids, collate in bf16.  It gets its ids from our tokenizer, which
 is faster than the original's, and no caption ids.  Ours hands over bytes; scaling is done on the device.
+Its features are the original's too: a ``.pt`` file a picture; ours come from our store.
 Blocks of either side alternate; figures are medians over blocks with their least and greatest.  Without
 worker processes the clock is this process's CPU time, which neighbours on the machine disturb little; with
 them it is the wall, divided by the workers.
@@ -33,6 +36,13 @@ import numpy as np
 from PIL import Image
 
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.features import (
+    FeatureSource,
+    FeatureSpec,
+    FeatureStore,
+    picture_fingerprint,
+    write_features,
+)
 from minigpt5_jax.data.pipeline import make_loader
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -40,7 +50,7 @@ from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 ASSETS = Path(__file__).parents[1] / "minigpt5_jax" / "shapes" / "assets"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CAPTION = "a large red circle above a small blue square on a white background"
-SEED = 0
+SEED, ROWS = 0, 10_000
 
 
 # ---------------------------------------------------------------------------------------------
@@ -67,20 +77,40 @@ def make_pictures(folder: Path, count: int) -> list[str]:
 def cc3m(folder: Path, names: list[str]) -> Source:
     """Stage-1 pairs."""
     table = folder / "pairs.tsv"
-    table.write_text("caption\timage_path\n" + "".join(f"{CAPTION}\t{name}\n" for name in names))
+    rows = itertools.islice(itertools.cycle(names), ROWS)
+    table.write_text("caption\timage_path\n" + "".join(f"{CAPTION}\t{name}\n" for name in rows))
     return Cc3mSource(table)
+
+
+def features(folder: Path, source: Source) -> FeatureSource:
+    """Random moments: in our store, and a ``.pt`` file beside each picture."""
+    import torch
+
+    spec = FeatureSpec(
+        pictures=picture_fingerprint(source), samples=len(source), towers={"vae": "none"},
+        target=(64, 64, 8), image=None, target_size=512, image_size=224,
+    )  # fmt: skip
+    random = np.random.default_rng(SEED)
+
+    def encoder(pictures: np.ndarray) -> np.ndarray:
+        return random.standard_normal((len(pictures), 64, 64, 8), dtype=np.float32)
+
+    write_features(folder / "store", source, spec, {"target": encoder})
+    for picture in folder.glob("*.jpg"):
+        torch.save(torch.randn(8, 64, 64).to(torch.bfloat16), picture.with_suffix(".pt"))
+    return FeatureSource(source, FeatureStore(folder / "store"))
 
 
 def vist(folder: Path, names: list[str]) -> Source:
     """Steps of stories: one to four pictures read, one drawn."""
     ring, lines = itertools.cycle(names), []
-    for i in range(len(names)):
+    for i, name in enumerate(itertools.islice(itertools.cycle(names), ROWS)):
         history = [
             part
             for _ in range(1 + i % 4)
             for part in ({"type": "text", "text": CAPTION}, {"type": "image", "path": next(ring)})
         ]
-        answer = [{"type": "text", "text": CAPTION}, {"type": "image", "path": names[i], "caption": CAPTION}]
+        answer = [{"type": "text", "text": CAPTION}, {"type": "image", "path": name, "caption": CAPTION}]
         turns = [{"role": "user", "content": history}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"turns": turns}))
     (folder / "stories.jsonl").write_text("\n".join(lines))
@@ -119,8 +149,14 @@ def torch_transform(size: int, square: bool, mean: tuple[float, ...], std: tuple
     return transform
 
 
-def torch_loader(source: Source, config: EncodeConfig, batch: int, workers: int) -> Iterator[Any]:
-    """Batches of a DataLoader over a Dataset written as the original's, without an end."""
+def torch_loader(
+    source: Source, config: EncodeConfig, batch: int, workers: int, ready: bool
+) -> Iterator[Any]:
+    """Batches of a DataLoader over a Dataset written as the original's, without an end.
+
+    Args:
+      ready: targets are ``.pt`` files of moments.
+    """
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -132,6 +168,9 @@ def torch_loader(source: Source, config: EncodeConfig, batch: int, workers: int)
             self.read = torch_transform(224, False, CLIP_MEAN, CLIP_STD, random)
             self.draw = torch_transform(512, True, (0.5,) * 3, (0.5,) * 3, random)
             self.examples = [source[i] for i in range(len(source))]  # the original keeps lists of strings
+
+        def target(self, path: str) -> torch.Tensor:
+            return torch.load(path.replace(".jpg", ".pt")) if ready else self.draw(path)
 
         def __len__(self) -> int:
             return len(self.examples)
@@ -145,7 +184,7 @@ def torch_loader(source: Source, config: EncodeConfig, batch: int, workers: int)
                 "input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids),
                 "input_images": torch.stack([self.read(p) for p in example.images])
                 if example.images else torch.zeros(1, 3, 224, 224),
-                "output_image": self.draw(example.target_image)[None],
+                "output_image": self.target(example.target_image)[None],
                 "caption": example.caption,
             }  # fmt: skip
 
@@ -178,6 +217,9 @@ def our_loader(source: Source, config: EncodeConfig, batch: int, workers: int, i
         rows=batch, length=64 + 64 * images, items=batch, images=images * batch, targets=32,
         image_size=224, target_size=512,
     )  # fmt: skip
+    if isinstance(source, FeatureSource):
+        config = dataclasses.replace(config, flip_mode="off")
+        spec = dataclasses.replace(spec, target_moments=source.features.target, feature_dtype="bfloat16")
     return make_loader(
         source,
         config,
@@ -196,13 +238,14 @@ class Side:
     batches: Iterator[Any]
     rates: list[float] = dataclasses.field(default_factory=list)
 
-    def block(self, steps: int, batch: int, workers: int) -> None:
-        """Takes ``steps`` batches against the clock."""
+    def block(self, seconds: float, batch: int, workers: int) -> None:
+        """Takes batches for ``seconds`` of the clock."""
         clock: Callable[[], float] = time.perf_counter if workers else time.process_time
-        start = clock()
-        for _ in range(steps):
+        start, samples = clock(), 0
+        while clock() - start < seconds:
             next(self.batches)
-        self.rates.append(steps * batch / (clock() - start) / max(1, workers))
+            samples += batch
+        self.rates.append(samples / (clock() - start) / max(1, workers))
 
     def summary(self) -> dict[str, float]:
         return {
@@ -217,7 +260,7 @@ def compare(row: str, ours: Iterator[Any], torch: Iterator[Any], flags: argparse
     sides = {"ours": Side(ours), "torch": Side(torch)}
     for number in range(flags.blocks + 1):
         for side in sides.values():
-            side.block(flags.steps, flags.batch, flags.workers)
+            side.block(flags.seconds, flags.batch, flags.workers)
             if not number:
                 side.rates.clear()
     ratios = sorted(a / b for a, b in zip(sides["ours"].rates, sides["torch"].rates))
@@ -238,7 +281,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes of either side")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8, help="batches in a block")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
     parser.add_argument("--blocks", type=int, default=7, help="blocks of either side")
     parser.add_argument("--files", type=int, default=128)
     flags = parser.parse_args()
@@ -249,10 +292,12 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         names = make_pictures(Path(folder), flags.files)
-        sources = {"cc3m": (cc3m(Path(folder), names), 0), "vist": (vist(Path(folder), names), 4)}
-        for row, (source, images) in sources.items():
-            ours = our_loader(source, config, flags.batch, flags.workers, images)
-            torchs = torch_loader(source, config, flags.batch, flags.workers)
+        pairs, stories = cc3m(Path(folder), names), vist(Path(folder), names)
+        rows = {"cc3m": (pairs, pairs, 0), "vist": (stories, stories, 4),
+                "features": (features(Path(folder), pairs), pairs, 0)}  # fmt: skip
+        for row, (mine, theirs, images) in rows.items():
+            ours = our_loader(mine, config, flags.batch, flags.workers, images)
+            torchs = torch_loader(theirs, config, flags.batch, flags.workers, ready=row == "features")
             print(json.dumps(compare(row, ours, torchs, flags)), flush=True)
 
 

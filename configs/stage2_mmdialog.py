@@ -2,13 +2,14 @@
 
     python -m minigpt5_jax.train --config configs/stage2_mmdialog.py --workdir runs/stage2_mmdialog \
         --config.run.init_from=runs/stage1/checkpoints \
-        --config.data.train=train.jsonl --config.data.validation=val.jsonl \
+        --config.data.train=mmdialog/train/conversations.jsonl --config.data.image_root=mmdialog/images \
+        --config.data.validation=mmdialog/validation/conversations.jsonl \
         --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.safetensors \
         --config.weights.qformer=qformer.safetensors \
         --config.weights.llama_proj=llama_proj.safetensors \
         --config.weights.stable_diffusion=stable-diffusion-2-1-base
 
-Data: each dialogue as JSONL (README, "Your own data").
+Data: MMDialog as it is published, a conversation a line, pictures as ID.jpg (docs/data.md).
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.
 Steps: four epochs over the samples at batch 32.
@@ -24,5 +25,5 @@ def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
     config = use_stage2(base())
     config.run.name = "stage2_mmdialog"
-    config.data.max_images = 4
+    config.data.update(format="mmdialog", max_images=4, max_length=448, buckets=(128, 256, 448))
     return apply_variant(config, variant, {"prefix": use_prefix})

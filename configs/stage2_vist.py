@@ -2,13 +2,15 @@
 
     python -m minigpt5_jax.train --config configs/stage2_vist.py --workdir runs/stage2_vist \
         --config.run.init_from=runs/stage1/checkpoints \
-        --config.data.train=train.jsonl --config.data.validation=val.jsonl \
+        --config.data.train=vist/train_cleaned.json --config.data.validation=vist/val_cleaned.json \
         --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.safetensors \
         --config.weights.qformer=qformer.safetensors \
         --config.weights.llama_proj=llama_proj.safetensors \
         --config.weights.stable_diffusion=stable-diffusion-2-1-base
 
-Data: each story as JSONL (README, "Your own data").
+Data: VIST as the original has it, `train_cleaned.json` beside `train_image_mapping.json` and the pictures
+(docs/data.md); each story gives 13 samples.  Rows have the length of their bucket: a history of k pictures
+takes about 80 + 48 k positions.
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.
 About 55,900 updates: four epochs of 34,428 stories, 13 samples each, at batch 32.
@@ -24,5 +26,5 @@ def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
     config = use_stage2(base())
     config.run.name = "stage2_vist"
-    config.data.max_images = 5
+    config.data.update(format="vist", max_images=5, max_length=384, buckets=(128, 224, 384))
     return apply_variant(config, variant, {"prefix": use_prefix})

@@ -7,6 +7,8 @@ Public names, imported when first used:
 - ``Batch``: the contract between data and model.
 - ``TrainState``: what training changes.
 - ``load_run``: a trained model from its checkpoint.
+- ``load_pretrained``: a model from pretrained weights and released checkpoints.
+- ``export_torch``: a trained model as PyTorch files.
 
 Everything else is reachable by path and not promised.
 """
@@ -22,6 +24,8 @@ _PUBLIC = {
     "Batch": "minigpt5_jax.batch",
     "TrainState": "minigpt5_jax.training.state",
     "load_run": "minigpt5_jax.restore",
+    "load_pretrained": "minigpt5_jax.pretrained",
+    "export_torch": "minigpt5_jax.export",
 }
 __all__ = list(_PUBLIC)
 

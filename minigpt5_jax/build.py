@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from minigpt5_jax import parts  # noqa: F401  (fills the registries)
@@ -33,10 +34,11 @@ from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
-from minigpt5_jax.tuning import label_parameters
-from minigpt5_jax.weights.load import load_tower, open_safetensors
+from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
+from minigpt5_jax.weights.importer import open_source, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
-from minigpt5_jax.weights.table import Table
+from minigpt5_jax.weights.stream import stream_tower
+from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
 
 SHAPES = "shapes"
@@ -59,7 +61,7 @@ HOW_TO_GET = {
     "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
 }  # fmt: skip
 LLM = "backbone/llm/"
-NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/")  # in the language model, but in no pretrained file
+NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/", "/table_decay")  # of the language model, in no file
 SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
 
 
@@ -199,6 +201,7 @@ def build(config: ConfigDict) -> ModelSpec:
             {
                 "llm": towers.llm, "vit": towers.vit, "qformer": towers.qformer,
                 "num_vokens": backbone.num_vokens, "lora": lora, "prefix": prefix,
+                "decay_tables": config.optimizer.decay_frozen_rows,
                 "remat": config.model.remat, **dtypes,
             },
         ),
@@ -223,6 +226,8 @@ def build(config: ConfigDict) -> ModelSpec:
         ),
     )  # fmt: skip
     labels = label_parameters(template.shapes, [tuple(rule) for rule in config.tuning.rules])
+    if labels.get(TABLE_DECAY) == FROZEN:
+        raise ConfigError(f"optimizer.decay_frozen_rows=True, but tuning.rules freeze {TABLE_DECAY}")
     return ModelSpec(towers, template, labels, step_options(config))
 
 
@@ -308,25 +313,38 @@ def tower_sources(towers: Towers) -> tuple[TowerSource, ...]:
 
 
 def load_frozen(
-    config: ConfigDict, spec: ModelSpec, place: Callable[[str, np.ndarray], jax.Array]
+    config: ConfigDict,
+    spec: ModelSpec,
+    shardings: Mapping[str, Sharding] | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
-    """Every pretrained parameter, read from its source and put on the devices by ``place(path, array)``.
+    """Every pretrained parameter, streamed from its source onto its devices.
+
+    Args:
+      shardings: path -> where it goes; the first local device for paths that are not named.
+      only: names under ``weights`` to read; all of them by default.
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: naming file and keys.
     """
     sources, params = check_sources(config), {}
     for tower in tower_sources(spec.towers):
-        shapes = {
-            path.removeprefix(tower.prefix): shape
+        if only is not None and tower.source not in only:
+            continue
+        targets = {
+            path.removeprefix(tower.prefix): jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=(shardings or {}).get(path)
+            )
             for path, shape in spec.template.shapes.items()
             if path.startswith(tower.prefix) and not any(part in path for part in tower.skip)
         }
-        source = tower.adapt(open_safetensors(sources[tower.source]))
-        arrays = load_tower(tower.table(source), source, shapes)
-        for path, array in arrays.items():
-            full = tower.prefix + path
-            params[full] = place(full, array.astype(spec.template.shapes[full].dtype))
+        source = open_source(tower.source, sources[tower.source])
+        try:
+            adapted = tower.adapt(source)
+            arrays = stream_tower(tower.table(adapted), adapted, targets)
+        except WeightTableError as error:
+            raise WeightTableError(with_cause(str(error), tower.source, source)) from None
+        params |= {tower.prefix + path: array for path, array in arrays.items()}
     return params
 
 

@@ -66,16 +66,19 @@ def fail(message: str) -> None:
     sys.exit(1)
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], words: int = 0) -> list[str]:
     """absl's flags, with configuration errors in a line or two instead of a traceback.
+
+    Args:
+      words: arguments besides flags that the command takes at most.
 
     Raises:
       SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded.
     """
     try:
         rest = flags.FLAGS(list(argv))
-        if len(rest) > 1:
-            fail(f"unexpected arguments: {' '.join(rest[1:])}")
+        if len(rest) > 1 + words:
+            fail(f"unexpected arguments: {' '.join(rest[1 + words :])}")
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         fail(f"{_explain(error)}\n{LIST_KEYS}")

@@ -111,7 +111,7 @@ def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
 def use_stage2(config: ConfigDict) -> ConfigDict:
     """The paper's stage 2: LoRA, one rate of 2e-5, batch 32, four epochs, no caption loss (4.1, 4.2)."""
     config.run.update(epochs=4.0, eval_every=2000, grid_every=2000)
-    config.data.update(format="jsonl", global_batch=32, accumulation=4, max_length=512, max_targets=128)
+    config.data.update(global_batch=32, accumulation=4, max_length=512, max_targets=128)
     config.model.backbone.lora_rank = 8
     config.loss.caption = 0.0
     config.optimizer.update(lr_llm=2e-5, lr_mapper=2e-5)

@@ -69,11 +69,15 @@ KEYS: dict[str, Key] = {
     # -- data -----------------------------------------------------------------------------------
     "data.format": Key(
         "cc3m",
-        "reader: CC3M tsv, JSONL of one's own, or scenes drawn into the workdir (as CC3M)",
-        choices=("cc3m", "jsonl", "shapes"),
+        "reader: published data sets, JSONL of one's own, what `prepare` wrote, or scenes drawn here (CC3M)",
+        choices=("cc3m", "cc3m_tar", "vist", "mmdialog", "jsonl", "prepared", "shapes"),
     ),
-    "data.train": unset(str, "training file (.tsv or .jsonl)"),
-    "data.validation": unset(str, "held-out file, same format"),
+    "data.train": unset(str, "training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),
+    "data.validation": unset(str, "held-out data, same format"),
+    "data.train_mapping": unset(
+        str, "VIST's picture paths; not set: the file's name with image_mapping for cleaned (Q29)"
+    ),
+    "data.validation_mapping": unset(str, "the same for data.validation"),
     "data.image_root": unset(
         str, "folder that picture paths are relative to; not set: the file's own folder"
     ),
@@ -106,6 +110,15 @@ KEYS: dict[str, Key] = {
     ),
     "data.prompt_set": Key(
         "head", "prompt spelling: newest code or October 2023 release (Q26)", choices=("head", "release")
+    ),
+    "data.tasks": Key((), "VIST's tasks, of gen, multimodal, understanding; () for all three (5.3)"),
+    "data.dialog_loader": Key(
+        "head",
+        "MMDialog's rules: newest code or October 2023 release (5.4)",
+        choices=("head", "release"),
+    ),
+    "data.bad_media_ids": Key(
+        ("-3872362534310063124", "3713630103994725971"), "MMDialog's pictures that end a conversation (Q28)"
     ),
     "data.instruction_every": Key(
         100, "every n-th CC3M row gives an instruction sample too; 0 none (5.2)", low=0
@@ -176,8 +189,7 @@ KEYS: dict[str, Key] = {
     "optimizer.weight_decay": Key(0.01, "decoupled decay of every trained leaf (torch's default)", low=0.0),
     "optimizer.decay_frozen_rows": Key(
         False,
-        "the original shrinks all 32,000 frozen rows; here they are no parameters that train (Q3)",
-        choices=(False,),
+        "weight decay shrinks the language model's frozen rows too, as in the original (Q3)",
     ),
     "optimizer.grad_clip": unset(
         float, "global norm over the trainables; not set: no clipping (Q19)", low=0.0

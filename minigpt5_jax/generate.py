@@ -3,16 +3,24 @@
     python -m minigpt5_jax.generate --checkpoint runs/mine --prompt "a red fox in the snow" --output page
     python -m minigpt5_jax.generate --checkpoint runs/mine --prompt "What came next?" --image photos/1.jpg
     python -m minigpt5_jax.generate --checkpoint runs/mine --jsonl prompts.jsonl --num_samples 3
+    python -m minigpt5_jax.generate story --checkpoint runs/stage2 --jsonl begun.jsonl --scenes 4
+    python -m minigpt5_jax.generate chat --checkpoint runs/stage2 --jsonl script.jsonl
 
 ``--image`` belongs to the one ``--prompt``; its place in the text is ``<ImageHere>``, or before it.  A
 record of ``--jsonl`` (:mod:`minigpt5_jax.data.records`) ends in a user turn, or is a pair, whose caption is
-the prompt.  A prompt longer than ``data.max_length`` loses its oldest part, with a warning.
+the prompt.  A prompt longer than ``data.max_length`` loses its oldest turns, with a warning.
+
+``story`` continues the story that a record tells (its texts and pictures, in order) scene by scene, ``chat``
+answers each user turn of a record; every answer is read again before the next.  Both write, beside the
+page, ``conversations.jsonl`` in the schema they read.  A conversation's seed follows from ``--seed`` and
+its ``id``, so it goes the same way alone and among others.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +31,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
-from minigpt5_jax.config import ConfigError, get_config, validate
+from minigpt5_jax.config import ConfigError, get_config, setting_errors, validate
 from minigpt5_jax.data import templates
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.prompts import DIALOG_SYSTEM, dialog_source
@@ -31,12 +39,21 @@ from minigpt5_jax.data.records import parse_record, prompt_of
 from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
 from minigpt5_jax.data.transforms import load_picture
 from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, tell
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import Generation, Prompt, Session, stop_sequences
+from minigpt5_jax.inference.transcript import (
+    entry_of,
+    read_records,
+    record_of,
+    seed_of,
+    turns_of,
+    write_records,
+)
 from minigpt5_jax.restore import Run, load_run, open_checkpoints
 from minigpt5_jax.training.provenance import CheckpointError
-from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.")
@@ -57,6 +74,13 @@ INFERENCE = flags.DEFINE_multi_string(
     "inference", [], "KEY=VALUE in place of the run's inference.KEY, for example sampler=ddim."
 )
 WEIGHTS = flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved.")
+
+SCENES = flags.DEFINE_integer("scenes", 4, "story: scenes to tell.", lower_bound=1)
+WINDOW = flags.DEFINE_integer(
+    "window", None, "chat: turns that are read; all by default, 3 for runs trained on MMDialog, as there.",
+    lower_bound=1,
+)  # fmt: skip
+MODES = ("story", "chat")
 
 USER_ERRORS = (
     ConfigError, DataError, CheckpointError, WeightFileError, WeightTableError, FileNotFoundError,
@@ -88,22 +112,20 @@ def make_session(run: Run, *, batch_size: int = 4) -> Session:
       ConfigError: settings that do not go together.
     """
     inference, towers = run.config.inference, run.spec.towers
-    try:
-        sampler = make_sampler(inference.sampler, towers.schedule, inference.num_inference_steps)
-    except ValueError as error:
-        raise ConfigError(f"inference.num_inference_steps: {error}") from None
-    return Session(
-        run.spec.template,
-        run.params,
-        run.tokenizer,
-        sampler=sampler,
-        sampling=sampling_config(run.config, run.tokenizer),
-        guidance_scale=inference.guidance_scale,
-        cfg_negative=inference.cfg_negative,
-        max_length=run.config.data.max_length,
-        batch_size=batch_size,
-        pad_input_square=run.config.data.pad_input_square,
-    )
+    sampling = sampling_config(run.config, run.tokenizer)
+    with setting_errors():
+        return Session(
+            run.spec.template,
+            run.params,
+            run.tokenizer,
+            sampler=make_sampler(inference.sampler, towers.schedule, inference.num_inference_steps),
+            sampling=sampling,
+            guidance_scale=inference.guidance_scale,
+            cfg_negative=inference.cfg_negative,
+            max_length=run.config.data.max_length,
+            batch_size=batch_size,
+            pad_input_square=run.config.data.pad_input_square,
+        )
 
 
 def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
@@ -229,44 +251,118 @@ def claim_output(folder: str) -> None:
         raise FileExistsError(f"--output={folder} holds other things; choose another folder")
 
 
-def generate() -> Path:
-    """The command; everything that can be refused is refused before weights are read.
+def begun(mode: str) -> list[tuple[Conversation, list[Said]]]:
+    """(conversation, its turns) of each record and sample; a story's turns are what was told before.
 
     Raises:
-      ConfigError, DataError, CheckpointError, FileExistsError: as their messages say.
+      DataError: no file, a record that breaks the schema, a picture that cannot be read, or flags that
+        belong to single prompts.
     """
-    if not CHECKPOINT.value:
-        raise ConfigError("give a run: --checkpoint DIR")
-    changes, weights = pairs(INFERENCE.value, "inference"), pairs(WEIGHTS.value, "weights")
-    override(get_config(), changes)
-    claim_output(OUTPUT.value)
+    if not JSONL.value or PROMPT.value or IMAGE.value:
+        raise DataError(f"{mode} reads records: give --jsonl FILE, and neither --prompt nor --image")
+    found = []
+    for name, record in read_records(JSONL.value):
+        turns = turns_of(record, Path(JSONL.value).expanduser().parent)
+        if mode == "chat" and not any(turn.role == "user" for turn in turns):
+            raise DataError(f"record {name!r} has no user turn to answer")
+        for sample in range(NUM_SAMPLES.value):
+            label = name if NUM_SAMPLES.value == 1 else f"{name}_{sample}"
+            seed = seed_of(name, SEED.value, sample)
+            system = record.system if mode == "chat" else ""
+            said = list(turns) if mode == "story" else []
+            found.append((Conversation(label, seed, said, system=system), turns))
+    return found
+
+
+def check_sight(changes: Mapping[str, str], given: list[tuple[Conversation, list[Said]]]) -> None:
+    """ConfigError where a model without a vision tower would have to read pictures."""
     checkpoints = open_checkpoints(CHECKPOINT.value)
-    second_stage = bool(checkpoints.meta(STEP.value)["config"]["run"].get("init_from"))
+    saved = checkpoints.meta(STEP.value)["config"]
     checkpoints.close()
-    dialog = TEMPLATE.value == "dialog" or (TEMPLATE.value is None and (second_stage or bool(IMAGE.value)))
-    prompts = [
-        dataclasses.replace(prompt, seed=SEED.value + sample)
-        for prompt in read_prompts(dialog=dialog)
-        for sample in range(NUM_SAMPLES.value)
-    ]
-    run = load_run(CHECKPOINT.value, step=STEP.value, weights=weights)
-    config = override(run.config, changes)
-    cli.set_compile_cache(config)
-    session = make_session(run, batch_size=min(BATCH_SIZE.value, len(prompts)))
-    entries = [entry(prompt, answer) for prompt, answer in zip(prompts, session.generate(prompts))]
+    pictures = any(isinstance(part, Drawn) for _, turns in given for turn in turns for part in turn.parts)
+    draws = int(changes.get("max_images", saved["inference"]["max_images"])) > 0
+    if saved["model"]["backbone"].get("vit") == "none" and (pictures or draws):
+        what = "the records' pictures" if pictures else "what it draws itself"
+        raise ConfigError(
+            f"this run's model has no vision tower (model.backbone.vit='none') and cannot read {what}; use a "
+            "run whose backbone sees" + ("" if pictures else ", or --inference max_images=0 for text alone")
+        )
+
+
+def converse(mode: str, run: Run, config: ConfigDict, given: list[tuple[Conversation, list[Said]]]) -> Path:
+    """Tells stories or plays dialogues, and writes page and records."""
+    session = make_session(run, batch_size=min(BATCH_SIZE.value, len(given)))
+    conversations = [conversation for conversation, _ in given]
+    shown = [len(turns) if mode == "story" else 1 for _, turns in given]
+    if mode == "story":
+        tell(session, conversations, SCENES.value)
+    else:
+        window = 3 if WINDOW.value is None and config.data.format == "mmdialog" else WINDOW.value
+        chat(session, conversations, [turns for _, turns in given], window)
+    page = show([entry_of(c, first) for c, first in zip(conversations, shown)], run, config)
+    records = [record_of(c, first, number) for number, (c, first) in enumerate(zip(conversations, shown), 1)]
+    write_records(OUTPUT.value, records)
+    return page
+
+
+def show(entries: Sequence[Entry], run: Run, config: ConfigDict) -> Path:
+    """The page of some answers, with everything that made them."""
     inference = {f"inference.{name}": value for name, value in config.inference.items()}
     made = {"checkpoint": os.path.abspath(CHECKPOINT.value), "step": run.step, "run": config.run.name}
     return write_page(OUTPUT.value, "MiniGPT-5", entries, {**made, **inference})
 
 
-def main(_: Sequence[str]) -> None:
+def single_prompts() -> list[Prompt]:
+    """Every prompt of the command line with its seed, as the run's stage puts prompts to the model."""
+    checkpoints = open_checkpoints(CHECKPOINT.value)
+    second_stage = bool(checkpoints.meta(STEP.value)["config"]["run"].get("init_from"))
+    checkpoints.close()
+    dialog = TEMPLATE.value == "dialog" or (TEMPLATE.value is None and (second_stage or bool(IMAGE.value)))
+    return [
+        dataclasses.replace(prompt, seed=SEED.value + sample)
+        for prompt in read_prompts(dialog=dialog)
+        for sample in range(NUM_SAMPLES.value)
+    ]
+
+
+def generate(mode: str | None = None) -> Path:
+    """The command; everything that can be refused is refused before weights are read.
+
+    Args:
+      mode: one of :data:`MODES`; None answers single prompts.
+
+    Raises:
+      ConfigError, DataError, CheckpointError, FileExistsError: as their messages say.
+    """
+    if mode not in (None, *MODES):
+        raise ConfigError(f"unknown word {mode!r}; known: {', '.join(MODES)}, or none for single prompts")
+    if not CHECKPOINT.value:
+        raise ConfigError("give a run: --checkpoint DIR")
+    changes, weights = pairs(INFERENCE.value, "inference"), pairs(WEIGHTS.value, "weights")
+    override(get_config(), changes)
+    claim_output(OUTPUT.value)
+    given = begun(mode) if mode else []
+    if mode:
+        check_sight(changes, given)
+    prompts = [] if mode else single_prompts()
+    run = load_run(CHECKPOINT.value, step=STEP.value, weights=weights)
+    config = override(run.config, changes)
+    cli.set_compile_cache(config)
+    if mode:
+        return converse(mode, run, config, given)
+    session = make_session(run, batch_size=min(BATCH_SIZE.value, len(prompts)))
+    entries = [entry(prompt, answer) for prompt, answer in zip(prompts, session.generate(prompts))]
+    return show(entries, run, config)
+
+
+def main(argv: Sequence[str]) -> None:
     """Answer, or say what is wrong in a line."""
     cli.quiet()
     try:
-        print(generate())
+        print(generate(*argv[1:]))
     except USER_ERRORS as error:
         cli.fail(str(error))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse)
+    app.run(main, flags_parser=functools.partial(cli.parse, words=1))

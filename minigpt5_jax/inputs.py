@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +17,21 @@ from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.lengths import LengthIndex, length_index
 from minigpt5_jax.data.pipeline import Loader, make_loader
-from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
+from minigpt5_jax.data.sources import (
+    Cc3mSource,
+    Cc3mTarSource,
+    JsonlSource,
+    MMDialogSource,
+    PreparedSource,
+    Source,
+    VistSource,
+)
 from minigpt5_jax.shapes.dataset import write_pairs
 from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.sharding import ShardingError, batch_shardings
 
 
-def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
+def open_sources(config: ConfigDict, towers: Towers) -> tuple[Source, Source | None]:
     """Training and held-out samples; ``shapes`` draws its scenes into the workdir first.
 
     Raises:
@@ -33,19 +42,78 @@ def open_sources(config: ConfigDict) -> tuple[Source, Source | None]:
     if data.format == "shapes":
         train, validation = draw_shapes(config)
     if not train:
-        raise ConfigError(f"give the training file: --config.data.train=FILE (data.format={data.format})")
+        raise ConfigError(f"give the training data: --config.data.train=PATH (data.format={data.format})")
+    open_one = OPENERS[data.format]
+    held_out = open_one(config, towers, validation, False) if validation else None
+    return open_one(config, towers, train, True), held_out
 
-    def open_one(path: str | os.PathLike[str], training: bool) -> Source:
-        if data.format == "jsonl":
-            return JsonlSource(path, data.image_root, strict=True, num_vokens=vokens)
-        return Cc3mSource(
-            path, data.image_root, training=training, prompt_set=data.prompt_set, seed=config.run.seed,
-            instruction_every=data.instruction_every, resample_prompts=data.resample_prompts,
-            num_vokens=vokens,
-        )  # fmt: skip
 
+def _wording(config: ConfigDict) -> dict[str, Any]:
+    """Settings of every source whose prompts have wordings."""
+    return {
+        "prompt_set": config.data.prompt_set,
+        "seed": config.run.seed,
+        "resample_prompts": config.data.resample_prompts,
+        "num_vokens": config.model.backbone.num_vokens,
+    }
+
+
+def _open_cc3m(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
+    every = config.data.instruction_every
+    return Cc3mSource(
+        path, config.data.image_root, training=training, instruction_every=every, **_wording(config)
+    )
+
+
+def _open_tar(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
+    every = config.data.instruction_every
+    cache = Path(config.data.index_cache).expanduser()
+    return Cc3mTarSource(
+        path, cache_dir=cache, training=training, instruction_every=every, **_wording(config)
+    )
+
+
+def _open_vist(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
+    """Held-out stories have the tasks of training, as the original's validation."""
+    data = config.data
+    mapping = data.train_mapping if training else data.validation_mapping
+    return VistSource(path, mapping, data.image_root, tasks=tuple(data.tasks) or None, **_wording(config))
+
+
+def _open_mmdialog(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
+    """Held-out dialogues are filtered as those of training, as the original's validation."""
+    data, tokenizer = config.data, llm_tokenizer(config, towers)
+    return MMDialogSource(
+        path, data.image_root, loader=data.dialog_loader, bad_media_ids=tuple(data.bad_media_ids),
+        count_tokens=lambda text: len(tokenizer.encode(text)), num_vokens=config.model.backbone.num_vokens,
+    )  # fmt: skip
+
+
+def _open_jsonl(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
     vokens = config.model.backbone.num_vokens
-    return open_one(train, True), open_one(validation, False) if validation else None
+    return JsonlSource(path, config.data.image_root, strict=True, num_vokens=vokens)
+
+
+def _open_prepared(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
+    """What ``minigpt5_jax.prepare`` wrote; held-out samples as the raw files' sources give them."""
+    data, tokenizer = config.data, llm_tokenizer(config, towers)
+    return PreparedSource(
+        path, "train" if training else None, instruction_every=data.instruction_every if training else 0,
+        tasks=tuple(data.tasks) or None, loader=data.dialog_loader, bad_media_ids=tuple(data.bad_media_ids),
+        count_tokens=lambda text: len(tokenizer.encode(text)), **_wording(config),
+    )  # fmt: skip
+
+
+OPENERS: dict[str, Callable[[ConfigDict, Towers, str | Path, bool], Source]] = {
+    "cc3m": _open_cc3m,
+    "cc3m_tar": _open_tar,
+    "vist": _open_vist,
+    "mmdialog": _open_mmdialog,
+    "jsonl": _open_jsonl,
+    "prepared": _open_prepared,
+    "shapes": _open_cc3m,
+}
+"""``data.format`` -> ``open(config, towers, path, training)``."""
 
 
 def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
@@ -86,6 +154,11 @@ def batch_spec(config: ConfigDict, towers: Towers, samples: int, pack: int = 1) 
         raise ConfigError(
             f"data.max_images={data.max_images}, but model.backbone.vit='none' cannot see; "
             "set data.max_images=0 or give the backbone a vision tower"
+        )
+    if data.max_length > towers.llm.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_length={data.max_length} exceeds the language model's "
+            f"{towers.llm.max_position_embeddings} positions (max_position_embeddings)"
         )
     return BatchSpec(
         rows=samples // pack,

@@ -10,6 +10,7 @@ same command is given again.  The second lists what is wrong with a file, line b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from absl import app, flags
 from minigpt5_jax import cli
 from minigpt5_jax.data.builders.run import SPLITS, prepare
 from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import UNITS
+from minigpt5_jax.data.builders.units import UNITS, Raw
+from minigpt5_jax.data.check import check
+from minigpt5_jax.data.checks.files import READERS
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.report import write_report
 from minigpt5_jax.data.sources.prepared import PreparedSource
@@ -36,28 +39,59 @@ def tokenizer() -> LlamaTokenizer | None:
     return LlamaTokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
+def error_budget() -> int | float:
+    """``--error_budget``: a count, or with a point in it a fraction."""
+    given = flags.FLAGS.error_budget
+    try:
+        return float(given) if "." in given else int(given)
+    except ValueError:
+        raise DataError(f"--error_budget must be a count or a fraction like 0.01, got {given!r}") from None
+
+
 def run_prepare(dataset: str) -> None:
     """Writes a split and its report, and says where they are."""
     flag = flags.FLAGS
     if flag.input is None or flag.output is None:
         raise DataError("--input (the raw data) and --output (a folder) are needed")
     words = tokenizer()  # before hours of work, not after
-    budget = flag.error_budget
     job = Job.plan(
-        dataset,
-        flag.input,
+        Raw(dataset, flag.input, flag.image_root, flag.mapping),
         flag.output,
         split=flag.split,
-        image_root=flag.image_root,
         num_shards=flag.num_shards,
         letterbox=flag.letterbox,
-        error_budget=float(budget) if "." in budget else int(budget),
+        error_budget=error_budget(),
     )
     folder = prepare(job, beam_runner=flag.beam_runner, beam_options=flag.beam_options)
-    source = PreparedSource(folder, flag.split)
+    count = None if words is None else lambda text: len(words.encode(text))
+    # What training leaves out of dialogues is counted in tokens: without a tokenizer, all turns are shown.
+    training = flag.split != "test" and (words is not None or dataset != "mmdialog")
+    source = PreparedSource(folder, flag.split, training=training, count_tokens=count)
     page = write_report(source, tokenizer=words)
     skipped = len(source.metadata["tally"]["skipped"])
     print(f"{source.describe()}; {skipped:,} of {job.count:,} units left out; report: {page}")
+
+
+def run_check(path: str) -> None:
+    """Lists what is wrong with a path, and ends with status 1 where anything is."""
+    flag = flags.FLAGS
+    findings = check(
+        path,
+        format=flag.format,
+        image_root=flag.image_root,
+        mapping=flag.mapping,
+        tokenizer=tokenizer(),
+        max_length=flag.max_length,
+        workers=flag.workers,
+        show_progress=True,
+    )
+    for problem in findings.problems[: flag.limit]:
+        print(problem)
+    if len(findings.problems) > flag.limit:
+        print(f"... and {len(findings.problems) - flag.limit:,} more (--limit={flag.limit})")
+    print(findings.summary(flag.max_length))
+    if findings.problems:
+        sys.exit(1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,22 +100,31 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) == 2 and argv[1] in UNITS:
             run_prepare(argv[1])
+        elif len(argv) == 3 and argv[1] == "check":
+            run_check(argv[2])
         else:
             cli.fail(f"usage: {USAGE}\n--help lists the flags")
     except DataError as error:
         cli.fail(str(error))
+    except KeyboardInterrupt:
+        cli.fail("stopped; a preparation continues when the same command is given again")
 
 
 def define_flags() -> None:
     """The flags of this command."""
     flags.DEFINE_string("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
     flags.DEFINE_string("image_root", None, "folder that picture paths are relative to; default: the file's")
+    flags.DEFINE_string("mapping", None, "VIST's picture paths; default: the file beside the stories")
     flags.DEFINE_string("output", None, "folder the prepared data set is made in")
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)
     flags.DEFINE_integer("letterbox", None, "fit pictures into white squares of that side", lower_bound=1)
     flags.DEFINE_string("error_budget", "0.01", "unusable units allowed: a count, or a fraction with a point")
     flags.DEFINE_string("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
+    flags.DEFINE_enum("format", None, list(READERS), "check: what the data is; default: guessed")
+    flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")
+    flags.DEFINE_integer("workers", None, "check: processes that decode; default: by the number of pictures")
+    flags.DEFINE_integer("limit", 100, "check: problems that are listed", lower_bound=0)
     flags.DEFINE_string("beam_runner", None, "write the shards with Apache Beam on this runner")
     flags.DEFINE_multi_string("beam_options", [], "a flag of the runner; may be repeated")
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_RELEASE = {"data.bos_id": 2, "data.prompt_set": "release"}
-_HEAD = {"data.bos_id": 1, "data.prompt_set": "head"}
+_RELEASE = {"data.bos_id": 2, "data.prompt_set": "release", "data.dialog_loader": "release"}
+_HEAD = {"data.bos_id": 1, "data.prompt_set": "head", "data.dialog_loader": "head"}
 _ORIGINAL: Mapping[str, Any] = {
     "data.mask_all_inner_vokens": False,  # Q1
     "model.voken_state_shift": 1,  # Q2
+    "optimizer.decay_frozen_rows": True,  # Q3
     "model.backbone.voken_init": "mean",  # Q5
     "loss.caption_target_on_drop": "empty",  # Q8
     "loss.caption_attn_mask": True,  # Q10
@@ -29,6 +30,7 @@ _ORIGINAL: Mapping[str, Any] = {
     "data.tokenizer_mode": "legacy431",  # Q22
     "data.truncation": "right",  # Q23
     "data.resample_prompts": False,  # Q24
+    "data.bad_media_ids": ("-3872362534310063124", "3713630103994725971"),  # Q28
     "data.pad_input_square": False,  # Q30
     "data.strict_image_count": False,  # Q31
     "inference.repetition_penalty": 2.0,  # Q32

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from minigpt5_jax.build import (
@@ -118,7 +117,10 @@ def trained_parameters(
     Args:
       shardings: path -> where it goes; the first local device for paths that are not named.
     """
-    shapes = {path: s for path, s in spec.template.shapes.items() if _not_pretrained(path, spec)}
+    own = checkpoints.paths("inherited", step)  # may hold pretrained parameters in a form of its own
+    shapes = {
+        path: s for path, s in spec.template.shapes.items() if not_pretrained(path, spec) or path in own
+    }
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {
         path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(shardings or {}).get(path, here))
@@ -131,7 +133,7 @@ def trained_parameters(
     return {path: value for part in restored.values() for path, value in part.items()}
 
 
-def _not_pretrained(path: str, spec: ModelSpec) -> bool:
+def not_pretrained(path: str, spec: ModelSpec) -> bool:
     """Whether a parameter comes from training (of this run or the one before) and from no source."""
     new = path.startswith("mapper/") or any(part in path for part in NEW_PARTS)
     return new or spec.labels[path] != FROZEN
@@ -156,7 +158,7 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str,
     check_sources(config)
     spec = build(config)
     tokenizer = llm_tokenizer(config, spec.towers)
-    frozen = load_frozen(config, spec, lambda _, value: jnp.asarray(value))
+    frozen = load_frozen(config, spec)
     trained = trained_parameters(checkpoints, step, spec)
     kept = {path: value for path, value in {**frozen, **trained}.items() if spec.labels[path] == FROZEN}
     now = describe_run(
@@ -172,17 +174,22 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str,
 def inherit(
     path: str | Path,
     fresh: Mapping[str, jax.Array],
+    frozen: Mapping[str, jax.Array],
     spec: ModelSpec,
     shardings: Mapping[str, Any],
-    now: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
     weights: Mapping[str, str],
 ) -> dict[str, jax.Array]:
     """``fresh`` with everything a former run trained put in its place (reference 4.5).
 
     Args:
       path: workdir or checkpoints of the former run.
-      fresh: start values of this run.  spec, shardings: of this run.
-      now: this run's tokenizer and hashes of its frozen weights.  weights: its source paths.
+      fresh: start values of this run.  frozen: its pretrained parameters.  spec, shardings: of this run.
+      tokenizer: identity of this run's.  weights: its source paths.
+
+    Returns:
+      start values, and pretrained parameters that the former run had in a form of its own (the whole tables
+      of a released checkpoint).
 
     Raises:
       CheckpointError: the former run had another tokenizer or other frozen weights, or trained
@@ -191,20 +198,21 @@ def inherit(
     checkpoints = open_checkpoints(path)
     step = checkpoints.latest_step
     meta = checkpoints.meta(step)
-    common = {tower: value for tower, value in now["frozen"].items() if tower in meta["frozen"]}
-    before = {"tokenizer": meta["tokenizer"], "frozen": {name: meta["frozen"][name] for name in common}}
-    if other := differences(before, {"tokenizer": now["tokenizer"], "frozen": common}, before):
-        lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
-        raise CheckpointError(f"run.init_from={path} stood on other weights or words:\n" + "\n".join(lines))
     former = build(config_of(meta, {name: value for name, value in weights.items() if value}))
     here = {name: shape.shape for name, shape in spec.template.shapes.items() if name in fresh}
     wrong = [
         f"{name}: {shape.shape} there, {here.get(name, 'not trained')} here"
         for name, shape in former.template.shapes.items()
-        if _not_pretrained(name, former) and shape.shape != here.get(name)
+        if not_pretrained(name, former) and shape.shape != here.get(name)
     ]
     if wrong:
         raise CheckpointError(f"run.init_from={path} does not fit this model:\n  " + "\n  ".join(wrong[:8]))
     trained = trained_parameters(checkpoints, step, former, shardings)
     checkpoints.close()
+    kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
+    hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
+    before = {"tokenizer": meta["tokenizer"], "frozen": {name: meta["frozen"][name] for name in hashes}}
+    if other := differences(before, {"tokenizer": tokenizer, "frozen": hashes}, before):
+        lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
+        raise CheckpointError(f"run.init_from={path} stood on other weights or words:\n" + "\n".join(lines))
     return {**fresh, **trained}

@@ -61,7 +61,7 @@ from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.training.validation import Validator, make_validation_step
 from minigpt5_jax.tuning import FROZEN
-from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
@@ -101,15 +101,20 @@ def split_parameters(
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, shardings[path], lambda index: value[index])
 
-    pretrained = load_frozen(config, spec, place)
+    pretrained = load_frozen(config, spec, shardings)
     fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
-    if config.run.init_from and checkpoints.latest_step is None:
-        now = {"tokenizer": tokenizer_identity(config, spec.towers), "frozen": hash_parameters(frozen)}
-        fresh = inherit(config.run.init_from, fresh, spec, shardings, now, config.weights.to_dict())
+    newest = checkpoints.latest_step
+    if config.run.init_from and newest is None:
+        tokenizer = tokenizer_identity(config, spec.towers)
+        fresh = inherit(
+            config.run.init_from, fresh, frozen, spec, shardings, tokenizer, config.weights.to_dict()
+        )
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
-    if inherited and checkpoints.latest_step is not None:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), inherited)
+    own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
+    if own and newest is not None:
+        like = {path: {**frozen, **inherited}[path] for path in own}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         inherited = checkpoints.restore({"inherited": like})[0]["inherited"]
     values = {**pretrained, **fresh}
     trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
@@ -143,6 +148,23 @@ def resume(
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
     parts, data_state, _ = checkpoints.restore(vars(like))
     return TrainState(**parts), data_state
+
+
+def place_state(
+    trainable: dict[str, jax.Array],
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    shardings: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, Any]:
+    """(start of the run, where each of its leaves lies), made in place on every process's devices."""
+
+    def init(values: dict[str, jax.Array]) -> TrainState:
+        return init_state(values, spec.labels, optimizer, seed)
+
+    places = state_shardings(jax.eval_shape(init, trainable), shardings, mesh)
+    return jax.jit(init, donate_argnums=0, out_shardings=places)(trainable), places
 
 
 def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.GradientTransformation:
@@ -189,7 +211,7 @@ def make_loop(config: ConfigDict) -> Loop:
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
     check_sources(config)
     sampler = open_sampler(config, spec)
-    source, held_out = open_sources(config)
+    source, held_out = open_sources(config, spec.towers)
     loader = open_loader(config, spec, source, training=True)
     place = placer(mesh, config.data.accumulation)
     place(next(loader))  # shapes and the first samples, before weights are read
@@ -199,9 +221,8 @@ def make_loop(config: ConfigDict) -> Loop:
     checkpoints = open_run_checkpoints(config)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
     meta = describe(config, spec, frozen, source)
-    state = init_state(trainable, spec.labels, optimizer, config.run.seed)
-    places = state_shardings(state, shardings, mesh)
-    state, first_step = jax.device_put(state, places), 0
+    state, places = place_state(trainable, spec, optimizer, config.run.seed, shardings, mesh)
+    first_step = 0
     if checkpoints.latest_step is not None:
         state, data_state = resume(checkpoints, state, meta, places)
         first_step = int(state.step)

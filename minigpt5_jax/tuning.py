@@ -10,16 +10,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 FROZEN = "frozen"
+TABLE_DECAY = "backbone/llm/table_decay"
+"""Share by which weight decay has shrunk the language model's frozen rows, where a model has it (Q3)."""
 
 STAGE1: tuple[tuple[str, str], ...] = (
-    (r"backbone/llm/(embed_tokens|lm_head)/voken", "llm"),
+    (r"backbone/llm/((embed_tokens|lm_head)/voken|table_decay)", "llm"),
     (r"mapper/.*", "mapper"),
     (r".*", FROZEN),
 )
 """Stage 1 (reference 4.2): voken rows at the base rate, mapper, its MLP and queries at ten times it."""
 
 STAGE2_LORA: tuple[tuple[str, str], ...] = (
-    (r"backbone/llm/(embed_tokens|lm_head)/voken", "llm"),
+    (r"backbone/llm/((embed_tokens|lm_head)/voken|table_decay)", "llm"),
     (r"backbone/llm/.*/lora_[ab]", "llm"),
     (r"mapper/(fc|queries)(/.*)?", FROZEN),
     (r"mapper/.*", "mapper"),

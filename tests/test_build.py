@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from ml_collections import ConfigDict
 
 from minigpt5_jax import build as building
@@ -19,9 +20,11 @@ from minigpt5_jax import inputs
 from minigpt5_jax.build import ModelSpec, build, check_sources, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.models.eva_vit import EvaVitConfig
+from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
-from minigpt5_jax.weights.load import save_safetensors
+from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps.llama import split_tables
+from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import WeightTableError
 
 ROOT = Path(__file__).parents[1]
@@ -179,12 +182,19 @@ def sources(tmp_path_factory, oracle_dir, oracle_configs, oracle_weights) -> Con
     return config
 
 
-def test_frozen_weights_are_read_from_their_sources(sources, oracle_weights):
-    spec = build(sources)
-    placed = []
-    frozen = load_frozen(sources, spec, lambda path, array: placed.append(path) or jnp.asarray(array))
+@pytest.fixture(scope="module")
+def spec(sources) -> ModelSpec:
+    return build(sources)
+
+
+@pytest.fixture(scope="module")
+def frozen(sources, spec) -> dict[str, jax.Array]:
+    return load_frozen(sources, spec)
+
+
+def test_frozen_weights_are_read_from_their_sources(sources, spec, frozen, oracle_weights):
     trained = set(trainable_paths(spec.labels))
-    assert frozen.keys() == spec.template.shapes.keys() - trained and placed == list(frozen)
+    assert frozen.keys() == spec.template.shapes.keys() - trained
     assert {path: value.shape for path, value in frozen.items()} == {
         path: spec.template.shapes[path].shape for path in frozen
     }
@@ -215,9 +225,45 @@ def test_frozen_weights_are_read_from_their_sources(sources, oracle_weights):
     assert spec.template.bind(spec.template.shapes).generator.empty_caption_ids[:3] == (526, 527, 0)
 
 
-def test_a_source_of_another_size_names_file_and_tensor(sources):
+def test_files_of_pytorch_are_read_as_they_are_published(sources, spec, frozen, tmp_path):
+    """``eva_vit_g.pth`` plain, BLIP-2's and MiniGPT-4's files under 'model', Vicuna and the VAE in .bin."""
+    config = ConfigDict(sources.to_dict())
+
+    def rewrite(source: str, target: Path, wrap=lambda tensors: tensors) -> str:
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in open_weights(source).items()}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(wrap(tensors), target)
+        return str(target)
+
+    w = config.weights
+    for name in ("llm", "stable_diffusion"):
+        w[name] = str(shutil.copytree(w[name], tmp_path / name))
+    for folder, stem in (("llm", "pytorch_model"), ("stable_diffusion/vae", "diffusion_pytorch_model")):
+        rewrite(tmp_path / folder, tmp_path / folder / f"{stem}.bin")
+        next((tmp_path / folder).glob("*.safetensors")).unlink()
+    for name, wrap in (
+        ("vit", lambda tensors: tensors),
+        ("qformer", lambda tensors: {"model": tensors, "epoch": 1}),
+        ("llama_proj", lambda tensors: {"model": tensors, "optimizer": {"state": {}}}),
+    ):
+        w[name] = rewrite(w[name], tmp_path / name / "file.pth", wrap)
+    same = load_frozen(config, spec)
+    assert same.keys() == frozen.keys()
+    for path, value in frozen.items():
+        np.testing.assert_array_equal(same[path], value, err_msg=path)
+
+
+def test_weights_arrive_sharded(sources, spec):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
+    for path, value in load_frozen(sources, spec, shardings).items():
+        assert value.sharding == shardings[path], path
+    path = "backbone/llm/layers/mlp/gate_proj/kernel"
+    assert shardings[path].spec[-1] == "tensor"
+
+
+def test_a_source_of_another_size_names_file_and_tensor(sources, spec):
     config = ConfigDict(sources.to_dict())
     config.weights.vit = sources.weights.llama_proj
-    spec = build(sources)
     with pytest.raises(WeightTableError, match=r"proj\.safetensors.*\n.*llama_proj"):
-        load_frozen(config, spec, lambda path, array: array)
+        load_frozen(config, spec)

@@ -102,7 +102,7 @@ def test_typos_and_wrong_types_are_errors():
         ("model.backbone.vit", "none", r"vit and model.backbone.qformer are 'none' together"),
         ("model.mapper.nhead", 7, r"d_model=1024 does not divide into model.mapper.nhead=7"),
         ("tuning.rules", ((".*", "everything"),), r"'everything'\) is not \(pattern, group\)"),
-        ("optimizer.decay_frozen_rows", True, r"decay_frozen_rows=True is not one of False"),
+        ("loss.deterministic_eval", False, r"deterministic_eval=False is not one of True"),
     ],
 )
 def test_bad_values_are_named_with_numbers_and_remedy(path, value, message):

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -33,10 +32,10 @@ def parsed_flags():
         flags.FLAGS(["test"])
 
 
-def command(**values):
+def command(mode=None, **values):
     """Runs the command with these flags."""
     with flagsaver.flagsaver(**values):
-        return generate.generate()
+        return generate.generate(mode)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def checkpoint(tmp_path_factory):
     spec.loader.exec_module(module)
     config = validate(module.get_config())
     model = build(config)
-    frozen = load_frozen(config, model, lambda _, value: jnp.asarray(value))
+    frozen = load_frozen(config, model)
     fresh = initial_trainable(config, model, frozen)
     trainable = {path: value for path, value in fresh.items() if model.labels[path] != FROZEN}
     inherited = {path: value for path, value in fresh.items() if model.labels[path] == FROZEN}
@@ -161,3 +160,50 @@ def test_settings_keep_their_types():
     inference = config.inference
     assert (inference.sampler, inference.guidance_scale) == ("ddim", 3.0)
     assert tuple(inference.eos_ids) == (1, 2)
+
+
+# ------------------------------------------------------------------------------ stories and dialogues
+
+
+def records(path, *turns, name="talk"):
+    line = {"id": name, "system": "S.", "turns": [{"role": r, "content": c} for r, c in turns]}
+    path.write_text(json.dumps(line) + "\n")
+    return str(path)
+
+
+def test_a_dialogue_is_answered_turn_by_turn_and_can_be_read_again(checkpoint, tmp_path):
+    script = records(tmp_path / "s.jsonl", ("user", "a red circle"), ("user", "a blue square"))
+    settings = ["max_images=0", "max_new_tokens=3", "num_inference_steps=1"]
+    page = command(
+        "chat", checkpoint=str(checkpoint), jsonl=script, output=str(tmp_path / "page"), inference=settings
+    )
+    assert "You: a blue square" in page.read_text()
+    told = json.loads((tmp_path / "page" / "conversations.jsonl").read_text())
+    assert told["id"] == "talk" and told["system"] == "S."
+    said = [turn["content"][0]["text"] for turn in told["turns"] if turn["role"] == "user"]
+    assert said == ["a red circle", "a blue square"]
+    assert {turn["role"] for turn in told["turns"]} <= {"user", "assistant"}
+
+
+@pytest.mark.parametrize(
+    "mode, values, error, message",
+    [
+        ("story", {}, ConfigError, "no vision tower.*what it draws itself.*max_images=0"),
+        ("tale", {}, ConfigError, "unknown word 'tale'; known: story, chat"),
+        ("chat", {"jsonl": None, "prompt": ["hello"]}, DataError, "chat reads records: give --jsonl"),
+        ("story", {"prompt": ["hello"]}, DataError, "neither --prompt nor --image"),
+        ("chat", {"jsonl": "/no/such.jsonl"}, DataError, "no such file"),
+    ],
+)
+def test_conversations_that_cannot_be_had(mode, values, error, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load_run", lambda *_, **__: pytest.fail("weights were read"))
+    given = {"jsonl": records(tmp_path / "s.jsonl", ("user", "hello")), "checkpoint": str(checkpoint)}
+    with pytest.raises(error, match=message):
+        command(mode, output=str(tmp_path / "page"), **(given | values))
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_script_without_a_user_is_refused(checkpoint, tmp_path):
+    script = records(tmp_path / "s.jsonl", ("assistant", "hello"))
+    with pytest.raises(DataError, match="record 'talk' has no user turn"):
+        command("chat", checkpoint=str(checkpoint), jsonl=script, output=str(tmp_path / "page"))

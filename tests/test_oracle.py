@@ -29,7 +29,7 @@ from minigpt5_jax.models.vae import VaeConfig, sample_posterior
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step
-from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters, trainable_paths
+from minigpt5_jax.tuning import FROZEN, STAGE1, TABLE_DECAY, label_parameters, trainable_paths
 from minigpt5_jax.weights.maps import minigpt5 as maps
 from minigpt5_jax.weights.table import Table, WeightTableError
 
@@ -71,7 +71,7 @@ def make_composite(configs: dict, empty_caption_ids: tuple[int, ...]) -> tuple[T
     llm = LlamaConfig.from_hf(configs["llama"])
     mapper = {name: value for name, value in configs["mapper"].items() if name != "n_queries"}
     template = make_template(
-        ("minigpt4", {"llm": llm, "vit": vit, "qformer": qformer}),
+        ("minigpt4", {"llm": llm, "vit": vit, "qformer": qformer, "decay_tables": True}),
         ("encoder_decoder", {"config": MapperConfig(
             llm_hidden_size=llm.hidden_size, num_queries=configs["mapper"]["n_queries"], **mapper)}),
         ("stable_diffusion", {
@@ -113,8 +113,9 @@ def case(oracle_dir, oracle_configs, oracle_weights, oracle_cases) -> Case:
     tokenizer = ClipTokenizer(oracle_dir / "tokenizer_clip")
     empty = tuple(int(i) for i in tokenizer.encode([""])[0][0])
     template, table = make_composite(oracle_configs, empty)
-    shapes = {path: s.shape for path, s in template.shapes.items()}
+    shapes = {path: s.shape for path, s in template.shapes.items() if path != TABLE_DECAY}
     params = table.to_params(maps.split_rows(oracle_weights), shapes)
+    params[TABLE_DECAY] = np.zeros((), np.float32)
     draws = Draws(
         timesteps=numbers["rng/timesteps"].astype(np.int32),
         noise=channels_last(numbers["rng/noise"]),
@@ -136,20 +137,21 @@ def trainables_of(case: Case, group: str) -> dict[str, np.ndarray]:
     source = {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
     source = {name: value for name, value in source.items() if name not in ("lr", "loss")}
     shapes = {path: s.shape for path, s in case.template.shapes.items()}
-    paths = trainable_paths(label_parameters(shapes, STAGE1))
+    paths = set(trainable_paths(label_parameters(shapes, STAGE1))) - {TABLE_DECAY}
     return maps.stage1_to_params(source, {path: shapes[path] for path in paths})
 
 
 def test_every_tensor_is_read_and_written_back(case, oracle_weights):
     assert len(oracle_weights) == 1267 and case.params.keys() == case.template.shapes.keys()
-    again = maps.join_rows(case.table.to_source({k: np.asarray(v) for k, v in case.params.items()}))
+    known = {path: np.asarray(value) for path, value in case.params.items() if path != TABLE_DECAY}
+    again = maps.join_rows(case.table.to_source(known))
     buffers = {name for name in oracle_weights if name.endswith(("rotary_emb.inv_freq", "position_ids"))}
     assert len(buffers) == 4 and again.keys() == oracle_weights.keys() - buffers
     assert all(np.array_equal(again[name], oracle_weights[name]) for name in again)
 
 
 def test_a_stray_or_missing_tensor_is_named(case, oracle_weights):
-    shapes = {path: s.shape for path, s in case.template.shapes.items()}
+    shapes = {path: s.shape for path, s in case.template.shapes.items() if path != TABLE_DECAY}
     source = maps.split_rows(oracle_weights)
     lost = "model.llama_proj.bias"
     with pytest.raises(WeightTableError, match="backbone/llama_proj/bias"):
@@ -162,9 +164,9 @@ def test_the_131_tensors_of_a_stage1_file(case, labels, oracle_dir):
     container = torch.load(oracle_dir / "stage1.ckpt", map_location="cpu", weights_only=False)
     source = {name: value.numpy() for name, value in container["state_dict"].items()}
     assert len(source) == 131
-    paths = trainable_paths(labels)
+    paths = set(trainable_paths(labels)) - {TABLE_DECAY}
     params = maps.stage1_to_params(source, {path: case.template.shapes[path].shape for path in paths})
-    assert params.keys() == set(paths)
+    assert params.keys() == paths
     tables = {name: source[maps.LLAMA_PREFIX + name][:-9]
               for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
     again = maps.trained_to_source(params, tables["model.embed_tokens.weight"], tables["lm_head.weight"].T)
@@ -248,10 +250,12 @@ def test_losses_gradients_and_two_updates_are_the_originals(case, labels):
         assert_close(metrics["loss"], numbers[f"step{number}/loss"], 1e-5, f"loss of step {number}")
         check_update(case, state.trainable, number, {path: rates[labels[path]] for path in trainable})
     assert state.step == 2
+    check_export(case, state.trainable, rates)
 
 
 def check_gradients(grads, want):
-    assert want.keys() == {path for path, g in grads.items() if not isinstance(g, optax.MaskedNode)}
+    found = {path for path, gradient in grads.items() if not isinstance(gradient, optax.MaskedNode)}
+    assert found == want.keys() | {TABLE_DECAY} and grads[TABLE_DECAY] == 0
     for path in want:
         if path.endswith("k_proj/bias"):  # analytically zero: softmax ignores a shift of all keys
             assert np.abs(grads[path]).max() < 1e-6, path
@@ -264,7 +268,30 @@ def check_update(case, trainable, number, rates):
     ``rate * sign(g)``, so noise would decide its direction."""
     want, gradients = trainables_of(case, f"step{number}/"), trainables_of(case, "grad/")
     for path, value in trainable.items():
-        if not path.endswith("k_proj/bias"):
+        if path != TABLE_DECAY and not path.endswith("k_proj/bias"):
             clear = np.abs(gradients[path]) >= 1e-4 * np.abs(gradients[path]).max()
             error = np.abs(np.asarray(value) - want[path])[clear].max() / rates[path]
             assert error < 5e-3, f"{path} after update {number}: off by {error:.1e} updates"
+
+
+def check_export(case, trainable, rates):
+    """The 131 tensors an export writes after two updates, against those the original had then: whole tables,
+    stacked projections.  Their old rows have shrunk by weight decay; here a share says by how much (Q3)."""
+    paths = ("backbone/llm/embed_tokens/embedding", "backbone/llm/lm_head/kernel")
+    shrunk = 1 - np.asarray(trainable[TABLE_DECAY])
+    tables = (np.asarray(case.params[path]) * shrunk for path in paths)
+    known = {path: np.asarray(value) for path, value in trainable.items() if path != TABLE_DECAY}
+    exported = maps.trained_to_source(known, *tables)
+    want, gradients = (
+        {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
+        for group in ("step2/", "grad/")
+    )
+    assert exported.keys() == want.keys() - {"lr", "loss"} and len(exported) == 131
+    for name, value in exported.items():
+        table = name.startswith(maps.LLAMA_PREFIX)
+        clear = np.abs(gradients[name]) >= 1e-4 * np.abs(gradients[name]).max()
+        if table:
+            assert not clear[:-9].any()
+            np.testing.assert_allclose(value[:-9], want[name][:-9], rtol=2e-7)
+        error = np.abs(value - want[name])[clear].max() / rates["llm" if table else "mapper"]
+        assert error < 5e-3, f"{name}: off by {error:.1e} updates"

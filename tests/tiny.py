@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
 
 from minigpt5_jax.batch import Batch
+from minigpt5_jax.config import get_config
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.minigpt5 import make_template
 from minigpt5_jax.models.clip_text import ClipTextConfig
 from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.models.llama import LlamaConfig
 from minigpt5_jax.models.mapper import MapperConfig
 from minigpt5_jax.models.unet import UNetConfig
@@ -107,3 +112,50 @@ def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24) -> Batch:
         caption_ids=random.integers(0, 62, (rows, 12)).astype(np.int32) * caption_mask,
         caption_mask=caption_mask, has_caption=np.ones(rows, bool),
     )  # fmt: skip
+
+
+def write_oracle_sources(root: Path) -> ConfigDict:
+    """The oracle's frozen weights as files in the layouts of the real sources, and the configuration of a
+    stage-1 model whose every size comes from them."""
+    configs = json.loads((ORACLE / "configs.json").read_text())
+    weights = load_file(ORACLE / "weights.safetensors")
+    vit = EvaVitConfig.from_eva(configs["eva_vit"])
+
+    def write(folder: str, prefixes: dict[str, str], config: dict) -> None:
+        tensors = {
+            new + name.removeprefix(old): value
+            for old, new in prefixes.items()
+            for name, value in weights.items()
+            if name.startswith(old)
+        }
+        if folder == "llm":  # pretrained tables know nothing of the nine new rows
+            tables = ("model.embed_tokens.weight", "lm_head.weight")
+            tensors |= {name: tensors[name][:-9] for name in tables}
+        (root / folder).mkdir(parents=True)
+        tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        save_file(tensors, root / folder / "model.safetensors")
+        (root / folder / "config.json").write_text(json.dumps(config))
+
+    queries = {"encoder_hidden_size": vit.hidden_size, "cross_attention_frequency": 2}
+    write("llm", {"model.llama_model.": ""}, configs["llama"])
+    write("vit", {"model.visual_encoder.": ""}, vars(vit))
+    lavis = {"model.Qformer.": "Qformer.", "model.query_tokens": "query_tokens", "model.ln_": "ln_"}
+    write("qformer", lavis, configs["qformer_bert"] | queries)
+    write("llama_proj", {"model.llama_proj.": "llama_proj."}, {})
+    for name in ("unet", "vae"):
+        write(f"sd/{name}", {f"{name}.": ""}, configs[name])
+    write("sd/text_encoder", {"sd_text_encoder.": ""}, configs["sd_text_encoder"])
+    shutil.copytree(ORACLE / "tokenizer_clip", root / "sd/tokenizer")
+    shutil.copy(ORACLE / "tokenizer_llama/tokenizer.model", root / "llm")
+    (root / "sd/scheduler").mkdir()
+    (root / "sd/scheduler/scheduler_config.json").write_text(json.dumps(configs["scheduler"]))
+    config = get_config()
+    config.model.backbone.update(llm="source", vit="source", qformer="source")
+    config.model.generator.update(
+        unet="source", vae="source", text_encoder="source", scheduler="source", image_size=64
+    )
+    config.model.mapper.update(d_model=32, nhead=8, dim_feedforward=128)
+    config.model.update(dtype="float32", param_dtype="float32")
+    config.weights.update({name: str(root / name) for name in ("llm", "vit", "qformer", "llama_proj")})
+    config.weights.stable_diffusion = str(root / "sd")
+    return config

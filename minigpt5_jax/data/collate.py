@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.example import Example, Ready
 from minigpt5_jax.data.templates import IGNORE, Expanded, expand
 from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.data.transforms import FLIP_MODES, draw_flips, prepare_picture
+from minigpt5_jax.data.transforms import FLIP_MODES, Picture, draw_flips, prepare_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,9 @@ class BatchSpec:
       num_vokens: vokens of a target picture.
       image_tokens: positions of an input picture.
       pack: samples of a row, each a segment of its own; ``rows * pack`` samples in all.
+      target_moments: (h, w, 2c) where targets come as ready moments, None where they are pictures.
+      image_states: (q, c) where input pictures come as ready states, None where they are pictures.
+      feature_dtype: of ready features, ``float32`` or ``bfloat16``.
     """
 
     rows: int
@@ -44,6 +47,9 @@ class BatchSpec:
     num_vokens: int = 8
     image_tokens: int = 32
     pack: int = 1
+    target_moments: tuple[int, ...] | None = None
+    image_states: tuple[int, ...] | None = None
+    feature_dtype: str = "float32"
 
     def __post_init__(self):
         if self.rows < 1 or self.length < 2:
@@ -111,15 +117,20 @@ class EncodeConfig:
                 f"caption tokenizer pads to {self.caption_tokenizer.max_length} ids, the batch has "
                 f"caption_length = {spec.caption_length}"
             )
+        if (spec.target_moments or spec.image_states) and self.flip_mode != "off":
+            raise DataError(
+                "ready features are of pictures as they are, never mirrored; set flip_mode to 'off', it is "
+                f"{self.flip_mode!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """An encoded example: i pictures read, at most one drawn."""
+    """An encoded example: i pictures read, at most one drawn, as pixels or as ready features."""
 
     text: Expanded
-    images: UInt8[np.ndarray, "i h h 3"]
-    target: UInt8[np.ndarray, "H H 3"] | None
+    images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"], ...]
+    target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "y x c2"] | None
     caption_ids: Int32[np.ndarray, " c"]
     caption_mask: Int32[np.ndarray, " c"]
     has_caption: bool
@@ -157,25 +168,45 @@ def encode(
     if example.target_image is not None and not spec.items:
         raise SampleError(example.where, f"{example.item_id} draws a picture, the batch holds text only")
     flips = draw_flips(config.flip_mode, key, len(example.images))
-    size = spec.image_size
-    images = np.zeros((len(text.images), size, size, 3), np.uint8)
     target = None
     try:
-        for place, i in enumerate(text.images):
-            picture, square = example.images[i], config.pad_input_square
-            images[place] = prepare_picture(picture, size, square=square, flip=flips.images[i])
+        square, size = config.pad_input_square, spec.image_size
+        images = tuple(
+            _values(example.images[i], spec.image_states, size, square, flips.images[i]) for i in text.images
+        )
         if example.target_image is not None:
-            target = prepare_picture(example.target_image, spec.target_size, square=True, flip=flips.target)
+            target = _values(example.target_image, spec.target_moments, spec.target_size, True, flips.target)
     except SampleError as error:
         raise SampleError(example.where, f"{example.item_id}: {error}") from None
     ids, mask = config.caption_tokenizer.encode([example.caption or ""])
     return Sample(text, images, target, ids[0], mask[0], example.caption is not None and target is not None)
 
 
+def _values(
+    picture: Picture | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
+) -> np.ndarray:
+    """Pixels of a picture, or the features it comes as; DataError where the batch wants the other."""
+    if not isinstance(picture, Ready):
+        if ready is not None:
+            raise DataError(f"the batch holds ready features of shape {ready}, the data gives pictures")
+        return prepare_picture(picture, size, square=square, flip=flip)
+    if picture.values.shape != ready:
+        wants = f"features of shape {ready}" if ready else "pictures"
+        raise DataError(f"the batch holds {wants}, the data gives features of shape {picture.values.shape}")
+    return picture.values
+
+
 def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
     """Fields of a batch without samples: padding everywhere, every mask False."""
     b, t, m, i, c = spec.rows, spec.length, spec.items, spec.images, spec.caption_length
     ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    ready, pixels = {}, {"target": spec.target_size, "images": spec.image_size}
+    for name, field, count, shape in (
+        ("target", "target_moments", m, spec.target_moments),
+        ("images", "image_states", i, spec.image_states),
+    ):
+        if shape is not None:
+            ready[field], pixels[name] = np.zeros((count, *shape), spec.feature_dtype), 0
     return {
         "tokens": ints(b, t),
         "labels": np.full((b, t), IGNORE, np.int32),
@@ -183,11 +214,11 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
         "positions": ints(b, t),
         "segment_ids": ints(b, t),
         "row_id": ints(b),
-        "images": np.zeros((i, spec.image_size, spec.image_size, 3), np.uint8),
+        "images": np.zeros((i, pixels["images"], pixels["images"], 3), np.uint8),
         "image_row": ints(i),
         "image_start": ints(i),
         "image_mask": np.zeros(i, bool),
-        "target": np.zeros((m, spec.target_size, spec.target_size, 3), np.uint8),
+        "target": np.zeros((m, pixels["target"], pixels["target"], 3), np.uint8),
         "voken_row": ints(m),
         "voken_start": np.ones(m, np.int32),  # the mapper reads one position before
         "item_id": ints(m),
@@ -195,6 +226,7 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
         "caption_ids": ints(m, c),
         "caption_mask": ints(m, c),
         "has_caption": np.zeros(m, bool),
+        **ready,
     }
 
 
@@ -259,13 +291,15 @@ def _fill_text(
 
 def _fill_images(arrays: dict[str, np.ndarray], first: int, start: int, sample: Sample) -> None:
     slots = slice(first, first + len(sample.images))
-    arrays["images"][slots] = sample.images
+    field = "image_states" if "image_states" in arrays else "images"
+    for slot, values in enumerate(sample.images, first):
+        arrays[field][slot] = values
     arrays["image_start"][slots] = start + np.asarray(sample.text.image_start, np.int32)
     arrays["image_mask"][slots] = True
 
 
 def _fill_item(arrays: dict[str, np.ndarray], slot: int, start: int, sample: Sample) -> None:
-    arrays["target"][slot] = sample.target
+    arrays["target_moments" if "target_moments" in arrays else "target"][slot] = sample.target
     arrays["voken_start"][slot] = start + sample.text.voken_start
     arrays["item_mask"][slot] = True
     arrays["caption_ids"][slot] = sample.caption_ids

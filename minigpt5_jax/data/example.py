@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+from jaxtyping import Float
+
 from minigpt5_jax.data.transforms import Picture
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ready:
+    """A picture that went through its frozen tower beforehand, in the place of the picture.
+
+    Attributes:
+      values: moments [h w 2c] of a picture to draw, states [q c] of an input picture.
+    """
+
+    values: Float[np.ndarray, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +28,7 @@ class Example:
     Attributes:
       source: what the model reads; ``<ImageHere>`` once for each of ``images``.
       target: what it writes; the vokens exactly where there is a ``target_image``.
-      images: input pictures, in the order of their placeholders; paths or encoded bytes.
+      images: input pictures, in the order of their placeholders; paths, encoded bytes or ready features.
       target_image: the picture to draw, or None.
       caption: text of the caption loss, or None where the sample takes no part in it.
       task: what kind of sample this is (``cc3m``, ``cc3m-instruction``, ``dialog``).
@@ -24,8 +38,8 @@ class Example:
 
     source: str
     target: str
-    images: tuple[Picture, ...]
-    target_image: Picture | None
+    images: tuple[Picture | Ready, ...]
+    target_image: Picture | Ready | None
     caption: str | None
     task: str
     item_id: str

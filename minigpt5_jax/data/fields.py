@@ -47,6 +47,10 @@ class Fields:
     def string(self, value: Any, place: str) -> str:
         if not isinstance(value, str):
             raise self.fail(place, f"expected text, found {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, tokenizers refuse it
+            raise self.fail(place, f"text is no Unicode at character {error.start}") from None
         return value
 
     def integer(self, value: Any, place: str) -> int:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,21 @@ def measure(source: Source, tokenizer: LlamaTokenizer, image_tokens: int) -> Len
             texts = source.texts(index)
         except SampleError:
             continue  # found again, named and counted when the sample is read
-        for words, answer in texts:
-            ids = tokenizer.encode(words)
-            pictures = ids.count(tokenizer.image_id)
-            size = 1 + len(ids) + pictures * (image_tokens - 1) + len(tokenizer.encode(answer))
-            lengths[index] = max(lengths[index], size)
-            images[index] = max(images[index], pictures)
+        lengths[index], images[index] = longest(texts, tokenizer, image_tokens)
     return LengthIndex(lengths, images)
+
+
+def longest(
+    texts: Iterable[tuple[str, str]], tokenizer: LlamaTokenizer, image_tokens: int
+) -> tuple[int, int]:
+    """Positions and input pictures of the longest of a sample's (source, target) wordings."""
+    length = images = 0
+    for words, answer in texts:
+        ids = tokenizer.encode(words)
+        pictures = ids.count(tokenizer.image_id)
+        size = 1 + len(ids) + pictures * (image_tokens - 1) + len(tokenizer.encode(answer))
+        length, images = max(length, size), max(images, pictures)
+    return length, images
 
 
 def length_index(

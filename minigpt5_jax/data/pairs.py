@@ -69,7 +69,10 @@ class PairRules:
 
     def texts(self, pair: Pair, instruction: bool) -> list[tuple[str, str]]:
         """(source, target) for every wording the sample may have; SampleError for an empty caption."""
-        caption, target = self._caption(pair), target_text("", draws=True, num_vokens=self.num_vokens)
+        return self._texts(self._caption(pair), instruction)
+
+    def _texts(self, caption: str, instruction: bool) -> list[tuple[str, str]]:
+        target = target_text("", draws=True, num_vokens=self.num_vokens)
         if not instruction:
             return [(caption, target)]
         wordings = prompts.CC3M_PROMPTS[self.prompt_set]
@@ -77,7 +80,8 @@ class PairRules:
 
     def example(self, pair: Pair, instruction: bool, epoch: int = 0) -> Example:
         """The plain or the instruction sample of a pair; SampleError for an empty caption."""
-        texts = self.texts(pair, instruction)
+        caption = self._caption(pair)
+        texts = self._texts(caption, instruction)
         key = (self.seed, epoch if self.resample_prompts else 0, pair.row)
         source, target = texts[np.random.default_rng(key).integers(len(texts)) if instruction else 0]
         return Example(
@@ -85,7 +89,7 @@ class PairRules:
             target=target,
             images=(),
             target_image=pair.picture,
-            caption=self._caption(pair),
+            caption=caption,
             task="cc3m-instruction" if instruction else "cc3m",
             item_id=f"cc3m_{pair.row}_instruction" if instruction else f"cc3m_{pair.row}",
             where=pair.where,

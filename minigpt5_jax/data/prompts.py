@@ -74,7 +74,13 @@ def story_source(history: Sequence[str], request: str) -> str:
       history: texts of the steps before, each of which is followed by its picture; a newline ends them.
       request: one of :data:`STORY_PROMPTS`, ``{text}`` filled in.
     """
-    before = "".join(text + IMAGE for text in history) + "\n" if history else ""
+    return story_continuation([part for text in history for part in (text, IMAGE)], request)
+
+
+def story_continuation(parts: Sequence[str], request: str) -> str:
+    """:func:`story_source` after texts and pictures (spelt :data:`~minigpt5_jax.data.templates.IMAGE`) in
+    any order, as a model's own story may have them."""
+    before = "".join(parts) + "\n" if parts else ""
     return f"{STORY_SYSTEM}###Human:{before} {request} ###Assistant:"
 
 

@@ -34,8 +34,8 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 60rem;
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; }
 .lead { opacity: .75; margin: .2rem 0 1rem; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; }
-.tile { border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
+.tile { flex: 1 1 7rem; border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.3rem; } .tile span { opacity: .7; font-size: .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; }
 td { padding: .15rem .7rem .15rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
@@ -79,7 +79,10 @@ def write_report(
 def summary(source: PreparedSource, tokenizer: LlamaTokenizer | None, image_tokens: int) -> dict[str, Any]:
     """The content of ``report.json``."""
     made, tally = source.metadata, source.metadata["tally"]
-    skipped = [{"unit": unit, "where": where, "reason": reason} for unit, where, reason in tally["skipped"]]
+    skipped, lost = (
+        [{"unit": unit, "where": where, "reason": reason} for unit, where, reason in tally[name]]
+        for name in ("skipped", "cut")
+    )
     facts = {
         "dataset": made["dataset"],
         "split": made["split"],
@@ -88,6 +91,7 @@ def summary(source: PreparedSource, tokenizer: LlamaTokenizer | None, image_toke
         "skipped": len(skipped),
         "skipped_by_reason": _by_reason(skip["reason"] for skip in skipped),
         "skipped_units": skipped,
+        "pictures_lost": lost,
         "samples": len(source),
         "shards": made["num_shards"],
         "letterbox": made["letterbox"],
@@ -131,9 +135,9 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
     tiles = {
         "kept": f"{facts['kept']:,}",
         "left out": f"{facts['skipped']:,}",
-        "training samples": f"{facts['samples']:,}",
+        "samples": f"{facts['samples']:,}",
         "pictures": f"{facts['pictures']:,}",
-        "MiB of pictures": f"{facts['picture_bytes'] / 2**20:,.1f}",
+        "all pictures": _size(facts["picture_bytes"]),
         "shards": f"{facts['shards']:,}",
     }
     parts = [f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles.items()]
@@ -143,10 +147,13 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         rows = ((skip["where"], skip["reason"]) for skip in facts["skipped_units"][:SHOWN])
         cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>\n" for a, b in rows)
         body += f"<h2>The first of them</h2>\n<table>{cells}</table>\n"
+    if facts["pictures_lost"]:
+        body += "<h2>Pictures that dialogues go without, and end before</h2>\n"
+        body += _bars(_by_reason(lost["reason"] for lost in facts["pictures_lost"]))
     if facts.get("lengths", {}).get("samples"):
         lengths = facts["lengths"]
         shown = ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p95", "p99", "max"))
-        body += f"<h2>Positions of a training sample</h2>\n<p>{shown}</p>\n" + _bars(lengths["histogram"])
+        body += f"<h2>Positions of a sample</h2>\n<p>{shown}</p>\n" + _bars(lengths["histogram"])
     body += "<h2>Pictures by width x height</h2>\n" + _bars(facts["pictures_by_size"])
     body += "<h2>Pictures by size of file (KiB, from)</h2>\n" + _bars(facts["pictures_by_kilobytes"])
     body += f"<h2>{len(drawn)} samples</h2>\n" + "".join(_sample(source, index) for index in drawn)
@@ -159,6 +166,14 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
     )
 
 
+def _size(count: int) -> str:
+    """Bytes in a unit that gives a readable number."""
+    unit, power = next(
+        (u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if count >> p or not p
+    )
+    return f"{count / 2**power:,.1f} {unit}"
+
+
 def _bars(counts: dict[str, int]) -> str:
     """A table of names, numbers and bars; the rest in one line where there are many."""
     rows = list(counts.items())
@@ -167,7 +182,7 @@ def _bars(counts: dict[str, int]) -> str:
     top = max((number for _, number in rows), default=1)
     return "<table>" + "".join(
         f'<tr><td>{html.escape(name)}</td><td class="number">{number:,}</td>'
-        f'<td class="bar"><div style="width:{100 * number / max(top, 1):.1f}%"></div></td></tr>\n'
+        f'<td class="bar"><div style="width:{100 * number / max(top, 1):.3g}%"></div></td></tr>\n'
         for name, number in rows
     ) + "</table>\n"  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -124,13 +125,56 @@ def _cut_source(
     return ids[::-1] if truncation == "left_history" else ids
 
 
+_TURN = re.compile(r"###(?:Human|Assistant):")
+_STEP = re.compile(r".*?</Img>", re.DOTALL)
+
+
+def history_spans(source: str) -> list[tuple[int, int]]:
+    """Parts of a source that may be left out, oldest first, each a whole turn of a dialogue or a whole
+    step of a story; the turn or request that is answered is none of them.
+
+    They are found by ``###``, which no user's text may contain.  A story opens ``###Human:`` without a
+    space and has its steps there, each with its picture at its end (reference 5.3).
+    """
+    marks = [found.start() for found in _TURN.finditer(source)]
+    if len(marks) != 2:
+        return list(itertools.pairwise(marks[:-1]))
+    start = _TURN.match(source, marks[0]).end()
+    end = source.rfind("\n", start, marks[1])
+    if end < 0 or source[start] == " ":
+        return []
+    steps = [found.span() for found in _STEP.finditer(source, start, end)]
+    return [*steps[:-1], (steps[-1][0], end + 1)] if steps else []
+
+
+def _drop_turns(
+    tokenizer: TextTokenizer,
+    source: str,
+    ids: list[int],
+    room: int,
+    max_images: int | None,
+    image_tokens: int,
+) -> list[int]:
+    """Ids of a source without as many of its oldest turns as must go; what is left may still be too long."""
+    spans = history_spans(source)
+    for first in range(len(spans) + 1):
+        if first:
+            ids = tokenizer.encode(source[: spans[0][0]] + source[spans[first - 1][1] :])
+        images = ids.count(tokenizer.image_id)
+        if len(ids) + images * (image_tokens - 1) <= room and (max_images is None or images <= max_images):
+            break
+    return ids
+
+
 def _place_images(source: Sequence[int], image_id: int, image_tokens: int) -> tuple[list[int], list[int]]:
     """(source ids with each picture's placeholder ``image_tokens`` times, the first slots of these)."""
     tokens, starts = [], []
     for i in source:
         if i == image_id:
             starts.append(len(tokens))
-        tokens.extend([i] * (image_tokens if i == image_id else 1))
+            tokens.extend([i] * image_tokens)
+        else:
+            tokens.append(i)
     return tokens, starts
 
 
@@ -149,9 +193,10 @@ def expand(
     """Ids, labels and positions of one sample (reference 2.2, 2.3); an empty target gives a prompt.
 
     Source and target are tokenised on their own and joined behind BOS.  What does not fit
-    ``max_length`` is cut here and reported in ``dropped``: first the source, from the left
-    (``left_history``: the instruction next to the answer stays) or from the right (as the original's
-    tokenizer, quirk Q23), whole pictures only; then the end of the target's text.  The vokens, and
+    ``max_length`` is cut here and reported in ``dropped``: first the source, its oldest turns
+    (``left_history``: system prompt and instruction stay, and of a single turn that is too long the end) or
+    from the right (as the original's tokenizer, quirk Q23), whole pictures only; then the end of the
+    target's text.  The vokens, and
     the ``###`` behind them, always survive; the original could lose them.
 
     Args:
@@ -179,10 +224,14 @@ def expand(
         target_room = min(target_room, max_targets + mask(target_ids).count(IGNORE))
     kept_target = _cut_target(target_ids, target_room, voken)
     room = max_length - 1 - len(kept_target)
-    kept_source = _cut_source(source_ids, room, max_images, image_id, image_tokens, truncation)
+    kept_source, total = source_ids, source_ids.count(image_id)
+    if len(source_ids) + total * (image_tokens - 1) > room or (max_images is not None and total > max_images):
+        if truncation == "left_history":
+            kept_source = _drop_turns(tokenizer, source, source_ids, room, max_images, image_tokens)
+        kept_source = _cut_source(kept_source, room, max_images, image_id, image_tokens, truncation)
 
     head, starts = _place_images([tokenizer.bos_id, *kept_source], image_id, image_tokens)
-    total, left = source_ids.count(image_id), len(starts)
+    left = len(starts)
     first = total - left if truncation == "left_history" else 0
     full = 1 + len(source_ids) + total * (image_tokens - 1) + len(target_ids)
     return Expanded(

@@ -15,6 +15,7 @@ done with unusual files:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def load_picture(picture: Picture) -> Image.Image:
     if not data:
         raise SampleError(name, "picture file is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _refuse_huge(name, *image.size)
             return _to_rgb(name, image)
     except SampleError:
@@ -64,6 +65,13 @@ def load_picture(picture: Picture) -> Image.Image:
         raise SampleError(name, f"picture has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise what they like, struct.error for one
         raise SampleError(name, f"picture is broken ({error or type(error).__name__})") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _refuse_huge(name: str, width: int, height: int) -> None:

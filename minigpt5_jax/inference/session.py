@@ -137,6 +137,13 @@ class Session:
                 f"the tokenizer has {tokenizer.first_voken_id} ids before [IMG0], "
                 f"the language model {self._backbone.vocab_size}"
             )
+        room = self.sampling.max_new_tokens + self.sampling.max_images * (tokenizer.num_vokens - 1)
+        if max_length + room > self._backbone.max_positions:
+            raise ValueError(
+                f"a prompt of max_length={max_length} and an answer of {room} positions (max_new_tokens="
+                f"{self.sampling.max_new_tokens}, {self.sampling.max_images} pictures) exceed the language "
+                f"model's {self._backbone.max_positions} positions; lower one of them"
+            )
         self._write = jax.jit(self._write_rows)
         self._draw = jax.jit(self._draw_pictures)
 

@@ -23,6 +23,7 @@ from minigpt5_jax.models.common import (
     scan_layers,
     split_heads,
     stack,
+    zeros,
 )
 from minigpt5_jax.models.lora import LoraConfig, LoraLinear
 from minigpt5_jax.models.prefix import PrefixConfig, PrefixEncoder, behind
@@ -209,9 +210,10 @@ class VokenEmbedding(Embedding):
         super().__init__(num, width, rngs=rngs, **kwargs)
         self.voken = param(rngs, normal(0.02), (num_new, width), (None, "embed"))
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
+        """Rows of ``ids``, those of the frozen table times ``scale``."""
         old = self.embedding.shape[0]
-        base = self.embedding[...][jnp.clip(ids, 0, old - 1)].astype(jnp.float32)
+        base = scale * self.embedding[...][jnp.clip(ids, 0, old - 1)].astype(jnp.float32)
         new = self.voken[...][jnp.clip(ids - old, 0, self.voken.shape[0] - 1)]
         return jnp.where((ids < old)[..., None], base, new)
 
@@ -242,6 +244,8 @@ class Llama(nnx.Module):
       num_new_tokens: rows behind the vocabulary (8 vokens and ``<ImageHere>``).
       lora: low-rank update of chosen projections, or None.
       prefix: trainable keys and values in front of the sequence, or None.
+      decay_tables: both frozen tables are shrunk by the share ``table_decay``, a parameter without gradient
+        that the optimizer's weight decay moves (Q3).
       dtype: compute dtype.  param_dtype: of the frozen weights; new rows and LoRA are fp32.
       remat: recompute each block in the backward pass.
     """
@@ -253,6 +257,7 @@ class Llama(nnx.Module):
         num_new_tokens: int = 9,
         lora: LoraConfig | None = None,
         prefix: PrefixConfig | None = None,
+        decay_tables: bool = False,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: bool = False,
@@ -275,10 +280,17 @@ class Llama(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, rngs=rngs, **dtypes)
         self.lm_head = VokenHead(config, num_new=num_new_tokens, rngs=rngs, **dtypes)
+        if decay_tables:
+            self.table_decay = param(rngs, zeros, (), ())
+
+    def _table_scale(self) -> jax.Array | float:
+        """What the frozen rows of both tables are multiplied by."""
+        decay = getattr(self, "table_decay", None)
+        return 1.0 if decay is None else 1.0 - jax.lax.stop_gradient(decay[...])
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Embeddings, fp32."""
-        return self.embed_tokens(tokens)
+        return self.embed_tokens(tokens, self._table_scale())
 
     def __call__(
         self,
@@ -367,11 +379,12 @@ class Llama(nnx.Module):
 
     def logit_blocks(self, hidden: Float[Array, "*r d"]) -> tuple[Float[Array, "*r v"], Float[Array, "*r n"]]:
         """fp32 logits of the frozen vocabulary and of the new rows."""
-        return self.lm_head(hidden)
+        base, new = self.lm_head(hidden)
+        return self._table_scale() * base, new
 
     def logits(self, hidden: Float[Array, "*r d"]) -> Float[Array, "*r w"]:
         """fp32 logits of all V + n ids, for decoding."""
-        return jnp.concatenate(self.lm_head(hidden), axis=-1)
+        return jnp.concatenate(self.logit_blocks(hidden), axis=-1)
 
 
 def init_voken_rows(params: Params, prefix: str = "") -> Params:

@@ -25,6 +25,7 @@ class Backbone(Protocol):
       num_vokens: number of generative vokens.
       image_tokens: slots one input picture takes in the sequence (0: it cannot see).
       image_size: side in pixels of an input picture.
+      max_positions: positions of a sequence that the language model was made for.
     """
 
     hidden_size: int
@@ -32,6 +33,7 @@ class Backbone(Protocol):
     num_vokens: int
     image_tokens: int
     image_size: int
+    max_positions: int
 
     def embed(self, batch: Batch) -> jax.Array:
         """Token embeddings with picture features in their slots, f32[b t d]."""

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt5_jax.models.common import Params, Template
-from minigpt5_jax.weights.load import load_tower, open_safetensors, save_safetensors
+from minigpt5_jax.weights.load import load_tower, open_weights
+from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.towers import TOWERS as SOURCES
 from minigpt5_jax.weights.towers import Tower
 
@@ -135,7 +136,7 @@ def read_tower(assets: Path, name: str, template: Template | None = None) -> Par
     With a ``template``, rows of new tokens, which no file holds, are there as zeros.
     """
     files, config = TOWERS[name], read_config(assets, name)
-    source = open_safetensors(assets / files.folder)
+    source = open_weights(assets / files.folder)
     params = load_tower(files.tower.table(source, config), source, files.tower.shapes(config), np.float32)
     if template is not None:
         new = {path: shape for path, shape in template.shapes.items() if path.endswith("/voken")}

@@ -102,11 +102,16 @@ class Histories:
 
 
 def empty_rows(count: int, length: int, images: int) -> Rows:
-    """Rows without text: ``nexts`` are labels of the next token, ``asked`` of the scene."""
+    """Rows without text: ``nexts`` are labels of the next token, ``asked`` of the scene.
+
+    ``words`` ask the last word of each object for that object: words must be gathered into objects
+    before a filler can find them.
+    """
     return {
         "ids": np.zeros((count, length), np.int32), "nexts": np.full((count, length), IGNORE, np.int32),
         "valid": np.zeros((count, length), np.int32), "filler": np.zeros((count, length), bool),
         "asked": np.full((count, length, len(CLASSES)), UNTOLD, np.int32),
+        "words": np.full((count, length, len(CLASSES)), UNTOLD, np.int32),
         "image": np.zeros(images, np.int32), "image_row": np.full(images, count, np.int32),
         "image_start": np.zeros(images, np.int32),
     }  # fmt: skip
@@ -129,11 +134,11 @@ def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, give
         start = given.voken_start
         made["filler"][i, start : start + FILLERS] = True
         made["asked"][i, start - 1 : start + FILLERS] = labels([sample.drawn])
-    if sample.whole and sample.drawn is not None:  # words are gathered into objects first
+    if sample.whole and sample.drawn is not None:
         known = labels([sample.drawn])[0]
         for end, item in ends_of_objects(sample.source):
             fields = np.flatnonzero(fields_of_place(item.place))[1:]
-            made["asked"][i, len(tokenizer.encode(sample.source[:end])), fields] = known[fields]
+            made["words"][i, len(tokenizer.encode(sample.source[:end])), fields] = known[fields]
 
 
 def place_pictures(

@@ -9,6 +9,7 @@ projection of pictures into the model is trained with it, on the finished eyes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
 )  # fmt: skip
 READ_WEIGHT = 1.0
+GATHERING_LAYERS = 2  # by then the last word of an object holds it
 LENGTH, PICTURES = 208, 5  # of the longest row
 
 
@@ -75,6 +77,8 @@ def with_states(made: Rows, scenes: list, look: Look) -> Rows:
     """Rows with the states of their pictures in place of the scenes' numbers."""
     held = {name: value for name, value in made.items() if name != "image"}
     width = (len(made["image"]), QFORMER.num_query_tokens, QFORMER.hidden_size)
+    if not (held["words"] >= 0).any():
+        del held["words"]
     held["states"] = look(render(scenes))[made["image"]] if scenes else np.zeros(width, np.float32)
     return held
 
@@ -92,12 +96,18 @@ def batches(tokenizer: LlamaTokenizer, histories: Histories, look: Look, seed: i
     return batch
 
 
+def lower_layers(tongue: Params) -> Params:
+    """The parameters of a model that ends after :data:`GATHERING_LAYERS`."""
+    return {p: v[:GATHERING_LAYERS] if p.startswith("llm/layers/") else v for p, v in tongue.items()}
+
+
 def train(
     tokenizer: LlamaTokenizer, histories: Histories, look: Look, steps: int, seed: int,
     checkpoint: Path | None = None,
 ) -> tuple[Params, Heads, float]:  # fmt: skip
     """(parameters of both parts, the head, seconds)."""
     tower = template()
+    gatherer = template(dataclasses.replace(CONFIG, num_hidden_layers=GATHERING_LAYERS))
 
     def loss(params, rows, key):
         noise_key, scale_key = jax.random.split(key)
@@ -110,11 +120,17 @@ def train(
         text = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(rows["nexts"], 0))
         text = (text * due).sum() / due.sum()
         read, right = read_loss(params["head"], hidden, rows["asked"])
-        return text + READ_WEIGHT * read, {"text": text, "read": read, "right": right}
+        total, seen = text + READ_WEIGHT * read, {"text": text, "read": read, "right": right}
+        if "words" in rows:  # static: only batches of captions have them
+            early = gatherer.bind(lower_layers(params["tongue"]))(rows, jnp.zeros(shape))
+            words, bound = read_loss(params["word_head"], early, rows["words"])
+            total, seen = total + READ_WEIGHT * words, {**seen, "words": words, "bound": bound}
+        return total, seen
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
         "tongue": tower.init(key), "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
+        "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
     }  # fmt: skip
     fitted, seconds = fit(
         loss, params, batches(tokenizer, histories, look, seed), steps=steps, learning_rate=2e-3, seed=seed,

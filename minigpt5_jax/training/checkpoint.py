@@ -169,6 +169,15 @@ class Checkpoints:
 
         return self._first_readable(step, read)
 
+    def paths(self, part: str, step: int) -> tuple[str, ...]:
+        """Paths of a part that is a flat dict of parameters; none where the step has no such part.
+
+        Raises:
+          CheckpointError: there is no such step, or it cannot be read.
+        """
+        leaves = self._first_readable(step, lambda number: self._read_meta(number)["leaves"])
+        return tuple(name.removeprefix("['").removesuffix("']") for name in leaves.get(part, ()))
+
     def wait(self) -> None:
         """Return when everything saved so far is on disk."""
         if self._opened is not None:

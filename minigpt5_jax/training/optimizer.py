@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 
-from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.tuning import FROZEN, TABLE_DECAY
 
 
 def linear_warmup_decay(learning_rate: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
@@ -47,7 +48,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Optimizer over the full tree described by ``labels`` (path -> group, ``"frozen"`` included).
 
-    Decay acts on every trainable leaf, biases and norms included, and on no frozen row (Q3).
+    Decay acts on every trainable leaf, biases and norms included, and on no frozen row; but for a model
+    that has ``TABLE_DECAY``, which keeps count of what decay has done to its frozen tables (Q3).
     ``grad_clip`` is a global norm over all trainable leaves together.
 
     Raises:
@@ -61,11 +63,27 @@ def make_optimizer(
         for group in sorted(groups)
     }
     transforms[FROZEN] = optax.set_to_zero()
-    optimizer = optax.partition(transforms, dict(labels))
+    names = dict(labels)
+    if (group := names.get(TABLE_DECAY, FROZEN)) != FROZEN:
+        names[TABLE_DECAY] = TABLE_DECAY
+        transforms[TABLE_DECAY] = shrink_tables(schedules[group], weight_decay)
+    optimizer = optax.partition(transforms, names)
     if grad_clip is None:
         return optimizer
     trainable = {path: group != FROZEN for path, group in labels.items()}
     return optax.chain(optax.masked(optax.clip_by_global_norm(grad_clip), trainable), optimizer)
+
+
+def shrink_tables(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Update of ``TABLE_DECAY``: AdamW multiplies a row without gradient by ``1 - rate * weight_decay``.
+
+    The share d that is lost is kept, not the factor 1 - d: a step of 2e-7 would be rounded by a third next
+    to 1 in fp32.
+    """
+    return optax.chain(
+        optax.stateless(lambda updates, params: jax.tree.map(lambda d: weight_decay * (d - 1.0), params)),
+        optax.scale_by_learning_rate(schedule),
+    )
 
 
 def with_frozen_masked(tree: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:

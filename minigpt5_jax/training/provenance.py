@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ COMPARED = ("config.model", "tokenizer", "frozen")
 HARMLESS = ("config.model.remat",)
 """Keys in them that change speed or memory, not numbers."""
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+PIECE = 256 * 2**20
+"""Bytes of a parameter that are copied to the host at a time, to be hashed."""
 
 
 class CheckpointError(RuntimeError):
@@ -41,10 +45,28 @@ def describe_run(
             "config": config,
             "tokenizer": tokenizer,
             "frozen": frozen,
+            "bundle": bundle(config, tokenizer),
             "git_revision": git_revision(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
     )
+
+
+def bundle(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Meta:
+    """What else must go with the parameters to use them: stage, ids of the vokens, BOS, prompt spelling.
+
+    All of it follows from configuration and tokenizer; it is written out for readers of other programs.
+    """
+    known: Meta = {}
+    if backbone := config.get("model", {}).get("backbone"):
+        tuned = backbone.get("lora_rank") or backbone.get("prefix_tokens") or config["run"].get("init_from")
+        known["stage"] = 2 if tuned else 1
+    if data := config.get("data"):
+        known |= {name: data[name] for name in ("bos_id", "prompt_set") if name in data}
+    if words := tokenizer.get("llm"):
+        first, count = words["vocab_size"], words["num_vokens"]
+        known |= {"voken_ids": list(range(first, first + count)), "image_id": first + count}
+    return known
 
 
 def plain(tree: Any) -> Any:
@@ -70,14 +92,61 @@ def git_revision() -> str:
 def hash_parameters(params: Mapping[str, jax.Array]) -> dict[str, str]:
     """Tower (the first two names of a path) -> SHA-256 over its paths, shapes, dtypes and bytes.
 
-    One leaf at a time is on the host.
+    At most ``PIECE`` bytes are copied to the host at a time.  The same arrays are not hashed again: a second
+    stage compares its towers with the first one's and describes them right after.
+    """
+    towers: dict[str, dict[str, jax.Array]] = {}
+    for path in sorted(params):
+        towers.setdefault(_tower(path), {})[path] = params[path]
+    return {tower: _hash_tower(tower, leaves) for tower, leaves in towers.items()}
+
+
+def _tower(path: str) -> str:
+    return "/".join(path.split("/")[:2])
+
+
+_hashed: dict[str, tuple[dict[str, weakref.ref], str]] = {}
+"""Tower -> the arrays that were hashed last, which never change, and their hash."""
+
+
+def _hash_tower(tower: str, leaves: Mapping[str, jax.Array]) -> str:
+    known, digest = _hashed.get(tower, ({}, ""))
+    if known.keys() == leaves.keys() and all(known[path]() is value for path, value in leaves.items()):
+        return digest
+    [digest] = hash_leaves((path, value, _pieces(value)) for path, value in leaves.items()).values()
+    if all(isinstance(value, jax.Array) for value in leaves.values()):
+        _hashed[tower] = {path: weakref.ref(value) for path, value in leaves.items()}, digest
+    return digest
+
+
+def _pieces(value: jax.Array) -> Iterator[np.ndarray]:
+    """The values along the first axis, as many of them at a time as ``PIECE`` bytes hold."""
+    if not isinstance(value, jax.Array) or value.nbytes <= PIECE:
+        yield _on_host(value)
+        return
+    rows = max(1, PIECE * value.shape[0] // value.nbytes)
+    for start in range(0, value.shape[0], rows):
+        yield _on_host(_cut(value, start, min(rows, value.shape[0] - start)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(value: jax.Array, start: int | jax.Array, rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(value, start, rows)
+
+
+def hash_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> dict[str, str]:
+    """:func:`hash_parameters` of leaves that are never whole in memory.
+
+    Args:
+      leaves: in the order of their paths: path, what has ``shape`` and ``dtype``, and the values in pieces
+        along the first axis.
     """
     hashes: dict[str, Any] = {}
-    for path in sorted(params):
-        value = _on_host(params[path])
-        tower = hashes.setdefault("/".join(path.split("/")[:2]), hashlib.sha256())
-        tower.update(f"{path} {value.shape} {value.dtype.name} ".encode())
-        tower.update(np.ascontiguousarray(value).view(np.uint8).data)
+    for path, shape, pieces in leaves:
+        tower = hashes.setdefault(_tower(path), hashlib.sha256())
+        tower.update(f"{path} {shape.shape} {np.dtype(shape.dtype).name} ".encode())
+        for piece in pieces:
+            tower.update(np.ascontiguousarray(piece).view(np.uint8).data)
     return {tower: digest.hexdigest() for tower, digest in hashes.items()}
 
 

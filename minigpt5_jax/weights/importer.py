@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.weights.load import WeightFileError, is_floating
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.load import Weights, count_non_finite, open_weights
 from minigpt5_jax.weights.maps import llama
 from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS, Shapes
-from minigpt5_jax.weights.view import View, replaced
+from minigpt5_jax.weights.view import Tensors, View, replaced
 
 COVERAGE_FILE = "coverage.json"
 
@@ -60,13 +61,35 @@ class Coverage:
         return {**dataclasses.asdict(self), "written": self.written}
 
 
+def open_source(name: str, path: Path) -> Weights:
+    """A tower's published file or folder, no tensor read yet; where in a file of PyTorch its tensors are is
+    found out.
+
+    Raises:
+      FileNotFoundError, WeightFileError: as :func:`minigpt5_jax.weights.load.open_weights`.
+    """
+    failure: WeightFileError | None = None
+    for key in (None,) if path.is_dir() else dict.fromkeys((TOWERS[name].key, "model", "state_dict", None)):
+        try:
+            return open_weights(path, key)
+        except WeightFileError as error:
+            failure = failure or error
+    raise failure or WeightFileError(f"{path} cannot be read")
+
+
 def examine(
-    name: str, source: Mapping[str, np.ndarray], sizes: Any, *, notes: tuple[str, ...] = ()
+    name: str,
+    source: Tensors,
+    sizes: Any,
+    *,
+    notes: tuple[str, ...] = (),
+    values: bool = True,
 ) -> tuple[View, Coverage]:
     """Compare a source's keys with a tower, and prepare to read it.
 
     Args:
       name: tower, as under ``config.weights``.  source: tensors by name.  sizes: the tower's.
+      values: look for NaN too, not at shapes only.
 
     Returns:
       (the tensors that are used, under the names the tower's table reads; checked for shape and for
@@ -82,10 +105,11 @@ def examine(
         table, shapes = tower.table(adapted, sizes), tower.shapes(sizes)
         plan = table.plan(list(adapted), shapes)
     except WeightTableError as error:
-        raise WeightTableError(_with_cause(f"{where}: {error}", name, source)) from None
-    return check_tensors(plan, adapted, shapes, lambda text: _with_cause(f"{where}: {text}", name, source)), (
-        coverage_of(where, table, plan, adapted, notes)
+        raise WeightTableError(with_cause(f"{where}: {error}", name, source)) from None
+    checked = check_tensors(
+        plan, adapted, shapes, lambda text: with_cause(f"{where}: {text}", name, source), values=values
     )
+    return checked, coverage_of(where, table, plan, adapted, notes)
 
 
 def coverage_of(
@@ -98,9 +122,11 @@ def coverage_of(
 
 def check_tensors(
     plan: list[Assignment],
-    source: Mapping[str, np.ndarray],
+    source: Tensors,
     shapes: Shapes,
     explain: Callable[[str], str] = lambda text: text,
+    *,
+    values: bool = True,
 ) -> View:
     """The tensors of a plan; reading one raises WeightTableError if its shape or its values are wrong."""
 
@@ -116,15 +142,14 @@ def check_tensors(
                 raise WeightTableError(
                     explain(f"{item.key!r} gives shape {part.shape} for {path!r}, the model has {want}")
                 )
-        if is_floating(value.dtype) and not np.isfinite(value).all():
-            bad = int(value.size - np.isfinite(value).sum())
+        if values and (bad := count_non_finite(value)):
             raise WeightTableError(explain(f"{item.key!r} holds {bad} values that are NaN or infinite"))
         return value
 
     return View(source, {item.key: lambda item=item: checked(item) for item in plan})
 
 
-def trim_vocabulary(source: Mapping[str, np.ndarray], rows: int) -> Mapping[str, np.ndarray]:
+def trim_vocabulary(source: Tensors, rows: int) -> Tensors:
     """A language model without the rows its tokenizer has no piece for.
 
     Vicuna v0's deltas carry a ``[PAD]`` row behind LLaMA's 32000 (reference 1.5); the original overwrites
@@ -133,7 +158,7 @@ def trim_vocabulary(source: Mapping[str, np.ndarray], rows: int) -> Mapping[str,
     return replaced(source, {key: lambda x: x[:rows] for key in (llama.EMBED, llama.HEAD)})
 
 
-def read_sizes(name: str, path: Path | None, section: bool = True) -> Any:
+def read_sizes(name: str, path: Path | None) -> Any:
     """Sizes of a tower from a ``config.json``, or its preset without one.
 
     Raises:
@@ -144,7 +169,7 @@ def read_sizes(name: str, path: Path | None, section: bool = True) -> Any:
         return tower.preset
     try:
         values = json.loads(path.read_text())
-        if section and tower.section and tower.section in values:  # BLIP-2 whole
+        if tower.section and tower.section in values:  # BLIP-2 whole
             width = values.get("vision_config", {}).get("hidden_size")
             more = {"encoder_hidden_size": width} if name == "qformer" and width else {}
             queries = values.get("num_query_tokens")
@@ -155,12 +180,13 @@ def read_sizes(name: str, path: Path | None, section: bool = True) -> Any:
         raise WeightFileError(f"{path}: {error}") from None
 
 
-def _with_cause(message: str, name: str, source: Mapping[str, np.ndarray]) -> str:
+def with_cause(message: str, name: str, source: Tensors) -> str:
+    """``message`` about a source, and what the source probably is instead (:func:`likely_cause`)."""
     cause = likely_cause(name, source)
     return f"{message}\nlikely cause: {cause}" if cause else message
 
 
-def likely_cause(name: str, source: Mapping[str, np.ndarray]) -> str:
+def likely_cause(name: str, source: Tensors) -> str:
     """What a source probably is, where it is not what the tower wants; '' for no idea.
 
     Told by a few names and shapes; only called once something does not fit.
@@ -176,8 +202,8 @@ def likely_cause(name: str, source: Mapping[str, np.ndarray]) -> str:
                 return f"this is a file for weights.{owner}, not for weights.{name}"
     if name == "llm":
         rows = shape(llama.EMBED)
-        if rows[1:] and rows[1] in _LLAMA_SIZES and rows[1] != 4096:
-            return f"hidden size {rows[1]} is LLaMA-{_LLAMA_SIZES[rows[1]]}; MiniGPT-5 stands on the 7B model"
+        if rows[1:] and rows[1] in LLAMA_SIZES and rows[1] != 4096:
+            return f"hidden size {rows[1]} is LLaMA-{LLAMA_SIZES[rows[1]]}; MiniGPT-5 stands on the 7B model"
         if rows and rows[0] == 32001:
             return "32001 rows: Vicuna v0 as its delta gives it, with a [PAD] row; `convert llm` takes it off"
         if any(".lora_" in key or key.startswith("base_model.") for key in keys):
@@ -196,7 +222,7 @@ def likely_cause(name: str, source: Mapping[str, np.ndarray]) -> str:
     return ""
 
 
-_LLAMA_SIZES = {5120: "13B", 6656: "33B", 8192: "65B or 70B", 3200: "3B"}
+LLAMA_SIZES = {5120: "13B", 6656: "33B", 8192: "65B or 70B", 3200: "3B"}
 _MARKS: dict[str, tuple[str, ...]] = {
     "llm": ("model.layers.", "model.embed_tokens"),
     "vit": ("blocks.", "visual_encoder.", "vision_model."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from minigpt5_jax.weights.maps.minigpt5 import (
     unwrap,
 )
 from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError
-from minigpt5_jax.weights.view import View
+from minigpt5_jax.weights.view import Tensors, View
 
 TABLES = {llama.EMBED: f"{LLM}embed_tokens/embedding", llama.HEAD: f"{LLM}lm_head/kernel"}
 """The two tables in a file, and where their old rows go."""
@@ -56,15 +57,15 @@ class Release:
       coverage: of each file.
     """
 
-    params: dict[str, np.ndarray]
+    params: Mapping[str, Any]
     vocab_size: int
     decay: dict[str, tuple[float, float]]
     coverage: tuple[Coverage, ...]
 
 
 def read_release(
-    stage1: Mapping[str, np.ndarray],
-    stage2: Mapping[str, np.ndarray] | None,
+    stage1: Tensors,
+    stage2: Tensors | None,
     shapes: Mapping[str, Sequence[int]],
     *,
     vocab_size: int,
@@ -110,7 +111,7 @@ def read_release(
 
 
 def compare_rows(
-    named: Mapping[str, np.ndarray], old: int, pretrained: Callable[[str], np.ndarray], limit: float = 0.02
+    named: Tensors, old: int, pretrained: Callable[[str], np.ndarray], limit: float = 0.02
 ) -> dict[str, tuple[float, float]]:
     """How the old rows of both tables relate to the pretrained ones: (factor, what is left over).
 
@@ -137,10 +138,10 @@ def compare_rows(
     return found
 
 
-def _check_stages(stage1: Mapping[str, np.ndarray], stage2: Mapping[str, np.ndarray] | None) -> None:
+def _check_stages(stage1: Tensors, stage2: Tensors | None) -> None:
     """The files are what they are given as."""
 
-    def is_second(keys: Mapping[str, np.ndarray]) -> bool:
+    def is_second(keys: Tensors) -> bool:
         return any(key.startswith((f"{LLAMA_PREFIX}base_model.", "model.prefix_encoder.")) for key in keys)
 
     if is_second(stage1):
@@ -155,7 +156,7 @@ def _check_stages(stage1: Mapping[str, np.ndarray], stage2: Mapping[str, np.ndar
         )
 
 
-def _merge(files: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, tuple[str, str]], View]:
+def _merge(files: Mapping[str, Tensors]) -> tuple[dict[str, tuple[str, str]], View]:
     """(plain name -> (file, key there), tensors by plain name); the later file wins."""
     owner: dict[str, tuple[str, str]] = {}
     for name, source in files.items():
@@ -165,7 +166,7 @@ def _merge(files: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, tup
     return owner, View(next(iter(files.values())), readers)
 
 
-def _check_vocabulary(named: Mapping[str, np.ndarray], vocab_size: int, num_new: int) -> int:
+def _check_vocabulary(named: Tensors, vocab_size: int, num_new: int) -> int:
     """Old rows of both tables: V - ``num_new``, which must be the language model's."""
     rows = {}
     for key in TABLES:
@@ -187,7 +188,7 @@ def _check_vocabulary(named: Mapping[str, np.ndarray], vocab_size: int, num_new:
     return total - num_new
 
 
-def _check_tuning(named: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> None:
+def _check_tuning(named: Tensors, shapes: Mapping[str, Sequence[int]]) -> None:
     """LoRA or prefix of the files are those of the configuration."""
     for mark, ours, what, keys in (
         (".lora_", "/lora_", "LoRA", "model.backbone.lora_rank"),
@@ -228,7 +229,7 @@ def _in_fp32(source: View) -> View:
     return View(source, {key: lambda key=key: np.asarray(source[key], np.float32) for key in source})
 
 
-def _explain(message: str, named: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]) -> str:
+def _explain(message: str, named: Tensors, shapes: Mapping[str, Sequence[int]]) -> str:
     """``message`` with what probably is the matter."""
     width = named[LLAMA_PREFIX + llama.EMBED].shape[1]
     ours = next((shape[1] for path, shape in shapes.items() if path.endswith("embed_tokens/voken")), width)
@@ -243,7 +244,7 @@ def _explain(message: str, named: Mapping[str, np.ndarray], shapes: Mapping[str,
 
 
 def _coverage(
-    files: Mapping[str, Mapping[str, np.ndarray]],
+    files: Mapping[str, Tensors],
     owner: Mapping[str, tuple[str, str]],
     consumed: Mapping[str, tuple[str, ...]],
     rows: str,

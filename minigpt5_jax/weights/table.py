@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -195,9 +196,9 @@ class Table:
         return plan
 
     def to_params(
-        self, source: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[int]]
+        self, source: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     ) -> dict[str, np.ndarray]:
-        """Import: ``{path: array}`` for every path of ``shapes``, dtypes as in the source.
+        """Import: ``{path: array}`` for every path of ``shapes``, dtypes as in the source (name -> array).
 
         Raises:
           WeightTableError: naming keys that are missing, unexpected, or of another shape.

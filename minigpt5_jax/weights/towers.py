@@ -7,11 +7,11 @@ Names are those under ``config.weights``.  Everything that reads a tower's file 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextConfig, ClipTextModel
@@ -23,8 +23,8 @@ from minigpt5_jax.models.unet import SD21_UNET, UNet2DConditionModel, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, AutoencoderKL, VaeConfig
 from minigpt5_jax.weights.maps import clip_text, eva_vit, llama, llama_proj, qformer, unet, vae
 from minigpt5_jax.weights.table import Table
+from minigpt5_jax.weights.view import Tensors
 
-Source = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
@@ -47,15 +47,18 @@ class Tower:
     from_hf: Callable[[Mapping[str, Any]], Any]
     shapes: Callable[[Any], Shapes]
     table: Callable[[Iterable[str], Any], Table]
-    adapt: Callable[[Source, Any], Source] = lambda source, _: source
+    adapt: Callable[[Tensors, Any], Tensors] = lambda source, _: source
     key: str | None = None
     section: str | None = None
 
 
 def _shapes_of(make: Callable[[Any, nnx.Rngs], nnx.Module]) -> Callable[[Any], Shapes]:
-    return lambda config: {
-        path: shape.shape for path, shape in Template.of(lambda rngs: make(config, rngs)).shapes.items()
-    }
+    @functools.cache  # sizes are frozen
+    def shapes(config: Any) -> Shapes:
+        found = Template.of(lambda rngs: make(config, rngs)).shapes
+        return {path: shape.shape for path, shape in found.items()}
+
+    return shapes
 
 
 def _llama_shapes(config: LlamaConfig) -> Shapes:

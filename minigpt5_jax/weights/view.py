@@ -9,8 +9,11 @@ import numpy as np
 
 from minigpt5_jax.weights.table import Table, WeightTableError
 
+Tensors = Mapping[str, Any]
+"""Name -> array.  Reading may refuse one, so types are not looked at before that."""
 
-class View(Mapping[str, np.ndarray]):
+
+class View(Mapping):
     """Names with a function each that reads the tensor; nothing is read before it is asked for.
 
     Args:
@@ -18,7 +21,7 @@ class View(Mapping[str, np.ndarray]):
       readers: name -> function without arguments.
     """
 
-    def __init__(self, source: Mapping[str, np.ndarray], readers: Mapping[str, Callable[[], np.ndarray]]):
+    def __init__(self, source: Tensors, readers: Mapping[str, Callable[[], np.ndarray]]):
         self.path: Any = getattr(source, "path", None)
         self.source, self._readers = source, dict(readers)
 
@@ -35,13 +38,13 @@ class View(Mapping[str, np.ndarray]):
         return len(self._readers)
 
 
-def subset(source: Mapping[str, np.ndarray], names: Mapping[str, str]) -> View:
+def subset(source: Tensors, names: Mapping[str, str]) -> View:
     """``names`` (new name -> name in the source), unchanged otherwise."""
     return View(source, {new: lambda old=old: source[old] for new, old in names.items()})
 
 
 def replaced(
-    source: Mapping[str, np.ndarray], changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+    source: Tensors, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
 ) -> View:
     """The source with some tensors passed through a function when they are read."""
 
@@ -53,7 +56,7 @@ def replaced(
     return View(source, {name: reader(name) for name in source})
 
 
-def rename(table: Table, source: Mapping[str, np.ndarray]) -> View:
+def rename(table: Table, source: Tensors) -> View:
     """The source under the names a table of names gives (:mod:`minigpt5_jax.weights.maps.ldm`).
 
     Raises:

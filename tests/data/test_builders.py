@@ -18,7 +18,7 @@ from PIL import Image
 
 from minigpt5_jax.data.builders.run import prepare
 from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import encode_picture
+from minigpt5_jax.data.builders.units import Raw, encode_picture
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.sources import PreparedSource
 
@@ -43,7 +43,7 @@ def cc3m(folder: Path, rows: int = 7) -> Path:
 
 
 def make(table: Path, output: Path, **settings) -> Path:
-    return prepare(Job.plan("cc3m", table, output, **settings), show_progress=False)
+    return prepare(Job.plan(Raw("cc3m", str(table)), output, **settings), show_progress=False)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ def test_records_keep_words_and_bytes(tmp_path):
         "row": 4,
         "caption": "Picture number 4 .",  # as written
         "image_path": "val/000000004.jpg",
-        "where": f"{table}:6",
+        "where": "cc3m_train.tsv:6",
     }
     assert source.pictures(4) == [(tmp_path / "raw/val/000000004.jpg").read_bytes()]
 
@@ -138,7 +138,7 @@ def slow(picture, letterbox):
     time.sleep(0.15)
     return read(picture, letterbox)
 shards.encode_picture = slow
-prepare(shards.Job.plan("cc3m", sys.argv[1], sys.argv[2], num_shards=4), show_progress=False)
+prepare(shards.Job.plan(shards.Raw("cc3m", sys.argv[1]), sys.argv[2], num_shards=4), show_progress=False)
 """
 
 
@@ -161,6 +161,22 @@ def test_a_killed_run_continues_and_ends_as_an_uninterrupted_one(tmp_path):
     assert (kept.st_ino, kept.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)  # not written again
     assert files(continued) == files(make(table, tmp_path / "b", num_shards=4))
     assert [path.name for path in continued.parent.iterdir()] == ["1.0.0"]
+
+
+def test_two_runs_at_once_do_not_write_the_same_split(tmp_path):
+    table = cc3m(tmp_path / "raw", rows=24)
+    child = subprocess.Popen([sys.executable, "-c", SLOW, str(table), str(tmp_path / "a")], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "a/cc3m/train/parts/00000.array_record").is_file():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        with pytest.raises(DataError, match="is being prepared by another process"):
+            make(table, tmp_path / "a", num_shards=4)
+        make(table, tmp_path / "a", num_shards=2, split="test")  # another split may be
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_parts_of_other_data_are_not_continued(tmp_path):
@@ -204,9 +220,9 @@ def test_settings_that_are_wrong(tmp_path):
         ({"error_budget": 1.5}, "fraction"),
     ):
         with pytest.raises(DataError, match=message):
-            Job.plan("cc3m", table, tmp_path / "out", **settings)
+            Job.plan(Raw("cc3m", str(table)), tmp_path / "out", **settings)
     with pytest.raises(DataError, match="unknown data set 'coco'"):
-        Job.plan("coco", table, tmp_path / "out")
+        Job.plan(Raw("coco", str(table)), tmp_path / "out")
     (tmp_path / "out").write_text("")
     with pytest.raises(DataError, match="is a file"):
         make(table, tmp_path / "out")
@@ -235,3 +251,48 @@ def test_metadata_says_what_was_done(tmp_path):
     sizes = [(tmp_path / f"raw/val/{i:09d}.jpg").stat().st_size for i in range(3)]
     assert (made["dataset"], made["split"], made["count"]) == ("cc3m", "train", 3)
     assert made["tally"]["bytes"] == sum(sizes) and made["tally"]["sizes"] == {"12x9": 3}
+
+
+def test_more_than_ten_shards_of_unequal_length(tmp_path):
+    """TFDS sorts lengths as text when Beam writes; ours are in the order of the shards either way."""
+    table = cc3m(tmp_path / "raw", rows=23)
+    folder = make(table, tmp_path / "out", num_shards=14)
+    (split,) = json.loads((folder / "dataset_info.json").read_text())["splits"]
+    assert [int(n) for n in split["shardLengths"]] == [23 * (i + 1) // 14 - 23 * i // 14 for i in range(14)]
+
+
+def test_a_shard_may_be_written_again(tmp_path):
+    """Beam repeats a shard whose worker failed after it was written."""
+    from minigpt5_jax.data.builders.tfds_builders import PartsWriter, tfds
+
+    job = Job.plan(Raw("cc3m", str(cc3m(tmp_path / "raw", rows=3))), tmp_path / "out")
+    job.parts.mkdir(parents=True)
+    target = tmp_path / "cc3m-train.array_record-00000-of-00001"
+    for _ in range(2):
+        records = ((key, b"") for key, _ in job.shard(0)())
+        PartsWriter(tfds.core.FileFormat.ARRAY_RECORD, job.parts).write(target, records)
+        assert target.samefile(job.parts / "00000.array_record")
+
+
+@pytest.mark.slow
+def test_beam_on_two_processes_writes_the_same_files(tmp_path):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[prepare]'")
+    table = cc3m(tmp_path / "raw", rows=23)
+    (tmp_path / "raw/val/000000004.jpg").unlink()
+    here = make(table, tmp_path / "here", num_shards=14, error_budget=1)
+    job = Job.plan(Raw("cc3m", str(table)), tmp_path / "beam", num_shards=14, error_budget=1)
+    options = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    there = prepare(job, beam_runner="DirectRunner", beam_options=options, show_progress=False)
+    assert files(there) == files(here)
+    assert [path.name for path in there.parent.iterdir()] == ["1.0.0"]
+    with pytest.raises(DataError, match=r"1 of 23 units are unusable(.|\n)*000000004\.jpg"):
+        job = Job.plan(Raw("cc3m", str(table)), tmp_path / "none", num_shards=3, error_budget=0)
+        prepare(job, beam_runner="DirectRunner", beam_options=options, show_progress=False)
+    assert not (tmp_path / "none/cc3m/train/1.0.0").exists()
+
+
+def test_beam_that_is_not_installed_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    job = Job.plan(Raw("cc3m", str(cc3m(tmp_path / "raw", rows=1))), tmp_path / "out")
+    with pytest.raises(DataError, match=r"needs Apache Beam: pip install 'minigpt5_jax\[prepare\]'"):
+        prepare(job, beam_runner="DirectRunner", show_progress=False)

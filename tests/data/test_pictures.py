@@ -119,6 +119,15 @@ def test_the_content_and_not_the_name_says_what_a_file_is(tmp_path):
         same(load_picture(tmp_path / name), noise(8, 8))
 
 
+def test_a_pillow_without_a_format_reads_the_others(monkeypatch):
+    monkeypatch.setattr(transforms, "FORMATS", ("FORMAT OF TOMORROW", "PNG"))
+    transforms._formats.cache_clear()
+    same(load_picture(encoded(noise(8, 8))), noise(8, 8))
+    with pytest.raises(SampleError, match="no known picture format"):
+        load_picture(encoded(noise(8, 8), "BMP"))
+    transforms._formats.cache_clear()
+
+
 def test_a_wide_picture_within_the_limit_is_prepared():
     wide = encoded(smooth(20_000, 100))
     got = prepare_picture(wide, 64, square=False, flip=False)

@@ -245,6 +245,7 @@ BROKEN = [
     (turns(("user", [{"type": "image", "path": " "}])), r"content\[0\].path: path of a picture is empty"),
     (turns(("assistant", [IMAGE, IMAGE])), r"turns\[0\]: an assistant turn has at most one picture"),
     (turns(("assistant", [IMAGE, {"type": "text", "text": "a"}])), "as its last part"),
+    ('{"caption": "half \\ud83d", "image": "b"}', "caption: text is no Unicode at character 5"),
     (turns(("user", "see [IMG0]"), ("assistant", "a")), r"contains \[IMG0\]"),
     (turns(("user", "an <ImageHere>"), ("assistant", "a")), "contains <ImageHere>"),
     (turns(("user", "a ###Human: b"), ("assistant", "a")), "contains ###"),

@@ -134,6 +134,61 @@ def test_truncation_keeps_the_named_side_whole_pictures_and_all_vokens(tokenizer
         assert len(cut.labels) == len(got)
 
 
+STORY = f"S.###Human:we left{IMAGE}we swam{IMAGE}\n Tell me the next scene with image. ###Assistant:"
+TALK = f"S. ###Human: one {IMAGE} ###Assistant: two ###Human: three {IMAGE} ###Assistant:"
+RELEASE = "S.###Human: one\n###Assistant: two\n###Human: three\n###Assistant:"
+
+
+@pytest.mark.parametrize(
+    "source, want",
+    [
+        (STORY, [f"we left{IMAGE}", f"we swam{IMAGE}\n"]),
+        (TALK, [f"###Human: one {IMAGE} ", "###Assistant: two "]),
+        (RELEASE, ["###Human: one\n", "###Assistant: two\n"]),
+        ("S.###Human: \n first step ###Assistant:", []),
+        ("S.###Human: the scene description: we left ###Assistant:", []),
+        ("a bare caption", []),
+        (f"S.###Human:we left{IMAGE}\n What happen in the next scene image: {IMAGE} ###Assistant:",
+         [f"we left{IMAGE}\n"]),
+    ],
+)  # fmt: skip
+def test_history_is_found_turn_by_turn_and_step_by_step(source, want):
+    assert [source[start:stop] for start, stop in templates.history_spans(source)] == want
+
+
+@pytest.mark.parametrize(
+    "source, left",
+    [
+        (STORY, [
+            f"S.###Human:we swam{IMAGE}\n Tell me the next scene with image. ###Assistant:",
+            "S.###Human: Tell me the next scene with image. ###Assistant:",
+        ]),
+        (TALK, [
+            f"S. ###Assistant: two ###Human: three {IMAGE} ###Assistant:",
+            f"S. ###Human: three {IMAGE} ###Assistant:",
+        ]),
+    ],
+)  # fmt: skip
+def test_long_histories_lose_whole_turns_from_the_left(tokenizer, source, left):
+    def expanded(words, length=999, **kwargs):
+        target = target_text("we went", draws=True)
+        return expand(tokenizer, words, target, image_tokens=4, max_length=length, **kwargs)
+
+    sizes = [len(expanded(words).tokens) for words in (source, *left)]
+    assert sizes[0] > sizes[1] > sizes[2]
+    for length in range(sizes[2], sizes[0]):
+        cut = expanded(source, length)
+        want = expanded(left[0] if length >= sizes[1] else left[1])
+        np.testing.assert_array_equal(cut.tokens, want.tokens)
+        np.testing.assert_array_equal(cut.labels, want.labels)
+        assert cut.dropped == sizes[0] - len(want.tokens) and cut.image_start == want.image_start
+        assert cut.images == tuple(range(2 - len(want.images), 2)), "the newest pictures stay"
+    assert len(expanded(source, sizes[2] - 1).tokens) == sizes[2] - 1, "a single turn is cut by tokens"
+    fewer = expanded(source, max_images=1)
+    np.testing.assert_array_equal(fewer.tokens, expanded(left[0]).tokens)
+    assert fewer.images == (1,)
+
+
 def test_truncation_by_pictures(tokenizer):
     whole, cut = long_sample(tokenizer, max_length=99, max_images=1)
     assert cut.images == (1,) and len(cut.image_start) == 1

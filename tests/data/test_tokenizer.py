@@ -102,6 +102,18 @@ def test_clip_equals_transformers(clip, oracle_dir):
     assert ids.dtype == mask.dtype == np.int32
 
 
+def test_clip_words_that_are_looked_up_are_the_rules(clip):
+    """Plain ASCII takes a short cut; letters, digits, signs and white space of every kind, in any case."""
+    random, signs = np.random.default_rng(0), "".join(map(chr, range(128)))
+    alphabets = [signs, "ab c'sS 12_-.,", "don't we'LL they've I'm he'd  \t\n\x1c\x1f<|endoftext|>!", "Zz '"]
+    for alphabet in alphabets:
+        for _ in range(150):
+            text = "".join(random.choice(list(alphabet), random.integers(0, 30)))
+            ids, mask = clip.encode([text])
+            want = clip._bpe.encode(text).ids[:75]
+            assert ids[0, 1 : mask[0].sum() - 1].tolist() == want, repr(text)
+
+
 def test_clip_other_length(oracle_dir):
     ids, mask = ClipTokenizer(oracle_dir / "tokenizer_clip", max_length=5).encode(["a b c d e", "a"])
     assert ids.shape == (2, 5) and ids[0, 0] == 526 and ids[0, 4] == 527

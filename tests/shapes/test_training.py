@@ -222,8 +222,10 @@ def test_language_rows_predict_words_and_ask_the_scene_of_fillers(llama):
     whole = np.flatnonzero(asked[:, 0] >= 0)
     assert whole.tolist() == [fillers[0] - 1, *fillers]
     assert (asked[whole] == labels([scene])).all()
-    ends = np.flatnonzero((asked >= 0).any(-1) & (asked[:, 0] < 0))
-    assert len(ends) in (1, 2)  # of objects; the last one's may be where the fillers begin
+    ends = np.flatnonzero((made["words"][0] >= 0).any(-1))
+    assert len(ends) == 2 and (made["words"][0, ends, 0] < 0).all()  # two objects, no background
+    told = made["words"][0].max(0)[1:]
+    assert (told[told >= 0] == labels([scene])[0, 1:][told >= 0]).all() and (told >= 0).sum() == 8
 
 
 def test_histories_become_rows_with_all_their_pictures(llama, histories):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from minigpt5_jax.training import provenance
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, check_compatible, describe_run, hash_parameters
 from minigpt5_jax.training.state import init_state
@@ -248,3 +250,25 @@ def test_hash_changes_with_a_single_bit_and_with_the_name():
     assert changed["generator/vae"] != hashes["generator/vae"]
     renamed = hash_parameters({"generator/vae/c": params["generator/vae/a"]})
     assert renamed["generator/vae"] != hashes["generator/vae"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_large_arrays_are_hashed_in_pieces_and_only_once(monkeypatch, sharded):
+    values = np.random.default_rng(0).standard_normal((7, 4, 2)).astype(np.float32)
+    params = {"generator/vae/a": jnp.asarray(values), "generator/vae/b": jnp.float32(2.0)}
+    if sharded:
+        sharding = NamedSharding(mesh(4, 2), P(None, "data", "fsdp"))
+        params["generator/vae/a"] = jax.device_put(values, sharding)
+    expected = hashlib.sha256()
+    for name, value in (("generator/vae/a", values), ("generator/vae/b", np.float32(2.0))):
+        expected.update(f"{name} {np.shape(value)} float32 ".encode() + value.tobytes())
+    seen = []
+    monkeypatch.setattr(provenance, "PIECE", 70)  # two layers of 32 bytes
+    monkeypatch.setattr(
+        provenance, "_on_host", lambda x, before=provenance._on_host: seen.append(x.nbytes) or before(x)
+    )
+    assert hash_parameters(params) == {"generator/vae": expected.hexdigest()}
+    assert seen == [64, 64, 64, 32, 4]
+    assert hash_parameters(dict(params)) == {"generator/vae": expected.hexdigest()} and len(seen) == 5
+    hash_parameters({**params, "generator/vae/b": jnp.float32(2.0)})  # equal, but another array
+    assert len(seen) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import shutil
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from minigpt5_jax.data.builders.shards import PARTS, Job, write_whole
 from minigpt5_jax.data.errors import DataError
 
-PLAN = "plan.json"
+PLAN, LOCK = "plan.json", f"{PARTS}.lock"
 VERSION = "1.0.0"
 TEMPORARY = "incomplete."  # how TFDS begins the name of a folder it is writing
 SPLITS = ("train", "validation", "test")
@@ -40,20 +41,47 @@ def prepare(
     if finished.is_dir():
         _check_same(job, finished)
         return finished
-    _continue_or_restart(job)
     runner = _beam(beam_runner, beam_options)
+    job = job.absolute() if runner else job
+    with _alone(job):
+        _continue_or_restart(job)
+        _build(job, runner, show_progress)
+    return finished
+
+
+def _build(job: Job, runner: dict[str, Any], show_progress: bool) -> None:
+    """Runs the TFDS builder and removes the parts."""
     from minigpt5_jax.data.builders.tfds_builders import make_builder, tfds
 
-    with tqdm(total=job.count, unit="unit", desc=job.dataset, disable=runner or not show_progress) as bar:
+    with tqdm(total=job.count, unit="unit", desc=job.raw.dataset, disable=runner or not show_progress) as bar:
         tfds.disable_progress_bar()
-        with _quiet():
+        with _quiet(), _errors_of_workers():
             builder = make_builder(job, None if runner else bar.update)
             builder.download_and_prepare(
                 download_dir=job.parts / "downloads",  # TFDS makes one though there is nothing to download
                 download_config=tfds.download.DownloadConfig(**runner),
             )
     shutil.rmtree(job.parts)
-    return finished
+
+
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Holds the lock of a split; it goes with the process that holds it, however that ends.
+
+    Raises:
+      DataError: another process prepares this split.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{job.folder} is being prepared by another process; wait for it") from None
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -68,12 +96,26 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+@contextlib.contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Beam wraps what a worker raises into a traceback of text; a DataError in it is raised as one."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        mark = f"{DataError.__module__}.{DataError.__name__}: "
+        if mark not in str(error):
+            raise
+        raise DataError(str(error).rpartition(mark)[2]) from None
+
+
 def claim(job: Job) -> None:
     """DataError where the output folder holds anything but splits of this data set."""
     mine = (PARTS, VERSION, TEMPORARY)
     for folder, known in (
-        (job.output, (job.dataset,)),
-        (job.output / job.dataset, SPLITS),
+        (job.output, (job.raw.dataset,)),
+        (job.output / job.raw.dataset, SPLITS),
         (job.folder, mine),
     ):
         if folder.exists() and not folder.is_dir():
@@ -82,7 +124,7 @@ def claim(job: Job) -> None:
         if others:
             raise DataError(
                 f"{folder} holds {', '.join(sorted(others)[:5])}, which is not part of the data set "
-                f"{job.dataset!r}; choose an empty --output folder"
+                f"{job.raw.dataset!r}; choose an empty --output folder"
             )
 
 

@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.data.builders.units import Encoded, Unit, Units, encode_picture, open_units
+from minigpt5_jax.data.builders.units import Encoded, Raw, Unit, Units, encode_picture, keep_pictures
 from minigpt5_jax.data.errors import DataError, SampleError
 
 PARTS = "parts"
 SHARD_BYTES = 128 * 2**20
 SHOWN = 5
+
+Problem = tuple[int, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Job:
     """One split of one data set to prepare.
 
     Attributes:
-      dataset: its name; ``path``, ``image_root``: its raw files.
+      raw: its files.
       output: folder that the data set's folder is made in.
       split: name of the split.
       count: units of the raw files.
@@ -46,9 +48,7 @@ class Job:
       budget: units that may be unusable.
     """
 
-    dataset: str
-    path: str
-    image_root: str | None
+    raw: Raw
     output: Path
     split: str
     count: int
@@ -60,12 +60,10 @@ class Job:
     @classmethod
     def plan(
         cls,
-        dataset: str,
-        path: str | Path,
+        raw: Raw,
         output: str | Path,
         *,
         split: str = "train",
-        image_root: str | Path | None = None,
         num_shards: int | None = None,
         letterbox: int | None = None,
         error_budget: int | float = 0.01,
@@ -75,13 +73,12 @@ class Job:
         Raises:
           DataError: as the data set's source, or a value out of range.
         """
-        root = None if image_root is None else str(image_root)
-        units = open_units(dataset, str(path), root)
+        units = raw.open()
         if num_shards is None:
             num_shards = max(1, round(len(units) * _mean_bytes(units) / SHARD_BYTES))
             num_shards = min(num_shards, len(units))
         if not 1 <= num_shards <= len(units):
-            raise DataError(f"num_shards must be 1 ... {len(units)} (units of {path}), got {num_shards}")
+            raise DataError(f"num_shards must be 1 ... {len(units)} (units of {raw.path}), got {num_shards}")
         if isinstance(error_budget, float):
             if not 0 <= error_budget <= 1:
                 raise DataError(f"error_budget must be a count or a fraction 0.0 ... 1.0, got {error_budget}")
@@ -89,23 +86,29 @@ class Job:
         if error_budget < 0:
             raise DataError(f"error_budget must not be negative, got {error_budget}")
         return cls(
-            dataset, str(path), root, Path(output), split, len(units), units.fingerprint(), num_shards,
-            letterbox, error_budget,
-        )  # fmt: skip
+            raw, Path(output), split, len(units), units.fingerprint(), num_shards, letterbox, error_budget
+        )
 
     @property
     def folder(self) -> Path:
         """Folder of the split."""
-        return self.output / self.dataset / self.split
+        return self.output / self.raw.dataset / self.split
 
     @property
     def parts(self) -> Path:
         return self.folder / PARTS
 
+    def absolute(self) -> Job:
+        """With paths that a worker with another working folder understands."""
+        names = ("path", "image_root", "mapping")
+        paths = {name: os.path.abspath(path) for name in names if (path := getattr(self.raw, name))}
+        raw = dataclasses.replace(self.raw, **paths)
+        return dataclasses.replace(self, raw=raw, output=self.output.absolute())
+
     def settings(self) -> dict[str, Any]:
         """What the content of the data set depends on."""
-        names = ("dataset", "split", "count", "fingerprint", "num_shards", "letterbox")
-        return {name: getattr(self, name) for name in names}
+        names = ("split", "count", "fingerprint", "num_shards", "letterbox")
+        return {"dataset": self.raw.dataset, **{name: getattr(self, name) for name in names}}
 
     def shard(self, index: int, progress: Callable[[int], None] | None = None) -> ShardWork:
         """The work of one shard."""
@@ -125,6 +128,24 @@ def _mean_bytes(units: Units, looks: int = 100) -> float:
     return float(np.mean(sizes)) if sizes else 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A unit ready to be written: its pictures, its fields, and the pictures it has lost."""
+
+    unit: Unit
+    pictures: list[Encoded]
+    fields: dict[str, Any]
+    lost: list[SampleError]
+
+    def example(self) -> dict[str, Any]:
+        """What TFDS encodes."""
+        return {**self.fields, "image": [io.BytesIO(picture.data) for picture in self.pictures]}
+
+    def line(self, raw: Raw) -> str:
+        """The unit without its pictures, one line of JSON."""
+        return json.dumps({**self.fields, "where": raw.place(self.unit.where)}, ensure_ascii=False) + "\n"
+
+
 @dataclasses.dataclass
 class Tally:
     """What became of the units of a shard.
@@ -132,22 +153,25 @@ class Tally:
     Attributes:
       kept: records written.
       skipped: (unit, where, reason) of each that was left out.
+      cut: (unit, where, reason) of each picture that a dialogue goes without; it ends before it.
       pictures: how many were stored, of ``bytes`` in all.
       sizes: pictures by ``WIDTHxHEIGHT``.
       bytes_log2: pictures by the power of two below their number of bytes.
     """
 
     kept: int = 0
-    skipped: list[tuple[int, str, str]] = dataclasses.field(default_factory=list)
+    skipped: list[Problem] = dataclasses.field(default_factory=list)
+    cut: list[Problem] = dataclasses.field(default_factory=list)
     pictures: int = 0
     bytes: int = 0
     sizes: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
     bytes_log2: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
 
-    def count(self, pictures: list[Encoded]) -> None:
+    def count(self, index: int, record: Record) -> None:
         """Enters a record that was written."""
         self.kept += 1
-        for picture in pictures:
+        self.cut += [(index, error.where, error.reason) for error in record.lost]
+        for picture in record.pictures:
             self.pictures += 1
             self.bytes += len(picture.data)
             self.sizes[f"{picture.width}x{picture.height}"] += 1
@@ -157,6 +181,7 @@ class Tally:
         """Joins the tally of another shard."""
         self.kept += other.kept
         self.skipped += other.skipped
+        self.cut += other.cut
         self.pictures += other.pictures
         self.bytes += other.bytes
         for mine, theirs in ((self.sizes, other.sizes), (self.bytes_log2, other.bytes_log2)):
@@ -166,7 +191,8 @@ class Tally:
     @classmethod
     def read(cls, path: Path) -> Tally:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**values, "skipped": [tuple(skip) for skip in values["skipped"]]})
+        lists = {name: [tuple(problem) for problem in values[name]] for name in ("skipped", "cut")}
+        return cls(**{**values, **lists})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +217,14 @@ class ShardWork:
         """Whether an earlier run finished this part, and what it left out is unusable still."""
         if not self.file("array_record").is_file():
             return False
-        return not any(self._usable(unit) for unit, _, _ in Tally.read(self.file("json")).skipped)
+        tally = Tally.read(self.file("json"))
+        return all(self._lost(index) for index in {index for index, _, _ in tally.skipped + tally.cut})
 
-    def _usable(self, index: int) -> bool:
+    def _lost(self, index: int) -> bool:
         try:
-            self.record(index)
+            return bool(self.record(index).lost)
         except SampleError:
-            return False
-        return True
+            return True
 
     def __call__(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         if self.done():
@@ -208,34 +234,36 @@ class ShardWork:
             return
         self.file("array_record").unlink(missing_ok=True)
         self.job.parts.mkdir(parents=True, exist_ok=True)
-        if self._units().fingerprint() != self.job.fingerprint:
-            raise DataError(f"{self.job.path} has changed since the preparation began; begin anew")
+        if self.job.raw.open().fingerprint() != self.job.fingerprint:
+            raise DataError(f"{self.job.raw.path} has changed since the preparation began; begin anew")
         tally, spent, lines = Tally(), skipped_before(self.job), io.StringIO()
         for index in range(self.first, self.stop):
             try:
-                unit, pictures, record = self.record(index)
+                record = self.record(index)
             except SampleError as error:
                 tally.skipped.append((index, error.where, error.reason))
                 check_budget(self.job, spent + len(tally.skipped), tally.skipped)
             else:
-                yield tally.kept, record
-                lines.write(json.dumps({**unit.fields, "where": unit.where}, ensure_ascii=False) + "\n")
-                tally.count(pictures)
+                yield tally.kept, record.example()
+                lines.write(record.line(self.job.raw))
+                tally.count(index, record)
             self._tell(1)
         write_whole(self.file("jsonl"), lines.getvalue())
         write_whole(self.file("json"), json.dumps(vars(tally)))
 
-    def _units(self) -> Units:
-        return open_units(self.job.dataset, self.job.path, self.job.image_root)
-
-    def record(self, index: int) -> tuple[Unit, list[Encoded], dict[str, Any]]:
-        """A unit, its pictures and its record; SampleError naming the unit and the picture."""
-        unit = self._units()[index]
-        try:
-            pictures = [encode_picture(picture, self.job.letterbox) for picture in unit.pictures]
-        except SampleError as error:
-            raise SampleError(f"{unit.where}, {error.where}", error.reason) from None
-        return unit, pictures, {**unit.fields, "image": [io.BytesIO(p.data) for p in pictures]}
+    def record(self, index: int) -> Record:
+        """A unit with its pictures read; SampleError naming the unit and the picture."""
+        unit = self.job.raw.open()[index]
+        pictures, kept, lost = [], [], []
+        for number, picture in enumerate(unit.pictures):
+            try:
+                pictures.append(encode_picture(picture, self.job.letterbox))
+                kept.append(number)
+            except SampleError as error:
+                lost.append(SampleError(f"{unit.where}, {error.where}", error.reason))
+                if unit.whole:
+                    raise lost[0] from None
+        return Record(unit, pictures, keep_pictures(unit.fields, kept) if lost else unit.fields, lost)
 
     def _tell(self, units: int) -> None:
         if self.progress is not None:
@@ -248,7 +276,7 @@ def skipped_before(job: Job) -> int:
     return sum(len(Tally.read(path).skipped) for path in done)
 
 
-def check_budget(job: Job, count: int, skipped: list[tuple[int, str, str]]) -> None:
+def check_budget(job: Job, count: int, skipped: list[Problem]) -> None:
     """DataError with the first reasons where more units are unusable than the job allows."""
     if count > job.budget:
         shown = "\n  ".join(f"{where}: {reason}" for _, where, reason in skipped[:SHOWN])
@@ -267,7 +295,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no links."""
+    """A second name for a file, or a copy where the file system has no links; replaces ``target``."""
+    target.unlink(missing_ok=True)  # of an earlier attempt: Beam repeats work that failed
     try:
         os.link(source, target)
     except OSError:

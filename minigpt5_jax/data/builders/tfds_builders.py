@@ -9,6 +9,7 @@ not be continued.  Order while training is the pipeline's matter.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ class PartsWriter(tfds.core.writer.ExampleWriter):
         index = int(re.search(r"-(\d+)-of-\d+$", Path(path).name)[1])
         part = self._parts / f"{index:05d}.array_record"
         if not part.is_file():
-            temporary = self._parts / f".{part.name}-{Path(path).parent.name}"
+            temporary = self._parts / f".{part.name}-{uuid.uuid4().hex}"
             super().write(temporary, ((key, _same_bytes(example)) for key, example in examples))
             temporary.replace(part)
         link_or_copy(part, Path(path))
@@ -77,13 +78,20 @@ class PreparedBuilder(tfds.core.ShardBasedBuilder):
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
-        tally, target = Tally(), Path(self.data_dir) / UNITS_FILE
-        with target.open("w", encoding="utf-8") as units:
+        tally, lengths, folder = Tally(), [], Path(self.data_dir)
+        with (folder / UNITS_FILE).open("w", encoding="utf-8") as units:
             for work in self._works():
-                tally.add(Tally.read(work.file("json")))
+                part = Tally.read(work.file("json"))
+                lengths.append(part.kept)
+                tally.add(part)
                 units.write(work.file("jsonl").read_text(encoding="utf-8"))
         check_budget(self._job, len(tally.skipped), tally.skipped)
         self.info.metadata[METADATA]["tally"] = vars(tally)
+        # With Beam, TFDS 4.9 puts the lengths of more than ten shards in the order "0", "1", "10", "2".
+        split = self.info.splits[self._job.split].replace(shard_lengths=lengths)
+        self.info.set_splits(tfds.core.splits.SplitDict([split]))
+        for file in folder.glob("*.shard_infos.json"):
+            file.unlink()
 
 
 class Cc3m(PreparedBuilder):
@@ -97,12 +105,57 @@ class Cc3m(PreparedBuilder):
     }
 
 
-BUILDERS: dict[str, type[PreparedBuilder]] = {"cc3m": Cc3m}
+class Vist(PreparedBuilder):
+    """Stories; picture k is that of step k."""
+
+    DESCRIPTION = "Stories of texts and pictures, step by step."
+    FIELDS: ClassVar = {
+        "id": tfds.features.Text(),
+        "steps": tfds.features.Sequence(
+            {
+                "caption": tfds.features.Text(),
+                "image_path": tfds.features.Text(),
+                "sequence_index": tfds.features.Scalar(dtype=np.int64),
+            }
+        ),
+    }
+
+
+class Mmdialog(PreparedBuilder):
+    """Dialogues.  A turn's ``picture`` counts in ``image``, -1 for none, or a lost one if it has ``media``:
+    ids with ``/`` between, as TFDS needs TensorFlow to write lists within lists."""
+
+    DESCRIPTION = "Dialogues with pictures, turn by turn, the first turn a human's."
+    FIELDS: ClassVar = {
+        "id": tfds.features.Text(),
+        "turns": tfds.features.Sequence(
+            {
+                "text": tfds.features.Text(),
+                "media": tfds.features.Text(),
+                "picture": tfds.features.Scalar(dtype=np.int64),
+            }
+        ),
+    }
+
+
+class Jsonl(PreparedBuilder):
+    """Lines of one's own, as written; pictures in the order a line names them."""
+
+    DESCRIPTION = "Pairs, stories and dialogues of one's own, one JSON object each."
+    FIELDS: ClassVar = {"name": tfds.features.Text(), "record": tfds.features.Text()}
+
+
+BUILDERS: dict[str, type[PreparedBuilder]] = {
+    "cc3m": Cc3m,
+    "vist": Vist,
+    "mmdialog": Mmdialog,
+    "jsonl": Jsonl,
+}
 
 
 def make_builder(job: Job, progress: Callable[[int], None] | None = None) -> PreparedBuilder:
     """The builder of a job."""
     config = tfds.core.BuilderConfig(name=job.split)
-    return BUILDERS[job.dataset](
+    return BUILDERS[job.raw.dataset](
         job=job, progress=progress, data_dir=str(job.output), config=config, file_format="array_record"
     )

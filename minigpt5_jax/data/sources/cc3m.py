@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
@@ -87,7 +88,7 @@ class Cc3mSource:
         path = cells[self._path].strip()
         if not path:
             raise SampleError(where, "empty image_path")
-        return Pair(row, cells[self._caption], str(self._image_root / path), where)
+        return Pair(row, cells[self._caption], os.path.join(self._image_root, path), where)
 
     def _find(self, index: int) -> tuple[Pair, bool]:
         if not 0 <= index < len(self):
@@ -102,6 +103,10 @@ class Cc3mSource:
     def texts(self, index: int) -> list[tuple[str, str]]:
         """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
         return self._rules.texts(*self._find(index))
+
+    def picture_fingerprint(self) -> str:
+        """Hash of which picture each sample draws, whatever its wording."""
+        return hashlib.sha256(f"cc3m {self._lines.sha256} {self._rules.every}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """Hash of the table and of everything that changes the samples made of it."""

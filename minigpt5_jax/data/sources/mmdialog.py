@@ -133,7 +133,7 @@ class MMDialogSource:
             raise SampleError(
                 where, f"conversation_id was used in line {self._lines.number(self._repeats[row])} already"
             )
-        return _parse(self._lines[row], where, self._root)
+        return parse_dialog(self._lines[row], where, self._root)
 
     def _find(self, index: int) -> tuple[Dialog, int]:
         if not 0 <= index < len(self):
@@ -175,7 +175,7 @@ class MMDialogSource:
         )
 
 
-def _parse(line: str, where: str, root: Path) -> Dialog:
+def parse_dialog(line: str, where: str, root: Path) -> Dialog:
     """Reads and checks one line; SampleError naming ``where`` and what breaks the form."""
     fields = Fields(where)
     try:

@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
+from minigpt5_jax.data.dialogs import BAD_MEDIA_IDS, DialogRules
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.pairs import Pair, PairRules
+from minigpt5_jax.data.pairs import PairRules
 from minigpt5_jax.data.sources.base import TextLines
+from minigpt5_jax.data.sources.kinds import DialogKind, Fields, Kind, PairKind, RecordKind, StoryKind
+from minigpt5_jax.data.stories import StoryRules
 
 METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"
-
-Fields = dict[str, Any]
-
-
-@runtime_checkable
-class Kind(Protocol):
-    """How the records of a data set become samples.
-
-    ``counts(source)`` gives the samples of each record, ``example`` and ``texts`` sample ``place`` of one,
-    and ``settings`` everything they depend on.
-    """
-
-    def counts(self, source: PreparedSource) -> Int[np.ndarray, " n"]: ...
-
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example: ...
-
-    def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]: ...
-
-    def settings(self) -> tuple: ...
-
-
-class PairKind:
-    """CC3M: a pair, and its instruction sample for rows 0, 100, 200, ... of the raw table."""
-
-    def __init__(self, rules: PairRules):
-        self._rules = rules
-
-    def counts(self, source: PreparedSource) -> Int[np.ndarray, " n"]:
-        rows = source.kept_units()
-        return 1 + (rows % self._rules.every == 0) if self._rules.every else np.ones_like(rows)
-
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self._rules.example(self._pair(fields, pictures[0]), place == 1, epoch)
-
-    def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
-        return self._rules.texts(self._pair(fields, ""), place == 1)
-
-    def settings(self) -> tuple:
-        return dataclasses.astuple(self._rules)
-
-    def _pair(self, fields: Fields, picture: str | bytes) -> Pair:
-        return Pair(fields["row"], fields["caption"], picture, fields["where"])
 
 
 class PreparedSource:
@@ -69,12 +29,17 @@ class PreparedSource:
 
     Args:
       folder: the ``--output`` of the preparation, or a folder below it.
-      split: ``train``, ``validation`` or ``test``.
+      split: ``train``, ``validation`` or ``test``; None where the folder holds just one.
       training: with the samples that only training has.
-      instruction_every: CC3M's rows from one instruction sample to the next; 0 for none.
-      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
-      seed: of the wording.
-      resample_prompts: draw the wording anew each epoch; False keeps the first draw (quirk Q24).
+      seed: of the wordings.
+      resample_prompts: draw the wordings anew each epoch; False keeps the first draw (quirk Q24).
+      prompt_set: ``head`` or ``release``, the wording of pairs and stories in the original's two code
+        generations; ``loader`` is the same for dialogues.
+      instruction_every: pairs: rows from one instruction sample to the next; 0 for none.
+      tasks: stories: some of ``gen``, ``multimodal``, ``understanding``, whatever ``training`` is.
+      count_tokens: dialogues: length of a text in tokens; needed in training with ``head``, and not kept.
+      max_tokens, max_words, bad_media_ids: dialogues: where they end, as for
+        :class:`~minigpt5_jax.data.sources.mmdialog.MMDialogSource`.
       num_vokens: vokens of one picture.
 
     Raises:
@@ -84,23 +49,43 @@ class PreparedSource:
     def __init__(
         self,
         folder: str | Path,
-        split: str = "train",
+        split: str | None = None,
         *,
         training: bool = True,
-        instruction_every: int = 100,
-        prompt_set: str = "head",
         seed: int = 0,
         resample_prompts: bool = True,
+        prompt_set: str = "head",
+        loader: str = "head",
+        instruction_every: int = 100,
+        tasks: Sequence[str] | None = None,
+        count_tokens: Callable[[str], int] | None = None,
+        max_tokens: int = 50,
+        max_words: int = 20,
+        bad_media_ids: Collection[str | int] = BAD_MEDIA_IDS,
         num_vokens: int = 8,
     ):
-        self.folder, self.split = find_prepared(folder, split), split
-        self.metadata = json.loads((self.folder / "metadata.json").read_bytes())[METADATA]
+        self.folder = find_prepared(folder, split)
+        self.metadata = _metadata(self.folder)
+        self.split = self.metadata["split"]
         self._lines = TextLines(self.folder / UNITS_FILE)
         self._check_shards()
         self._training = training
         every = instruction_every if training else 0
-        self._kind: Kind = PairKind(PairRules(every, prompt_set, seed, resample_prompts, num_vokens))
-        self._starts = np.concatenate([[0], np.cumsum(self._kind.counts(self))])
+        bad = tuple(sorted(map(str, bad_media_ids)))
+        kinds: dict[str, Callable[[], Kind]] = {
+            "cc3m": lambda: PairKind(PairRules(every, prompt_set, seed, resample_prompts, num_vokens)),
+            "vist": lambda: StoryKind(
+                StoryRules(training, tasks, prompt_set, seed, resample_prompts, num_vokens)
+            ),
+            "mmdialog": lambda: DialogKind(
+                DialogRules(loader, training, max_tokens, max_words, bad, num_vokens), count_tokens
+            ),
+            "jsonl": lambda: RecordKind(num_vokens),
+        }
+        self._kind = kinds[self.dataset]()
+        lines = (self._lines[number] for number in range(len(self._lines)))
+        counts = self._kind.counts(lines, self.kept_units())
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         self._records = None
         self._last: tuple[int, list[bytes]] = (-1, [])
 
@@ -137,7 +122,7 @@ class PreparedSource:
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
 
-    def _find(self, index: int) -> tuple[int, int]:
+    def find(self, index: int) -> tuple[int, int]:
         """Record of a sample, and which of the record's samples it is."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -163,59 +148,76 @@ class PreparedSource:
             builder = tfds.builder_from_directory(self.folder)
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
             self._records = builder.as_data_source(self.split, deserialize_method=raw)
+        where = f"{self.folder}: record {record}"
         try:
-            example = tf_example_pb2.Example.FromString(self._records[record])
+            features = tf_example_pb2.Example.FromString(self._records[record]).features.feature
         except Exception as error:  # whatever the C++ reader makes of broken bytes
-            where = f"{self.folder}: record {record}"
-            raise SampleError(where, f"cannot be read ({error})") from None
-        return list(example.features.feature["image"].bytes_list.value)
+            raise SampleError(where, f"cannot be read ({error}); copy or prepare the data again") from None
+        if "image" not in features:
+            raise SampleError(where, "cannot be read (it is empty); copy or prepare the data again")
+        return list(features["image"].bytes_list.value)
 
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index``, its pictures as encoded bytes; SampleError where the record is broken."""
-        record, place = self._find(index)
+        record, place = self.find(index)
         return self._kind.example(self.fields(record), self.pictures(record), place, epoch)
 
     def texts(self, index: int) -> list[tuple[str, str]]:
         """(source, target) of sample ``index`` in every wording it may have; no picture is read."""
-        record, place = self._find(index)
+        record, place = self.find(index)
         return self._kind.texts(self.fields(record), place)
 
     def fingerprint(self) -> str:
-        """Hash of the words, of the sizes of the pictures and of everything that changes the samples."""
+        """Hash of the words, of the pictures' size and of everything that changes the samples."""
+        return self._hash(self._kind.settings())
+
+    def picture_fingerprint(self) -> str:
+        """Hash of which pictures each sample has, whatever its wording."""
+        return self._hash(self._kind.layout())
+
+    def _hash(self, settings: tuple) -> str:
         content = (self._lines.sha256, self.metadata["letterbox"], self.metadata["tally"]["bytes"])
-        text = f"prepared {self.dataset} {content} {self._kind.settings()}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(f"prepared {self.dataset} {content} {settings}".encode()).hexdigest()
 
     def describe(self) -> str:
         kind = "training" if self._training else "test"
+        notes = ", ".join(f"{count:,} {what}" for what, count in self._kind.left_out().items())
         return (
-            f"prepared {self.dataset} {kind}: {len(self):,} samples of {len(self._lines):,} records "
-            f"in {self.folder}"
+            f"prepared {self.dataset}, {self.split} as {kind}: {len(self):,} samples of "
+            f"{len(self._lines):,} records in {self.folder}{'; left out: ' * bool(notes)}{notes}"
         )
 
 
-def find_prepared(folder: str | Path, split: str) -> Path:
-    """Folder of a finished split below ``folder``.
+def find_prepared(folder: str | Path, split: str | None = None) -> Path:
+    """Folder of a finished split at or below ``folder``; any split where None.
 
     Raises:
       DataError: there is none, more than one, or its preparation was interrupted.
     """
-    folder = Path(folder)
+    folder, wanted = Path(folder), split or "*"
     if not folder.is_dir():
         raise DataError(f"prepared data set not found: {folder}")
-    patterns = (VERSION, f"{split}/{VERSION}", f"*/{split}/{VERSION}")
-    places = [folder, *(path for pattern in patterns for path in folder.glob(pattern))]
-    found = sorted(path for path in places if (path / UNITS_FILE).is_file())
-    if len(found) == 1:
-        stored = json.loads((found[0] / "metadata.json").read_bytes())[METADATA]["split"]
-        if stored != split:
-            raise DataError(f"{found[0]} holds split {stored!r}, asked for {split!r}")
-        return found[0]
-    if found:
-        raise DataError(f"{folder} holds several data sets ({', '.join(map(str, found))}); name one")
-    if any(folder.glob(f"**/{split}/parts/plan.json")):
+    places = [folder, *(path for depth in ("", "*/", "*/*/") for path in folder.glob(depth + VERSION))]
+    found = {path: _metadata(path)["split"] for path in sorted(places) if (path / UNITS_FILE).is_file()}
+    fitting = [path for path, name in found.items() if split in (None, name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise DataError(f"{folder} holds several data sets ({', '.join(map(str, fitting))}); name one")
+    if any(any(folder.glob(f"{depth}parts/plan.json")) for depth in ("", f"{wanted}/", f"*/{wanted}/")):
         raise DataError(
-            f"the preparation of {split!r} in {folder} was interrupted; give the same command again, it "
-            "continues"
+            f"the preparation of {split or 'a split'} in {folder} was interrupted; give the same command "
+            "again, it continues"
         )
-    raise DataError(f"{folder} holds no prepared split {split!r}; python -m minigpt5_jax.prepare makes one")
+    others = f" (but {', '.join(sorted(set(found.values())))})" if found else ""
+    raise DataError(
+        f"{folder} holds no prepared split {wanted}{others}; python -m minigpt5_jax.prepare makes one"
+    )
+
+
+def _metadata(folder: Path) -> dict:
+    """What the preparation wrote about itself."""
+    try:
+        return json.loads((folder / "metadata.json").read_bytes())[METADATA]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder / 'metadata.json'} is broken ({error!r}); prepare the data again") from None

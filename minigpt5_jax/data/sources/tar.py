@@ -157,6 +157,10 @@ class Cc3mTarSource:
         row, instruction = self._find(index)
         return self._rules.texts(self.pair(row, picture=False), instruction)
 
+    def picture_fingerprint(self) -> str:
+        """Hash of which picture each sample draws, whatever its wording."""
+        return hashlib.sha256(f"cc3m-tar {self._digest} {self._rules.every}".encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """Hash of keys, captions and sizes of pictures, and of everything that changes the samples."""
         settings = dataclasses.astuple(self._rules)

@@ -59,7 +59,7 @@ class VistSource:
         num_vokens: int = 8,
     ):
         self.path = Path(cleaned)
-        self.mapping_path = _mapping_path(self.path) if mapping is None else Path(mapping)
+        self.mapping_path = mapping_path(self.path) if mapping is None else Path(mapping)
         root = self.path.parent if image_root is None else Path(image_root)
         if not root.is_dir():
             raise DataError(f"image folder not found: {root}")
@@ -69,7 +69,7 @@ class VistSource:
         if not values:
             raise DataError(f"no stories in {self.path}")
         self._hash = f"{stories_hash} {mapping_hash}"
-        self._stories = [_story(self.path, name, value, paths, root) for name, value in values.items()]
+        self._stories = [parse_story(self.path, name, value, paths, root) for name, value in values.items()]
         counts = [1 if isinstance(s, SampleError) else len(self._samples(s)) for s in self._stories]
         self._stops = np.cumsum(counts)
 
@@ -125,7 +125,7 @@ class VistSource:
         return f"VIST ({tasks}): {len(self):,} samples of {self.rows:,} stories in {self.path}{notes}"
 
 
-def _mapping_path(cleaned: Path) -> Path:
+def mapping_path(cleaned: Path) -> Path:
     if "cleaned" not in cleaned.name:
         raise DataError(
             f"{cleaned.name} has no 'cleaned' in its name to find its picture paths by; give mapping="
@@ -161,11 +161,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     return value
 
 
-def _story(path: Path, name: str, value: Any, paths: dict, root: Path) -> Story | SampleError:
+def parse_story(path: Path, name: str, value: Any, paths: dict, root: Path) -> Story | SampleError:
     """A story of the file, or what is wrong with it."""
-    where = f"{path}: story {name}"
+    where = f"{path}: story {name.encode(errors='backslashreplace').decode()}"  # fit for any log
     fields = Fields(where)
     try:
+        fields.string(name, "id")
         steps = tuple(_step(fields, step, n, paths, root) for n, step in enumerate(fields.items(value, "")))
         if not steps:
             raise fields.fail("", "no steps")

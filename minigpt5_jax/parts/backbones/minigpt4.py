@@ -29,6 +29,7 @@ class MiniGPT4(nnx.Module):
       llm, vit, qformer: tower configurations; the vision pair is given together or not at all.
       num_vokens: generative vokens; the new rows are these plus ``<ImageHere>``.
       lora, prefix: how the language model is tuned in stage 2; at most one of them.
+      decay_tables: its frozen tables shrink by weight decay, as in the original (Q3).
       dtype: compute dtype.  param_dtype: dtype of frozen weights (new rows and LoRA stay fp32).
       remat: recompute each language-model layer in the backward pass.
     """
@@ -42,6 +43,7 @@ class MiniGPT4(nnx.Module):
         num_vokens: int = 8,
         lora: LoraConfig | None = None,
         prefix: PrefixConfig | None = None,
+        decay_tables: bool = False,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: bool = False,
@@ -52,11 +54,13 @@ class MiniGPT4(nnx.Module):
         if lora is not None and prefix is not None:
             raise ValueError("minigpt4 is tuned by `lora` or by `prefix`, not by both")
         self.hidden_size, self.vocab_size, self.num_vokens = llm.hidden_size, llm.vocab_size, num_vokens
+        self.max_positions = llm.max_position_embeddings
         self.dtype = dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.llm = Llama(
-            llm, num_new_tokens=num_vokens + 1, lora=lora, prefix=prefix, remat=remat, rngs=rngs, **dtypes
-        )
+            llm, num_new_tokens=num_vokens + 1, lora=lora, prefix=prefix, decay_tables=decay_tables,
+            remat=remat, rngs=rngs, **dtypes,
+        )  # fmt: skip
         self.image_tokens = qformer.num_query_tokens if qformer else 0
         self.image_size = vit.image_size if vit else 0
         if vit is not None and qformer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from minigpt5_jax.weights.table import (
     norm_rules,
     split,
 )
-from minigpt5_jax.weights.view import View, replaced
+from minigpt5_jax.weights.view import Tensors, View, replaced
 
 _QKV_KERNELS = tuple(f"blocks/attn/{name}/kernel" for name in ("q_proj", "k_proj", "v_proj"))
 
@@ -103,7 +103,7 @@ def table_for(keys: Iterable[str], config: EvaVitConfig) -> Table:
     return table(config)
 
 
-def fit_positions(source: Mapping[str, np.ndarray], config: EvaVitConfig) -> View:
+def fit_positions(source: Tensors, config: EvaVitConfig) -> View:
     """``source`` with its position embedding resized to the tower's grid where it has another one."""
     grid = config.image_size // config.patch_size
     return replaced(source, {name: lambda x: resize_positions(x, grid) for name in _POSITIONS})

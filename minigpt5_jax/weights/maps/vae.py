@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from minigpt5_jax.weights.table import CONV, SQUEEZED_LINEAR, Rule, Table, linear_rules, norm_rules
-from minigpt5_jax.weights.view import View
+from minigpt5_jax.weights.view import Tensors, View
 
 
 def conv_rules(source: str, target: str) -> tuple[Rule, Rule]:
@@ -66,7 +66,7 @@ _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 _LEGACY_KEY = re.compile(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\.weight|\.bias)")
 
 
-def rename_legacy(source: Mapping[str, np.ndarray]) -> View:
+def rename_legacy(source: Tensors) -> View:
     """The source with the old attention names (``query``, ``proj_attn``, ...) replaced by today's.
 
     Weights of the old names may be 1x1 convolutions, ``[c, c, 1, 1]``; they become ``[c, c]``.

@@ -1,0 +1,205 @@
+"""Take a trained model away to PyTorch.
+
+    python -m minigpt5_jax.export --checkpoint runs/mine --to minigpt5 --output stage1.ckpt
+    python -m minigpt5_jax.export --checkpoint runs/mine --to transformers --output vicuna
+
+Formats (docs/export.md shows how each is loaded):
+
+    minigpt5      the original's Lightning checkpoint, stage 1 or 2; needs torch
+    peft          LoRA adapter with the resized tables
+    transformers  LLaMA with the new rows, LoRA folded in, and its tokenizer
+    mapper        the feature mapper and its PyTorch module
+    diffusers     Stable Diffusion pipeline, the mapper beside it, an example of both
+
+Pretrained weights are read again from their sources, one tensor at a time, and refused if they are not those
+the run was trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import app, flags
+
+from minigpt5_jax import cli
+from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.trained import read_trained
+from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.weights.export import diffusers, mapper, minigpt5, peft, transformers
+from minigpt5_jax.weights.export.model import ExportError
+from minigpt5_jax.weights.load import WeightFileError
+from minigpt5_jax.weights.table import WeightTableError
+
+DTYPES = ("float32", "bfloat16", "float16")
+USER_ERRORS = (
+    ConfigError, DataError, CheckpointError, ExportError, WeightFileError, WeightTableError,
+    FileNotFoundError, FileExistsError,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A way out.
+
+    Attributes:
+      write: (model, folder or file to fill, options) -> number of tensors.
+      sources: what it reads, by names under ``config.weights``.
+      options: of those :func:`export_torch` knows, the ones it takes.
+      suffix: of the one file it writes; '' for a folder.
+    """
+
+    write: Callable[..., int]
+    sources: tuple[str, ...]
+    options: tuple[str, ...]
+    suffix: str = ""
+
+
+GENERATOR = ("unet", "vae", "text_encoder", "clip_tokenizer", "scheduler")
+FORMATS: dict[str, Format] = {
+    "minigpt5": Format(minigpt5.write, ("llm",), ("stage",), ".ckpt"),
+    "peft": Format(peft.write, ("llm",), ("dtype",)),
+    "transformers": Format(transformers.write, ("llm", "tokenizer"), ("dtype", "merge")),
+    "mapper": Format(mapper.write, (), ("dtype",)),
+    "diffusers": Format(diffusers.write, GENERATOR, ("dtype",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What an export wrote.
+
+    Attributes:
+      path: file or folder.  tensors: number of them.  files: size of each file in bytes.
+    """
+
+    path: Path
+    tensors: int
+    files: Mapping[str, int]
+
+    def __str__(self) -> str:
+        rows = [f"  {size:>14,}  {name}" for name, size in self.files.items()]
+        total = f"{self.path}: {self.tensors} tensors, {len(rows)} files, {sum(self.files.values()):,} bytes"
+        return "\n".join([total, *rows])
+
+
+def export_torch(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    step: int | None = None,
+    weights: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    merge: bool | None = None,
+    stage: int | None = None,
+) -> Written:
+    """Write a trained model for PyTorch.
+
+    Args:
+      checkpoint: a run's workdir or its ``checkpoints`` folder.
+      output: file (``minigpt5``) or folder to make; it must not exist.
+      to: format, one of ``FORMATS``.
+      step: which checkpoint; the newest by default.
+      weights: source paths that differ from those of the run (``{"llm": "/models/vicuna"}``).
+      dtype: of floating tensors; by default float32 for what was trained and the run's
+        ``model.param_dtype`` for whole towers.  Not for ``minigpt5``, which is float32.
+      merge: ``transformers``: fold LoRA into the projections (the default).
+      stage: ``minigpt5``: write the tensors of that stage; by default those that this run trained.
+
+    Raises:
+      ExportError: unknown format, an option it does not take, or a model it has no place for.
+      CheckpointError: nothing there, or other frozen weights or tokenizer than the run had.
+      ConfigError: a source of pretrained weights is missing.
+      FileExistsError: ``output`` is there.
+    """
+    format_ = _choose(to, Path(output).expanduser())
+    options = {"dtype": _dtype(dtype), "merge": merge, "stage": stage}
+    given = {name: value for name, value in options.items() if value is not None}
+    if refused := [name for name in given if name not in format_.options]:
+        takes = ", ".join(format_.options)
+        raise ExportError(f"format {to!r} has no option {refused[0]!r}; it takes {takes}")
+    path = Path(output).expanduser().absolute()
+    with _new(path, format_) as place:
+        model = read_trained(checkpoint, format_.sources, step, weights)
+        tensors = format_.write(model, place, **given)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    folder = path.parent if path.is_file() else path
+    return Written(path, tensors, {str(file.relative_to(folder)): file.stat().st_size for file in files})
+
+
+def _choose(to: str, path: Path) -> Format:
+    if to not in FORMATS:
+        raise ExportError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
+    if FORMATS[to].suffix and path.suffix != FORMATS[to].suffix:
+        raise ExportError(f"{to!r} writes one file: give --output NAME{FORMATS[to].suffix}, not {path}")
+    return FORMATS[to]
+
+
+def _dtype(name: str | None) -> Any:
+    if name is not None and name not in DTYPES:
+        raise ExportError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
+    return None if name is None else jnp.dtype(name)
+
+
+@contextlib.contextmanager
+def _new(path: Path, format_: Format) -> Iterator[Path]:
+    """A place to write to that gets the name ``path`` when all is written, or vanishes."""
+    if path.exists():
+        raise FileExistsError(f"{path} is already there; delete it or choose another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        place = partial / path.name if format_.suffix else partial
+        yield place
+        place.chmod(0o755 if place.is_dir() else 0o644)  # mkdtemp makes folders private
+        place.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def define_flags() -> None:
+    """The flags of this command."""
+    flags.DEFINE_string("checkpoint", None, "a run's --workdir, or its checkpoints folder", required=True)
+    flags.DEFINE_string("to", None, f"format: {', '.join(FORMATS)}", required=True)
+    flags.DEFINE_string("output", None, "file (minigpt5) or folder to make", required=True)
+    flags.DEFINE_integer("step", None, "which checkpoint; the newest by default")
+    flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved")
+    flags.DEFINE_enum("dtype", None, DTYPES, "of floating tensors, where the format leaves a choice")
+    flags.DEFINE_boolean("merge", None, "transformers: fold LoRA in (default); --nomerge: leave it out")
+    flags.DEFINE_enum("stage", None, ["1", "2"], "minigpt5: tensors of that stage; default: of this run's")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Export, or say what is wrong in a line."""
+    cli.quiet()
+    flag = flags.FLAGS
+    if len(argv) > 1:
+        cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        weights = dict(_pair(item) for item in flag.weights)
+        print(export_torch(
+            flag.checkpoint, flag.output, to=flag.to, step=flag.step, weights=weights, dtype=flag.dtype,
+            merge=flag.merge, stage=int(flag.stage) if flag.stage else None,
+        ))  # fmt: skip
+    except USER_ERRORS as error:
+        cli.fail(str(error))
+
+
+def _pair(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not (name and equals):
+        raise ConfigError(f"--weights takes NAME=PATH, got {item!r}")
+    return name, value
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

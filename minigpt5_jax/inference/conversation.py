@@ -1,0 +1,145 @@
+"""Whole stories and dialogues: what the model wrote and drew is read again before the next answer.
+
+Every conversation goes its own way: its answers depend on its own turns and seed, not on the others that
+are made in the same batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from minigpt5_jax.data.prompts import STORY_PROMPTS, dialog_source, story_continuation
+from minigpt5_jax.data.templates import IMAGE
+from minigpt5_jax.data.transforms import Picture
+from minigpt5_jax.inference.session import Generation, Prompt, Session
+
+NEXT_SCENE = STORY_PROMPTS["head"]["multimodal"][0]
+SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Said:
+    """One turn: text and pictures (paths or encoded bytes) in order; role ``user`` or ``assistant``."""
+
+    role: str
+    parts: tuple["str | Drawn", ...]
+
+    def spelt(self) -> list[str]:
+        """Its texts, and a placeholder for each picture."""
+        return [part if isinstance(part, str) else IMAGE for part in self.parts]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """A picture of a turn; wrapped, since a path is a string as texts are."""
+
+    picture: Picture
+
+
+@dataclasses.dataclass(eq=False)
+class Conversation:
+    """What was said so far.
+
+    Attributes:
+      id: its name in files.
+      seed: of all its answers.
+      said: turns; the model's are appended.
+      answers: what the model wrote, in order.
+      system: system prompt of a dialogue.
+    """
+
+    id: str
+    seed: int
+    said: list[Said]
+    answers: list[Generation] = dataclasses.field(default_factory=list)
+    system: str = ""
+
+    def next_seed(self) -> int:
+        """Seed of the next answer, a function of ``seed`` and the number of answers."""
+        return int(np.random.SeedSequence((self.seed, len(self.answers))).generate_state(1)[0])
+
+
+def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    """A picture as the model reads it again: nothing is lost."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return file.getvalue()
+
+
+def answer_turn(answer: Generation) -> Said:
+    """An answer as a turn of the conversation."""
+    parts = tuple(part if isinstance(part, str) else Drawn(encode_png(part)) for part in answer.parts)
+    return Said("assistant", parts)
+
+
+def story_prompt(conversation: Conversation, request: str = NEXT_SCENE) -> Prompt:
+    """Everything told so far and the request for the next scene, as stage 2 trains it (reference 5.3)."""
+    said = conversation.said
+    source = story_continuation([text for turn in said for text in turn.spelt()], request)
+    return Prompt(source, _pictures(said), conversation.next_seed())
+
+
+def dialog_prompt(conversation: Conversation, window: int | None = None) -> Prompt:
+    """The last ``window`` turns (None for all) and the opening of the assistant's (reference 5.4)."""
+    said = conversation.said if window is None else conversation.said[-window:]
+    spoken = [(SPEAKERS[turn.role], " ".join(turn.spelt())) for turn in said]
+    return Prompt(dialog_source(conversation.system, spoken), _pictures(said), conversation.next_seed())
+
+
+def _pictures(said: Sequence[Said]) -> tuple[Picture, ...]:
+    return tuple(part.picture for turn in said for part in turn.parts if isinstance(part, Drawn))
+
+
+def advance(
+    session: Session, conversations: Sequence[Conversation], prompt: Callable[[Conversation], Prompt]
+) -> None:
+    """One answer to each conversation, appended to it.
+
+    Raises:
+      DataError: a conversation cannot be put to this model; none of them is changed.
+    """
+    for conversation, answer in zip(conversations, session.generate([prompt(c) for c in conversations])):
+        conversation.answers.append(answer)
+        if answer.parts:
+            conversation.said.append(answer_turn(answer))
+
+
+def tell(
+    session: Session, stories: Sequence[Conversation], scenes: int, request: str = NEXT_SCENE
+) -> None:
+    """Continues every story by ``scenes`` answers, each of which reads all before it."""
+    for _ in range(scenes):
+        advance(session, stories, lambda story: story_prompt(story, request))
+
+
+def chat(
+    session: Session,
+    dialogs: Sequence[Conversation],
+    script: Sequence[Sequence[Said]],
+    window: int | None = None,
+) -> None:
+    """Plays every dialogue: after each user's turn of its script that no answer follows, the model's.
+
+    Args:
+      dialogs: with nothing said yet.
+      script: turns of each; an assistant's turn is taken as said, not answered.
+      window: turns the model reads; None for all.
+    """
+    todo = [list(turns) for turns in script]
+    while waiting := [number for number, turns in enumerate(todo) if turns]:
+        asked = []
+        for number in waiting:
+            turns, dialog = todo[number], dialogs[number]
+            while turns:
+                dialog.said.append(turns.pop(0))
+                if dialog.said[-1].role == "user" and not (turns and turns[0].role == "assistant"):
+                    asked.append(dialog)
+                    break
+        if asked:
+            advance(session, asked, lambda dialog: dialog_prompt(dialog, window))

@@ -1,0 +1,109 @@
+"""What a configuration needs on disk: every source, whether it is there and fits, and how to get the rest.
+
+``python -m minigpt5_jax.convert plan --config FILE`` prints it.  Files that are there are opened and compared
+with the model by names and shapes; their values are not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from minigpt5_jax.build import Towers, needed_sources, source_path, tower_sizes, tower_sources
+from minigpt5_jax.config import ConfigError, weight_sources
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.hub import resolve
+from minigpt5_jax.weights.importer import examine, open_source
+from minigpt5_jax.weights.sources import LLAMA_TOKENIZER_SHA256, ORIGINS, RELEASE, Origin
+from minigpt5_jax.weights.table import WeightTableError
+
+FOLDER = "weights"
+"""Where the commands put things."""
+
+
+def make_plan(config: ConfigDict) -> str:
+    """The plan as text: a block for each origin, then the flags that name what was fetched.
+
+    Raises:
+      ConfigError: a setting that no model can be made of.
+    """
+    needed, given = needed_sources(config), weight_sources(config)
+    try:
+        towers = tower_sizes(config)
+    except ConfigError:  # sizes come from sources that are not there yet
+        towers = None
+    status = {name: source_status(config, name, given[name], towers) for name in needed}
+    lines, missing = [], []
+    for origin, names in _by_origin(needed):
+        lines += _block(origin, {name: status[name] for name in names})
+        if any(not status[name][0] for name in names):
+            missing.append(origin)
+    lines += ["", "MiniGPT-5's own weights, to generate without training:", *_about(RELEASE), ""]
+    total = sum(origin.gigabytes for origin in missing)
+    if not missing:
+        return "\n".join([*lines, "Everything that this configuration needs is on disk and fits."])
+    flags = " ".join(f"--config.weights.{o.command}={FOLDER}/{o.command}" for o in missing)
+    how_much = f"To fetch: {total:.1f} GB, and as much again while it is converted.  Then give:"
+    return "\n".join([*lines, how_much, f"  {flags}"])
+
+
+def _by_origin(needed: tuple[str, ...]) -> list[tuple[Origin, list[str]]]:
+    groups: dict[str, tuple[Origin, list[str]]] = {}
+    for name in needed:
+        origin = ORIGINS[name]
+        groups.setdefault(origin.command, (origin, []))[1].append(name)
+    return list(groups.values())
+
+
+def _block(origin: Origin, status: dict[str, tuple[bool, str]]) -> Iterator[str]:
+    """What it is, the state of each name, and the commands if something is missing."""
+    yield from ("", origin.title)
+    for name, (_, text) in status.items():
+        yield f"  weights.{name}: {text}"
+    if all(there for there, _ in status.values()):
+        return
+    yield from _about(origin)
+    raw = f"{FOLDER}/raw/{origin.command}"
+    given = raw if origin.repos else f"{raw}/{origin.files[0]}"
+    target = f"{FOLDER}/{origin.command}"
+    yield f"  convert: python -m minigpt5_jax.convert {origin.command} {given} --output {target}"
+
+
+def _about(origin: Origin) -> Iterator[str]:
+    yield f"  files: {', '.join(origin.files)}; {origin.gigabytes:g} GB; licence: {origin.licence}"
+    yield f"  fetch: {origin.fetch(f'{FOLDER}/raw/{origin.command}')}"
+    if origin.repos[1:]:
+        yield f"  mirrors: {', '.join(origin.repos[1:])}"
+    if origin.repos and origin.elsewhere:
+        yield f"  {origin.elsewhere}"
+
+
+def source_status(config: ConfigDict, name: str, given: str, towers: Towers | None) -> tuple[bool, str]:
+    """(whether it is there and fits, a line about it)."""
+    if not given:
+        return False, "not given"
+    try:
+        path = source_path(name, given)
+        path = path if path.exists() else resolve(given, fetch=False)
+        return True, f"{path}: {_verified(name, path, towers)}"
+    except (ConfigError, OSError, WeightFileError, WeightTableError) as error:
+        return False, str(error).replace("\n", "\n    ")
+
+
+def _verified(name: str, path: Path, towers: Towers | None) -> str:
+    """What was checked of a source that is there."""
+    if name == "tokenizer":
+        file = path / "tokenizer.model" if path.is_dir() else path
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        stock = digest == LLAMA_TOKENIZER_SHA256
+        return "LLaMA's own tokenizer" if stock else f"another tokenizer than LLaMA's own ({digest[:12]})"
+    source = next((s for s in tower_sources(towers) if s.source == name), None) if towers else None
+    if source is None:
+        return "there"
+    view, coverage = examine(name, open_source(name, path), source.sizes, values=False)
+    for key in view:
+        view[key]
+    return f"{len(coverage.consumed)} tensors fit, {len(coverage.ignored)} ignored"

@@ -1,0 +1,214 @@
+"""A model from pretrained weights, and from the checkpoints that the original released (reference 7).
+
+:func:`load_pretrained` is the way for Python; ``python -m minigpt5_jax.convert minigpt5`` writes the same as
+a checkpoint of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from minigpt5_jax.build import (
+    ModelSpec,
+    build,
+    check_sources,
+    initial_trainable,
+    llm_tokenizer,
+    load_frozen,
+    tokenizer_identity,
+)
+from minigpt5_jax.config import ConfigError, get_config, use_prefix, use_stage2, validate
+from minigpt5_jax.profiles import PROFILES
+from minigpt5_jax.restore import Run, load_run, not_pretrained
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
+from minigpt5_jax.tuning import FROZEN, TABLE_DECAY
+from minigpt5_jax.weights.hub import PATTERNS, resolve
+from minigpt5_jax.weights.importer import COVERAGE_FILE
+from minigpt5_jax.weights.load import open_container, open_weights
+from minigpt5_jax.weights.maps.llama import EMBED
+from minigpt5_jax.weights.release import TABLES, Release, read_release
+from minigpt5_jax.weights.sources import STABLE_DIFFUSION
+
+Files = str | Path | tuple[str | Path, str | Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A model made of released files.
+
+    Attributes:
+      run: the model.  release: what was read from the files.
+      about: file -> epoch, global_step and hyper-parameters that it states.
+    """
+
+    run: Run
+    release: Release
+    about: dict[str, dict[str, Any]]
+
+
+def load_pretrained(
+    *,
+    llm: str | Path = "",
+    stable_diffusion: str | Path = "",
+    vit: str | Path = "",
+    qformer: str | Path = "",
+    llama_proj: str | Path = "",
+    minigpt5: Files | None = None,
+    config: ConfigDict | None = None,
+    profile: str = "head",
+    rows: str = "vokens",
+) -> Run:
+    """A whole model, ready for :func:`minigpt5_jax.generate.make_session` or for training on.
+
+    Every source is a file, a folder or a Hugging Face id (``org/name``), in any form that
+    ``python -m minigpt5_jax.convert`` reads, but for Stable Diffusion, which is a diffusers folder.
+
+    Args:
+      llm: Vicuna-7B v0 with its tokenizer.
+      stable_diffusion: Stable Diffusion 2.1-base.
+      vit, qformer, llama_proj: EVA ViT-g, BLIP-2's Q-Former, MiniGPT-4's projection: all three, or none for
+        a model that cannot see.
+      minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; a folder with checkpoints of this
+        package; None for untrained vokens and mapper.
+      config: settings; by default those of the stage that the files are of.  A checkpoint folder brings
+        its own.
+      profile: code generation the weights fit, ``head`` or ``release_2023_10``.
+      rows: ``vokens`` takes the new rows of released files, ``all`` their whole tables, as weight decay left
+        them (Q3).
+
+    Returns:
+      configuration, abstract model, every parameter, tokenizer and step.
+
+    Raises:
+      ConfigError: a source is missing, or settings do not go together.
+      WeightFileError, WeightTableError: a file cannot be used; the message names keys and likely cause.
+      CheckpointError: the folder has other frozen weights or another tokenizer than given here.
+    """
+    given = {"llm": llm, "stable_diffusion": stable_diffusion, "vit": vit, "qformer": qformer,
+             "llama_proj": llama_proj}  # fmt: skip
+    patterns = {"stable_diffusion": STABLE_DIFFUSION.include}
+    weights = {name: str(resolve(path, patterns.get(name, PATTERNS))) for name, path in given.items() if path}
+    if isinstance(minigpt5, str | Path) and Path(minigpt5).expanduser().is_dir():
+        if config is not None:
+            raise ConfigError("a checkpoint folder brings its own configuration; leave `config` away")
+        return load_run(minigpt5, weights=weights)
+    stage1, stage2 = minigpt5 if isinstance(minigpt5, tuple) else (minigpt5, None)
+    config = default_config(stage2, profile) if config is None else config
+    if not any((vit, qformer, llama_proj)):
+        config.model.backbone.update(vit="none", qformer="none")
+    config.weights.update(weights)
+    if stage1 is not None:
+        return import_release(config, stage1, stage2, rows=rows).run
+    spec, frozen = _frozen(validate(config))
+    return Run(config, spec, {**frozen, **initial_trainable(config, spec, frozen)},
+               llm_tokenizer(config, spec.towers), 0)  # fmt: skip
+
+
+def default_config(stage2: str | Path | None, profile: str) -> ConfigDict:
+    """Settings of a stage: stage 1, or stage 2 by LoRA or by a prefix, as its file says.
+
+    Raises:
+      ConfigError: an unknown profile.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    config = get_config()
+    if stage2 is not None:
+        keys = open_weights(resolve(stage2), key="state_dict")
+        use_stage2(config)
+        rank = next((keys[key].shape[0] for key in keys if ".lora_A." in key), 0)
+        if rank:
+            config.model.backbone.lora_rank = rank
+        elif any(key.startswith("model.prefix_encoder.") for key in keys):
+            use_prefix(config)
+    return PROFILES[profile](config)
+
+
+def import_release(
+    config: ConfigDict, stage1: str | Path, stage2: str | Path | None = None, *, rows: str = "vokens"
+) -> Imported:
+    """The model of released files on the pretrained weights of ``config``.
+
+    Args:
+      config: of the stage that the files are of.  stage1, stage2: ``.ckpt`` of the original; stage 2 lies
+        on top of stage 1.  rows: as in :func:`load_pretrained`.
+
+    Raises:
+      ConfigError, WeightFileError, WeightTableError: as in :func:`load_pretrained`.
+    """
+    files = [resolve(path) for path in (stage1, stage2) if path is not None]
+    sources = [open_weights(path, key="state_dict") for path in files]
+    spec, frozen = _frozen(validate(config))
+    shapes = {path: s.shape for path, s in spec.template.shapes.items() if not_pretrained(path, spec)}
+    decays = shapes.pop(TABLE_DECAY, None) is not None  # no tensor of the files: measured on their tables
+    release = read_release(
+        sources[0], sources[1] if stage2 is not None else None, shapes,
+        vocab_size=spec.towers.llm.vocab_size, num_new=config.model.backbone.num_vokens + 1, rows=rows,
+        pretrained=lambda path: np.asarray(frozen[path]),
+    )  # fmt: skip
+    params = {
+        path: jnp.asarray(value, spec.template.shapes[path].dtype) for path, value in release.params.items()
+    }
+    if decays:
+        shrunk = 0.0 if rows == "all" else 1.0 - release.decay[TABLES[EMBED]][0]
+        params[TABLE_DECAY] = jnp.asarray(shrunk, jnp.float32)
+    about = {str(path): _about(path) for path in files}
+    step = max((int(values.get("global_step") or 0) for values in about.values()), default=0)
+    if stage2 is not None:
+        config.run.init_from = str(files[0])
+    run = Run(config, spec, {**frozen, **params}, llm_tokenizer(config, spec.towers), step)
+    return Imported(run, dataclasses.replace(release, params=params), about)
+
+
+def save_imported(imported: Imported, workdir: str | Path) -> Path:
+    """Write an imported model as a checkpoint of ours, which ``generate`` and ``run.init_from`` take.
+
+    Raises:
+      CheckpointError: the folder holds checkpoints, or cannot be written.
+    """
+    run, folder = imported.run, Path(workdir).expanduser() / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    if checkpoints.latest_step is not None:
+        raise CheckpointError(f"{folder} holds checkpoints; choose another --workdir")
+    labels = run.spec.labels
+    own = imported.release.params
+    trainable = {path: value for path, value in own.items() if labels[path] != FROZEN}
+    inherited = {path: value for path, value in own.items() if labels[path] == FROZEN}
+    kept = {path: value for path, value in run.params.items() if labels[path] == FROZEN}
+    coverage = [one.to_json() for one in imported.release.coverage]
+    meta = describe_run(
+        run.config.to_dict(),
+        tokenizer=tokenizer_identity(run.config, run.spec.towers),
+        frozen=hash_parameters(kept),
+    )
+    state = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
+    meta |= {"imported": {"files": imported.about, "coverage": coverage}}
+    checkpoints.save(run.step, state, 0, meta)
+    checkpoints.wait()
+    checkpoints.close()
+    (folder.parent / COVERAGE_FILE).write_text(json.dumps(coverage, indent=2) + "\n")
+    return folder
+
+
+def _frozen(config: ConfigDict) -> tuple[ModelSpec, dict[str, jax.Array]]:
+    """The abstract model and its pretrained parameters."""
+    check_sources(config)
+    spec = build(config)
+    return spec, load_frozen(config, spec)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a Lightning file says about its run, as plain JSON."""
+    values: Mapping[str, Any] = open_container(path)
+    names = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")
+    return {name: json.loads(json.dumps(values[name], default=str)) for name in names if name in values}

@@ -1,0 +1,62 @@
+"""A LoRA run as an adapter folder that ``peft`` puts on a Hugging Face LLaMA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt5_jax.weights.export.model import LLM, LLM_TABLES, ExportError, Trained, cast
+from minigpt5_jax.weights.maps import llama
+from minigpt5_jax.weights.rewrite import write_json
+from minigpt5_jax.weights.save import save_safetensors
+
+PREFIX = "base_model.model."
+
+
+def tensors(model: Trained) -> dict[str, np.ndarray]:
+    """LoRA factors and both whole tables, under the names ``peft`` saves, fp32.
+
+    Raises:
+      ExportError: the run has no LoRA.
+    """
+    if model.lora is None:
+        raise ExportError(
+            "this run has no LoRA, so there is no adapter: export the language model with its new rows as "
+            "'transformers'" + (", a prefix as 'minigpt5'" if model.prefix else "")
+        )
+    factors = {path: value for path, value in model.below(LLM).items() if "/lora_" in path}
+    named = llama.lora_table(model.lora.target_modules).to_source(factors)
+    found = {key.replace(".default.", "."): np.asarray(value, np.float32) for key, value in named.items()}
+    return found | {PREFIX + key: model.table(key) for key in LLM_TABLES}
+
+
+def config(model: Trained) -> dict[str, Any]:
+    """``adapter_config.json`` (reference 4.3)."""
+    lora = model.lora
+    assert lora is not None
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": model.llm_source, "r": lora.r, "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout, "target_modules": list(lora.target_modules), "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": ["embed_tokens", "lm_head"],
+    }  # fmt: skip
+
+
+def write(model: Trained, folder: Path, *, dtype: Any = None) -> int:
+    """``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    The base model's tables must have V + n rows before the adapter is loaded
+    (``base.resize_token_embeddings``).
+
+    Returns:
+      number of tensors.
+
+    Raises:
+      ExportError: the run has no LoRA.
+    """
+    values = {name: cast(value, dtype) for name, value in tensors(model).items()}
+    save_safetensors(folder / "adapter_model.safetensors", values, {"format": "pt"})
+    write_json(folder / "adapter_config.json", config(model))
+    return len(values)

@@ -1,0 +1,277 @@
+"""Rewriting published weights as a folder that ``config.weights`` takes: safetensors and a ``config.json``.
+
+Nothing is computed: tensors keep their dtype; names change where a single file becomes a diffusers folder.
+A folder appears whole under its name or not at all: it is made beside it as ``NAME.partial``, and one that
+an interruption left there is begun anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.importer import (
+    COVERAGE_FILE,
+    LLAMA_SIZES,
+    Coverage,
+    examine,
+    read_sizes,
+    trim_vocabulary,
+)
+from minigpt5_jax.weights.load import open_weights
+from minigpt5_jax.weights.maps import ldm, llama
+from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.weights.table import Table, WeightTableError
+from minigpt5_jax.weights.towers import TOWERS
+from minigpt5_jax.weights.view import Tensors, rename, subset
+
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+LLAMA_FILES = (
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "tokenizer.json",
+)  # fmt: skip
+SCHEDULER = {
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+    "trained_betas": None,
+}  # fmt: skip
+"""Scheduler of Stable Diffusion 2.1-base (reference 1.10); a single file has none."""
+NOT_SIZES = (
+    "vocab_size", "initializer_range", "sample_size", "max_position_embeddings", "num_key_value_heads",
+)  # fmt: skip
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+PARTS = {"unet": ldm.unet, "vae": ldm.vae, "text_encoder": ldm.text_encoder}
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name ``path`` when everything is in it.
+
+    Raises:
+      FileExistsError: there is something under that name.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is already there; delete it or choose another --output")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_tower(
+    name: str,
+    source: Tensors,
+    sizes: Any,
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Coverage:
+    """The tensors a tower uses, its sizes and the coverage, into ``folder``.
+
+    Args:
+      name: tower, as under ``config.weights``.  source: its tensors.  sizes: the tower's.
+      config: the published ``config.json``; made of ``sizes`` where there is none.
+
+    Raises:
+      WeightTableError: keys, shapes or values that do not fit.
+    """
+    view, coverage = examine(name, source, sizes, notes=notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(folder / (DIFFUSERS_FILE if name in CLASSES else "model.safetensors"), view,
+                     {"format": "pt"})  # fmt: skip
+    write_json(folder / "config.json", describe(name, sizes) if config is None else config)
+    write_json(folder / COVERAGE_FILE, coverage.to_json())
+    return coverage
+
+
+def require_preset(name: str, sizes: Any) -> None:
+    """Refuse sizes that are not those MiniGPT-5 stands on.
+
+    Raises:
+      WeightTableError: each number that differs, and what the file probably is.
+    """
+    preset = dataclasses.asdict(TOWERS[name].preset)
+    other = {
+        field: (value, preset[field])
+        for field, value in dataclasses.asdict(sizes).items()
+        if value != preset[field] and field not in NOT_SIZES
+    }
+    if other:
+        shown = "; ".join(f"{field} is {value}, not {want}" for field, (value, want) in other.items())
+        width = getattr(sizes, "hidden_size", None)
+        cause = f"\nlikely cause: LLaMA-{LLAMA_SIZES[width]} in place of 7B" if width in LLAMA_SIZES else ""
+        raise WeightTableError(f"{name}: {shown}{cause}\nto convert it all the same: --sizes=source")
+
+
+def describe(name: str, sizes: Any) -> dict[str, Any]:
+    """A ``config.json`` of sizes, in the published field names."""
+    values = dataclasses.asdict(sizes)
+    if name in CLASSES:
+        values = {"_class_name": CLASSES[name], **values}
+    return values | ({"use_linear_projection": True} if name == "unet" else {})
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Indented JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_llm(
+    source: Tensors, folder: Path, output: Path, *, keep_rows: bool = False
+) -> Coverage:
+    """A LLaMA folder: weights, configuration and tokenizer.
+
+    Args:
+      source: tensors of ``folder``.  output: folder to fill.
+      keep_rows: keep rows that the tokenizer has no entry for.  By default they are left out, such as
+        the ``[PAD]`` row that Vicuna v0's delta adds.
+
+    Raises:
+      WeightFileError: no ``config.json`` or ``tokenizer.model``, or one of another generation.
+    """
+    for name in ("config.json", "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise WeightFileError(f"{folder} has no {name}; fetch it with the weights")
+    config = json.loads((folder / "config.json").read_text())
+    refuse_other_vicuna(config, folder / "config.json")
+    sizes, notes = read_sizes("llm", folder / "config.json"), ()
+    rows, entries = source[llama.EMBED].shape[0], tokenizer_entries(folder)
+    if rows < entries:
+        raise WeightTableError(f"{folder}: {rows} rows, but the tokenizer has {entries} entries")
+    if rows > entries and not keep_rows:
+        notes = (f"rows {entries} to {rows - 1} are left out: the tokenizer has {entries} entries",)
+        source, rows = trim_vocabulary(source, entries), entries
+    sizes = dataclasses.replace(sizes, vocab_size=rows)
+    coverage = write_tower("llm", source, sizes, output, config={**config, "vocab_size": rows}, notes=notes)
+    for name in LLAMA_FILES:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, output / name)
+    return coverage
+
+
+def tokenizer_entries(folder: Path) -> int:
+    """Entries of a LLaMA tokenizer: its pieces, and what ``added_tokens.json`` puts behind them."""
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+    added = folder / "added_tokens.json"
+    more = json.loads(added.read_text()).values() if added.is_file() else ()
+    return max([pieces.vocab_size(), *(number + 1 for number in more)])
+
+
+def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:
+    """Versions after v0 are other models with other prompts; they say so by name or by LLaMA-2's sizes.
+
+    Raises:
+      WeightFileError: ``config`` is one of them.
+    """
+    name = str(config.get("_name_or_path", "")).lower()
+    later = next((version for version in ("v1.1", "v1.3", "v1.5") if version in name), None)
+    if config.get("max_position_embeddings", 2048) > 2048:
+        later = later or "LLaMA-2 or later (v1.5)"
+    if later:
+        raise WeightFileError(
+            f"{path}: this is Vicuna {later}; MiniGPT-4 and MiniGPT-5 stand on v0, and their weights fit no "
+            "other (Vision-CAIR/vicuna-7b, or lmsys/vicuna-7b-delta-v0 applied to LLaMA-7B)"
+        )
+
+
+def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> list[Coverage]:
+    """A diffusers folder of Stable Diffusion 2.1-base as safetensors, with today's names.
+
+    Args:
+      source: folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/, tensors in any form.
+      output: folder to fill.  any_size: sizes may differ from the full-size presets.
+
+    Raises:
+      WeightFileError: a part is missing, or cannot be used.
+    """
+    for name in (*PARTS, "tokenizer", "scheduler"):
+        if not (source / name).is_dir():
+            raise WeightFileError(f"{source} has no {name}/; a diffusers folder has {', '.join(FOLDERS)}")
+    found = []
+    for name in PARTS:
+        config = source / name / "config.json"
+        sizes = read_sizes(name, config)
+        if not any_size:
+            require_preset(name, sizes)
+        found.append(write_tower(name, open_weights(source / name), sizes, output / name,
+                                 config=json.loads(config.read_text())))  # fmt: skip
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(source / name, output / name)
+    return found
+
+
+def write_single_file(
+    source: Tensors, tokenizer: Path, output: Path, sizes: Path | None = None
+) -> list[Coverage]:
+    """A Stable Diffusion 2.1-base checkpoint of one file as a diffusers folder.
+
+    Args:
+      source: its tensors.  tokenizer: folder with ``vocab.json`` and ``merges.txt``, which it lacks.
+      output: folder to fill.  sizes: diffusers folder with the sizes; the full-size presets by default.
+
+    Raises:
+      WeightTableError: keys that belong to no part, and the likely cause.
+    """
+    for name in ("vocab.json", "merges.txt"):
+        if not (tokenizer / name).is_file():
+            raise WeightFileError(f"{tokenizer} has no {name}; give tokenizer/ of a diffusers folder")
+    _refuse_other_diffusion(source)
+    known, ignored = Table((), ldm.IGNORED), {}
+    prefixes = {"unet": ldm.UNET, "vae": ldm.VAE, "text_encoder": ldm.TEXT}
+    parts: dict[str, list[str]] = {name: [] for name in prefixes}
+    for key in source:
+        owner = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
+        reason = known.reason(key)
+        if reason is not None:
+            ignored[key] = reason
+        elif owner is None:
+            raise WeightTableError(f"{getattr(source, 'path', 'the file')}: key {key!r} belongs to no part")
+        else:
+            parts[owner].append(key)
+    found = []
+    for name, keys in parts.items():
+        made = read_sizes(name, sizes / name / "config.json" if sizes else None)
+        table = PARTS[name](made)
+        part = rename(table, subset(source, {key: key for key in keys}))
+        coverage = write_tower(name, part, made, output / name)
+        dropped = {key: reason for key in keys if (reason := table.reason(key)) is not None}
+        found.append(dataclasses.replace(coverage, ignored={**coverage.ignored, **dropped}))
+    found[0] = dataclasses.replace(found[0], ignored={**found[0].ignored, **ignored})
+    (output / "scheduler").mkdir()
+    scheduler = sizes / "scheduler/scheduler_config.json" if sizes else None
+    values = json.loads(scheduler.read_text()) if scheduler else SCHEDULER
+    write_json(output / "scheduler/scheduler_config.json", values)
+    shutil.copytree(tokenizer, output / "tokenizer")
+    return found
+
+
+def _refuse_other_diffusion(source: Tensors) -> None:
+    """Other generations of Stable Diffusion, told by their keys or by the file's name."""
+    path = str(getattr(source, "path", ""))
+    cause = ""
+    if any(key.startswith("cond_stage_model.transformer.text_model.") for key in source):
+        cause = "this is Stable Diffusion 1.x"
+    elif any(key.startswith("conditioner.embedders.") for key in source):
+        cause = "this is Stable Diffusion XL"
+    elif not any(key.startswith(ldm.TEXT) for key in source):
+        cause = "it has no OpenCLIP text encoder (cond_stage_model.model.*)"
+    elif "768" in Path(path).name:
+        cause = "its name says that it is the 768-pixel model, which predicts v"
+    if cause:
+        raise WeightTableError(f"{path or 'the file'}: {cause}; MiniGPT-5 draws with 2.1-base, v2-1_512-*")

@@ -1,0 +1,156 @@
+"""From weight files straight into (sharded) jax arrays, never a tower in memory twice.
+
+A tensor of a file is a view of it, and the operations of the weight tables only transpose and cut views, so a
+device's part of a parameter is read from disk without the rest.  A large stacked parameter is allocated once
+and filled layer by layer in place (its buffer is donated to each update); what is in memory besides the
+parameters is one layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from minigpt5_jax.weights.load import count_non_finite, is_floating
+from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
+
+IN_PLACE = 64 * 2**20
+"""Bytes from which a stacked parameter is filled in place; a smaller one is stacked on the host, which
+compiles nothing."""
+
+Index = tuple[slice, ...]
+
+
+def stream_tower(
+    table: Table,
+    source: Mapping[str, np.ndarray],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    in_place: int = IN_PLACE,
+) -> dict[str, jax.Array]:
+    """Parameters of one tower from foreign tensors, on their devices.
+
+    Args:
+      table: rules from the source's names to the tower's paths.
+      source: tensors by name; every one must be consumed or ignored by the table.
+      targets: path -> shape, dtype (floating values are cast to it) and sharding; without a sharding a
+        parameter goes to the first local device.  A process reads what its devices hold.
+      in_place: bytes from which a stacked parameter is filled layer by layer.
+
+    Raises:
+      WeightTableError: naming the source and every tensor that is missing, unexpected or misshapen, before
+        any is read; or one that holds NaN or infinite values.
+    """
+    where = getattr(source, "path", None)
+    try:
+        plan = table.plan(list(source), {path: target.shape for path, target in targets.items()})
+        leaves = {path: _Leaf(path, target, source) for path, target in targets.items()}
+        for item in plan:
+            for part, path in enumerate(item.targets):
+                leaves[path].add(item, part)
+        return {path: leaf.load(in_place) for path, leaf in leaves.items()}
+    except WeightTableError as error:
+        raise WeightTableError(f"{where}: {error}" if where else str(error)) from None
+
+
+class _Leaf:
+    """One parameter, and which tensors it is made of."""
+
+    def __init__(self, path: str, target: jax.ShapeDtypeStruct, source: Mapping[str, np.ndarray]):
+        self.path, self.source = path, source
+        self.shape, self.dtype = tuple(target.shape), np.dtype(target.dtype)
+        self.sharding: Sharding = target.sharding or SingleDeviceSharding(jax.local_devices()[0])
+        self.layers: dict[int | None, tuple[Assignment, int]] = {}
+
+    def add(self, item: Assignment, part: int) -> None:
+        """Take output ``part`` of a tensor's operation.
+
+        Raises:
+          WeightTableError: its shape is not the parameter's, or it is no floating tensor where that is one.
+        """
+        value, want = self.source[item.key], self.shape[0 if item.index is None else 1 :]
+        try:
+            view = item.op.forward(value)[part]
+        except (ValueError, IndexError) as error:  # fewer dimensions than the operation permutes
+            raise WeightTableError(f"{item.key!r} of shape {value.shape}: {error}") from None
+        if view.shape != want:
+            raise WeightTableError(
+                f"{item.key!r} gives shape {view.shape} for {self.path!r}, the model has {want}"
+            )
+        if is_floating(self.dtype) and not is_floating(value.dtype):
+            raise WeightTableError(
+                f"{item.key!r} is {value.dtype}, {self.path!r} is {self.dtype}: quantised files are not read"
+            )
+        self.layers[item.index] = (item, part)
+
+    def load(self, in_place: int) -> jax.Array:
+        """The array on its devices."""
+        large = self.dtype.itemsize * np.prod(self.shape) >= in_place
+        if None in self.layers or not large:
+            return jax.make_array_from_callback(self.shape, self.sharding, _once_per_part(self.read))
+        rows, write = _row_sharding(self.sharding), _writer(self.sharding)
+        array = jnp.zeros(self.shape, self.dtype, device=self.sharding)
+        for i in range(self.shape[0]):
+            read = _once_per_part(lambda index, i=i: self.read((slice(i, i + 1), *index[1:])))
+            row = jax.make_array_from_callback((1, *self.shape[1:]), rows, read)
+            array = write(array, row, i)
+            array.block_until_ready()  # rows must not pile up behind updates that have yet to run
+        return array
+
+    def read(self, index: Index) -> np.ndarray:
+        """The values at ``index``, in the parameter's dtype."""
+        if None in self.layers:
+            return self._tensor(None, index)
+        layers = range(self.shape[0])[index[0]]
+        if len(layers) == 1:
+            return self._tensor(layers[0], index[1:])[None]
+        sizes = [len(range(size)[part]) for size, part in zip(self.shape, index, strict=True)]
+        stacked = np.empty(sizes, self.dtype)
+        for row, layer in enumerate(layers):
+            stacked[row] = self._tensor(layer, index[1:])
+        return stacked
+
+    def _tensor(self, layer: int | None, index: Index) -> np.ndarray:
+        """A part of one tensor: a copy, since arrays on a CPU may be views of what they are made from."""
+        item, part = self.layers[layer]
+        view = item.op.forward(self.source[item.key])[part][index]
+        value = np.array(view, self.dtype, order="K")  # in the order of the file; the device transposes
+        if bad := count_non_finite(value):
+            raise WeightTableError(f"{item.key!r} holds values that are NaN or infinite, {bad} of them read")
+        return value
+
+
+def _once_per_part(read: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
+    """``read`` for ``make_array_from_callback``: devices that hold the same part share one reading."""
+    seen: dict[tuple, np.ndarray] = {}
+
+    def callback(index: Index) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in seen:
+            seen[key] = read(index)
+        return seen[key]
+
+    return callback
+
+
+def _row_sharding(sharding: Sharding) -> Sharding:
+    """Of one layer ``[1, ...]`` of a stacked parameter."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, P(None, *sharding.spec[1:]))
+    return sharding
+
+
+@functools.cache
+def _writer(sharding: Sharding) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """Compiled ``(array, row, i) -> array`` with the row written in place."""
+    return jax.jit(
+        lambda array, row, i: jax.lax.dynamic_update_slice_in_dim(array, row, i, axis=0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )

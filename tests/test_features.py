@@ -1,0 +1,112 @@
+"""Ready features of a configuration: the small world's VAE, batches on the devices, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from minigpt5_jax.build import build
+from minigpt5_jax.config import get_config, use_shapes_backbones
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.pipeline import make_loader
+from minigpt5_jax.features import open_features, prepare_features, with_features
+from minigpt5_jax.inputs import batch_spec, encode_config, open_sources, placer
+from minigpt5_jax.training.sharding import make_mesh
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = get_config()
+    use_shapes_backbones(config)
+    config.run.workdir = str(tmp_path_factory.mktemp("features"))
+    config.data.update(
+        format="shapes", shapes_train=12, shapes_validation=4, max_length=56, global_batch=8, flip_mode="off"
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def spec(config):
+    return build(config)
+
+
+@pytest.fixture(scope="module")
+def source(config, spec):
+    return open_sources(config, spec.towers)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(config, source):
+    path = f"{config.run.workdir}/store"
+    said = prepare_features(config, source, path, dtype="float32", batch_size=8, threads=1)
+    assert said.startswith(f"features of {len(source):,} samples in {path}; 0 samples are unusable")
+    return path
+
+
+def test_moments_on_the_devices_are_those_of_the_pictures(config, spec, source, folder):
+    ready = open_features(config, spec, source, folder)
+    shapes = batch_spec(config, spec.towers, 8)
+    words = encode_config(config, spec.towers, training=True)
+    place = placer(make_mesh(4, 1, 2), 1)
+    plain = next(make_loader(source, words, shapes, global_batch=8))
+    batch = place(next(make_loader(ready, words, with_features(shapes, ready.features), global_batch=8)))
+    side = config.model.generator.image_size // 8
+    assert batch.target.shape == (8, 0, 0, 3) and batch.target_moments.shape == (8, side, side, 8)
+    again = prepare_once(config, spec, plain.target)
+    np.testing.assert_allclose(np.asarray(batch.target_moments), again, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(batch.tokens, plain.tokens)
+    assert jax.tree.structure(batch) != jax.tree.structure(plain)
+
+
+def prepare_once(config, spec, pictures):
+    """Moments straight from the tower."""
+    from minigpt5_jax.build import load_frozen
+
+    params = load_frozen(config, spec, only=("vae",))
+
+    @jax.jit
+    def moments(params, pictures):
+        return spec.template.bind({**spec.template.shapes, **params}).generator.moments(pictures)
+
+    return moments(params, pictures)
+
+
+def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
+    flipped = config.copy_and_resolve_references()
+    flipped.data.flip_mode = "shared"
+    with pytest.raises(DataError, match="never mirrored; set data.flip_mode=off, it is 'shared'"):
+        open_features(flipped, spec, source, folder)
+    fewer = config.copy_and_resolve_references()
+    fewer.data.instruction_every = 2
+    with pytest.raises(DataError, match="(?s)does not belong to this run.*pictures: stored '.*', now '"):
+        open_features(fewer, spec, open_sources(fewer, spec.towers)[0], folder)
+    reworded = config.copy_and_resolve_references()
+    reworded.run.seed = 7  # another order, other wordings, other scenes
+    reworded.data.update(format="cc3m", train=f"{config.run.workdir}/data/shapes_train.tsv")
+    assert len(open_features(reworded, spec, open_sources(reworded, spec.towers)[0], folder)) == len(source)
+
+
+def test_another_vae_is_refused(config, spec, source, folder, monkeypatch):
+    import minigpt5_jax.features as room
+
+    load = room.load_frozen
+
+    def other(*args, **kwargs):
+        params = load(*args, **kwargs)
+        path = next(path for path in params if path.startswith("generator/vae/encoder/"))
+        return {**params, path: params[path] + 1e-3}
+
+    monkeypatch.setattr(room, "load_frozen", other)
+    with pytest.raises(DataError, match=r"towers: stored \{'vae': '\w{64}.*now \{'vae': '\w{64}"):
+        open_features(config, spec, source, folder)
+
+
+def test_features_of_input_pictures_only_where_the_batch_reads_any(config, spec, source, folder):
+    ready = open_features(config, spec, source, folder)
+    shapes = batch_spec(config, spec.towers, 8)
+    assert with_features(shapes, ready.features).image_states is None
+    both = dataclasses.replace(ready.features, image=(32, 768))
+    assert with_features(dataclasses.replace(shapes, images=8), both).image_states == (32, 768)

@@ -1,0 +1,150 @@
+"""Every data.format opens its source from the configuration, for training and held out."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minigpt5_jax import inputs
+from minigpt5_jax.build import build
+from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
+from minigpt5_jax.data.errors import DataError
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_cc3m(folder: Path) -> Path:
+    (folder / "a.jpg").write_bytes(jpeg())
+    (folder / "pairs.tsv").write_text("caption\timage_path\na dog\ta.jpg\n")
+    return folder / "pairs.tsv"
+
+
+def write_tar(folder: Path) -> Path:
+    with tarfile.open(folder / "00000.tar", "w") as archive:
+        for name, content in {"000000000.jpg": jpeg(), "000000000.txt": b"a dog"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return folder / "00000.tar"
+
+
+def write_vist(folder: Path) -> Path:
+    (folder / "a.jpg").write_bytes(jpeg())
+    steps = [{"caption": f"step {i}", "image_id": "7", "sequence_index": i} for i in range(2)]
+    (folder / "val_cleaned.json").write_text(json.dumps({"1": steps}))
+    (folder / "val_image_mapping.json").write_text(json.dumps({"7": "a.jpg"}))
+    return folder / "val_cleaned.json"
+
+
+def write_mmdialog(folder: Path) -> Path:
+    (folder / "9.jpg").write_bytes(jpeg())
+    turns = [[{"__TEXT__": "hello"}], [{"__TEXT__": "look"}, {"__MEDIA__": "9"}]]
+    line = {"conversation_id": 3, "conversation": [{"turn": turn} for turn in turns]}
+    (folder / "conversations.jsonl").write_text(json.dumps(line))
+    return folder / "conversations.jsonl"
+
+
+def write_jsonl(folder: Path) -> Path:
+    (folder / "a.jpg").write_bytes(jpeg())
+    (folder / "own.jsonl").write_text(json.dumps({"caption": "a dog", "image": "a.jpg"}))
+    return folder / "own.jsonl"
+
+
+CASES = {
+    "cc3m": (write_cc3m, 2, ["cc3m_0"]),
+    "cc3m_tar": (write_tar, 2, ["cc3m_0"]),
+    "vist": (write_vist, 4, ["1_0-gen", "1_1-gen", "1_1-multimodal", "1_1-understanding"]),
+    "mmdialog": (write_mmdialog, 1, ["3_1-mm"]),
+    "jsonl": (write_jsonl, 1, ["own_1"]),
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    made = use_shapes_backbones(get_config())
+    made.run.workdir = str(tmp_path / "run")
+    made.data.update(index_cache=str(tmp_path / "cache"), global_batch=1, worker_count=0)
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_format_opens_its_source(name, config, tmp_path):
+    write, count, held_out_ids = CASES[name]
+    path = write(tmp_path)
+    config.data.update(format=name, train=str(path), validation=str(path))
+    spec = build(validate(config))
+    train, held_out = inputs.open_sources(config, spec.towers)
+    assert len(train) == count
+    assert [held_out[i].item_id for i in range(len(held_out))] == held_out_ids
+    assert inputs.data_identity(config, train)["samples"] == count
+
+
+def test_every_format_has_a_case():
+    assert set(inputs.OPENERS) - {"shapes"} <= set(CASES) | {"prepared"}
+
+
+def test_release_wording_and_loader_reach_the_sources(config, tmp_path):
+    path = write_mmdialog(tmp_path)
+    config.data.update(format="mmdialog", train=str(path), dialog_loader="release")
+    source, held_out = inputs.open_sources(config, build(validate(config)).towers)
+    assert held_out is None and source[0].item_id == "mmdialog3_1"
+    config.data.update(format="vist", train=str(write_vist(tmp_path)), tasks=("gen",), prompt_set="release")
+    source, _ = inputs.open_sources(config, build(config).towers)
+    assert len(source) == 2
+    assert any("Generate a image" in words for words, _ in source.texts(0))
+
+
+def test_training_data_must_be_given(config):
+    with pytest.raises(ConfigError, match=r"--config.data.train=PATH \(data.format=cc3m\)"):
+        inputs.open_sources(config, build(config).towers)
+
+
+def test_rows_longer_than_the_language_model_are_refused(config):
+    config.data.max_length = 513
+    with pytest.raises(ConfigError, match="data.max_length=513 exceeds the language model's 512 positions"):
+        inputs.batch_spec(config, build(config).towers, 1)
+
+
+def test_an_unknown_task_is_one_clear_error(config, tmp_path):
+    config.data.update(format="vist", train=str(write_vist(tmp_path)), tasks=("drawing",))
+    with pytest.raises(DataError, match="some of gen, multimodal, understanding; got drawing"):
+        inputs.open_sources(config, build(config).towers)
+
+
+def test_buckets_and_packing_are_planned_from_an_index_kept_in_the_cache(config, tmp_path):
+    config.data.update(format="cc3m", train=str(write_cc3m(tmp_path)), max_length=64, buckets=(40, 64))
+    spec = build(validate(config))
+    source, _ = inputs.open_sources(config, spec.towers)
+    loader = inputs.open_loader(config, spec, source, training=True)
+    shapes = {next(loader).tokens.shape for _ in range(4)}
+    loader.close()
+    assert shapes <= {(1, 40), (1, 64)} and len(list((tmp_path / "cache").glob("lengths-*.npz"))) == 1
+    assert inputs.data_identity(config, source)["buckets"] == [40, 64]
+    config.data.update(buckets=(), pack=2, global_batch=2, max_length=128)
+    loader = inputs.open_loader(config, spec, source, training=True)
+    assert next(loader).tokens.shape == (1, 128)
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"buckets": (40, 60), "max_length": 64}, r"must ascend and end in data.max_length=64"),
+        ({"buckets": (64, 40), "max_length": 40}, "must ascend"),
+        ({"pack": 3, "global_batch": 4}, r"data.pack=3 does not divide the 4 samples.*a batch of 3 or 6"),
+        ({"pack": 2, "global_batch": 4, "buckets": (64,), "max_length": 64}, "exclude each other"),
+    ],
+)
+def test_settings_that_do_not_go_together(config, changes, message):
+    config.data.update(changes)
+    with pytest.raises(ConfigError, match=message):
+        validate(config)

@@ -1,0 +1,74 @@
+"""The train command on two processes, stopped, and continued on one: the losses of one process alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEVICES = 2
+
+
+def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
+    """``python -m minigpt5_jax.train`` on ``count`` processes that share two devices' worth of work."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "run.num_steps": steps, "run.log_every": 1, "run.eval_every": 0,
+        "run.save_every": 2, "run.grid_every": 0, "run.compile_cache": cache, "data.global_batch": 4,
+        "data.shapes_train": 24, "data.shapes_validation": 4, "data.buckets": (28, 40),
+        "data.max_length": 40, "data.index_cache": cache, "optimizer.warmup_steps": 1,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "minigpt5_jax.train", "--config", "configs/shapes_stage1.py"]
+    command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
+    flags = (
+        f"--xla_force_host_platform_device_count={DEVICES // count} "
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    joined = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": str(count)} if count > 1 else {}
+    workers = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=-1, stderr=-1, text=True,
+            env=base | joined | ({"PROCESS_ID": str(rank)} if joined else {}),
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    try:
+        for worker in workers:
+            _, err = worker.communicate(timeout=400)
+            assert worker.returncode == 0, err[-3000:]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def logged(workdir: Path, name: str) -> dict[int, float]:
+    """Step -> value of a metric; the last one where a step was logged twice."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_log_the_losses_of_one(tmp_path):
+    train(tmp_path / "one", 4, 1, tmp_path / "cache")
+    train(tmp_path / "many", 4, 2, tmp_path / "cache")
+    losses = {name: logged(tmp_path / name, "loss") for name in ("one", "many")}
+    assert set(losses["one"]) == {1, 2, 3, 4}
+    np.testing.assert_allclose(
+        [losses["many"][s] for s in range(1, 5)], [losses["one"][s] for s in range(1, 5)], rtol=1e-4
+    )
+    # The last checkpoint goes; what is left was written by two processes and is continued by one.
+    (newest,) = [p for p in (tmp_path / "many" / "checkpoints").iterdir() if int(p.name) == 4]
+    newest.rename(tmp_path / "gone")
+    train(tmp_path / "many", 4, 1, tmp_path / "cache")
+    again = logged(tmp_path / "many", "loss")
+    np.testing.assert_allclose([again[3], again[4]], [losses["one"][3], losses["one"][4]], rtol=1e-4)

@@ -1,0 +1,128 @@
+"""Runs of the small world as their checkpoints, with trained values of a trained size."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minigpt5_jax.build import ModelSpec, build, load_frozen, tokenizer_identity
+from minigpt5_jax.config import use_prefix, use_stage2, validate
+from minigpt5_jax.restore import Run, load_run, not_pretrained
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import describe_run, hash_parameters
+from minigpt5_jax.tuning import FROZEN
+
+CONFIG = Path(__file__).parents[2] / "configs" / "shapes_stage1.py"
+
+
+def small_config(kind: str):
+    """Configuration of a run in the small world: ``stage1``, ``lora`` or ``prefix``."""
+    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.model.mapper.update(num_encoder_layers=2, num_decoder_layers=2)
+    if kind != "stage1":
+        data = config.data.to_dict()
+        use_stage2(config).data.update(data)
+    if kind == "prefix":
+        use_prefix(config).model.backbone.prefix_hidden_size = 16
+    return validate(config)
+
+
+def trained_values(spec: ModelSpec) -> dict[str, jnp.ndarray]:
+    """Random values for all that training makes, none of them zero or one."""
+    random = np.random.default_rng(0)
+
+    def value(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = random.standard_normal(shape)
+        if path.endswith("scale"):
+            return 1 + 0.1 * noise
+        return noise / np.sqrt(shape[-2]) if path.endswith(("kernel", "lora_a")) else 0.1 * noise
+
+    return {
+        path: jnp.asarray(value(path, shape.shape), shape.dtype)
+        for path, shape in spec.template.shapes.items()
+        if not_pretrained(path, spec)
+    }
+
+
+def make_run(folder: Path, kind: str) -> Path:
+    """A workdir with one checkpoint, of step 7."""
+    config = small_config(kind)
+    spec = build(config)
+    frozen = load_frozen(config, spec)
+    values = trained_values(spec)
+    trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
+    inherited = {path: value for path, value in values.items() if spec.labels[path] == FROZEN}
+    meta = describe_run(
+        config.to_dict(),
+        tokenizer=tokenizer_identity(config, spec.towers),
+        frozen=hash_parameters({**frozen, **inherited}),
+    )
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(7, {"trainable": trainable, **({"inherited": inherited} if inherited else {})}, 0, meta)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """``run_folder("stage1" | "lora" | "prefix")``: workdir of a run, made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_run(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def run_of(run_folder) -> Callable[[str], Run]:
+    """The same run, loaded."""
+    loaded: dict[str, Run] = {}
+
+    def get(kind: str) -> Run:
+        if kind not in loaded:
+            loaded[kind] = load_run(run_folder(kind))
+        return loaded[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def hidden_of() -> Callable[[Run, list[int]], tuple[np.ndarray, np.ndarray]]:
+    """``hidden_of(run, ids)``: final states [t d] and logits [t V] of one row."""
+    import jax
+
+    def get(run: Run, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        @jax.jit
+        def forward(params, tokens):
+            llm = run.spec.template.bind(params).backbone.llm
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            states = llm(llm.embed(tokens), positions=positions, segment_ids=jnp.ones_like(tokens))
+            return states, jnp.concatenate(llm.logit_blocks(states), -1)
+
+        states, logits = forward(run.params, jnp.asarray([ids], jnp.int32))
+        return np.asarray(states[0]), np.asarray(logits[0])
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def condition_of() -> Callable[[Run, np.ndarray], np.ndarray]:
+    """``condition_of(run, states)``: the mapper's output."""
+    import jax
+
+    def get(run: Run, states: np.ndarray) -> np.ndarray:
+        forward = jax.jit(lambda params, x: run.spec.template.bind(params).condition(x))
+        return np.asarray(forward(run.params, jnp.asarray(states)))
+
+    return get
