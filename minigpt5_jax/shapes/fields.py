@@ -61,6 +61,13 @@ def fields_of_place(place: int) -> Bool[np.ndarray, " f"]:
     return marked
 
 
+def alone(item: Object) -> Int32[np.ndarray, " f"]:
+    """Labels of an object without its scene: all other places empty, the background untold."""
+    row = labels([Scene(0, (item,))])[0]
+    row[0] = UNTOLD
+    return row
+
+
 def by_turns(count: int) -> Bool[np.ndarray, "count f"]:
     """One place for each of ``count`` positions, in turns: the code that positions carry it by."""
     return np.stack([fields_of_place(i % len(PLACES)) for i in range(count)])

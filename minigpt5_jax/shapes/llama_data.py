@@ -20,7 +20,7 @@ from minigpt5_jax.data.sources import MMDialogSource, VistSource
 from minigpt5_jax.data.templates import IGNORE, Expanded, clean_caption, expand, target_text
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.shapes.dataset import read_truth, scenes_of_pictures, write_dialogs, write_stories
-from minigpt5_jax.shapes.fields import CLASSES, UNTOLD, fields_of_place, labels
+from minigpt5_jax.shapes.fields import CLASSES, UNTOLD, alone, labels
 from minigpt5_jax.shapes.texts import (
     description,
     draw_training_scene,
@@ -135,10 +135,8 @@ def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, give
         made["filler"][i, start : start + FILLERS] = True
         made["asked"][i, start - 1 : start + FILLERS] = labels([sample.drawn])
     if sample.whole and sample.drawn is not None:
-        known = labels([sample.drawn])[0]
         for end, item in ends_of_objects(sample.source):
-            fields = np.flatnonzero(fields_of_place(item.place))[1:]
-            made["words"][i, len(tokenizer.encode(sample.source[:end])), fields] = known[fields]
+            made["words"][i, len(tokenizer.encode(sample.source[:end]))] = alone(item)
 
 
 def place_pictures(

@@ -21,11 +21,11 @@ from minigpt5_jax.data.templates import clean_caption
 from minigpt5_jax.data.tokenizer import ClipTokenizer
 from minigpt5_jax.models.clip_text import ClipTextConfig, ClipTextModel
 from minigpt5_jax.models.common import Params, Template
-from minigpt5_jax.shapes.fields import UNTOLD, ask, by_turns, fields_of_place, labels
+from minigpt5_jax.shapes.fields import UNTOLD, alone, ask, by_turns, labels
 from minigpt5_jax.shapes.fit import fit
 from minigpt5_jax.shapes.heads import Heads, init_heads, read_loss
 from minigpt5_jax.shapes.wording import caption, ends_of_objects
-from minigpt5_jax.shapes.world import Scene, draw_scene
+from minigpt5_jax.shapes.world import PLACES, Scene, draw_scene
 
 POSITIONS = 77
 WORDS_AT_MOST = 45  # positions of the longest caption, BOS and EOS included, and some to spare
@@ -51,14 +51,17 @@ def template(vocab_size: int, num_hidden_layers: int = 3) -> Template:
     return Template.of(lambda rngs: ClipTextModel(sizes, rngs=rngs))
 
 
-def waves(positions: int, width: int) -> np.ndarray:
-    """f32[positions width]: where learnt positions start, so that near ones are alike.
+def first_positions(width: int, seed: int) -> np.ndarray:
+    """f32[77 width]: where learnt positions start, in size as usual.
 
-    Words belong together by their distance, which random rows would have to learn first.
+    Waves make near positions alike, since words belong together by their distance, and a code in turns
+    makes those alike that are to tell of the same place; random rows would have to learn both first.
     """
     frequency = 0.5 ** (np.arange(width // 2) * 16.0 / width)  # wavelengths of 6 to 1,600 positions
-    angle = np.arange(positions)[:, None] * frequency
-    return 0.02 * np.sqrt(2.0) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+    angle = np.arange(POSITIONS)[:, None] * frequency
+    waves = np.sqrt(2.0) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    codes = np.random.default_rng(seed).standard_normal((len(PLACES), width))
+    return (0.02 * (waves + codes[np.arange(POSITIONS) % len(PLACES)])).astype(np.float32)
 
 
 def encode(tokenizer: ClipTokenizer, scenes: Sequence[Scene], random: np.random.Generator):
@@ -92,10 +95,9 @@ def batches(tokenizer: ClipTokenizer, size: int, seed: int) -> Callable[[int], d
         ids, mask = tokenizer.encode(captions)
         asked = ask(labels(scenes), mask == 0, fields)
         words = np.full((len(scenes), WORDS_AT_MOST, asked.shape[-1]), UNTOLD, np.int32)
-        for row, scene, text in zip(words, scenes, captions, strict=True):
+        for row, text in zip(words, captions, strict=True):
             for end, item in ends_of_objects(text):
-                told = np.flatnonzero(fields_of_place(item.place))[1:]  # not the background
-                row[number_of_words(text[:end]), told] = labels([scene])[0, told]  # BOS is position 0
+                row[number_of_words(text[:end])] = alone(item)  # BOS is position 0
         pads = WORDS_AT_MOST + random.permutation(POSITIONS - WORDS_AT_MOST)[:PADS_PER_STEP]
         chosen = np.concatenate([np.arange(WORDS_AT_MOST), np.sort(pads)])
         rows = {"ids": ids, "mask": mask, "pads": asked}
@@ -136,7 +138,7 @@ def train(
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "text": {**tower.init(key), table: jnp.asarray(waves(POSITIONS, 128))},
+        "text": {**tower.init(key), table: jnp.asarray(first_positions(128, seed))},
         "head": init_heads(jax.random.fold_in(key, 1), 128),
         "word_head": init_heads(jax.random.fold_in(key, 2), 128),
     }
