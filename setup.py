@@ -41,6 +41,7 @@ setup(
         "ml-collections>=1.1",
         "clu",
         "safetensors",
+        "huggingface_hub",
         "sentencepiece",
         "tokenizers",
         "pillow",

@@ -85,6 +85,17 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
         raise
 
 
+def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
+    """``["a=b"]`` -> ``{"a": "b"}``; ConfigError for anything else, naming the flag."""
+    found = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--{flag} takes NAME=VALUE, got {item!r}")
+        found[name] = value
+    return found
+
+
 def load() -> ConfigDict:
     """The configuration of the parsed flags, ``run.workdir`` set from ``--workdir``.
 

@@ -206,6 +206,8 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         yield f"data.buckets={data.buckets} must ascend and end in data.max_length={data.max_length}"
     if buckets and data.pack > 1:
         yield "data.buckets and data.pack exclude each other; packed rows all have data.max_length positions"
+    if data.features and data.flip_mode != "off":
+        yield f"data.features are of pictures as they are; set data.flip_mode=off, it is {data.flip_mode!r}"
     if run.num_steps is not None and config.optimizer.warmup_steps >= run.num_steps:
         yield (
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be less than "

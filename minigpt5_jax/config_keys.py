@@ -120,6 +120,9 @@ KEYS: dict[str, Key] = {
     "data.bad_media_ids": Key(
         ("-3872362534310063124", "3713630103994725971"), "MMDialog's pictures that end a conversation (Q28)"
     ),
+    "data.features": unset(
+        str, "folder that `prepare features` made: pictures go through the frozen towers once, not each step"
+    ),
     "data.instruction_every": Key(
         100, "every n-th CC3M row gives an instruction sample too; 0 none (5.2)", low=0
     ),

@@ -184,20 +184,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
-        weights = dict(_pair(item) for item in flag.weights)
+        weights = cli.pairs(flag.weights, "weights")
         print(export_torch(
             flag.checkpoint, flag.output, to=flag.to, step=flag.step, weights=weights, dtype=flag.dtype,
             merge=flag.merge, stage=int(flag.stage) if flag.stage else None,
         ))  # fmt: skip
     except USER_ERRORS as error:
         cli.fail(str(error))
-
-
-def _pair(item: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if not (name and equals):
-        raise ConfigError(f"--weights takes NAME=PATH, got {item!r}")
-    return name, value
 
 
 if __name__ == "__main__":

@@ -20,14 +20,8 @@ from ml_collections import ConfigDict
 from minigpt5_jax.build import ModelSpec, build, load_frozen
 from minigpt5_jax.data.collate import BatchSpec
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.features import (
-    Encoder,
-    FeatureSource,
-    FeatureSpec,
-    FeatureStore,
-    picture_fingerprint,
-    write_features,
-)
+from minigpt5_jax.data.feature_writer import Encoder, write_features
+from minigpt5_jax.data.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
 from minigpt5_jax.data.sources import Source
 from minigpt5_jax.models.common import Params, Template
 from minigpt5_jax.training.provenance import hash_parameters
@@ -142,7 +136,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
     Raises:
       DataError: they are not, with both fingerprints; mirrors are asked for; no finished store.
     """
-    if config.data.flip_mode != "off":
+    if config.data.flip_mode != "off":  # also of callers that have no validated configuration
         raise DataError(
             "ready features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
             f"{config.data.flip_mode!r}"

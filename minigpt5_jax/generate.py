@@ -195,17 +195,6 @@ def read_prompts(*, dialog: bool) -> list[Prompt]:
     return prompts
 
 
-def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
-    """``["a=b"]`` -> ``{"a": "b"}``."""
-    found = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not (name and equals):
-            raise ConfigError(f"--{flag} takes NAME=VALUE, got {item!r}")
-        found[name] = value
-    return found
-
-
 def override(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
     """``config`` with ``inference`` keys replaced by values as Python spells them, validated.
 
@@ -338,7 +327,7 @@ def generate(mode: str | None = None) -> Path:
         raise ConfigError(f"unknown word {mode!r}; known: {', '.join(MODES)}, or none for single prompts")
     if not CHECKPOINT.value:
         raise ConfigError("give a run: --checkpoint DIR")
-    changes, weights = pairs(INFERENCE.value, "inference"), pairs(WEIGHTS.value, "weights")
+    changes, weights = cli.pairs(INFERENCE.value, "inference"), cli.pairs(WEIGHTS.value, "weights")
     override(get_config(), changes)
     claim_output(OUTPUT.value)
     given = begun(mode) if mode else []

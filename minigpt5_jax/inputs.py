@@ -15,6 +15,7 @@ from minigpt5_jax.batch import Batch
 from minigpt5_jax.build import ModelSpec, Towers, caption_tokenizer, llm_tokenizer
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.features import FeatureSource
 from minigpt5_jax.data.lengths import LengthIndex, length_index
 from minigpt5_jax.data.pipeline import Loader, make_loader
 from minigpt5_jax.data.sources import (
@@ -26,6 +27,7 @@ from minigpt5_jax.data.sources import (
     Source,
     VistSource,
 )
+from minigpt5_jax.features import with_features
 from minigpt5_jax.shapes.dataset import write_pairs
 from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.sharding import ShardingError, batch_shardings
@@ -188,10 +190,13 @@ def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training
     data = config.data
     samples = data.global_batch // data.accumulation
     pack = data.pack if training else 1
+    shapes = batch_spec(config, spec.towers, samples, pack)
+    if isinstance(source, FeatureSource):
+        shapes = with_features(shapes, source.features)
     return make_loader(
         source,
         encode_config(config, spec.towers, training=training),
-        batch_spec(config, spec.towers, samples, pack),
+        shapes,
         global_batch=data.global_batch if training else samples,
         accumulation=data.accumulation if training else 1,
         seed=config.run.seed,

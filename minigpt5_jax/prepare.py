@@ -2,14 +2,17 @@
 
     python -m minigpt5_jax.prepare cc3m --input cc3m_train.tsv --output prepared
     python -m minigpt5_jax.prepare check my_data.jsonl
+    python -m minigpt5_jax.prepare features --config configs/stage1.py --output features
 
 The first form writes ArrayRecord files through TFDS, with a report; an interrupted run continues when the
 same command is given again.  The second lists what is wrong with a file, line by line, and ends with status
-1 where anything is.  docs/data.md has the whole way for each data set.
+1 where anything is.  The third runs the frozen picture towers of a configuration once over its training
+samples.  docs/data.md has the whole way for each data set.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.builders.run import SPLITS, prepare
 from minigpt5_jax.data.builders.shards import Job
 from minigpt5_jax.data.builders.units import UNITS, Raw
@@ -26,8 +30,13 @@ from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.report import write_report
 from minigpt5_jax.data.sources.prepared import PreparedSource
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.table import WeightTableError
 
-USAGE = f"python -m minigpt5_jax.prepare {{{'|'.join(UNITS)}}} --input FILE --output FOLDER, or check PATH"
+USAGE = (
+    f"python -m minigpt5_jax.prepare {{{'|'.join(UNITS)}}} --input FILE --output FOLDER, or check PATH, "
+    "or features --config FILE --output FOLDER"
+)
 
 
 def tokenizer() -> LlamaTokenizer | None:
@@ -94,17 +103,36 @@ def run_check(path: str) -> None:
         sys.exit(1)
 
 
+def run_features() -> None:
+    """Makes the feature store of a configuration's training samples."""
+    # JAX and the model are not needed to check or to prepare data.
+    from minigpt5_jax.build import tower_sizes
+    from minigpt5_jax.features import prepare_features
+    from minigpt5_jax.inputs import open_sources
+    from minigpt5_jax.training.distributed import initialize
+
+    if flags.FLAGS.output is None:
+        raise DataError("--output (a folder for the features) is needed")
+    config = cli.load()
+    cli.set_compile_cache(config)
+    initialize()
+    source, _ = open_sources(config, tower_sizes(config))
+    print(prepare_features(config, source, flags.FLAGS.output, dtype=flags.FLAGS.feature_dtype))
+
+
 def main(argv: Sequence[str]) -> None:
-    """``prepare DATASET`` or ``prepare check PATH``."""
+    """``prepare DATASET``, ``prepare check PATH`` or ``prepare features``."""
     cli.quiet()
     try:
         if len(argv) == 2 and argv[1] in UNITS:
             run_prepare(argv[1])
         elif len(argv) == 3 and argv[1] == "check":
             run_check(argv[2])
+        elif len(argv) == 2 and argv[1] == "features":
+            run_features()
         else:
             cli.fail(f"usage: {USAGE}\n--help lists the flags")
-    except DataError as error:
+    except (DataError, ConfigError, WeightFileError, WeightTableError) as error:
         cli.fail(str(error))
     except KeyboardInterrupt:
         cli.fail("stopped; a preparation continues when the same command is given again")
@@ -125,10 +153,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")
     flags.DEFINE_integer("workers", None, "check: processes that decode; default: by the number of pictures")
     flags.DEFINE_integer("limit", 100, "check: problems that are listed", lower_bound=0)
+    flags.DEFINE_enum(
+        "feature_dtype", "bfloat16", ["bfloat16", "float32"], "features: type of the stored numbers"
+    )
     flags.DEFINE_string("beam_runner", None, "write the shards with Apache Beam on this runner")
     flags.DEFINE_multi_string("beam_options", [], "a flag of the runner; may be repeated")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, flags_parser=functools.partial(cli.parse, words=2))

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from minigpt5_jax.build import (
-    ModelSpec,
     build,
     check_sources,
     initial_trainable,
@@ -36,7 +34,7 @@ from minigpt5_jax.weights.hub import PATTERNS, resolve
 from minigpt5_jax.weights.importer import COVERAGE_FILE
 from minigpt5_jax.weights.load import open_container, open_weights
 from minigpt5_jax.weights.maps.llama import EMBED
-from minigpt5_jax.weights.release import TABLES, Release, read_release
+from minigpt5_jax.weights.release import TABLES, Release, compare_rows, read_release
 from minigpt5_jax.weights.sources import STABLE_DIFFUSION
 
 Files = str | Path | tuple[str | Path, str | Path]
@@ -103,13 +101,15 @@ def load_pretrained(
             raise ConfigError("a checkpoint folder brings its own configuration; leave `config` away")
         return load_run(minigpt5, weights=weights)
     stage1, stage2 = minigpt5 if isinstance(minigpt5, tuple) else (minigpt5, None)
-    config = default_config(stage2, profile) if config is None else config
+    config = default_config(stage2, profile) if config is None else config.copy_and_resolve_references()
     if not any((vit, qformer, llama_proj)):
         config.model.backbone.update(vit="none", qformer="none")
     config.weights.update(weights)
     if stage1 is not None:
         return import_release(config, stage1, stage2, rows=rows).run
-    spec, frozen = _frozen(validate(config))
+    check_sources(validate(config))
+    spec = build(config)
+    frozen = load_frozen(config, spec)
     return Run(config, spec, {**frozen, **initial_trainable(config, spec, frozen)},
                llm_tokenizer(config, spec.towers), 0)  # fmt: skip
 
@@ -148,14 +148,18 @@ def import_release(
     """
     files = [resolve(path) for path in (stage1, stage2) if path is not None]
     sources = [open_weights(path, key="state_dict") for path in files]
-    spec, frozen = _frozen(validate(config))
+    both = (sources[0], sources[1] if stage2 is not None else None)
+    check_sources(validate(config))
+    spec = build(config)
     shapes = {path: s.shape for path, s in spec.template.shapes.items() if not_pretrained(path, spec)}
     decays = shapes.pop(TABLE_DECAY, None) is not None  # no tensor of the files: measured on their tables
     release = read_release(
-        sources[0], sources[1] if stage2 is not None else None, shapes,
-        vocab_size=spec.towers.llm.vocab_size, num_new=config.model.backbone.num_vokens + 1, rows=rows,
-        pretrained=lambda path: np.asarray(frozen[path]),
+        *both, shapes, vocab_size=spec.towers.llm.vocab_size,
+        num_new=config.model.backbone.num_vokens + 1, rows=rows,
     )  # fmt: skip
+    frozen = load_frozen(config, spec)
+    decay = compare_rows(*both, release.vocab_size, lambda path: np.asarray(frozen[path]))
+    release = dataclasses.replace(release, decay=decay)
     params = {
         path: jnp.asarray(value, spec.template.shapes[path].dtype) for path, value in release.params.items()
     }
@@ -198,13 +202,6 @@ def save_imported(imported: Imported, workdir: str | Path) -> Path:
     checkpoints.close()
     (folder.parent / COVERAGE_FILE).write_text(json.dumps(coverage, indent=2) + "\n")
     return folder
-
-
-def _frozen(config: ConfigDict) -> tuple[ModelSpec, dict[str, jax.Array]]:
-    """The abstract model and its pretrained parameters."""
-    check_sources(config)
-    spec = build(config)
-    return spec, load_frozen(config, spec)
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from minigpt5_jax.config import ConfigError, num_steps, setting_errors
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import Source
 from minigpt5_jax.diffusion.samplers import Sampler, make_sampler
+from minigpt5_jax.features import open_features
 from minigpt5_jax.inference.images import make_batch_sampler
 from minigpt5_jax.inference.page import draw_grid
 from minigpt5_jax.inputs import data_identity, open_loader, open_sources, placer
@@ -212,6 +213,8 @@ def make_loop(config: ConfigDict) -> Loop:
     check_sources(config)
     sampler = open_sampler(config, spec)
     source, held_out = open_sources(config, spec.towers)
+    if config.data.features:
+        source = open_features(config, spec, source, config.data.features)
     loader = open_loader(config, spec, source, training=True)
     place = placer(mesh, config.data.accumulation)
     place(next(loader))  # shapes and the first samples, before weights are read

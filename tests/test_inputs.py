@@ -142,6 +142,7 @@ def test_buckets_and_packing_are_planned_from_an_index_kept_in_the_cache(config,
         ({"buckets": (64, 40), "max_length": 40}, "must ascend"),
         ({"pack": 3, "global_batch": 4}, r"data.pack=3 does not divide the 4 samples.*a batch of 3 or 6"),
         ({"pack": 2, "global_batch": 4, "buckets": (64,), "max_length": 64}, "exclude each other"),
+        ({"features": "store"}, "set data.flip_mode=off, it is 'independent'"),
     ],
 )
 def test_settings_that_do_not_go_together(config, changes, message):

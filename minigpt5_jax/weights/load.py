@@ -118,6 +118,11 @@ def _sharded(path: Path, index: Path, key: str | None) -> Weights:
                 f"{file} lacks {missing[0]!r} and {len(missing) - 1} more tensors that {index} places "
                 "there; download both again, from the same revision"
             )
+        if surplus := sorted(set(tensors) - set(wanted)):
+            raise WeightFileError(
+                f"{file} holds {surplus[0]!r} and {len(surplus) - 1} more tensors that {index} does not "
+                "place there; download both again, from the same revision"
+            )
         metadata = metadata or getattr(tensors, "metadata", {})
         owners.update(dict.fromkeys(wanted, tensors))
     return Weights(path, owners, metadata)

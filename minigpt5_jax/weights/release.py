@@ -52,15 +52,14 @@ class Release:
     Attributes:
       params: path -> array, fp32, for every path that was asked for.
       vocab_size: rows of the language model without new ones, V - 9: the id of ``[IMG0]``.
-      decay: table's path -> (s, r): its old rows are s times the pretrained ones, r of their norm is left
-        over (:func:`compare_rows`); empty without pretrained rows to compare with.
       coverage: of each file.
+      decay: what :func:`compare_rows` found; empty before it was asked.
     """
 
     params: Mapping[str, Any]
     vocab_size: int
-    decay: dict[str, tuple[float, float]]
     coverage: tuple[Coverage, ...]
+    decay: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def read_release(
@@ -71,9 +70,8 @@ def read_release(
     vocab_size: int,
     num_new: int = 9,
     rows: str = "vokens",
-    pretrained: Callable[[str], np.ndarray] | None = None,
 ) -> Release:
-    """Parameters from the original's files.
+    """Parameters from the original's files.  No pretrained weights are needed to say whether they fit.
 
     Args:
       stage1, stage2: their ``state_dict``; stage 2 on top of stage 1.
@@ -81,11 +79,10 @@ def read_release(
       vocab_size: rows of the language model the files shall stand on, without new ones.
       num_new: new rows, the vokens and ``<ImageHere>``.
       rows: ``vokens`` for the new rows only, ``all`` for the whole tables as well, shrunk as they are.
-      pretrained: path of one of ``TABLES`` -> the pretrained table, to see whether the files stand on it.
 
     Raises:
-      WeightTableError: naming the keys and the likely cause: stages mixed up, another vocabulary, size,
-        LoRA rank or language model, keys that are missing or unknown.
+      WeightTableError: naming the keys and the likely cause: stages mixed up, another vocabulary, size or
+        LoRA rank, keys that are missing or unknown.
     """
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is none of {', '.join(ROWS)}")
@@ -105,22 +102,33 @@ def read_release(
         params = RELEASE_TABLE.to_params(_in_fp32(checked), wanted)
     except WeightTableError as error:
         raise WeightTableError(_explain(str(error), named, wanted)) from None
-    decay = {} if pretrained is None else compare_rows(named, old, pretrained)
     consumed = {item.key: item.targets for item in plan}
-    return Release(params, old, decay, _coverage(files, owner, consumed, rows))
+    return Release(params, old, _coverage(files, owner, consumed, rows))
 
 
 def compare_rows(
-    named: Tensors, old: int, pretrained: Callable[[str], np.ndarray], limit: float = 0.02
+    stage1: Tensors,
+    stage2: Tensors | None,
+    old: int,
+    pretrained: Callable[[str], np.ndarray],
+    limit: float = 0.02,
 ) -> dict[str, tuple[float, float]]:
-    """How the old rows of both tables relate to the pretrained ones: (factor, what is left over).
+    """How the old rows of both tables relate to the pretrained ones.
 
     Weight decay multiplies them by one factor (about 0.99 after stage 1, 7.5); rounding to bf16 leaves
     0.002 of their norm.  Every 16th row is compared.
 
+    Args:
+      stage1, stage2: as for :func:`read_release`.  old: rows that are not new.
+      pretrained: path of one of ``TABLES`` -> the pretrained table.
+
+    Returns:
+      path -> (s, r): its rows are s times the pretrained ones, r of their norm is left over.
+
     Raises:
       WeightTableError: more than ``limit`` of the norm is left over: other weights.
     """
+    _, named = _merge({"stage 1": stage1} | ({} if stage2 is None else {"stage 2": stage2}))
     found = {}
     for key, path in TABLES.items():
         ours = np.asarray(pretrained(path))
@@ -154,13 +162,24 @@ def _check_stages(stage1: Tensors, stage2: Tensors | None) -> None:
         raise WeightTableError(
             "the stage-2 file has neither LoRA nor prefix tensors: it is a stage-1 file, or another model's"
         )
+    lost = [] if stage2 is None else sorted(set(map(unwrap, stage1)) - set(map(unwrap, stage2)))
+    lost = [key for key in lost if not key.startswith(("fc.", "t2i_decoder_prompt"))]
+    if lost:  # those of stage 1 must not stand in for them
+        raise WeightTableError(f"the stage-2 file lacks {', '.join(lost[:8])} ({len(lost)} in all)")
 
 
 def _merge(files: Mapping[str, Tensors]) -> tuple[dict[str, tuple[str, str]], View]:
-    """(plain name -> (file, key there), tensors by plain name); the later file wins."""
+    """(plain name -> (file, key there), tensors by plain name); the later file wins.
+
+    Raises:
+      WeightTableError: a file has two tensors for the same place.
+    """
     owner: dict[str, tuple[str, str]] = {}
     for name, source in files.items():
         for key in source:
+            file, other = owner.get(unwrap(key), ("", ""))
+            if file == name:
+                raise WeightTableError(f"the {name} file holds both {other!r} and {key!r}: one tensor")
             owner[unwrap(key)] = (name, key)
     readers = {plain: lambda f=file, k=key: files[f][k] for plain, (file, key) in owner.items()}
     return owner, View(next(iter(files.values())), readers)

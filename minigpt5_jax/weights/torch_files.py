@@ -12,6 +12,7 @@ import collections
 import io
 import mmap
 import pickle
+import pickletools
 import types
 import zipfile
 from collections.abc import Callable, Mapping
@@ -36,6 +37,14 @@ STORAGES = {
     "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
+
+
+OPCODES = frozenset(
+    """PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE LIST DICT TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS
+    SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING
+    SHORT_BINSTRING GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET""".split()
+)
+"""What ``torch.save`` writes: protocol 2.  Later ones may ask for any amount of memory in a few bytes."""
 
 
 class _Refused(Exception):
@@ -97,9 +106,20 @@ def _known() -> dict[str, Any]:
 class _Unpickler(pickle.Unpickler):
     """Makes plain containers and :class:`_Tensor`; ``storage(key, dtype)`` gives the storages."""
 
-    def __init__(self, file: io.BufferedIOBase, storage: Callable[[str, str], _Storage]):
+    def __init__(self, file: io.BytesIO | mmap.mmap, storage: Callable[[str, str], _Storage]):
         super().__init__(file, encoding="utf-8")
-        self._storage, self._known = storage, _known()
+        self._file, self._storage, self._known = file, storage, _known()
+
+    def load(self) -> Any:
+        """The pickle at the file's position, after a look at its instructions."""
+        start = self._file.tell()
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(self._file)):
+            if opcode.name not in OPCODES:
+                raise ValueError(f"a pickle with {opcode.name}, which torch.save does not write")
+            if opcode.name == "LONG_BINPUT" and argument > number:
+                raise ValueError("a pickle that stores more than it makes")
+        self._file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -129,7 +149,7 @@ def read_torch(path: Path) -> Any:
         try:
             if data[:4] == b"PK\x03\x04":
                 return _arrays(_read_zip(path, memoryview(data)))
-            return _arrays(_read_legacy(file, memoryview(data)))
+            return _arrays(_read_legacy(data))
         except _Refused as error:
             raise WeightFileError(
                 f"{path} is refused: to load it, its pickle would have to make {error}, and a weight file is "
@@ -181,9 +201,9 @@ def _member(info: zipfile.ZipInfo, data: memoryview) -> memoryview:
     return data[start : start + info.file_size]
 
 
-def _read_legacy(file: io.BufferedReader, data: memoryview) -> Any:
+def _read_legacy(file: mmap.mmap) -> Any:
     """The older format: four pickles, the list of storages, and each with its length before it."""
-    storages: dict[str, _Storage] = {}
+    data, storages = memoryview(file), {}
 
     def load() -> Any:
         return _Unpickler(file, lambda key, dtype: storages.setdefault(key, _Storage(dtype))).load()

@@ -16,13 +16,8 @@ from PIL import Image
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.example import Ready
-from minigpt5_jax.data.features import (
-    FeatureSource,
-    FeatureSpec,
-    FeatureStore,
-    picture_fingerprint,
-    write_features,
-)
+from minigpt5_jax.data.feature_writer import write_features
+from minigpt5_jax.data.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
 from minigpt5_jax.data.pipeline import make_loader
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer

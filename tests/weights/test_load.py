@@ -182,6 +182,12 @@ def test_index_that_lies(tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(WeightFileError, match=r"part-1\.safetensors lacks 'l\.9\.fc\.bias'"):
         open_weights(tmp_path)
+    del content["weight_map"]["l.9.fc.bias"]
+    left_out = next(iter(content["weight_map"]))  # it would be lost without a word
+    shard = content["weight_map"].pop(left_out)
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightFileError, match=f"{shard} holds '{left_out}' and 0 more tensors that"):
+        open_weights(tmp_path)
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(text)
         with pytest.raises(WeightFileError, match=r"index\.json is not an index of weights"):

@@ -8,7 +8,7 @@ import pytest
 from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps import llama
 from minigpt5_jax.weights.maps.minigpt5 import LLAMA_PREFIX
-from minigpt5_jax.weights.release import TABLES, read_release
+from minigpt5_jax.weights.release import TABLES, compare_rows, read_release
 from minigpt5_jax.weights.table import WeightTableError
 
 PEFT = LLAMA_PREFIX + "base_model.model."
@@ -117,15 +117,15 @@ def test_a_prefix_in_place_of_lora(stage1, stage2, shapes):
     np.testing.assert_array_equal(params["backbone/llm/prefix_encoder/transform/1/kernel"], kernel)
 
 
-def test_the_decay_of_the_old_rows_is_measured(stage1, shapes):
+def test_the_decay_of_the_old_rows_is_measured(stage1):
     old = {TABLES[llama.EMBED]: stage1[EMBED][:1000], TABLES[llama.HEAD]: stage1[HEAD][:1000].T}
     shrunk = stage1 | {key: np.concatenate([0.99 * stage1[key][:1000], stage1[key][1000:]])
                        for key in (EMBED, HEAD)}  # fmt: skip
-    decay = read(shrunk, None, shapes, pretrained=old.__getitem__).decay
+    decay = compare_rows(shrunk, None, 1000, old.__getitem__)
     assert all(abs(factor - 0.99) < 1e-5 and rest < 1e-5 for factor, rest in decay.values())
     other = {path: np.random.default_rng(0).permutation(value) for path, value in old.items()}
     with pytest.raises(WeightTableError, match=r"not those of weights\.llm(.|\n)*v0, not on v1\.1"):
-        read(shrunk, None, shapes, pretrained=other.__getitem__)
+        compare_rows(shrunk, None, 1000, other.__getitem__)
 
 
 def test_files_that_do_not_belong_together(stage1, stage2, shapes):
@@ -142,6 +142,12 @@ def test_files_that_do_not_belong_together(stage1, stage2, shapes):
     refused(stage1, None, both, "lora_rank.*files have none: give the stage-2 file")
     refused(stage1, stage2, shapes | lora_shapes(4),
             "LoRA of rank 2 in the file, rank 4 in the configuration.*lora_rank=2")  # fmt: skip
+    for key in ("llm_to_t2i_mapping.decoder.norm.bias", f"{PEFT}lm_head.modules_to_save.default.weight"):
+        rest = {k: v for k, v in stage2.items() if k != key}
+        plain = key if "norm" in key else HEAD
+        refused(stage1, rest, both, rf"the stage-2 file lacks {plain} \(1 in all\)")
+    twice = {**stage2, EMBED: stage1[EMBED]}
+    refused(stage1, twice, both, f"stage 2 file holds both '{PEFT}.* and '{EMBED}'")
     part = {k: v for k, v in stage1.items() if not k.startswith("fc.")}
     refused(part, None, shapes, "'mapper/fc/fc1/kernel' is written by no.*(.|\n)*without the stage-1 file")
     refused(stage1, None, shapes, r"V = 1009 rows, so \[IMG0\] is id 1000; the language model has 1001",

@@ -140,11 +140,26 @@ def test_objects_that_are_no_plain_data_are_refused(tmp_path):
 
 def test_one_file_cannot_change_how_the_next_is_read(tmp_path):
     """A pickle may set attributes of what it names: here, what a storage of floats holds."""
-    forged = b"\x80\x02ctorch\nFloatStorage\n}(X\x05\x00\x00\x00dtypeX\x04\x00\x00\x00int8ub0}."
+    state = b"}X\x05\x00\x00\x00dtypeX\x04\x00\x00\x00int8s"
+    forged = b"\x80\x02}X\x01\x00\x00\x00actorch\nFloatStorage\n" + state + b"bs."
     write_zip(tmp_path / "forged.pth", {"data.pkl": forged})
-    assert dict(open_weights(tmp_path / "forged.pth")) == {}
+    assert open_container(tmp_path / "forged.pth")["a"].dtype == "int8"
     torch.save({"w": torch.ones(2)}, tmp_path / "good.pth")
     assert open_weights(tmp_path / "good.pth")["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "stores more than it makes"),  # a table of 2**31 entries
+        (b"\x80\x05\x96" + b"\xff" * 6 + b"\x00\x00.", "BYTEARRAY8|end of|not enough|expected"),
+        (pickle.dumps({"a": 1}, protocol=4), "a pickle with FRAME, which torch.save does not write"),
+    ],
+)
+def test_a_few_bytes_cannot_ask_for_all_memory(tmp_path, content, message):
+    write_zip(tmp_path / "x.pth", {"data.pkl": content})
+    with pytest.raises(WeightFileError, match=message):
+        open_weights(tmp_path / "x.pth")
 
 
 def write_zip(path, members: dict[str, bytes]) -> None:
