@@ -5,7 +5,8 @@ tokens depend on the wording, which a mapper cannot guess; padding positions att
 (reference 3.3), so they can carry the scene alone.  Position p tells of the background and of place
 p mod 4: a linear head, thrown away afterwards, reads that from it through noise, and two wordings of a
 scene must agree there.  Left to itself that loss stays for long where the words of all objects are known
-but not which belong together; so another head asks it of the last word of each object, two layers up.
+but not which belong together; so another head asks the last word of each object for it, two layers up, and
+for the emptiness of all other places, without which words and place stay apart.
 """
 
 from __future__ import annotations
