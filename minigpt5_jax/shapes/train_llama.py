@@ -24,7 +24,7 @@ from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.models.common import Linear, Params, Template
 from minigpt5_jax.models.llama import Llama, LlamaConfig
 from minigpt5_jax.shapes import files
-from minigpt5_jax.shapes.fit import fit
+from minigpt5_jax.shapes.fit import fit, unit_gain
 from minigpt5_jax.shapes.heads import Heads, init_heads, read_loss
 from minigpt5_jax.shapes.llama_data import FILLERS, Histories, Rows, Sample, kinds_of_batches, make_rows
 from minigpt5_jax.shapes.render import render
@@ -129,7 +129,7 @@ def train(
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "tongue": tower.init(key), "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
+        "tongue": unit_gain(tower.init(key)), "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
         "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
     }  # fmt: skip
     fitted, seconds = fit(

@@ -22,7 +22,7 @@ from minigpt5_jax.models.qformer import QFormer, QFormerConfig
 from minigpt5_jax.parts.backbones.minigpt4 import IMAGE_MEAN, IMAGE_STD
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.fields import ask, by_turns, labels, scenes_of
-from minigpt5_jax.shapes.fit import fit
+from minigpt5_jax.shapes.fit import fit, unit_gain
 from minigpt5_jax.shapes.heads import Heads, init_heads, read, read_loss
 from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, object_of, render, render_cells
 from minigpt5_jax.shapes.world import BACKGROUNDS, PLACES, SIZES, Object, Scene, draw_scene, kinds
@@ -35,6 +35,7 @@ QFORMER = QFormerConfig(
     hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
     cross_attention_frequency=2, encoder_hidden_size=128, num_query_tokens=8,
 )  # fmt: skip
+POSITION_SPREAD = 0.5  # of what patches bring, about 1
 STATE_NOISE = 0.5  # of states of unit variance
 PIXEL_NOISE = 0.15  # largest standard deviation, of a range of -1 ... 1
 Look = Callable[[np.ndarray], np.ndarray]
@@ -92,6 +93,12 @@ def disturb(pictures: jax.Array, key: jax.Array) -> jax.Array:
     return (1 - share) * pixels + share * soft + noise * jax.random.normal(keys[2], pixels.shape)
 
 
+def start(tower: Template, key: jax.Array) -> Params:
+    """Where the towers start: kernels of unit gain, positions as visible as what patches bring."""
+    eyes = unit_gain(tower.init(key))
+    return eyes | {"vit/pos_embed": eyes["vit/pos_embed"] * (POSITION_SPREAD / 0.02)}
+
+
 def train(
     steps: int, seed: int, size: int = 48, checkpoint: Path | None = None
 ) -> tuple[Params, Heads, float]:
@@ -107,7 +114,7 @@ def train(
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "eyes": tower.init(key), "head": init_heads(jax.random.fold_in(key, 1), QFORMER.hidden_size),
+        "eyes": start(tower, key), "head": init_heads(jax.random.fold_in(key, 1), QFORMER.hidden_size),
     }  # fmt: skip
     fitted, seconds = fit(
         loss, params, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vision",
