@@ -129,7 +129,8 @@ def train(
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "tongue": unit_gain(tower.init(key)), "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
+        "tongue": unit_gain(tower.init(key)),
+        "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
         "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
     }  # fmt: skip
     fitted, seconds = fit(
