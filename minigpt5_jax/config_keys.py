@@ -209,9 +209,9 @@ KEYS: dict[str, Key] = {
     # '' is "not given"; 'shapes' is the packaged small world.
     "weights.llm": Key("", f"{PATH}: LLaMA in Hugging Face layout (Vicuna-7B)"),
     "weights.tokenizer": Key("", "tokenizer.model; '': beside weights.llm"),
-    "weights.vit": Key("", f"{PATH}: EVA ViT-g, safetensors"),
-    "weights.qformer": Key("", f"{PATH}: BLIP-2's Q-Former and ln_vision, safetensors"),
-    "weights.llama_proj": Key("", f"{PATH}: MiniGPT-4's projection, safetensors"),
+    "weights.vit": Key("", f"{PATH}: EVA ViT-g (eva_vit_g.pth)"),
+    "weights.qformer": Key("", f"{PATH}: BLIP-2's Q-Former and ln_vision"),
+    "weights.llama_proj": Key("", f"{PATH}: MiniGPT-4's projection"),
     "weights.stable_diffusion": Key("", "diffusers folder; the next five default to its sub-folders"),
     "weights.unet": Key("", f"{PATH}; '': unet/ of weights.stable_diffusion"),
     "weights.vae": Key("", f"{PATH}; '': vae/ of weights.stable_diffusion"),

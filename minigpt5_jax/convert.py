@@ -23,10 +23,9 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
+from minigpt5_jax.build import check_scheduler
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.diffusion.schedule import NoiseSchedule
-from minigpt5_jax.plan import make_plan
 from minigpt5_jax.pretrained import import_release, save_imported
 from minigpt5_jax.profiles import PROFILES
 from minigpt5_jax.training.provenance import CheckpointError
@@ -39,6 +38,7 @@ from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.release import ROWS
 from minigpt5_jax.weights.sources import STABLE_DIFFUSION
 from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.weights_plan import make_plan
 
 SINGLE = ("vit", "qformer", "llama_proj")
 COMMANDS = ("plan", "llm", *SINGLE, "stable_diffusion", "minigpt5", "verify")
@@ -114,18 +114,6 @@ def _diffusion(source: Path, folder: Path) -> list[Coverage]:
     return rewrite.write_single_file(weights, Path(TOKENIZER.value), folder, sizes)
 
 
-def check_scheduler(path: Path) -> None:
-    """Whether a diffusion model predicts noise on a schedule that is built.
-
-    Raises:
-      WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
-    """
-    try:
-        NoiseSchedule.from_hf(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise WeightFileError(f"{path}: {error}") from None
-
-
 def convert_release() -> Path:
     """The original's checkpoints as one of ours.
 
@@ -168,8 +156,7 @@ def main(argv: Sequence[str]) -> None:
         elif command == "verify":
             if not CHECKPOINT.value:
                 raise ConfigError("give a run: --checkpoint DIR")
-            weights = dict(item.split("=", 1) for item in SAVED_WEIGHTS.value)
-            print(verify(CHECKPOINT.value, weights=weights))
+            print(verify(CHECKPOINT.value, weights=cli.pairs(SAVED_WEIGHTS.value, "weights")))
         else:
             if not (given and OUTPUT.value):
                 raise ConfigError(f"give what to read and where to write: {command} PATH --output DIR")

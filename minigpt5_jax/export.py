@@ -40,8 +40,7 @@ from minigpt5_jax.weights.table import WeightTableError
 
 DTYPES = ("float32", "bfloat16", "float16")
 USER_ERRORS = (
-    ConfigError, DataError, CheckpointError, ExportError, WeightFileError, WeightTableError,
-    FileNotFoundError, FileExistsError,
+    ConfigError, DataError, CheckpointError, ExportError, WeightFileError, WeightTableError, OSError,
 )  # fmt: skip
 
 

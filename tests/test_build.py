@@ -22,10 +22,12 @@ from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps.llama import split_tables
 from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.weights_plan import source_status
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +99,23 @@ def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):
     assert not any(f"weights.{name}:" in str(error.value) for name in ("vit", "qformer", "llama_proj", "llm"))
     with pytest.raises(ConfigError, match="packaged world has no vit"):
         building.source_path("vit", "shapes")
+
+
+def test_the_768_pixel_model_is_refused_by_its_schedule(tmp_path):
+    """Its tensors have the names and shapes of 2.1-base; the preset of the schedule must not hide it."""
+    config = run_file("stage1")
+    config.model.backbone.update(vit="none", qformer="none")
+    config.weights.update(dict.fromkeys(("llm", "tokenizer", "stable_diffusion"), str(tmp_path)))
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "scheduler/scheduler_config.json"
+    file.write_text('{"prediction_type": "epsilon"}')
+    assert check_sources(config)["scheduler"] == file.parent
+    file.write_text('{"prediction_type": "v_prediction"}')
+    with pytest.raises(WeightFileError, match=r"scheduler_config\.json: .*768-pixel.*predicts v"):
+        check_sources(config)
+    there, why = source_status(config, "scheduler", str(file.parent), None)
+    assert not there and "predicts v" in why
 
 
 def test_parts_and_sizes_that_do_not_fit_are_refused(tmp_path):

@@ -27,7 +27,8 @@ from minigpt5_jax import cli, convert
 done = []
 for line in json.load(sys.stdin):
     flags.FLAGS.unparse_flags()
-    for name in ("output", "sizes", "tokenizer", "stage1", "stage2", "checkpoint", "workdir", "config"):
+    for name in ("output", "sizes", "tokenizer", "stage1", "stage2", "checkpoint", "workdir", "config",
+                 "weights"):
         flags.FLAGS[name].unparse()
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -100,6 +101,7 @@ def world(tmp_path_factory, oracle_dir):
         "two stage 1": ["minigpt5", f"--config={root / 'tiny.py'}", f"--stage1={oracle_dir / 'stage1.ckpt'}",
                         f"--stage2={oracle_dir / 'stage1.ckpt'}", f"--workdir={root / 'run'}"],
         "verify": ["verify", f"--checkpoint={root / 'nothing'}"],
+        "no pair": ["verify", f"--checkpoint={root / 'nothing'}", "--weights=llm"],
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", WORKER], capture_output=True, text=True, cwd=ROOT, timeout=280,
@@ -174,6 +176,7 @@ def test_the_plan_says_what_is_missing_and_what_fits(world):
         ("no stage 1", "give the stage-1 file: --stage1 FILE"),
         ("two stage 1", "the stage-2 file has neither LoRA nor prefix tensors"),
         ("verify", "no complete checkpoint"),
+        ("no pair", "--weights takes NAME=VALUE, got 'llm'"),
     ],
 )
 def test_what_is_refused_says_why_and_leaves_nothing(world, command, message):

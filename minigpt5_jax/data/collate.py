@@ -147,8 +147,14 @@ def encode(
 
     Raises:
       SampleError: a picture cannot be read, or placeholders and pictures differ in number (quirk Q31).
+      DataError: the example has input pictures and the batch no room for any.
     """
     placeholders, pictures = example.source.count(IMAGE_TOKEN), len(example.images)
+    if pictures and not spec.images:
+        raise DataError(
+            f"{example.where}: {example.item_id} reads {pictures} pictures, but a row has room for none; set "
+            "data.max_images (and give a backbone that sees)"
+        )
     if placeholders > pictures or (config.strict_image_count and placeholders < pictures):
         counts = f"{placeholders} picture placeholders and {pictures} pictures"
         raise SampleError(example.where, f"{example.item_id} has {counts}")

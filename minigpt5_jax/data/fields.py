@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,27 @@ class Fields:
 
     def fail(self, place: str, problem: str) -> SampleError:
         return SampleError(self._where, f"{place}: {problem}" if place else problem)
+
+    def json(self, line: str, *, unique: bool = False) -> Any:
+        """What a line of JSON holds; ``unique`` refuses an object that names a key twice, of which Python
+        would keep the last without a word."""
+
+        def pairs(found: list[tuple[str, Any]]) -> dict:
+            value = dict(found)
+            if len(value) != len(found):
+                names = [name for name, _ in found]
+                twice = next(name for name in names if names.count(name) > 1)
+                raise self.fail("", f"key {twice!r} occurs twice in one object")
+            return value
+
+        try:
+            return json.loads(line, object_pairs_hook=pairs if unique else None)
+        except SampleError:
+            raise
+        except ValueError as error:
+            raise self.fail("", f"no valid JSON ({error}); is the line cut off?") from None
+        except RecursionError:
+            raise self.fail("", "no valid JSON (nested too deeply)") from None
 
     def object(
         self, value: Any, place: str, required: Sequence[str], optional: Sequence[str] | None = ()
@@ -77,4 +99,6 @@ class Fields:
         path = self.string(value, place)
         if not path.strip():
             raise self.fail(place, "path of a picture is empty")
+        if "\0" in path:
+            raise self.fail(place, "path of a picture contains a null character")
         return path

@@ -197,7 +197,7 @@ class Loader:
 
     def _count(self, report: Report) -> None:
         if report.truncated and not self.truncated:
-            logger.warning("samples are longer than a row of the batch and are cut to fit; counting them")
+            logger.warning("samples have more positions, pictures or targets than fit: cut, and counted")
         self.truncated += report.truncated
         for skip in report.skips:
             if skip.index not in self._skips:
@@ -312,7 +312,8 @@ def make_loader(
       process_index, process_count: which rows are read here.
       worker_count: processes that read and decode; 0 for one thread here.
       prefetch: batches made ahead (per worker).
-      error_budget: unusable samples this process may meet before it stops: a count (int) or a fraction
+      error_budget: unusable samples all processes may meet before one of them stops, each at its share
+        (rounded up): a count (int) or a fraction
         of the source (float), each sample counted once.
 
     Raises:
@@ -337,7 +338,7 @@ def make_loader(
         source,
         reader,
         num_steps=plan.num_steps,
-        budget=_budget_count(error_budget, len(source)),
+        budget=-(-_budget_count(error_budget, len(source)) // process_count),
         worker_count=worker_count,
         prefetch=prefetch,
     )

@@ -121,7 +121,7 @@ def pack(
     """Spreads samples over rows, the same number to each, so that the rows are equally full.
 
     The longest goes first, each to the emptiest row that has a place (LPT); ties go by number.  Where a
-    row is too full, its longest sample's limit is lowered.
+    row is too full, the limits of its longest samples are lowered, so that none is left without room.
 
     Returns:
       Numbers and limits, [rows, samples / rows].
@@ -137,8 +137,17 @@ def pack(
     chosen.sort(axis=1)  # inside a row, in the order of the stream
     limits = sizes[chosen].astype(np.int32)
     for row in np.flatnonzero(filled > row_length):
-        limits[row, np.argmax(limits[row])] -= filled[row] - row_length
+        limits[row] = _lower(limits[row], row_length)
     return numbers[chosen], limits
+
+
+def _lower(sizes: Int32[np.ndarray, " p"], room: int) -> Int32[np.ndarray, " p"]:
+    """Sizes that take ``room`` together: the longest are lowered to one height, the others stay."""
+    lowered, order = sizes.copy(), np.argsort(sizes, kind="stable")
+    for rank, place in enumerate(order):
+        lowered[place] = min(sizes[place], room // (len(order) - rank))
+        room -= lowered[place]
+    return lowered
 
 
 def crowded_share(index: LengthIndex, shape: Shape, row_length: int, trials: int = 50) -> float:

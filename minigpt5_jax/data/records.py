@@ -23,12 +23,10 @@ ends in a user turn is a prompt to generate from.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.data import prompts, templates
-from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.example import Example
 from minigpt5_jax.data.fields import Fields
 
@@ -82,11 +80,8 @@ def parse_record(line: str, where: str) -> Record:
     Raises:
       SampleError: naming ``where`` and what breaks the schema.
     """
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise SampleError(where, f"no valid JSON ({error}); is the line cut off?") from None
-    return _Checker(where).record(value)
+    checker = _Checker(where)
+    return checker.record(checker.json(line, unique=True))
 
 
 class _Checker(Fields):
@@ -103,7 +98,7 @@ class _Checker(Fields):
         turns = value["turns"]
         if not isinstance(turns, list) or not turns:
             raise self.fail("turns", "expected a list with at least one turn")
-        system = self.string(value.get("system", prompts.DIALOG_SYSTEM), "system")
+        system = self.plain(value.get("system", prompts.DIALOG_SYSTEM), "system")
         return Record(self.id(value), system, tuple(self.turn(t, f"turns[{i}]") for i, t in enumerate(turns)))
 
     def id(self, value: dict) -> str | None:
@@ -112,7 +107,7 @@ class _Checker(Fields):
     def turn(self, value: Any, place: str) -> Turn:
         value = self.object(value, place, ("role", "content"))
         role, content = value["role"], value["content"]
-        if role not in SPEAKERS:
+        if not isinstance(role, str) or role not in SPEAKERS:
             raise self.fail(f"{place}.role", f"expected user or assistant, found {role!r}")
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(content, list) or not content:

@@ -49,8 +49,9 @@ def load_picture(picture: Picture) -> Image.Image:
     name = picture_name(picture)
     try:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-    except OSError as error:
-        raise SampleError(name, f"picture cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SampleError(name, f"picture cannot be read ({reason})") from None
     if not data:
         raise SampleError(name, "picture file is empty (0 bytes)")
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.load import Weights, count_non_finite, open_weights
+from minigpt5_jax.weights.load import Weights, count_non_finite, is_floating, open_weights
 from minigpt5_jax.weights.maps import llama
 from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS, Shapes
@@ -132,6 +132,8 @@ def check_tensors(
 
     def checked(item: Assignment) -> np.ndarray:
         value = source[item.key]
+        if not is_floating(value.dtype):
+            raise WeightTableError(explain(f"{item.key!r} is {value.dtype}: quantised files are not read"))
         try:
             parts = item.op.forward(value)
         except (ValueError, IndexError, WeightTableError) as error:
@@ -176,7 +178,7 @@ def read_sizes(name: str, path: Path | None) -> Any:
             more |= {"num_query_tokens": queries} if name == "qformer" and queries else {}
             values = {**more, **values[tower.section]}
         return tower.from_hf(values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightFileError(f"{path}: {error}") from None
 
 

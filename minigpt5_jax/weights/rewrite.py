@@ -23,6 +23,7 @@ from minigpt5_jax.weights.importer import (
     examine,
     read_sizes,
     trim_vocabulary,
+    with_cause,
 )
 from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps import ldm, llama
@@ -146,9 +147,11 @@ def write_llm(
     for name in ("config.json", "tokenizer.model"):
         if not (folder / name).is_file():
             raise WeightFileError(f"{folder} has no {name}; fetch it with the weights")
+    sizes, notes = read_sizes("llm", folder / "config.json"), ()
     config = json.loads((folder / "config.json").read_text())
     refuse_other_vicuna(config, folder / "config.json")
-    sizes, notes = read_sizes("llm", folder / "config.json"), ()
+    if llama.EMBED not in source:
+        raise WeightTableError(with_cause(f"{folder}: {llama.EMBED!r} is missing", "llm", source))
     rows, entries = source[llama.EMBED].shape[0], tokenizer_entries(folder)
     if rows < entries:
         raise WeightTableError(f"{folder}: {rows} rows, but the tokenizer has {entries} entries")
@@ -164,13 +167,20 @@ def write_llm(
 
 
 def tokenizer_entries(folder: Path) -> int:
-    """Entries of a LLaMA tokenizer: its pieces, and what ``added_tokens.json`` puts behind them."""
+    """Entries of a LLaMA tokenizer: its pieces, and what ``added_tokens.json`` puts behind them.
+
+    Raises:
+      WeightFileError: a file is not what its name says.
+    """
     import sentencepiece
 
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
     added = folder / "added_tokens.json"
-    more = json.loads(added.read_text()).values() if added.is_file() else ()
-    return max([pieces.vocab_size(), *(number + 1 for number in more)])
+    try:
+        more = json.loads(added.read_text()).values() if added.is_file() else ()
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+        return max([pieces.vocab_size(), *(number + 1 for number in more)])
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise WeightFileError(f"{folder}: its tokenizer cannot be read ({error}); fetch it again") from None
 
 
 def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:

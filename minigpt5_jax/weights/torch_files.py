@@ -79,6 +79,12 @@ class _StorageType:
         self.dtype = dtype
 
 
+def _plain(metadata: tuple) -> None:
+    """Refuse views that PyTorch negates or conjugates when they are read; the storage holds other values."""
+    if any(metadata):
+        raise _Refused("a tensor that is negated or conjugated")
+
+
 def _known() -> dict[str, Any]:
     """Everything a pickle may name, and what stands for it here.
 
@@ -91,8 +97,8 @@ def _known() -> dict[str, Any]:
         "argparse.Namespace": types.SimpleNamespace,
         "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
         "torch._utils._rebuild_tensor": lambda *args: _Tensor(*args[:4]),
-        "torch._utils._rebuild_tensor_v2": lambda *args: _Tensor(*args[:4]),
-        "torch._utils._rebuild_tensor_v3": lambda *args: _Tensor(*args[:4], args[6]),
+        "torch._utils._rebuild_tensor_v2": lambda *args: _plain(args[6:]) or _Tensor(*args[:4]),
+        "torch._utils._rebuild_tensor_v3": lambda *args: _plain(args[7:]) or _Tensor(*args[:4], args[6]),
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
         "torch.Size": tuple,

@@ -102,6 +102,14 @@ def test_unusable_units_are_left_out_counted_and_named(tmp_path):
     assert skipped[6] == (f"{table}:8", "empty caption")
 
 
+def test_a_null_character_in_a_path_is_a_picture_that_cannot_be_read(tmp_path):
+    table = cc3m(tmp_path / "raw")
+    table.write_text(table.read_text().replace("val/000000002.jpg", "val/2\0.jpg"))
+    folder = make(table, tmp_path / "out", error_budget=1, num_shards=None)  # sizes are looked at as well
+    ((unit, _, reason),) = PreparedSource(folder).metadata["tally"]["skipped"]
+    assert unit == 2 and "cannot be read" in reason and "null" in reason
+
+
 def test_above_the_budget_nothing_is_finished(tmp_path):
     table = cc3m(tmp_path / "raw")
     (tmp_path / "raw/val/000000005.jpg").unlink()

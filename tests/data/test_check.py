@@ -211,6 +211,9 @@ def test_json_that_is_cut_or_repeats_itself(tmp_path):
     path.write_text('{"1": [],\n"2": [],\n"1": []}')
     problems = listed(check(path))
     assert "val_cleaned.json:1: key '1' occurs twice" in problems
+    path.write_text("[" * 100_000)
+    (problem,) = listed(check(path))
+    assert problem.startswith("val_cleaned.json:1: ") and "recursion" in problem
     path.write_bytes(whole.replace("text 1", "caf\xe9").encode("latin-1"))
     (problem,) = listed(check(path))
     assert "not UTF-8 (byte 0xe9)" in problem
@@ -283,13 +286,13 @@ def test_jsonl_of_ones_own(tmp_path):
         (2, "b.jpg"),
         (3, "lacks image"),
         (4, "text contains ###"),
+        (5, "no assistant turn"),
         (6, "c.jpg"),
     ]
     wanted += [(7, "no valid JSON"), (8, "expected an object, found list")]
     assert len(problems) == len(wanted)
     for problem, (line, words) in zip(problems, wanted):
         assert problem.startswith(f"own.jsonl:{line}: ") and words in problem
-    assert found.notes["lines that end in a user's turn"][0] == 1
 
 
 # ---------------------------------------------------------------------------------- prepared, format
@@ -300,6 +303,7 @@ def test_prepared_data(tmp_path):
     folder = prepare(Job.plan(Raw("cc3m", str(path)), tmp_path / "out", num_shards=3), show_progress=False)
     found = check(tmp_path / "out")
     assert (found.format, found.entries, found.pictures, found.problems) == ("prepared", 3, 3, [])
+    assert found.samples == check(path).samples == 3 + 1  # the instruction sample of row 0 with them
     shard = next(folder.glob("*00001-of-00003"))
     shard.write_bytes(shard.read_bytes()[:70])
     (problem,) = check(folder).problems

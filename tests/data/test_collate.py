@@ -182,6 +182,11 @@ def test_text_only_shapes(examples, config):
     assert arrays["caption_ids"].shape == (0, 77)
 
 
+def test_input_pictures_are_not_dropped_for_want_of_room(examples, config):
+    with pytest.raises(DataError, match=r"f:1: id reads 2 pictures.*set data.max_images"):
+        encode(examples[1], config, dataclasses.replace(SPEC, images=0), (0, 0, 0))
+
+
 def test_shapes_that_do_not_go_together(config):
     for change, message in [
         ({"items": 4}, "items = 4 is neither 0 nor one for each of 3 samples"),

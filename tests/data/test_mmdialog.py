@@ -149,6 +149,7 @@ def raw(*turns):
 
 BROKEN = [
     (json.dumps(GOOD)[:50], "no valid JSON .*is the line cut off"),
+    ("[" * 100_000, "no valid JSON .nested too deeply"),
     ("[1]", "expected an object, found list"),
     ({"conversation": []}, "lacks conversation_id"),
     ({"conversation_id": "9", "conversation": []}, "conversation_id: expected a whole number, found str"),

@@ -177,7 +177,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    for picture in (tmp_path / "missing.jpg", tmp_path):
+    for picture in (tmp_path / "missing.jpg", tmp_path, tmp_path / "a\0.jpg"):
         with pytest.raises(SampleError, match="cannot be read") as caught:
             load_picture(picture)
         assert caught.value.where == str(picture)

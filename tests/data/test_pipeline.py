@@ -231,6 +231,18 @@ def test_a_spent_budget_is_one_error_that_names_the_first(table, config, budget,
     assert loader.state == 2 * allowed + 2  # at once
 
 
+def test_processes_share_the_budget(table, config):
+    break_pictures(table)
+    source = Cc3mSource(table, training=False)
+    for budget, allowed in ((4, 2), (3, 2), (0, 0)):
+        loader = make_loader(
+            source, config, spec(2), global_batch=2, shuffle=False, num_epochs=1, error_budget=budget,
+            process_index=1, process_count=2,
+        )  # fmt: skip
+        with pytest.raises(DataError, match=f"the error budget allows {allowed}"):
+            list(loader)  # rows 1, 3, 5, 7 are all of the second process
+
+
 def test_rows_of_the_table_count_against_the_budget(table, config):
     table.write_text(table.read_text() + "\n...\tval/0.png\nno path")
     source = Cc3mSource(table, training=False)

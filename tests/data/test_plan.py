@@ -104,6 +104,9 @@ def test_packing_fills_rows_evenly():
     assert limits.tolist() == [[30, 5], [5, 20], [10, 10]]
     _, short = pack(np.arange(100, 106), sizes, rows=3, row_length=32)
     assert short.tolist() == [[27, 5], [5, 20], [10, 10]]  # the longest sample of the full row gives way
+    for row_length, want in ((120, [20, 33, 33, 34]), (160, [20, 46, 46, 46]), (150, [20, 43, 43, 44])):
+        _, limits = pack(np.arange(4), np.array([20, 46, 46, 46]), rows=1, row_length=row_length)
+        assert limits.tolist() == [want]  # several long ones share what is missing
 
 
 def test_packed_steps_hold_the_samples_of_unpacked_ones():

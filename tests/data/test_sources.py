@@ -249,6 +249,11 @@ BROKEN = [
     (turns(("user", "see [IMG0]"), ("assistant", "a")), r"contains \[IMG0\]"),
     (turns(("user", "an <ImageHere>"), ("assistant", "a")), "contains <ImageHere>"),
     (turns(("user", "a ###Human: b"), ("assistant", "a")), "contains ###"),
+    (turns(("user", "a"), ("assistant", "b")) | {"system": "see <ImageHere>"}, "system: text contains"),
+    (turns((["user"], "a")), r"turns\[0\].role: expected user or assistant, found \['user'\]"),
+    ('{"caption": "a", "image": "b.jpg", "caption": "c"}', "key 'caption' occurs twice in one object"),
+    ("[" * 100_000, "no valid JSON .nested too deeply"),
+    ({"caption": "a", "image": "b\0.jpg"}, "image: path of a picture contains a null character"),
 ]
 
 

@@ -112,6 +112,7 @@ def test_fingerprint(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
+        ("[" * 100_000, r"val_cleaned\.json is no valid JSON .*recursion"),
         ('{"7": [{"caption": "a", "ima', r"val_cleaned\.json is no valid JSON .*is the file cut off"),
         (b'{"7": "\xff"}', "no valid JSON"),
         ("", "no valid JSON"),

@@ -48,6 +48,8 @@ def test_the_command_says_what_is_wrong(run_folder, tmp_path):
     done = command(*given, "--to", "onnx")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == f"error: unknown format 'onnx'; known: {', '.join(FORMATS)}\n"
+    done = command(*given[:3], str(tmp_path / ("a" * 300)), "--to", "mapper")  # of the file system
+    assert done.returncode == 1 and done.stderr.startswith("error: [Errno 36] File name too long")
 
 
 def test_it_is_public():

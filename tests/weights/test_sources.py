@@ -212,6 +212,27 @@ def test_other_vicunas_and_sizes_are_refused(files, llama_folder, tmp_path, orac
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", "{", r"config\.json: "),
+        ("config.json", "[1]", r"config\.json: "),
+        ("tokenizer.model", "<html>", r"vicuna: its tokenizer cannot be read"),
+        ("added_tokens.json", "[1]", r"vicuna: its tokenizer cannot be read"),
+    ],
+)
+def test_files_beside_the_weights_that_are_none(files, llama_folder, tmp_path, file, content, message):
+    (llama_folder / file).write_text(content)
+    with pytest.raises(WeightFileError, match=message):
+        rewrite.write_llm(files["llm"], llama_folder, tmp_path / "out")
+
+
+def test_without_its_table_of_words(files, llama_folder, tmp_path):
+    part = {f"base_model.model.{key}": value for key, value in files["llm"].items()}
+    with pytest.raises(WeightTableError, match="'model.embed_tokens.weight' is missing\n.*these are LoRA"):
+        rewrite.write_llm(part, llama_folder, tmp_path / "out")
+
+
 # -- Stable Diffusion -----------------------------------------------------------------------------
 
 
@@ -318,6 +339,8 @@ def test_bad_tensors_are_named(files, sizes):
     bad[0, 0, 0] = np.nan
     with pytest.raises(WeightTableError, match=r"'conv_in\.weight' holds 3 values that are NaN or infinite"):
         read({key: bad})
+    with pytest.raises(WeightTableError, match=r"'conv_in\.weight' is int8: quantised files are not read"):
+        read({key: np.ones(source[key].shape, np.int8)})
     with pytest.raises(WeightTableError, match="nine input channels: an inpainting model"):
         read({key: np.zeros((16, 9, 3, 3), np.float32), "stray": np.ones(1)})
 

@@ -138,6 +138,13 @@ def test_objects_that_are_no_plain_data_are_refused(tmp_path):
         open_weights(tmp_path / "small.pt")
 
 
+def test_a_view_with_another_sign_than_its_storage_is_refused(tmp_path):
+    for number, view in enumerate((torch._neg_view(torch.ones(2)), torch.tensor([1 + 2j]).conj())):
+        torch.save({"a": view}, tmp_path / f"{number}.pt")
+        with pytest.raises(WeightFileError, match="negated or conjugated"):
+            open_weights(tmp_path / f"{number}.pt")
+
+
 def test_one_file_cannot_change_how_the_next_is_read(tmp_path):
     """A pickle may set attributes of what it names: here, what a storage of floats holds."""
     state = b"}X\x05\x00\x00\x00dtypeX\x04\x00\x00\x00int8s"

@@ -120,7 +120,8 @@ def claim(job: Job) -> None:
     ):
         if folder.exists() and not folder.is_dir():
             raise DataError(f"{folder} is a file; --output must be a folder")
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(known)] if folder.is_dir() else []
+        found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        others = [name for name in found if name not in known and not name.startswith((PARTS, TEMPORARY))]
         if others:
             raise DataError(
                 f"{folder} holds {', '.join(sorted(others)[:5])}, which is not part of the data set "

@@ -123,7 +123,7 @@ def _mean_bytes(units: Units, looks: int = 100) -> float:
         try:
             pictures = units[index].pictures
             sizes.append(sum(len(p) if isinstance(p, bytes) else os.stat(p).st_size for p in pictures) + 1000)
-        except (SampleError, OSError):
+        except (SampleError, OSError, ValueError):
             continue
     return float(np.mean(sizes)) if sizes else 0.0
 

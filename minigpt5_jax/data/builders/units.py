@@ -234,10 +234,11 @@ def encode_picture(picture: Picture, letterbox: int | None = None) -> Encoded:
     try:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         image = load_picture(data)
-    except OSError as error:
-        raise SampleError(name, f"picture cannot be read ({error.strerror or error})") from None
     except SampleError as error:
         raise SampleError(name, error.reason) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SampleError(name, f"picture cannot be read ({reason})") from None
     if letterbox is None or image.size == (letterbox, letterbox):
         return Encoded(data, *image.size)
     longer = max(image.size)

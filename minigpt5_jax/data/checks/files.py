@@ -58,7 +58,7 @@ class Stories:
             found = f"no valid JSON ({error.msg} at column {error.colno}); is the file cut off?"
             self._problems.append(Entry(f"{path}:{error.lineno}", [f"{found}  Nothing can be read"]))
             return text, {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested without end
             self._problems.append(Entry(f"{path}:1", [str(error)]))
             return text, {}
         lines = _line_finder(text)
@@ -149,7 +149,10 @@ class Prepared:
 
     def __init__(self, path: Path, options: Options):
         count = options.count_tokens
-        self._source = PreparedSource(path, training=count is not None, count_tokens=count)
+        source = PreparedSource(path, training=False)
+        if source.split != "test" and (count is not None or source.dataset != "mmdialog"):
+            source = PreparedSource(source.folder, count_tokens=count)  # what training reads
+        self._source = source
 
     def __len__(self) -> int:
         return len(self._source.kept_units())

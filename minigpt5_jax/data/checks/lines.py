@@ -105,7 +105,7 @@ class Records:
         if record.id is not None and self._ids.setdefault(record.id, entry.where) != entry.where:
             entry.problems.append(f"id {record.id!r} is that of {self._ids[record.id]} too")
         if not record.answers():
-            entry.notes.append(("lines that end in a user's turn", "to generate from, not to train on"))
+            entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
         entry.pictures += [str(self._root / image.path) for turn in record.turns for image in turn.images()]
         for turn in record.answers():
             example = to_example(record, turn, image_root=self._root, name="", where=entry.where)

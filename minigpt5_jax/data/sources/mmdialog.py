@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 from array import array
@@ -178,11 +177,7 @@ class MMDialogSource:
 def parse_dialog(line: str, where: str, root: Path) -> Dialog:
     """Reads and checks one line; SampleError naming ``where`` and what breaks the form."""
     fields = Fields(where)
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise fields.fail("", f"no valid JSON ({error}); is the line cut off?") from None
-    value = fields.object(value, "", ("conversation_id", "conversation"), optional=None)
+    value = fields.object(fields.json(line), "", ("conversation_id", "conversation"), optional=None)
     name = fields.integer(value["conversation_id"], "conversation_id")
     turns = fields.items(value["conversation"], "conversation")
     return Dialog(str(name), tuple(_turn(fields, turn, n, root) for n, turn in enumerate(turns)), where)

@@ -126,6 +126,8 @@ class VistSource:
 
 
 def mapping_path(cleaned: Path) -> Path:
+    """File of the picture paths that belongs to a file of stories (quirk Q29); DataError where its name
+    does not tell."""
     if "cleaned" not in cleaned.name:
         raise DataError(
             f"{cleaned.name} has no 'cleaned' in its name to find its picture paths by; give mapping="
@@ -142,7 +144,7 @@ def _read_object(path: Path, what: str) -> tuple[dict, str]:
         value = json.loads(data, object_pairs_hook=_unique)
     except _RepeatedKeyError as error:
         raise DataError(f"{path}: key {error} occurs twice in one object") from None
-    except ValueError as error:  # covers JSON and UTF-8 errors
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
         raise DataError(f"{path} is no valid JSON ({error}); is the file cut off?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected one object of {what}, found {type(value).__name__}")

@@ -42,6 +42,7 @@ def draw(pipeline, mapper, states, **options):
 
 
 def main():
+    """Draws one prompt and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--language_model", required=True)
     parser.add_argument("--prompt", required=True)

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import Towers, needed_sources, source_path, tower_sizes, tower_sources
+from minigpt5_jax.build import (
+    Towers,
+    check_scheduler,
+    needed_sources,
+    source_path,
+    tower_sizes,
+    tower_sources,
+)
 from minigpt5_jax.config import ConfigError, weight_sources
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.hub import resolve
@@ -100,6 +107,8 @@ def _verified(name: str, path: Path, towers: Towers | None) -> str:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         stock = digest == LLAMA_TOKENIZER_SHA256
         return "LLaMA's own tokenizer" if stock else f"another tokenizer than LLaMA's own ({digest[:12]})"
+    if name == "scheduler":
+        check_scheduler(path / "scheduler_config.json")
     source = next((s for s in tower_sources(towers) if s.source == name), None) if towers else None
     if source is None:
         return "there"
