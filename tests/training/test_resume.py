@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_six_steps_equal_three_and_three_after_a_restart(tmp_path):
     worker = Path(__file__).with_name("resume_worker.py")
     done = subprocess.run(
