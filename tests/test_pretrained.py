@@ -194,6 +194,7 @@ def test_stage_2_on_stage_1_gives_what_peft_gives(sources, oracle_dir, tuned):
     np.testing.assert_allclose(logits, want.logits[0].numpy(), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path):
     config = stage1_config(sources)
     config.model.backbone.update(vit="none", qformer="none")
@@ -284,6 +285,7 @@ def convert(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
 
 
+@pytest.mark.slow
 def test_the_command_imports_a_release_and_says_what_it_did(run_file, oracle_dir, tmp_path):
     config, workdir = f"{run_file}:release_2023_10", tmp_path / "run"
     stage1 = oracle_dir / "stage1.ckpt"

@@ -278,6 +278,7 @@ def test_single_file_names_are_those_that_diffusers_reads(files, sizes, oracle_c
     assert_same(params_of("text_encoder", text, sizes["text_encoder"])[0], ours)
 
 
+@pytest.mark.slow
 def test_single_file_becomes_a_diffusers_folder(files, sizes, oracle_dir, oracle_configs, tmp_path):
     folder = tmp_path / "sizes"
     for name in ("unet", "vae", "text_encoder"):
