@@ -132,6 +132,19 @@ def needed_sources(config: ConfigDict) -> tuple[str, ...]:
     return tuple(needed)
 
 
+def find_sources(config: ConfigDict, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
+    """(path of each source that is there, a line or two on each that is not and how to get it)."""
+    given, paths, problems = weight_sources(config), {}, []
+    for name in names:
+        path = source_path(name, given[name]) if given[name] else None
+        if path is None or not path.exists():
+            where = "not given" if path is None else f"{path} does not exist"
+            problems.append(f"  weights.{name}: {where}\n      {HOW_TO_GET[name]}")
+        else:
+            paths[name] = path / "tokenizer.model" if name == "tokenizer" and path.is_dir() else path
+    return paths, problems
+
+
 def check_sources(config: ConfigDict) -> dict[str, Path]:
     """Path of every needed source.
 
@@ -140,14 +153,7 @@ def check_sources(config: ConfigDict) -> dict[str, Path]:
         source that is not the preset's (:func:`check_preset`).
       WeightFileError: the diffusion model predicts something else than noise.
     """
-    given, paths, problems = weight_sources(config), {}, []
-    for name in needed_sources(config):
-        path = source_path(name, given[name]) if given[name] else None
-        if path is None or not path.exists():
-            where = "not given" if path is None else f"{path} does not exist"
-            problems.append(f"  weights.{name}: {where}\n      {HOW_TO_GET[name]}")
-        else:
-            paths[name] = path / "tokenizer.model" if name == "tokenizer" and path.is_dir() else path
+    paths, problems = find_sources(config, needed_sources(config))
     if problems:
         raise ConfigError(
             "these weights are missing:\n"

@@ -17,12 +17,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from minigpt5_jax.build import (
-    HOW_TO_GET,
     ModelSpec,
     build,
     caption_tokenizer,
+    find_sources,
     llm_tokenizer,
-    source_path,
     tower_sources,
 )
 from minigpt5_jax.config import ConfigError, weight_sources
@@ -108,14 +107,7 @@ def _source_paths(config: ConfigDict, names: Sequence[str]) -> dict[str, Path]:
     Raises:
       ConfigError: naming those that are not given or not there, and how to get them.
     """
-    given, paths, problems = weight_sources(config), {}, []
-    for name in names:
-        path = source_path(name, given[name]) if given[name] else None
-        if path is None or not path.exists():
-            where = "not given" if path is None else f"{path} does not exist"
-            problems.append(f"  {name}: {where}\n      {HOW_TO_GET[name]}")
-        else:
-            paths[name] = path / "tokenizer.model" if name == "tokenizer" and path.is_dir() else path
+    paths, problems = find_sources(config, names)
     if problems:
         raise ConfigError(
             "this format needs weights the run was trained on, and they are missing:\n"
