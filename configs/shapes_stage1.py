@@ -1,16 +1,25 @@
 """Stage 1 in the small world: the demo's run, on a CPU, in minutes.
 
     python -m minigpt5_jax.train --config configs/shapes_stage1.py --workdir runs/demo
+    python -m minigpt5_jax.train --config configs/shapes_stage1.py:full --workdir runs/shapes_full
 
-Data: captioned one-object scenes, drawn into the workdir in CC3M format; unseen combinations of
-attributes are held out.  Backbones: the tiny ones shipped in the package, frozen.
-Hardware: two CPU cores.  Expected numbers (`make demo`, 96 held-out captions): every attribute right
-0.958 from vokens, 0.958 natively; validation image loss at fixed noise 0.221 (right caption), 0.655 (another
-one), 0.258 (T(0)); voken emission 1.0.  Other runs: minigpt5_jax/shapes/README.md, 0.92 to 0.98 from vokens.
+Data: captioned scenes of one object (``:full``: of one to three), drawn into the workdir in CC3M format;
+unseen combinations of attributes are held out.  Backbones: the tiny ones shipped in the package, frozen.
+Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """
 
 from minigpt5_jax.config import apply_variant, use_shapes_backbones
 from minigpt5_jax.config import get_config as base
+
+
+def full(config):
+    """One to three objects, and the time they take."""
+    config.run.update(
+        name="shapes_stage1_full", num_steps=1500, eval_every=250, eval_batches=4, save_every=250,
+        grid_every=250,
+    )  # fmt: skip
+    config.data.update(shapes_max_objects=3, shapes_train=20000, max_length=72)
+    config.optimizer.warmup_steps = 50
 
 
 def get_config(variant: str | None = None):
@@ -27,4 +36,4 @@ def get_config(variant: str | None = None):
     )  # fmt: skip
     config.loss.caption = 1.0
     config.optimizer.update(lr_llm=1e-2, lr_mapper=2e-3, warmup_steps=20)
-    return apply_variant(config, variant)
+    return apply_variant(config, variant, {"full": full})

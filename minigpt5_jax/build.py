@@ -47,7 +47,8 @@ from minigpt5_jax.weights.towers import TOWERS
 SHAPES = "shapes"
 ASSETS = Path(__file__).parent / "shapes" / "assets"
 PACKAGED = {
-    "llm": "llama", "tokenizer": "llama/tokenizer.model", "unet": "sd/unet", "vae": "sd/vae",
+    "llm": "llama", "tokenizer": "llama/tokenizer.model", "vit": "eva_vit", "qformer": "qformer",
+    "llama_proj": "llama_proj", "unet": "sd/unet", "vae": "sd/vae",
     "text_encoder": "sd/text_encoder", "clip_tokenizer": "sd/tokenizer", "scheduler": "sd/scheduler",
 }  # fmt: skip
 
@@ -114,8 +115,6 @@ def source_path(name: str, value: str) -> Path:
             return resolve(value, fetch=False)
         except (FileNotFoundError, WeightFileError):
             return Path(value).expanduser()
-    if name not in PACKAGED:
-        raise ConfigError(f"weights.{name}='shapes': the packaged world has no {name}")
     path = ASSETS / PACKAGED[name]
     if not path.exists():
         raise ConfigError(

@@ -95,15 +95,17 @@ def apply_variant(
 
 
 def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
-    """The packaged tiny towers in place of Vicuna and Stable Diffusion, in fp32; they read text only."""
+    """The packaged tiny towers in place of MiniGPT-4 and Stable Diffusion, in fp32."""
     config.model.dtype = config.model.param_dtype = "float32"
     config.model.remat = False
-    config.model.backbone.update(llm="source", vit="none", qformer="none")
+    config.model.backbone.update(llm="source", vit="source", qformer="source")
     config.model.mapper.update(d_model=128, dim_feedforward=512)
     config.model.generator.update(
         unet="source", vae="source", text_encoder="source", scheduler="source", image_size=64
     )
-    config.weights.update(llm="shapes", stable_diffusion="shapes")
+    config.weights.update(
+        llm="shapes", vit="shapes", qformer="shapes", llama_proj="shapes", stable_diffusion="shapes"
+    )
     config.inference.update(sampler="ddim", num_inference_steps=20, guidance_scale=2.0, max_new_tokens=32)
     return config
 

@@ -69,8 +69,12 @@ KEYS: dict[str, Key] = {
     # -- data -----------------------------------------------------------------------------------
     "data.format": Key(
         "cc3m",
-        "reader: published data sets, JSONL of one's own, what `prepare` wrote, or scenes drawn here (CC3M)",
-        choices=("cc3m", "cc3m_tar", "vist", "mmdialog", "jsonl", "prepared", "shapes"),
+        "reader: published data sets, JSONL of one's own, what `prepare` wrote, or the small world, drawn "
+        "into the workdir in the files of CC3M, VIST (stories) or MMDialog (dialogs)",
+        choices=(
+            "cc3m", "cc3m_tar", "vist", "mmdialog", "jsonl", "prepared",
+            "shapes", "shapes_stories", "shapes_dialogs",
+        ),
     ),
     "data.train": unset(str, "training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),
     "data.validation": unset(str, "held-out data, same format"),
@@ -146,8 +150,9 @@ KEYS: dict[str, Key] = {
         low=0.0,
         high=1.0,
     ),
-    "data.shapes_train": Key(4096, "training scenes that format=shapes draws", low=1),
-    "data.shapes_validation": Key(64, "held-out scenes that format=shapes draws", low=1),
+    "data.shapes_train": Key(4096, "training scenes, stories or dialogues that format=shapes* draws", low=1),
+    "data.shapes_validation": Key(64, "held-out ones", low=1),
+    "data.shapes_max_objects": Key(1, "objects of a scene at most, of format=shapes", low=1, high=3),
     # -- model ----------------------------------------------------------------------------------
     "model.dtype": Key(
         "bfloat16",

@@ -28,20 +28,20 @@ from minigpt5_jax.data.sources import (
     VistSource,
 )
 from minigpt5_jax.features import with_features
-from minigpt5_jax.shapes.dataset import write_pairs
+from minigpt5_jax.shapes.dataset import write_dialogs, write_pairs, write_stories
 from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.sharding import ShardingError, batch_shardings
 
 
 def open_sources(config: ConfigDict, towers: Towers) -> tuple[Source, Source | None]:
-    """Training and held-out samples; ``shapes`` draws its scenes into the workdir first.
+    """Training and held-out samples; ``shapes*`` are drawn into the workdir first.
 
     Raises:
       ConfigError: no training file was given.  DataError: a file cannot be read.
     """
     data = config.data
     train, validation = data.train, data.validation
-    if data.format == "shapes":
+    if data.format in SHAPES:
         train, validation = draw_shapes(config)
     if not train:
         raise ConfigError(f"give the training data: --config.data.train=PATH (data.format={data.format})")
@@ -116,18 +116,29 @@ OPENERS: dict[str, Callable[[ConfigDict, Towers, str | Path, bool], Source]] = {
     "jsonl": _open_jsonl,
     "prepared": _open_prepared,
     "shapes": _open_cc3m,
+    "shapes_stories": _open_vist,
+    "shapes_dialogs": _open_mmdialog,
 }
 """``data.format`` -> ``open(config, towers, path, training)``."""
 
 
+SHAPES: dict[str, Callable[..., Path]] = {
+    "shapes": write_pairs,
+    "shapes_stories": write_stories,
+    "shapes_dialogs": write_dialogs,
+}
+"""``data.format`` of the small world -> ``write(folder, split, count, seed)``, which returns what is read."""
+
+
 def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
-    """Training and held-out tables of the small world, drawn into the workdir by one process."""
-    folder, data = Path(config.run.workdir) / "data", config.data
+    """Training and held-out files of the small world, drawn into the workdir by one process."""
+    folder, data, write = Path(config.run.workdir) / "data", config.data, SHAPES[config.data.format]
+    more = {"max_objects": data.shapes_max_objects} if data.format == "shapes" else {}
 
     def draw() -> tuple[Path, Path]:
         return (
-            write_pairs(folder, "train", data.shapes_train, config.run.seed),
-            write_pairs(folder, "held_out", data.shapes_validation, config.run.seed),
+            write(folder, "train", data.shapes_train, config.run.seed, **more),
+            write(folder, "held_out", data.shapes_validation, config.run.seed, **more),
         )
 
     if main_process():

@@ -1,14 +1,16 @@
-"""Train the small world's backbones from nothing and write them into the package.
+"""Train the small world's backbones from nothing and write them as the real sources are written.
 
-    python -m minigpt5_jax.pretrain --part all
+    python -m minigpt5_jax.pretrain --config configs/shapes_backbones.py [--config.parts=vision,llama]
 
-Parts: ``vae``, then ``text_unet`` (needs the VAE), and ``llama``.  Each part is written when it is
-done, so that a stopped run continues with ``--part`` of the next; ``PROVENANCE.json`` keeps the
-command, seed, seconds and measured results of each, and the hash of every file.
+Parts, in an order in which each finds what it needs: ``vae``, ``text``, ``unet``, ``vision``, ``llama``.
+A part that is stopped goes on where it was, from ``config.work``; one that is done is written into
+``config.out``.  ``PROVENANCE.json`` there keeps command, seed, seconds and measured results of each
+part, and the hash of every file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,80 +18,124 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from absl import app, flags
+from absl import app
+from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.vae import AutoencoderKL
-from minigpt5_jax.shapes import evaluate, files, train_llama, train_text, train_unet, train_vae
-from minigpt5_jax.shapes.render import render
+from minigpt5_jax.shapes import describe, evaluate, files, train_llama, train_text, train_unet, train_vae
+from minigpt5_jax.shapes import train_vision as vision_part
+from minigpt5_jax.shapes.llama_data import Histories
 from minigpt5_jax.shapes.tokenizers import write_clip_tokenizer, write_llama_tokenizer
-from minigpt5_jax.shapes.world import all_scenes
 
-STEPS = {"vae": 3700, "vae_decoder": 1500, "text": 500, "unet": 2500, "llama": 900}
+CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes_backbones.py", "Sizes of the run.")
 
 Result = dict[str, Any]
 
 
-def vae(assets: Path, seed: int, steps: int) -> Result:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Where a part reads and writes, and how long it trains.
+
+    Attributes:
+      assets: folder of the finished parts.  work: of what is kept to go on.
+      steps: by name of the fit.  pictures: held-out pictures of each measurement.
+    """
+
+    assets: Path
+    work: Path
+    seed: int
+    steps: ConfigDict
+    pictures: int
+
+    def checkpoint(self, name: str) -> Path:
+        """File that a fit goes on from."""
+        return self.work / f"{name}.npz"
+
+
+def vae(job: Job) -> Result:
     """Train and write the VAE."""
-    params, config, seconds = train_vae.train(steps, STEPS["vae_decoder"], seed)
-    files.write_tower(assets, "vae", params, config)
-    return {
-        "steps": {"vae": steps, "decoder": STEPS["vae_decoder"]},
-        "seconds": round(seconds),
-        "measured": evaluate.reconstruction(assets),
-    }
+    params, config, seconds = train_vae.train(
+        job.steps.vae, job.steps.vae_decoder, job.seed, checkpoints=job.work
+    )
+    files.write_tower(job.assets, "vae", params, config)
+    return {"seconds": round(seconds), "measured": evaluate.reconstruction(job.assets)}
 
 
-def scaled_moments(assets: Path) -> np.ndarray:
-    """Moments of every training scene as the UNet sees them, from the written VAE."""
-    config = files.read_config(assets, "vae")
+def text(job: Job) -> Result:
+    """Train and write the text encoder with its tokenizer."""
+    write_clip_tokenizer(job.assets / "sd/tokenizer")
+    tokenizer = ClipTokenizer(job.assets / "sd/tokenizer")
+    params, heads, seconds = train_text.train(
+        tokenizer, job.steps.text, job.seed, checkpoint=job.checkpoint("text")
+    )
+    files.write_tower(job.assets, "text_encoder", params, train_text.config(tokenizer.vocab_size))
+    stored = files.read_tower(job.assets, "text_encoder")
+    return {"seconds": round(seconds), "measured": train_text.measure(stored, heads, tokenizer)}
+
+
+def scaled_moments(assets: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Pictures u8[n 64 64 3] to moments f32[n 8 8 8] as the UNet sees them, from the written VAE."""
+    config, params = files.read_config(assets, "vae"), files.read_tower(assets, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
-    pictures = render(list(all_scenes(False)))
-    moments = train_vae.encode(template, files.read_tower(assets, "vae", template), pictures)
-    mean, logvar = np.split(moments, 2, axis=-1)
-    factor = config.scaling_factor
-    return np.concatenate([mean * factor, logvar + 2 * np.log(factor)], axis=-1)
+
+    def encode(pictures: np.ndarray) -> np.ndarray:
+        mean, logvar = np.split(train_vae.encode(template, params, pictures), 2, axis=-1)
+        factor = config.scaling_factor
+        return np.concatenate([mean * factor, logvar + 2 * np.log(factor)], axis=-1)
+
+    return encode
 
 
-def text_unet(assets: Path, seed: int, steps: int) -> Result:
-    """Train and write the text encoder with its tokenizer, then the UNet."""
-    moments = scaled_moments(assets)
-    write_clip_tokenizer(assets / "sd/tokenizer")
-    tokenizer = ClipTokenizer(assets / "sd/tokenizer")
-    text, heads, text_seconds = train_text.train(tokenizer, STEPS["text"], seed)
-    files.write_tower(assets, "text_encoder", text, train_text.config(tokenizer.vocab_size))
-    text = files.read_tower(assets, "text_encoder", train_text.template(tokenizer.vocab_size))  # as stored
-    examples = train_unet.Examples.make(text, tokenizer, moments, seed)
-    unet, unet_seconds = train_unet.train(examples, steps, seed)
-    files.write_tower(assets, "unet", unet, train_unet.CONFIG)
-    files.write_scheduler(assets)
-    return {
-        "steps": {"text": STEPS["text"], "unet": steps},
-        "seconds": {"text": round(text_seconds), "unet": round(unet_seconds)},
-        "measured": {
-            **train_text.measure(text, heads, tokenizer),
-            "native": evaluate.native(assets),
-            "native, padding positions only": evaluate.native(assets, padding_only=True),
-        },
+def unet(job: Job) -> Result:
+    """Train and write the UNet on the written VAE and text encoder."""
+    tokenizer = ClipTokenizer(job.assets / "sd/tokenizer")
+    stored = files.read_tower(job.assets, "text_encoder")
+    examples = train_unet.Examples.make(
+        stored, tokenizer, scaled_moments(job.assets), job.steps.unet_scenes, job.seed
+    )
+    params, seconds = train_unet.train(examples, job.steps.unet, job.seed, checkpoint=job.checkpoint("unet"))
+    files.write_tower(job.assets, "unet", params, train_unet.CONFIG)
+    files.write_scheduler(job.assets)
+    measured = {
+        f"native, {objects} objects": evaluate.native(job.assets, count=job.pictures, objects=objects)
+        for objects in (1, 2, 3)
     }
+    return {"seconds": round(seconds), "measured": measured}
 
 
-def llama(assets: Path, seed: int, steps: int) -> Result:
-    """Train and write the language model with its tokenizer."""
-    write_llama_tokenizer(assets / "llama/tokenizer.model", seed)
-    tokenizer = LlamaTokenizer(assets / "llama/tokenizer.model")
-    params, heads, seconds = train_llama.train(tokenizer, steps, seed)
-    files.write_tower(assets, "llama", params, train_llama.CONFIG)
-    stored = files.read_tower(assets, "llama", train_llama.template())
-    return {
-        "steps": steps, "seconds": round(seconds), "measured": train_llama.measure(stored, heads, tokenizer),
-    }  # fmt: skip
+def vision(job: Job) -> Result:
+    """Train and write ViT and Q-Former."""
+    params, heads, seconds = vision_part.train(
+        job.steps.vision, job.seed, checkpoint=job.checkpoint("vision")
+    )
+    vision_part.write(job.assets, params)
+    stored = vision_part.read_eyes(job.assets)
+    return {"seconds": round(seconds), "measured": vision_part.measure(stored, heads)}
 
 
-PARTS: dict[str, Callable[[Path, int, int], Result]] = {"vae": vae, "text_unet": text_unet, "llama": llama}
+def llama(job: Job) -> Result:
+    """Train and write language model and projection, on the written eyes."""
+    write_llama_tokenizer(job.assets / "llama/tokenizer.model", job.seed)
+    tokenizer = LlamaTokenizer(job.assets / "llama/tokenizer.model")
+    look = vision_part.make_look(vision_part.read_eyes(job.assets), seed=job.seed)
+    histories = Histories(
+        job.work / "histories", "train", tokenizer, job.steps.stories, job.steps.dialogs, job.seed
+    )
+    params, heads, seconds = train_llama.train(
+        tokenizer, histories, look, job.steps.llama, job.seed, checkpoint=job.checkpoint("llama")
+    )
+    train_llama.write(job.assets, params)
+    measured = describe.described(job.assets) | describe.kept(job.assets, heads, job.work / "histories")
+    return {"seconds": round(seconds), "measured": measured}
+
+
+PARTS: dict[str, Callable[[Job], Result]] = {
+    "vae": vae, "text": text, "unet": unet, "vision": vision, "llama": llama,
+}  # fmt: skip
 
 
 def revision() -> str:
@@ -110,22 +156,34 @@ def record(assets: Path, part: str, result: Result) -> None:
     files.write_json(path, known)
 
 
+def parts_of(asked: str) -> list[str]:
+    """The parts of a comma-separated list, in the order they need each other.
+
+    Raises:
+      ValueError: naming one that there is not.
+    """
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in PARTS]:
+        raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    return [name for name in PARTS if name in names]
+
+
 def main(_: list[str]) -> None:
     """Train the parts asked for, one after the other."""
-    flag = flags.FLAGS
-    parts = list(PARTS) if flag.part == "all" else [flag.part]
-    for part in parts:
-        steps = flag.steps or STEPS["unet" if part == "text_unet" else part]
-        result = PARTS[part](Path(flag.out), flag.seed, steps)
-        command = "python -m minigpt5_jax.pretrain " + " ".join(sys.argv[1:])
-        made = {"command": command, "seed": flag.seed, "revision": revision()}
-        record(Path(flag.out), part, {**made, **result})
-        print(json.dumps({part: result}))
+    config = CONFIG.value
+    job = Job(
+        Path(config.out or files.ASSETS), Path(config.work).expanduser(), config.seed, config.steps,
+        config.pictures,
+    )  # fmt: skip
+    jax.config.update("jax_compilation_cache_dir", str(job.work / "xla"))
+    command = "python -m minigpt5_jax.pretrain " + " ".join(sys.argv[1:])
+    for part in parts_of(config.parts):
+        result = PARTS[part](job)
+        steps = {name: value for name, value in job.steps.items() if name.startswith(part)}
+        made = {"command": command, "seed": job.seed, "revision": revision(), "steps": steps, **result}
+        record(job.assets, part, made)
+        print(json.dumps({part: made}), flush=True)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("part", "all", ["all", *PARTS], "what to train")
-    flags.DEFINE_integer("seed", 0, "of weights, data and noise", lower_bound=0)
-    flags.DEFINE_integer("steps", None, "steps of the part (of text_unet: the UNet's) instead of the default")
-    flags.DEFINE_string("out", str(files.ASSETS), "folder the files are written to")
     app.run(main)

@@ -1,38 +1,58 @@
-"""Captioned scenes on disk, in the files of CC3M.
+"""Captioned scenes, stories and dialogues on disk, in the files of CC3M, VIST and MMDialog.
 
-    python -m minigpt5_jax.shapes.dataset --out DIR
+    python -m minigpt5_jax.shapes.dataset --out DIR [--kind pairs|stories|dialogs] [--max_objects 3]
 
-Nothing that reads them knows about shapes.  Beside each table stands ``shapes_<split>_scenes.jsonl``,
-which only the oracle reads.
+Nothing that reads them knows about shapes.  Beside each table stands its truth (``shapes_*.jsonl``),
+which only the oracle's users read.  Everything is a function of (split, number, seed): pictures that are
+there already are kept, and the table appears last, when all it names is there.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from minigpt5_jax.shapes.dialogs import Turn, draw_dialog
 from minigpt5_jax.shapes.render import render
-from minigpt5_jax.shapes.world import Scene, all_scenes, caption
+from minigpt5_jax.shapes.stories import Story, draw_story
+from minigpt5_jax.shapes.wording import caption
+from minigpt5_jax.shapes.world import Scene, all_scenes, draw_scene
 
 SPLITS = ("train", "held_out")
+OBJECT_SHARES = {1: (1.0,), 2: (0.5, 0.5), 3: (0.3, 0.4, 0.3)}  # most objects -> shares of their numbers
+CHUNK = 256  # pictures rendered together
+# Kinds of data, as parts of a generator's seed.
+_PAIRS, _STORIES, _DIALOGS = 1, 2, 3
 
 
-def draw_pairs(split: str, count: int, seed: int) -> tuple[list[int], list[Scene], list[str]]:
-    """``count`` scenes of a split with captions: (number within ``all_scenes``, scene, caption) of each.
+def draw_pairs(
+    split: str, count: int, seed: int, max_objects: int = 1
+) -> tuple[list[int], list[Scene], list[str]]:
+    """``count`` scenes of a split with captions: (number of the picture, scene, caption) of each.
 
-    Scenes come in random order, and none comes twice before all have come once.
+    One-object scenes come in random order, and none comes twice before all have come once; their
+    pictures are numbered as in ``all_scenes``.  With more objects, scenes are drawn one by one.
 
     Raises:
-      ValueError: an unknown split, or no scene asked for.
+      ValueError: an unknown split, no scene asked for, or a number of objects that has no captions.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if count < 1:
-        raise ValueError(f"count={count}: at least one scene is needed")
+    _check(split, count)
+    if max_objects not in OBJECT_SHARES:
+        raise ValueError(f"max_objects={max_objects}: captions are written for one to three objects")
+    if max_objects > 1:
+        shares = OBJECT_SHARES[max_objects]
+        randoms = [_random(_PAIRS, split, seed, i) for i in range(count)]
+        counts = [1 + int(random.choice(max_objects, p=shares)) for random in randoms]
+        chosen = [draw_scene(r, split == "held_out", n) for r, n in zip(randoms, counts, strict=True)]
+        texts = [caption(scene, random) for scene, random in zip(chosen, randoms, strict=True)]
+        return list(range(count)), chosen, texts
     random, scenes = np.random.default_rng((seed, SPLITS.index(split))), list(all_scenes(split == "held_out"))
     rounds = -(-count // len(scenes))
     numbers = np.concatenate([random.permutation(len(scenes)) for _ in range(rounds)])[:count].tolist()
@@ -40,29 +60,97 @@ def draw_pairs(split: str, count: int, seed: int) -> tuple[list[int], list[Scene
     return numbers, chosen, [caption(scene, random) for scene in chosen]
 
 
-def write_pairs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
+def draw_stories(split: str, count: int, seed: int) -> list[Story]:
+    """``count`` stories; a longer list starts with the shorter one."""
+    _check(split, count)
+    held_out = split == "held_out"
+    return [draw_story(_random(_STORIES, split, seed, i), held_out) for i in range(count)]
+
+
+def draw_dialogs(split: str, count: int, seed: int) -> list[tuple[Turn, ...]]:
+    """``count`` dialogues; a longer list starts with the shorter one."""
+    _check(split, count)
+    held_out = split == "held_out"
+    return [draw_dialog(_random(_DIALOGS, split, seed, i), held_out) for i in range(count)]
+
+
+def write_pairs(
+    directory: str | os.PathLike[str], split: str, count: int, seed: int, max_objects: int = 1
+) -> Path:
     """Write ``shapes_<split>.tsv`` (caption, image_path), its PNG files and its scenes; returns the table.
 
     A table that is already there with the same content is left alone, so a resumed run costs nothing.
     """
     directory = Path(directory)
-    numbers, scenes, captions = draw_pairs(split, count, seed)
-    files = [f"{split}/{number:05d}.png" for number in numbers]
+    numbers, scenes, captions = draw_pairs(split, count, seed, max_objects)
+    folder = split if max_objects == 1 else f"{split}_{max_objects}"
+    files = [f"{folder}/{number:05d}.png" for number in numbers]
     rows = ["caption\timage_path", *(f"{text}\t{file}" for text, file in zip(captions, files, strict=True))]
-    table, content = directory / f"shapes_{split}.tsv", "\n".join(rows) + "\n"
-    if table.is_file() and table.read_text() == content:
-        return table
-    (directory / split).mkdir(parents=True, exist_ok=True)
-    once = dict(zip(files, scenes, strict=True))
-    for file, picture in zip(once, render(list(once.values())), strict=True):
-        Image.fromarray(picture).save(directory / file, compress_level=1)
     pairs = zip(captions, scenes, strict=True)
-    lines = [json.dumps({"caption": text, **scene.to_json()}) for text, scene in pairs]
-    _scenes_file(directory, split).write_text("\n".join(lines) + "\n")
-    partial = table.with_suffix(".partial")  # the table appears when everything it names is there
-    partial.write_text(content)
-    partial.replace(table)
-    return table
+    truth = [{"caption": text, **scene.to_json()} for text, scene in pairs]
+    files_and_scenes = dict(zip(files, scenes, strict=True))
+    # One-object pictures are the same for every seed, so that they are never drawn twice.
+    stamp = "one object" if max_objects == 1 else f"{max_objects} objects, seed {seed}"
+    return _write(
+        directory / f"shapes_{split}.tsv", "\n".join(rows) + "\n", _truth_file(directory, split, "scenes"),
+        truth, directory / folder, files_and_scenes, stamp,
+    )  # fmt: skip
+
+
+def write_stories(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
+    """Write stories in VIST's files (reference 5.3); returns ``<split>_cleaned.json``.
+
+    Beside it: ``<split>_image_mapping.json``, pictures in ``<split>_images/``, and the truth of every
+    step in ``shapes_<split>_stories.jsonl``, one story a line.
+    """
+    directory = Path(directory)
+    cleaned, mapping, truth, pictures = {}, {}, [], {}
+    for number, story in enumerate(draw_stories(split, count, seed)):
+        name, steps = str(number), []
+        for index, step in enumerate(story.steps):
+            image_id = f"{SPLITS.index(split) + 1}{number:07d}{index}"
+            mapping[image_id] = f"{split}_images/{len(story.steps) * number + index:09d}.png"
+            pictures[mapping[image_id]] = step.scene
+            steps.append({"caption": step.text, "image_id": image_id, "sequence_index": index})
+        cleaned[name] = steps
+        told = [
+            {"image": mapping[step["image_id"]], **one.to_json()}
+            for step, one in zip(steps, story.steps, strict=True)
+        ]
+        truth.append({"story_id": name, "picture_only": story.picture_only, "steps": told})
+    _replace(directory / f"{split}_image_mapping.json", json.dumps(mapping))
+    return _write(
+        directory / f"{split}_cleaned.json", json.dumps(cleaned), _truth_file(directory, split, "stories"),
+        truth, directory / f"{split}_images", pictures, f"stories, seed {seed}",
+    )  # fmt: skip
+
+
+def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
+    """Write dialogues in MMDialog's files (reference 5.4); returns ``<split>/conversations.json``.
+
+    Pictures (JPEG, as the format has it) lie beside it, named by their id; the truth of every turn is
+    in ``shapes_<split>_dialogs.jsonl`` above, one dialogue a line.
+    """
+    directory = Path(directory)
+    lines, truth, pictures = [], [], {}
+    for number, turns in enumerate(draw_dialogs(split, count, seed)):
+        conversation, told = [], []
+        for place, turn in enumerate(turns):
+            pieces, file = [{"__TEXT__": turn.text}], None
+            if turn.scene is not None:
+                media = f"{SPLITS.index(split) + 1}{number:07d}{place:02d}"
+                pieces.append({"__MEDIA__": media})
+                file = f"{split}/{media}.jpg"
+                pictures[file] = turn.scene
+            conversation.append({"turn": pieces})
+            told.append({"image": file, **turn.to_json()})
+        lines.append(json.dumps({"conversation_id": number, "conversation": conversation}))
+        truth.append({"conversation_id": number, "turns": told})
+    return _write(
+        directory / split / "conversations.json", "\n".join(lines) + "\n",
+        _truth_file(directory, split, "dialogs"), truth, directory / split, pictures,
+        f"dialogues, seed {seed}",
+    )  # fmt: skip
 
 
 def read_scenes(directory: str | os.PathLike[str], split: str) -> list[Scene]:
@@ -71,14 +159,98 @@ def read_scenes(directory: str | os.PathLike[str], split: str) -> list[Scene]:
     Raises:
       FileNotFoundError: the table was not written by it.
     """
-    path = _scenes_file(Path(directory), split)
+    return [Scene.from_json(line) for line in read_truth(directory, split, "scenes")]
+
+
+def read_truth(directory: str | os.PathLike[str], split: str, kind: str) -> list[dict]:
+    """Truth beside a table, one dict for each pair (``scenes``), story or dialogue (``kind``).
+
+    Raises:
+      FileNotFoundError: the table was not written by this module.
+    """
+    path = _truth_file(Path(directory), split, kind)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: only minigpt5_jax.shapes.dataset knows its scenes")
-    return [Scene.from_json(json.loads(line)) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _scenes_file(directory: Path, split: str) -> Path:
-    return directory / f"shapes_{split}_scenes.jsonl"
+def scenes_of_pictures(directory: str | os.PathLike[str], split: str, kind: str) -> dict[str, Scene]:
+    """Scene of every picture of written stories or dialogues, by the path a reader gives it."""
+    steps = "steps" if kind == "stories" else "turns"
+    return {
+        str(Path(directory) / part["image"]): Scene.from_json(part["scene"])
+        for record in read_truth(directory, split, kind)
+        for part in record[steps]
+        if part["scene"] is not None
+    }
+
+
+def _check(split: str, count: int) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if count < 1:
+        raise ValueError(f"count={count}: at least one is needed")
+
+
+def _random(kind: int, split: str, seed: int, number: int) -> np.random.Generator:
+    return np.random.default_rng((seed, SPLITS.index(split), kind, number))
+
+
+def _truth_file(directory: Path, split: str, kind: str) -> Path:
+    return directory / f"shapes_{split}_{kind}.jsonl"
+
+
+def _write(
+    table: Path, content: str, truth_file: Path, truth: Sequence[dict], folder: Path,
+    pictures: dict[str, Scene], stamp: str,
+) -> Path:  # fmt: skip
+    """Pictures, then the truth, then the table, unless the very table is there."""
+    if table.is_file() and table.read_text() == content and truth_file.is_file():
+        return table
+    table.unlink(missing_ok=True)  # it may name pictures that are about to change
+    root = truth_file.parent
+    _begin(folder, stamp)
+    _draw(root, pictures)
+    _replace(truth_file, "".join(json.dumps(line) + "\n" for line in truth))
+    _replace(table, content)
+    return table
+
+
+def _begin(folder: Path, stamp: str) -> None:
+    """A folder whose pictures are all of one kind and seed; others are removed first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / ".made_of"
+    if not mark.is_file() or mark.read_text() != stamp:
+        for path in (*folder.glob("*.png"), *folder.glob("*.jpg")):
+            path.unlink()
+        _replace(mark, stamp)
+
+
+def _draw(root: Path, pictures: dict[str, Scene]) -> None:
+    """Draw what is missing."""
+    missing = [name for name in pictures if not (root / name).is_file()]
+    starts: Iterable[int] = range(0, len(missing), CHUNK)
+    for start in tqdm(starts, desc="drawing", unit=f"x{CHUNK} pictures", delay=2.0):
+        names = missing[start : start + CHUNK]
+        for name, picture in zip(names, render([pictures[name] for name in names]), strict=True):
+            _replace(root / name, _encoded(picture, Path(name).suffix))
+
+
+def _encoded(picture: np.ndarray, suffix: str) -> bytes:
+    file = io.BytesIO()
+    if suffix == ".png":
+        Image.fromarray(picture).save(file, "PNG", compress_level=1)
+    else:  # as good as JPEG can: the oracle reads it like the original
+        Image.fromarray(picture).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def _replace(path: Path, content: str | bytes) -> None:
+    """A file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
 
 
 def main() -> None:
@@ -86,13 +258,19 @@ def main() -> None:
     from absl import app, flags
 
     out = flags.DEFINE_string("out", None, "folder to write to", required=True)
-    train = flags.DEFINE_integer("train", 4096, "training pairs", lower_bound=1)
-    held_out = flags.DEFINE_integer("held_out", 320, "held-out pairs", lower_bound=1)
+    kind = flags.DEFINE_enum("kind", "pairs", ["pairs", "stories", "dialogs"], "what to write")
+    objects = flags.DEFINE_integer("max_objects", 1, "of pairs: objects at most", lower_bound=1)
+    train = flags.DEFINE_integer("train", 4096, "training records", lower_bound=1)
+    held_out = flags.DEFINE_integer("held_out", 320, "held-out records", lower_bound=1)
     seed = flags.DEFINE_integer("seed", 0, "of scenes and wordings", lower_bound=0)
 
     def run(_: list[str]) -> None:
         for split, size in (("train", train.value), ("held_out", held_out.value)):
-            print(write_pairs(out.value, split, size, seed.value))
+            if kind.value == "pairs":
+                print(write_pairs(out.value, split, size, seed.value, objects.value))
+            else:
+                write = write_stories if kind.value == "stories" else write_dialogs
+                print(write(out.value, split, size, seed.value))
 
     app.run(run)
 

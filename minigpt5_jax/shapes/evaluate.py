@@ -1,6 +1,6 @@
 """How good the small world's backbones are, measured on the files as they are shipped.
 
-    python -m minigpt5_jax.shapes.evaluate [--count 500] [--sampler ddim] [--guidance 2]
+    python -m minigpt5_jax.shapes.evaluate [--only native,vae,described] [--count 500] [--guidance 2]
 
 ``native`` is the ceiling of stage 1: the UNet driven by its own text encoder on held-out captions.
 """
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from minigpt5_jax.data.templates import clean_caption
 from minigpt5_jax.data.tokenizer import ClipTokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import SD21_BASE
@@ -24,8 +25,10 @@ from minigpt5_jax.models.unet import UNet2DConditionModel
 from minigpt5_jax.models.vae import AutoencoderKL
 from minigpt5_jax.shapes import files, train_text, train_vae
 from minigpt5_jax.shapes.dataset import draw_pairs
+from minigpt5_jax.shapes.describe import described
 from minigpt5_jax.shapes.oracle import score
-from minigpt5_jax.shapes.world import Scene
+from minigpt5_jax.shapes.wording import caption
+from minigpt5_jax.shapes.world import Scene, draw_scene
 
 BATCH = 50
 
@@ -40,20 +43,20 @@ def native(
     *,
     count: int = 500,
     seed: int = 0,
+    objects: int = 1,
     sampler: str = "ddim",
     steps: int = 20,
     guidance: float = 2.0,
     padding_only: bool = False,
 ) -> dict[str, float]:
-    """The oracle's scores of pictures for ``count`` held-out captions.
+    """The oracle's scores of pictures for ``count`` held-out captions of so many ``objects``.
 
     ``padding_only`` replaces the features at real tokens by their mean over captions: what is left is
     what a mapper can know without guessing the wording.
     """
-    _, scenes, captions = draw_pairs("held_out", count, seed)
+    scenes, captions = held_out_captions(count, seed, objects)
     tokenizer = ClipTokenizer(assets / "sd/tokenizer")
-    text_template = train_text.template(tokenizer.vocab_size)
-    text = files.read_tower(assets, "text_encoder", text_template)
+    text = files.read_tower(assets, "text_encoder")
     ids, mask = tokenizer.encode(captions)
     features = train_text.features(text, ids, mask)
     if padding_only:
@@ -67,14 +70,23 @@ def native(
     return oracle_score(np.concatenate(pictures), scenes)
 
 
+def held_out_captions(count: int, seed: int, objects: int) -> tuple[list[Scene], list[str]]:
+    """Held-out scenes of so many objects with captions."""
+    if objects == 1:
+        return draw_pairs("held_out", count, seed)[1:]
+    random = np.random.default_rng((seed, objects))
+    scenes = [draw_scene(random, held_out=True, count=objects) for _ in range(count)]
+    return scenes, [clean_caption(caption(scene, random)) for scene in scenes]
+
+
 def make_native(assets: Path, *, sampler: str, steps: int, guidance: float):
     """``f(features [n 77 128], empty [77 128], key) -> pictures u8[n 64 64 3]`` of the written towers."""
     unet_config, vae_config = files.read_config(assets, "unet"), files.read_config(assets, "vae")
     unet_template = Template.of(lambda rngs: UNet2DConditionModel(unet_config, rngs=rngs))
     vae_template = Template.of(lambda rngs: AutoencoderKL(vae_config, rngs=rngs))
     params = {
-        "unet": files.read_tower(assets, "unet", unet_template),
-        "vae": files.read_tower(assets, "vae", vae_template),
+        "unet": files.read_tower(assets, "unet"),
+        "vae": files.read_tower(assets, "vae"),
     }
     loop = make_sampler(sampler, SD21_BASE, steps)
 
@@ -101,14 +113,17 @@ def reconstruction(assets: Path = files.ASSETS) -> dict[str, float]:
     """Share of held-out scenes the oracle reads rightly after the VAE, by noise on the latents."""
     config = files.read_config(assets, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
-    return train_vae.measure(files.read_tower(assets, "vae", template), template)
+    return train_vae.measure(files.read_tower(assets, "vae"), template)
 
 
 def main() -> None:
-    """Command line: prints one JSON object."""
+    """Command line: prints JSON lines."""
     from absl import app, flags
 
-    count = flags.DEFINE_integer("count", 500, "held-out pictures", lower_bound=1)
+    assets = flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored backbones")
+    count = flags.DEFINE_integer("count", 500, "held-out pictures of each number of objects", lower_bound=1)
+    objects = flags.DEFINE_list("objects", ["1", "2", "3"], "numbers of objects")
+    only = flags.DEFINE_list("only", ["native", "vae", "described"], "what to measure")
     sampler = flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "picture sampler")
     steps = flags.DEFINE_integer("steps", 20, "denoising steps", lower_bound=1)
     guidance = flags.DEFINE_float("guidance", 2.0, "guidance scale")
@@ -119,12 +134,16 @@ def main() -> None:
             "count": count.value, "seed": seed.value, "sampler": sampler.value, "steps": steps.value,
             "guidance": guidance.value,
         }  # fmt: skip
-        result = {
-            **options, "native": native(**options),
-            "native, padding positions only": native(**options, padding_only=True)["all"],
-            "vae": reconstruction(),
-        }  # fmt: skip
-        print(json.dumps(result, indent=2))
+        folder = Path(assets.value)
+        if "vae" in only.value:
+            print(json.dumps({"vae": reconstruction(folder)}), flush=True)
+        if "described" in only.value:
+            print(json.dumps({"described": described(folder)}), flush=True)
+        for number in map(int, objects.value if "native" in only.value else ()):
+            whole = native(folder, objects=number, **options)
+            padding = native(folder, objects=number, padding_only=True, **options)["all"]
+            result = {"objects": number, **options, "native": whole, "padding positions only": padding}
+            print(json.dumps(result), flush=True)
 
     app.run(run)
 

@@ -1,4 +1,4 @@
-"""The small world's backbones on disk: the files of LLaMA and of Stable Diffusion, in 16 bit."""
+"""The small world's backbones on disk: the files of LLaMA, MiniGPT-4 and Stable Diffusion, in 16 bit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt5_jax.models.clip_text import ClipTextConfig
 from minigpt5_jax.models.common import Params, Template
-from minigpt5_jax.models.llama import LlamaConfig
-from minigpt5_jax.models.unet import UNetConfig
-from minigpt5_jax.models.vae import VaeConfig
 from minigpt5_jax.weights.load import load_tower, open_weights
-from minigpt5_jax.weights.maps import clip_text, llama, unet, vae
 from minigpt5_jax.weights.save import save_safetensors
-from minigpt5_jax.weights.table import Table
+from minigpt5_jax.weights.towers import TOWERS as SOURCES
+from minigpt5_jax.weights.towers import Tower
 
 ASSETS = Path(__file__).parent / "assets"
 PROVENANCE = "PROVENANCE.json"
@@ -43,39 +39,52 @@ MODEL_INDEX = {
 
 @dataclasses.dataclass(frozen=True)
 class TowerFiles:
-    """Where a tower lies and how: folder, weight file, table, and what its configuration says besides."""
+    """Where a tower lies and how.
 
+    Attributes:
+      source: its name under ``config.weights``, by which sizes and tables are found.
+      folder, file: of the weights.  extra: what its ``config.json`` says besides its sizes.
+      like: keys by which a tower that has several tables knows the names that are written.
+    """
+
+    source: str
     folder: str
     file: str
-    table: Table
-    config: Any
     extra: Mapping[str, Any]
+    like: tuple[str, ...] = ()
+
+    @property
+    def tower(self) -> Tower:
+        """Sizes and tables, the same as of the full-size tower."""
+        return SOURCES[self.source]
 
 
+MODEL, DIFFUSION = "model.safetensors", "diffusion_pytorch_model.safetensors"
 TOWERS = {
     "llama": TowerFiles(
-        "llama", "model.safetensors", llama.TABLE, LlamaConfig,
+        "llm", "llama", MODEL,
         {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
             "torch_dtype": "float16",
         },
     ),
+    "vit": TowerFiles("vit", "eva_vit", MODEL, {"model_type": "blip_2_vision_model"}),
+    "qformer": TowerFiles("qformer", "qformer", MODEL, {"model_type": "blip_2_qformer"}),
+    "llama_proj": TowerFiles("llama_proj", "llama_proj", MODEL, {}),
     "text_encoder": TowerFiles(
-        "sd/text_encoder", "model.safetensors", clip_text.TABLE, ClipTextConfig,
+        "text_encoder", "sd/text_encoder", MODEL,
         {
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "pad_token_id": 0,
             "attention_dropout": 0.0, "torch_dtype": "float16",
         },
+        ("text_model.",),
     ),
     "unet": TowerFiles(
-        "sd/unet", "diffusion_pytorch_model.safetensors", unet.TABLE, UNetConfig,
+        "unet", "sd/unet", DIFFUSION,
         {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"},
     ),
-    "vae": TowerFiles(
-        "sd/vae", "diffusion_pytorch_model.safetensors", vae.TABLE, VaeConfig,
-        {"_class_name": "AutoencoderKL"},
-    ),
+    "vae": TowerFiles("vae", "sd/vae", DIFFUSION, {"_class_name": "AutoencoderKL"}),
 }  # fmt: skip
 
 
@@ -99,7 +108,7 @@ def write_tower(assets: Path, name: str, params: Params, config: Any) -> None:
         }
     write_json(assets / files.folder / "config.json", values)
     kept = {path: np.asarray(v, STORED) for path, v in params.items() if not path.endswith("/voken")}
-    source = files.table.to_source(kept)
+    source = files.tower.table(files.like, config).to_source(kept)
     save_safetensors(assets / files.folder / files.file, source, {"format": "pt"})
 
 
@@ -118,16 +127,20 @@ def read_config(assets: Path, name: str) -> Any:
     path = assets / TOWERS[name].folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train that part first (python -m minigpt5_jax.pretrain)")
-    return TOWERS[name].config.from_hf(json.loads(path.read_text()))
+    return TOWERS[name].tower.from_hf(json.loads(path.read_text()))
 
 
-def read_tower(assets: Path, name: str, template: Template) -> Params:
-    """Parameters of a written tower in float32; rows of new tokens, which no file holds, are zeros."""
-    files = TOWERS[name]
-    new = {path: shape for path, shape in template.shapes.items() if path.endswith("/voken")}
-    stored = {path: shape for path, shape in template.shapes.items() if path not in new}
-    params = load_tower(files.table, open_weights(assets / files.folder), stored, np.float32)
-    params |= {path: np.zeros(shape.shape, np.float32) for path, shape in new.items()}
+def read_tower(assets: Path, name: str, template: Template | None = None) -> Params:
+    """Parameters of a written tower in float32.
+
+    With a ``template``, rows of new tokens, which no file holds, are there as zeros.
+    """
+    files, config = TOWERS[name], read_config(assets, name)
+    source = open_weights(assets / files.folder)
+    params = load_tower(files.tower.table(source, config), source, files.tower.shapes(config), np.float32)
+    if template is not None:
+        new = {path: shape for path, shape in template.shapes.items() if path.endswith("/voken")}
+        params |= {path: np.zeros(shape.shape, np.float32) for path, shape in new.items()}
     return {path: jnp.asarray(value) for path, value in params.items()}
 
 

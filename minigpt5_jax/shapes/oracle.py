@@ -1,20 +1,20 @@
 """The oracle: reads background and every object back from pixels.
 
 Each place is compared with all its possible contents on each background; the background with the
-least summed error wins, then each place takes its nearest content.  ``python -m
-minigpt5_jax.shapes.oracle`` prints how far its verdict can be trusted.
+least summed error wins, then each place takes its nearest content.  ``python -m benchmarks.oracle``
+prints how far its verdict can be trusted.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Num, UInt8
 
-from minigpt5_jax.shapes.render import CELL, IMAGE_SIZE, cells, object_of, render
-from minigpt5_jax.shapes.world import ATTRIBUTES, BACKGROUNDS, Scene, draw_scene
+from minigpt5_jax.shapes.render import CELL, IMAGE_SIZE, cells, object_of
+from minigpt5_jax.shapes.world import ATTRIBUTES, BACKGROUNDS, Scene
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
     return scenes
 
 
-def score(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
+def score(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of pictures in which everything is right (``all``), the background, and each attribute.
 
     ``all`` wants every place right, empty ones included.  An attribute counts as right where the
@@ -72,21 +72,15 @@ def _box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
     return pictures
 
 
-def trust(count: int = 500, seed: int = 0) -> dict[str, float]:
-    """Share of one-object scenes read back wholly right after the pictures were spoilt."""
-    random = np.random.default_rng(seed)
-    scenes = [draw_scene(random, held_out=bool(i % 2)) for i in range(count)]
-    clean = render(scenes).astype(np.float32)
-    spoilt = {"clean": clean}
+def spoilt(
+    pictures: UInt8[np.ndarray, "n 64 64 3"], random: np.random.Generator
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(how, pictures in 0 ... 255) for several ways of spoiling, ``clean`` first."""
+    clean = pictures.astype(np.float32)
+    yield "clean", clean
     for sd in (0.2, 0.4, 0.8):
-        spoilt[f"white noise, sd {sd} of -1..1"] = clean + 127.5 * sd * random.standard_normal(clean.shape)
+        yield f"white noise, sd {sd} of -1..1", clean + 127.5 * sd * random.standard_normal(clean.shape)
     for width in (3, 5):
-        spoilt[f"box blur of {width} pixels"] = _box_blur(clean, width)
-    half = clean.reshape(count, IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((2, 4))
-    spoilt["half resolution"] = half.repeat(2, 1).repeat(2, 2)
-    return {name: float(right(pictures, scenes).mean()) for name, pictures in spoilt.items()}
-
-
-if __name__ == "__main__":
-    for name, share in trust().items():
-        print(f"{share:6.3f}  {name}")
+        yield f"box blur of {width} pixels", _box_blur(clean, width)
+    half = clean.reshape(len(clean), IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((2, 4))
+    yield "half resolution", half.repeat(2, 1).repeat(2, 2)

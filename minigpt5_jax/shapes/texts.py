@@ -1,90 +1,94 @@
-"""What the small world's language model and tokenizers read: captions, instructions, questions."""
+"""What the small world's language model and its tokenizer read besides stories and dialogues:
+captions, instructions, questions, and the same about pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from minigpt5_jax.data.prompts import CC3M_PROMPTS, CC3M_SYSTEM, DIALOG_SYSTEM, cc3m_instruction
-from minigpt5_jax.data.templates import END, clean_caption
-from minigpt5_jax.shapes.world import (
-    ATTRIBUTES,
-    BACKGROUNDS,
-    COLOURS,
-    FORMS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    WORDS,
-    Scene,
-    caption,
-    draw_scene,
+from minigpt5_jax.data.prompts import (
+    CC3M_PROMPTS,
+    CC3M_SYSTEM,
+    DIALOG_SYSTEM,
+    STORY_PROMPTS,
+    STORY_SYSTEM,
+    cc3m_instruction,
 )
-
-VALUES: dict[str, tuple[str, ...]] = {
-    "background": BACKGROUNDS, "shape": SHAPES, "colour": COLOURS, "size": SIZES,
-    "texture": TEXTURES, "place": PLACES,
-}  # fmt: skip
-"""Everything a one-object scene is made of."""
+from minigpt5_jax.data.templates import END, IMAGE, clean_caption
+from minigpt5_jax.shapes.dialogs import COUNTED, draw_dialog
+from minigpt5_jax.shapes.stories import draw_story
+from minigpt5_jax.shapes.wording import NAMES, caption, choose, words_of
+from minigpt5_jax.shapes.world import BACKGROUNDS, Scene, draw_scene
 
 QUESTIONS = {
     "background": ("what colour is the background?", "on what background is it?"),
-    "shape": ("what shape is it?", "which shape do you see?"),
-    "colour": ("what colour is the shape?", "which colour does it have?"),
-    "size": ("how large is it?", "what size does it have?"),
-    "texture": ("what texture does it have?", "is it solid, striped or dotted?"),
-    "place": ("where is the shape?", "in which place is it?"),
+    "count": ("how many shapes are there?",),
+    "shape": ("what shape is in the {place}?", "which shape do you see in the {place}?"),
+    "colour": ("what colour is the {shape} in the {place}?", "which colour has the shape in the {place}?"),
+    "size": ("how large is the {shape} in the {place}?", "what size has the shape in the {place}?"),
+    "texture": ("what texture has the {shape} in the {place}?", "is the {shape} solid, striped or dotted?"),
+    "place": ("where is the {colour} {shape}?", "in which place is the {texture} {shape}?"),
 }
+DESCRIBE = ("describe this picture.", "what do you see here?", "what is in this picture?")
+COUNT_SHARES = (0.3, 0.35, 0.35)  # of scenes with one, two, three objects
+
+Sample = tuple[str, str]
+"""(what is read, what is written)."""
 
 
-def attributes(scene: Scene) -> dict[str, int]:
-    """Value index of every attribute of a one-object scene, the background included."""
-    (item,) = scene.objects
-    return {"background": scene.background, **{name: getattr(item, name) for name in ATTRIBUTES}}
-
-
-def labels(scenes: Sequence[Scene]) -> np.ndarray:
-    """i32[n attributes] in the order of :data:`VALUES`."""
-    return np.array([[attributes(scene)[name] for name in VALUES] for scene in scenes], np.int32)
+def draw_training_scene(random: np.random.Generator) -> Scene:
+    """A training scene of one to three objects."""
+    return draw_scene(random, count=1 + int(random.choice(len(COUNT_SHARES), p=COUNT_SHARES)))
 
 
 def instruction(scene: Scene, random: np.random.Generator) -> str:
     """A caption as stage 1's instruction samples ask for its picture."""
-    prompts = CC3M_PROMPTS["head"]
-    return cc3m_instruction(clean_caption(caption(scene, random)), prompts[random.integers(len(prompts))])
+    return cc3m_instruction(clean_caption(caption(scene, random)), choose(CC3M_PROMPTS["head"], random))
 
 
-def question(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
-    """(a caption and a question about it, the answer)."""
-    name = tuple(VALUES)[random.integers(len(VALUES))]
-    choices = QUESTIONS[name]
-    asked = choices[random.integers(len(choices))]
-    answer = VALUES[name][attributes(scene)[name]]
-    return f"###Human: {clean_caption(caption(scene, random))} {asked} ###Assistant:", f"{answer} {END}"
+def asked(scene: Scene, random: np.random.Generator) -> Sample:
+    """(a question about the scene, the answer)."""
+    item = scene.objects[random.integers(len(scene.objects))]
+    name = str(random.choice(list(QUESTIONS)))
+    if name == "background":
+        answer = BACKGROUNDS[scene.background]
+    elif name == "count":
+        answer = COUNTED[len(scene.objects)]
+    else:
+        answer = NAMES[name][getattr(item, name)]
+    return choose(QUESTIONS[name], random).format(**words_of(item, random)), answer
 
 
-def recall(scene: Scene, random: np.random.Generator) -> tuple[str, str]:
-    """(a caption, the same scene in other words)."""
+def question(scene: Scene, random: np.random.Generator) -> Sample:
+    """A caption and a question about it."""
+    ask, answer = asked(scene, random)
+    return f"###Human: {clean_caption(caption(scene, random))} {ask} ###Assistant:", f"{answer} {END}"
+
+
+def recall(scene: Scene, random: np.random.Generator) -> Sample:
+    """A caption, and the same scene in other words."""
     first, second = (clean_caption(caption(scene, random)) for _ in range(2))
     return f"###Human: {first} ###Assistant:", f"{second} {END}"
 
 
-def corpus(count: int = 4000, seed: int = 0) -> list[str]:
+def description(scene: Scene, random: np.random.Generator) -> Sample:
+    """A picture, and a caption of it."""
+    ask = choose(DESCRIBE, random)
+    return f"###Human: {IMAGE} {ask} ###Assistant:", f"{clean_caption(caption(scene, random))} {END}"
+
+
+def picture_question(scene: Scene, random: np.random.Generator) -> Sample:
+    """A picture and a question about it."""
+    ask, answer = asked(scene, random)
+    return f"###Human: {IMAGE} {ask} ###Assistant:", f"{answer} {END}"
+
+
+def corpus(count: int = 2000, seed: int = 0) -> list[str]:
     """Lines a tokenizer is trained on: every kind of text in the proportions of their use."""
-    random = np.random.default_rng(seed)
-    lines = []
+    random, lines = np.random.default_rng(seed), []
     for _ in range(count):
-        scene = draw_scene(random)
-        lines += [caption(scene, random), caption(scene, random), instruction(scene, random)]
-        lines += [" ".join(question(scene, random)), " ".join(recall(scene, random))]
-    return lines + [CC3M_SYSTEM, DIALOG_SYSTEM] * 20
-
-
-def caption_words() -> list[str]:
-    """Every word that captions are made of."""
-    values = [name for names in VALUES.values() for name in names]
-    spoken = [word for name in values for word in WORDS.get(name, (name,))]
-    frames = [form.format(**dict.fromkeys(VALUES, "")) for form in FORMS]
-    return sorted({word for text in spoken + frames for word in text.split()})
+        scene = draw_training_scene(random)
+        lines += [caption(scene, random), instruction(scene, random), " ".join(question(scene, random))]
+        lines += [step.text for step in draw_story(random).steps]
+        lines += [turn.text for turn in draw_dialog(random)]
+    requests = [form for forms in STORY_PROMPTS["head"].values() for form in forms]
+    return lines + [CC3M_SYSTEM, DIALOG_SYSTEM, STORY_SYSTEM, *requests] * (count // 50)

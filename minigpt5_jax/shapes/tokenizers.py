@@ -6,19 +6,20 @@ import io
 import json
 from pathlib import Path
 
-from minigpt5_jax.shapes.texts import caption_words, corpus
+from minigpt5_jax.shapes.texts import corpus
+from minigpt5_jax.shapes.wording import caption_words
 
-LLAMA_PIECES = 768
+LLAMA_PIECES = 1024
 BOS, EOS, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 
 
-def write_llama_tokenizer(path: Path, seed: int = 0) -> None:
+def write_llama_tokenizer(path: Path, seed: int = 0, texts: int = 2000) -> None:
     """A sentencepiece BPE model with LLaMA's options: unk, bos, eos = 0, 1, 2, byte fallback, identity."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus(seed=seed)), model_writer=model, model_type="bpe",
+        sentence_iterator=iter(corpus(texts, seed)), model_writer=model, model_type="bpe",
         vocab_size=LLAMA_PIECES, byte_fallback=True, add_dummy_prefix=True, split_digits=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         unk_id=0, bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0, minloglevel=1,

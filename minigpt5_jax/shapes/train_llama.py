@@ -1,142 +1,181 @@
-"""The small world's language model: next tokens, and states behind a caption that hold its scene.
+"""The small world's language model: next tokens, and states behind a text that hold its scene.
 
 A model that only predicts captions forgets what was said as soon as it is said, and no mapper finds
-the scene in the states at the vokens.  So behind each caption stand filler positions, whose inputs
-are the mean of the embedding table (where voken rows start, reference 2.1) plus noise, and a linear
-head, thrown away afterwards, reads every attribute from each of their states.
+the scene in the states at the vokens.  So where a sample draws a picture stand filler positions, whose
+inputs are the mean of the embedding table (where voken rows start, reference 2.1) plus noise, and a
+linear head, thrown away afterwards, reads every field of the scene from each of their states.  The
+projection of pictures into the model is trained with it, on the finished eyes.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from minigpt5_jax.data.templates import clean_caption
+from minigpt5_jax.data.templates import IGNORE
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
-from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.common import Linear, Params, Template
 from minigpt5_jax.models.llama import Llama, LlamaConfig
-from minigpt5_jax.shapes.fit import fit
+from minigpt5_jax.shapes import files
+from minigpt5_jax.shapes.fit import fit, unit_gain
 from minigpt5_jax.shapes.heads import Heads, init_heads, read_loss
-from minigpt5_jax.shapes.texts import END, instruction, labels, question, recall
+from minigpt5_jax.shapes.llama_data import FILLERS, Histories, Rows, Sample, kinds_of_batches, make_rows
+from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.tokenizers import LLAMA_PIECES
-from minigpt5_jax.shapes.world import Scene, all_scenes, caption, draw_scene
+from minigpt5_jax.shapes.train_vision import QFORMER, Look
+from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 
 CONFIG = LlamaConfig(
-    vocab_size=LLAMA_PIECES, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+    vocab_size=LLAMA_PIECES, hidden_size=128, intermediate_size=352, num_hidden_layers=5,
     num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
 )  # fmt: skip
-FILLERS = 8
-# Kinds of text -> (length of their batches, rows): most batches are short, which is half the work.
-KINDS = {("plain",): (28, 64), ("instruction", "question", "recall"): (52, 24)}
-SHORT_BATCHES = 3  # of plain captions, for each of the others
 READ_WEIGHT = 1.0
-IGNORE = -100
-
-Rows = dict[str, np.ndarray]
-
-
-def template() -> Template:
-    """The tower; its new rows are not written."""
-    return Template.of(lambda rngs: Llama(CONFIG, num_new_tokens=1, rngs=rngs))
+GATHERING_LAYERS = 2  # by then the last word of an object holds it
+LENGTH, PICTURES = 208, 5  # of the longest row
 
 
-def row(tokenizer: LlamaTokenizer, kind: str, scene: Scene, random: np.random.Generator):
-    """(ids, labels of next tokens, filler positions) of one text; fillers have id 0."""
-    if kind in ("question", "recall"):
-        ask, answer = (question if kind == "question" else recall)(scene, random)
-        source, target = tokenizer.encode(ask), tokenizer.encode(answer)
-        ids = [tokenizer.bos_id, *source, *target]
-        return ids, ids[1:] + [IGNORE], []
-    plain = kind == "plain"
-    text = clean_caption(caption(scene, random)) if plain else instruction(scene, random)
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-    end = tokenizer.encode(END)
-    fillers = list(range(len(ids), len(ids) + FILLERS))
-    nexts = ids[1:] + [IGNORE] * FILLERS + end + [IGNORE] * len(end)
-    return ids + [0] * FILLERS + end, nexts, fillers
+class Tongue(nnx.Module):
+    """Language model and projection, under the names of the MiniGPT-4 backbone."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.llm = Llama(config, num_new_tokens=FILLERS + 1, rngs=rngs)
+        self.llama_proj = Linear(QFORMER.hidden_size, config.hidden_size, axes=(None, "embed"), rngs=rngs)
+
+    def embed(self, rows: Rows, noise: jax.Array) -> jax.Array:
+        """Inputs [n t d]; ``noise`` [n t d] is that of the fillers, in deviations of the table.
+
+        ``rows["states"]`` are those of the pictures' queries.
+        """
+        table = jax.lax.stop_gradient(self.llm.embed_tokens.embedding[...])
+        filler = table.mean(0) + noise * table.std()
+        embeds = jnp.where(rows["filler"][..., None], filler, self.llm.embed(rows["ids"]))
+        if rows["image_row"].shape[0]:
+            columns = rows["image_start"][:, None] + jnp.arange(QFORMER.num_query_tokens)
+            pictures = self.llama_proj(rows["states"])
+            embeds = embeds.at[rows["image_row"][:, None], columns].set(pictures, mode="drop")
+        return embeds
+
+    def __call__(self, rows: Rows, noise: jax.Array) -> jax.Array:
+        """Final states [n t d]."""
+        positions = jnp.broadcast_to(jnp.arange(rows["ids"].shape[1]), rows["ids"].shape)
+        return self.llm(self.embed(rows, noise), positions=positions, segment_ids=rows["valid"])
 
 
-def empty_rows(scenes: Sequence[Scene], length: int) -> Rows:
-    """Rows without text; ``read`` marks the last word before the fillers and the fillers."""
-    size = (len(scenes), length)
-    return {
-        "ids": np.zeros(size, np.int32), "nexts": np.full(size, IGNORE, np.int32),
-        "valid": np.zeros(size, np.int32), "filler": np.zeros(size, bool), "read": np.zeros(size, bool),
-        "labels": labels(scenes),
-    }  # fmt: skip
+def template(config: LlamaConfig = CONFIG) -> Template:
+    """Both parts; rows of new tokens are not written."""
+    return Template.of(lambda rngs: Tongue(config, rngs=rngs))
 
 
-def fill_row(made: Rows, i: int, ids: list[int], nexts: list[int], fillers: list[int]) -> None:
-    """Write one text."""
-    made["ids"][i, : len(ids)], made["nexts"][i, : len(ids)], made["valid"][i, : len(ids)] = ids, nexts, 1
-    if fillers:
-        made["filler"][i, fillers] = made["read"][i, fillers] = True
-        made["read"][i, fillers[0] - 1] = True
+def with_states(made: Rows, scenes: list, look: Look) -> Rows:
+    """Rows with the states of their pictures in place of the scenes' numbers."""
+    held = {name: value for name, value in made.items() if name != "image"}
+    width = (len(made["image"]), QFORMER.num_query_tokens, QFORMER.hidden_size)
+    if not (held["words"] >= 0).any():
+        del held["words"]
+    held["states"] = look(render(scenes))[made["image"]] if scenes else np.zeros(width, np.float32)
+    return held
 
 
-def batches(tokenizer: LlamaTokenizer, seed: int) -> Iterator[Rows]:
-    """Endless rows, three batches of captions for each of the other kinds."""
-    random = np.random.default_rng(seed)
-    for number in itertools.count():
-        kinds = tuple(KINDS)[number % (SHORT_BATCHES + 1) == SHORT_BATCHES]
-        length, size = KINDS[kinds]
-        scenes = [draw_scene(random) for _ in range(size)]
-        made = empty_rows(scenes, length)
-        for i, scene in enumerate(scenes):
-            fill_row(made, i, *row(tokenizer, kinds[i % len(kinds)], scene, random))
-        yield made
+def batches(tokenizer: LlamaTokenizer, histories: Histories, look: Look, seed: int) -> Callable[[int], Rows]:
+    """Rows of one kind after the other."""
+    kinds = kinds_of_batches(histories)
+
+    def batch(step: int) -> Rows:
+        random, kind = np.random.default_rng((seed, step)), kinds[step % len(kinds)]
+        samples = [kind.draw(random) for _ in range(kind.rows)]
+        tokens = QFORMER.num_query_tokens
+        return with_states(*make_rows(tokenizer, samples, kind.length, kind.images, tokens), look)
+
+    return batch
 
 
-def states(model: Llama, rows: Rows, noise: jax.Array) -> jax.Array:
-    """Final states; ``noise`` is that of the fillers, in standard deviations of the table."""
-    table = jax.lax.stop_gradient(model.embed_tokens.embedding[...])
-    filler = table.mean(0) + noise * table.std()
-    embeds = jnp.where(rows["filler"][..., None], filler, model.embed(rows["ids"]))
-    positions = jnp.broadcast_to(jnp.arange(rows["ids"].shape[1]), rows["ids"].shape)
-    return model(embeds, positions=positions, segment_ids=rows["valid"])
+def lower_layers(tongue: Params) -> Params:
+    """The parameters of a model that ends after :data:`GATHERING_LAYERS`."""
+    return {p: v[:GATHERING_LAYERS] if p.startswith("llm/layers/") else v for p, v in tongue.items()}
 
 
-def train(tokenizer: LlamaTokenizer, steps: int, seed: int) -> tuple[Params, Heads, float]:
-    """(parameters, the head, seconds)."""
+def train(
+    tokenizer: LlamaTokenizer, histories: Histories, look: Look, steps: int, seed: int,
+    checkpoint: Path | None = None,
+) -> tuple[Params, Heads, float]:  # fmt: skip
+    """(parameters of both parts, the head, seconds)."""
     tower = template()
+    gatherer = template(dataclasses.replace(CONFIG, num_hidden_layers=GATHERING_LAYERS))
 
     def loss(params, rows, key):
         noise_key, scale_key = jax.random.split(key)
         shape = (*rows["ids"].shape, CONFIG.hidden_size)
         scale = jax.random.uniform(scale_key, (shape[0], 1, 1))
-        model = tower.bind(params["llm"])
-        hidden = states(model, rows, scale * jax.random.normal(noise_key, shape))
-        logits, _ = model.logit_blocks(hidden)
+        model = tower.bind(params["tongue"])
+        hidden = model(rows, scale * jax.random.normal(noise_key, shape))
+        logits, _ = model.llm.logit_blocks(hidden)
         due = rows["nexts"] != IGNORE
         text = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(rows["nexts"], 0))
         text = (text * due).sum() / due.sum()
-        read, right = read_loss(params["head"], hidden, rows["labels"], rows["read"])
-        return text + READ_WEIGHT * read, {"text": text, "read": read, "right": right}
+        read, right = read_loss(params["head"], hidden, rows["asked"])
+        total, seen = text + READ_WEIGHT * read, {"text": text, "read": read, "right": right}
+        if "words" in rows:  # static: only batches of captions have them
+            early = gatherer.bind(lower_layers(params["tongue"]))(rows, jnp.zeros(shape))
+            words, bound = read_loss(params["word_head"], early, rows["words"])
+            total, seen = total + READ_WEIGHT * words, {**seen, "words": words, "bound": bound}
+        return total, seen
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "llm": tower.init(key), "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
+        "tongue": unit_gain(tower.init(key)),
+        "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
+        "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
     }  # fmt: skip
     fitted, seconds = fit(
-        loss, params, batches(tokenizer, seed), steps=steps, learning_rate=2e-3, seed=seed, name="llama"
-    )
-    return fitted["llm"], fitted["head"], seconds
+        loss, params, batches(tokenizer, histories, look, seed), steps=steps, learning_rate=2e-3, seed=seed,
+        name="llama", checkpoint=checkpoint,
+    )  # fmt: skip
+    return fitted["tongue"], fitted["head"], seconds
 
 
-def measure(params: Params, heads: Heads, tokenizer: LlamaTokenizer, seed: int = 1) -> dict[str, float]:
-    """Share of held-out captions whose whole scene can be read from every state the mapper is given."""
-    random, tower = np.random.default_rng(seed), template()
-    scenes = list(all_scenes(True))
-    made = empty_rows(scenes, KINDS[("plain",)][0])
-    for i, scene in enumerate(scenes):
-        ids, nexts, fillers = row(tokenizer, "plain", scene, random)
-        fill_row(made, i, ids, nexts, fillers)
-        made["read"][i, fillers[-1]] = False  # the state on the last voken predicts the ending
-    noise = jnp.zeros((*made["ids"].shape, CONFIG.hidden_size))
-    hidden = jax.jit(lambda p, rows: states(tower.bind(p), rows, noise))(params, made)
-    return {"scene read from voken states": float(read_loss(heads, hidden, made["labels"], made["read"])[1])}
+def write(assets: Path, tongue: Params) -> None:
+    """Language model and projection into their own files."""
+    for name, prefix in (("llama", "llm/"), ("llama_proj", "llama_proj/")):
+        params = {path.removeprefix(prefix): v for path, v in tongue.items() if path.startswith(prefix)}
+        widths = ProjectionConfig(QFORMER.hidden_size, CONFIG.hidden_size)
+        files.write_tower(assets, name, params, CONFIG if name == "llama" else widths)
+
+
+def read(assets: Path) -> tuple[Template, Params]:
+    """Language model and projection as they are stored."""
+    tower = template(files.read_config(assets, "llama"))
+    params = {f"llm/{path}": v for path, v in files.read_tower(assets, "llama").items()}
+    params |= {f"llama_proj/{path}": v for path, v in files.read_tower(assets, "llama_proj").items()}
+    new = {path: shape for path, shape in tower.shapes.items() if path not in params}  # rows of new tokens
+    return tower, params | {path: jnp.zeros(shape.shape) for path, shape in new.items()}
+
+
+def scene_states(
+    assets: Path, tokenizer: LlamaTokenizer, look: Look
+) -> Callable[[Sequence[Sample]], np.ndarray]:
+    """``f(samples) -> f32[n 9 d]``: the states a mapper is given, of samples that draw.
+
+    They are those of the last token before the vokens and of all vokens, noiseless fillers in their place.
+    """
+    tower, params = read(assets)
+
+    @jax.jit
+    def run(params, rows):
+        model = tower.bind(params)
+        return model(rows, jnp.zeros((*rows["ids"].shape, model.llm.config.hidden_size)))
+
+    def states(samples: Sequence[Sample]) -> np.ndarray:
+        rows = len(samples)
+        made, scenes = make_rows(tokenizer, samples, LENGTH, rows * PICTURES, QFORMER.num_query_tokens)
+        hidden = np.asarray(run(params, with_states(made, scenes, look)))
+        first = made["filler"].argmax(1)
+        return hidden[np.arange(rows)[:, None], first[:, None] + np.arange(-1, FILLERS)]
+
+    return states

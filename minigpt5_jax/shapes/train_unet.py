@@ -1,14 +1,16 @@
 """The small world's UNet, driven by the finished text encoder's features of captions.
 
-Features and latents of every training scene are computed once.  The UNet learns from features that
-were disturbed the way a mapper disturbs them: noise, and real-token positions that belong to another
-caption or say nothing.  So it listens to the padding positions, which hold the scene.
+Latents of some thousand training scenes are computed once, features of their captions anew in every
+batch.  The UNet learns from features that were disturbed the way a mapper disturbs them: noise, and
+real-token positions that belong to another caption or say nothing.  So it listens to the padding
+positions, which hold the scene.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,8 @@ from minigpt5_jax.models.common import Params, Template
 from minigpt5_jax.models.unet import UNet2DConditionModel, UNetConfig
 from minigpt5_jax.shapes import train_text
 from minigpt5_jax.shapes.fit import fit
-from minigpt5_jax.shapes.world import all_scenes
+from minigpt5_jax.shapes.render import render
+from minigpt5_jax.shapes.world import Scene
 
 CONFIG = UNetConfig.from_hf(
     {
@@ -32,7 +35,6 @@ CONFIG = UNetConfig.from_hf(
         "flip_sin_to_cos": True, "freq_shift": 0,
     }
 )  # fmt: skip
-WORDINGS = 4  # captions of each scene, drawn before training
 EMPTY_SHARE = 0.1
 FEATURE_NOISE = 0.6  # largest standard deviation of noise on features of about unit variance
 SNR_RANGE = (0.1, 5.0)  # of the weights in front of the clean latents' error
@@ -40,49 +42,63 @@ SNR_RANGE = (0.1, 5.0)  # of the weights in front of the clean latents' error
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Everything training looks up: per scene moments [s 8 8 8], features f16[s w 77 128], masks [s w 77]."""
+    """Scenes with their scaled moments f16[s 8 8 8], and what turns a caption into features.
 
+    Attributes:
+      encode: (scenes, random) -> features f32[n 77 128] and masks [n 77] of one wording of each.
+      empty: f32[77 128], features of the empty caption.
+    """
+
+    scenes: tuple[Scene, ...]
     moments: np.ndarray
-    features: np.ndarray
-    masks: np.ndarray
+    encode: Callable[[Sequence[Scene], np.random.Generator], tuple[np.ndarray, np.ndarray]]
     empty: np.ndarray
 
     @classmethod
-    def make(cls, text: Params, tokenizer: ClipTokenizer, moments: np.ndarray, seed: int) -> Examples:
-        """``moments`` are scaled and in the order of ``all_scenes(False)``."""
-        random, scenes = np.random.default_rng(seed), list(all_scenes(False))
-        parts, masks = [], []
-        for _ in range(WORDINGS):
-            ids, mask = train_text.encode(tokenizer, scenes, random)
-            parts.append(train_text.features(text, ids, mask).astype(np.float16))
-            masks.append(mask.astype(bool))
-        empty = train_text.features(text, *tokenizer.encode([""]))[0]
-        return cls(moments, np.stack(parts, 1), np.stack(masks, 1), empty)
+    def make(
+        cls,
+        text: Params,
+        tokenizer: ClipTokenizer,
+        moments: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        seed: int,
+    ) -> Examples:
+        """``moments`` encodes and scales pictures u8[n 64 64 3]; it is called once."""
+        scenes = tuple(train_text.draw_scenes(np.random.default_rng(seed), count))
+        features = train_text.make_features(text)
+
+        def encode(chosen, random):
+            ids, mask = train_text.encode(tokenizer, chosen, random)
+            return features(ids, mask), mask
+
+        empty = features(*tokenizer.encode([""]))[0]
+        return cls(scenes, moments(render(scenes)).astype(np.float16), encode, empty)
 
 
-def batches(examples: Examples, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(examples: Examples, size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
     """Latents f32[n 8 8 4] (posterior samples) and contexts f32[n 77 128] for training."""
-    random = np.random.default_rng(seed)
-    while True:
-        scene = random.integers(len(examples.moments), size=size)
-        wording = random.integers(WORDINGS, size=size)
-        mean, logvar = np.split(examples.moments[scene], 2, axis=-1)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng((seed, step))
+        chosen = random.integers(len(examples.scenes), size=size)
+        mean, logvar = np.split(examples.moments[chosen].astype(np.float32), 2, axis=-1)
         noise = random.standard_normal(mean.shape, np.float32)
-        context = examples.features[scene, wording].astype(np.float32)
-        words = examples.masks[scene, wording][..., None]
+        context, mask = examples.encode([examples.scenes[i] for i in chosen], random)
         kind = random.random(size)[:, None, None]
         other = np.where(kind < 0.3, np.roll(context, 1, 0), context.mean(0))
-        context = np.where(words & (kind < 0.6), other, context)
+        context = np.where((mask[..., None] > 0) & (kind < 0.6), other, context)
         scale = FEATURE_NOISE * random.random((size, 1, 1), np.float32)
         context += scale * random.standard_normal(context.shape, np.float32)
         context[random.random(size) < EMPTY_SHARE] = examples.empty
-        yield {"latents": mean + np.exp(0.5 * logvar) * noise, "context": context}
+        return {"latents": mean + np.exp(0.5 * logvar) * noise, "context": context}
+
+    return batch
 
 
 def train(
-    examples: Examples, steps: int, seed: int, size: int = 32, start: Params | None = None
+    examples: Examples, steps: int, seed: int, size: int = 32, checkpoint: Path | None = None
 ) -> tuple[Params, float]:
-    """(parameters, seconds); ``start`` continues earlier ones."""
+    """(parameters, seconds)."""
     tower = Template.of(lambda rngs: UNet2DConditionModel(CONFIG, rngs=rngs))
 
     def loss(params, batch, key):
@@ -98,6 +114,6 @@ def train(
         }  # fmt: skip
 
     return fit(
-        loss, tower.init(jax.random.key(seed)) if start is None else start, batches(examples, size, seed),
-        steps=steps, learning_rate=1.5e-3, seed=seed, name="unet", ema_decay=0.995,
+        loss, tower.init(jax.random.key(seed)), batches(examples, size, seed), steps=steps,
+        learning_rate=1.5e-3, seed=seed, name="unet", ema_decay=0.995, checkpoint=checkpoint,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from minigpt5_jax.models.vae import AutoencoderKL, VaeConfig, sample_posterior
 from minigpt5_jax.shapes.fit import fit
 from minigpt5_jax.shapes.oracle import right
 from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, render, render_cells
-from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, kinds
+from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, draw_scene, kinds
 
 CONFIG = VaeConfig.from_hf(
     {
@@ -35,26 +36,30 @@ def train_contents() -> np.ndarray:
     return np.array([cell_index(Object(s, c, z, t, 0)) for s, c, t in kinds(False) for z in range(2)])
 
 
-def batches(size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(size: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     """Pictures u8[n 64 64 3] with each place filled at random, and weights f32[n 64 64 1]."""
-    random, contents = np.random.default_rng(seed), train_contents()
-    while True:
+    contents = train_contents()
+
+    def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng((seed, step))
         chosen = contents[random.integers(len(contents), size=(size, 4))]
         chosen = np.where(random.random((size, 4)) < FILLED, chosen, 0)
         background = random.integers(len(BACKGROUNDS), size=size)
         pictures = render_cells(chosen, background)
         empty = render_cells(np.zeros_like(chosen), background)
         weight = 1.0 + (OBJECT_WEIGHT - 1.0) * (pictures != empty).any(-1, keepdims=True)
-        yield pictures, weight.astype(np.float32)
+        return pictures, weight.astype(np.float32)
+
+    return batch
 
 
 def train(
-    steps: int, decoder_steps: int, seed: int, size: int = 8, start: Params | None = None
+    steps: int, decoder_steps: int, seed: int, size: int = 8, checkpoints: Path | None = None
 ) -> tuple[Params, VaeConfig, float]:
-    """(parameters, configuration with its scaling factor, seconds); ``start`` continues earlier ones.
+    """(parameters, configuration with its scaling factor, seconds).
 
     The last ``decoder_steps`` train the decoder alone: the latents hold a held-out object sooner than
-    the decoder can draw it.
+    the decoder can draw it.  ``checkpoints`` is a folder.
     """
     template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
 
@@ -68,25 +73,28 @@ def train(
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3)).mean()
         return error + KL_WEIGHT * kl, {"l1": error, "kl": kl}
 
-    params = template.init(jax.random.key(seed)) if start is None else start
     params, seconds = fit(
-        loss, params, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae"
-    )
-    params, more = train_decoder(template, params, decoder_steps, seed + 1)
-    pictures = render(list(all_scenes(False))[::5])
-    mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
-    config = dataclasses.replace(CONFIG, scaling_factor=round(float(1.0 / mean.std()), 5))
+        loss, template.init(jax.random.key(seed)), batches(size, seed), steps=steps, learning_rate=2e-3,
+        seed=seed, name="vae", checkpoint=checkpoints and checkpoints / "vae.npz",
+    )  # fmt: skip
+    params, more = train_decoder(template, params, decoder_steps, seed + 1, checkpoints=checkpoints)
+    config = dataclasses.replace(CONFIG, scaling_factor=round(1.0 / spread_of_latents(template, params), 5))
     return params, config, seconds + more
 
 
+def spread_of_latents(template: Template, params: Params) -> float:
+    """Standard deviation of the latents of training pictures."""
+    pictures = render(list(all_scenes(False))[::5])
+    return float(np.split(encode(template, params, pictures), 2, axis=-1)[0].std())
+
+
 def train_decoder(
-    template: Template, params: Params, steps: int, seed: int, size: int = 12
+    template: Template, params: Params, steps: int, seed: int, size: int = 12, checkpoints: Path | None = None
 ) -> tuple[Params, float]:
     """Go on with the decoder, under latent noise as a UNet's errors are; the encoder stays as it is."""
     encoder = {path: v for path, v in params.items() if path.startswith(("encoder/", "quant_conv/"))}
     decoder = {path: v for path, v in params.items() if path not in encoder}
-    pictures = render(list(all_scenes(False))[::5])
-    spread = float(np.split(encode(template, params, pictures), 2, axis=-1)[0].std())
+    spread = spread_of_latents(template, params)
 
     def loss(decoder, batch, key):
         pixels = batch[0].astype(jnp.float32) / 127.5 - 1.0
@@ -101,8 +109,9 @@ def train_decoder(
         return error, {"l1": error}
 
     decoder, seconds = fit(
-        loss, decoder, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae decoder"
-    )
+        loss, decoder, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae decoder",
+        checkpoint=checkpoints and checkpoints / "vae_decoder.npz",
+    )  # fmt: skip
     return {**encoder, **decoder}, seconds
 
 
@@ -128,13 +137,13 @@ def reconstruct(
     return np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def measure(params: Params, template: Template) -> dict[str, float]:
-    """Share of held-out scenes the oracle reads rightly after the VAE."""
-    scenes = list(all_scenes(True))
-    pictures = render(scenes)
-    return {
-        f"all right, latent noise {noise}": float(
-            right(reconstruct(template, params, pictures, noise), scenes).mean()
-        )
-        for noise in (0.0, 0.1, 0.25)
-    }
+def measure(params: Params, template: Template, count: int = 200) -> dict[str, float]:
+    """Share of held-out scenes the oracle reads rightly after the VAE, by objects and latent noise."""
+    random, result = np.random.default_rng(1), {}
+    for objects in (1, 2, 3):
+        scenes = [draw_scene(random, held_out=True, count=objects) for _ in range(count)]
+        pictures = render(scenes)
+        for noise in (0.0, 0.1, 0.25):
+            share = right(reconstruct(template, params, pictures, noise), scenes).mean()
+            result[f"all right, {objects} objects, latent noise {noise}"] = float(share)
+    return result

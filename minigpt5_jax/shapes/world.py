@@ -1,4 +1,4 @@
-"""Scenes, the combinations held out of every training, and captions.
+"""Scenes, and the combinations held out of every training.
 
 A scene is a coloured background with objects on a 2 x 2 grid of places.  An object has a shape, a
 colour, a size, a texture and a place.  Ten (shape, colour, texture) triples never occur in training, of
@@ -8,8 +8,9 @@ backbones or vokens; every pair of their attributes does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,20 +21,6 @@ TEXTURES = ("solid", "striped", "dotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ("white", "gray", "black", "pink")
 ATTRIBUTES = ("shape", "colour", "size", "texture", "place")
-
-# Wordings of each attribute; the first is its name.  Captions draw one of them.
-WORDS: dict[str, tuple[str, ...]] = {
-    "circle": ("circle", "disc"), "square": ("square", "box"), "cross": ("cross", "plus"),
-    "small": ("small", "tiny"), "large": ("large", "big"),
-    "solid": ("solid", "plain"), "striped": ("striped",), "dotted": ("dotted", "spotted"),
-    "top left": ("top left", "upper left"), "top right": ("top right", "upper right"),
-    "bottom left": ("bottom left", "lower left"), "bottom right": ("bottom right", "lower right"),
-}  # fmt: skip
-FORMS = (
-    "a {size} {texture} {colour} {shape} in the {place} on a {background} background",
-    "a {background} picture with a {size} {colour} {texture} {shape} at the {place}",
-    "in the {place} there is a {texture} {colour} {shape} that is {size} on {background}",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +89,13 @@ HELD_OUT = frozenset(
 )
 
 
-def kinds(held_out: bool) -> list[tuple[int, int, int]]:
+ALL_KINDS = tuple(itertools.product(range(len(SHAPES)), range(len(COLOURS)), range(len(TEXTURES))))
+
+
+@functools.cache
+def kinds(held_out: bool) -> tuple[tuple[int, int, int], ...]:
     """Every (shape, colour, texture) that is, or is not, held out."""
-    triples = itertools.product(range(len(SHAPES)), range(len(COLOURS)), range(len(TEXTURES)))
-    return [triple for triple in triples if (triple in HELD_OUT) == held_out]
+    return tuple(triple for triple in ALL_KINDS if (triple in HELD_OUT) == held_out)
 
 
 def all_scenes(held_out: bool) -> Iterator[Scene]:
@@ -117,30 +107,29 @@ def all_scenes(held_out: bool) -> Iterator[Scene]:
 
 
 def draw_scene(random: np.random.Generator, held_out: bool = False, count: int = 1) -> Scene:
-    """A scene of ``count`` objects drawn uniformly; every object's kind is of the split."""
-    choice = kinds(held_out)
-    objects = []
-    for place in sorted(random.choice(len(PLACES), count, replace=False)):
-        shape, colour, texture = choice[random.integers(len(choice))]
-        objects.append(Object(shape, colour, int(random.integers(len(SIZES))), texture, int(place)))
-    return Scene(int(random.integers(len(BACKGROUNDS))), tuple(objects))
+    """A scene of ``count`` objects drawn uniformly.
+
+    In a training scene no object is of a held-out kind; in a held-out one at least one is, and the
+    others are of any kind.
+    """
+    chosen = [_draw(random, kinds(held_out))]
+    chosen += [_draw(random, ALL_KINDS if held_out else kinds(False)) for _ in range(count - 1)]
+    places = random.choice(len(PLACES), count, replace=False)
+    objects = [
+        Object(shape, colour, int(random.integers(len(SIZES))), texture, int(place))
+        for place, (shape, colour, texture) in zip(places, chosen, strict=True)
+    ]
+    return make_scene(int(random.integers(len(BACKGROUNDS))), objects)
 
 
-def caption(scene: Scene, random: np.random.Generator) -> str:
-    """One of the wordings of a one-object scene, lower case, no punctuation (as CC3M is cleaned)."""
-    if len(scene.objects) != 1:
-        raise ValueError(f"captions are written for one object, the scene has {len(scene.objects)}")
-    (item,) = scene.objects
+def _draw(random: np.random.Generator, choice: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    return choice[random.integers(len(choice))]
 
-    def word(name: str) -> str:
-        choices = WORDS.get(name, (name,))
-        return choices[random.integers(len(choices))]
 
-    return FORMS[random.integers(len(FORMS))].format(
-        shape=word(SHAPES[item.shape]),
-        colour=COLOURS[item.colour],
-        size=word(SIZES[item.size]),
-        texture=word(TEXTURES[item.texture]),
-        place=word(PLACES[item.place]),
-        background=BACKGROUNDS[scene.background],
-    )
+def make_scene(background: int, objects: Iterable[Object]) -> Scene:
+    """A scene of objects in any order.
+
+    Raises:
+      ValueError: two of them are in one place.
+    """
+    return Scene(background, tuple(sorted(objects, key=lambda item: item.place)))

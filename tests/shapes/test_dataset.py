@@ -1,4 +1,4 @@
-"""Scenes on disk are CC3M files like any other."""
+"""Scenes, stories and dialogues on disk are CC3M, VIST and MMDialog files like any other."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.sources import Cc3mSource
-from minigpt5_jax.shapes.dataset import draw_pairs, read_scenes, write_pairs
+from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
+from minigpt5_jax.shapes.dataset import (
+    SPLITS,
+    draw_pairs,
+    read_scenes,
+    read_truth,
+    scenes_of_pictures,
+    write_dialogs,
+    write_pairs,
+    write_stories,
+)
 from minigpt5_jax.shapes.oracle import right
 
 
-@pytest.fixture(scope="module", params=["train", "held_out"])
+@pytest.fixture(scope="module", params=[(split, most) for split in SPLITS for most in (1, 3)], ids=str)
 def written(tmp_path_factory, request):
-    folder = tmp_path_factory.mktemp("pairs")
-    return request.param, folder, write_pairs(folder, request.param, 40, seed=3)
+    (split, most), folder = request.param, tmp_path_factory.mktemp("pairs")
+    return split, folder, write_pairs(folder, split, 40, seed=3, max_objects=most)
 
 
 def test_the_cc3m_reader_reads_them(written):
@@ -31,16 +40,94 @@ def test_splits_hold_only_their_own_scenes(written):
     assert {scene.held_out for scene in read_scenes(folder, split)} == {split == "held_out"}
 
 
-def test_the_same_call_leaves_the_files_alone(written):
-    split, folder, table = written
-    before = table.stat().st_mtime_ns
-    assert write_pairs(folder, split, 40, seed=3) == table
-    assert table.stat().st_mtime_ns == before
+WRITERS = {"pairs": write_pairs, "stories": write_stories, "dialogs": write_dialogs}
 
 
-def test_another_seed_gives_another_table(written, tmp_path):
-    split, _, table = written
-    assert write_pairs(tmp_path, split, 40, seed=4).read_text() != table.read_text()
+@pytest.fixture(params=WRITERS)
+def write(request):
+    return WRITERS[request.param]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_call_leaves_the_files_alone(write, tmp_path):
+    table = write(tmp_path, "train", 5, seed=3)
+    before = {path: path.stat().st_mtime_ns for path in (table, *tmp_path.rglob("*.[pj][np]g"))}
+    assert len(before) > 5
+    assert write(tmp_path, "train", 5, seed=3) == table
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_stopped_call_goes_on_with_the_same_files(write, tmp_path):
+    table = write(tmp_path / "a", "train", 5, seed=3)
+    whole = files_of(tmp_path / "a")
+    pictures = sorted(tmp_path.rglob("*.[pj][np]g"))
+    table.unlink()
+    pictures[1].unlink()
+    kept = pictures[0].stat().st_mtime_ns
+    write(tmp_path / "a", "train", 5, seed=3)
+    assert files_of(tmp_path / "a") == whole
+    assert pictures[0].stat().st_mtime_ns == kept
+
+
+def test_more_of_the_same_keeps_what_is_there(write, tmp_path):
+    write(tmp_path, "held_out", 4, seed=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.[pj][np]g")}
+    write(tmp_path, "held_out", 6, seed=1)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*.[pj][np]g")}
+    assert before.items() < after.items()
+
+
+def test_pictures_of_another_seed_are_not_taken_for_ours(tmp_path):
+    for seed in (1, 2):
+        write_stories(tmp_path, "train", 3, seed=seed)
+    fresh = write_stories(tmp_path / "fresh", "train", 3, seed=2)
+    ours = scenes_of_pictures(tmp_path, "train", "stories")
+    pictures = np.stack([np.asarray(Image.open(path)) for path in ours])
+    assert right(pictures, list(ours.values())).all()
+    assert (tmp_path / fresh.name).read_bytes() == fresh.read_bytes()
+
+
+def look_at(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_vist_reader_reads_stories(split, tmp_path):
+    source = VistSource(write_stories(tmp_path, split, 6, seed=2))
+    truth, scenes = read_truth(tmp_path, split, "stories"), scenes_of_pictures(tmp_path, split, "stories")
+    assert len(source) == 6 * 13 and "unusable" not in source.describe()
+    for example in (source[i] for i in range(len(source))):
+        story, step = example.item_id.split("-")[0].split("_")
+        told = truth[int(story)]["steps"][int(step)]
+        assert told["text"] in example.source + example.target
+        pictures = [*example.images, *([example.target_image] if example.target_image else [])]
+        assert right(np.stack([look_at(p) for p in pictures]), [scenes[str(p)] for p in pictures]).all()
+        if example.target_image:
+            assert scenes[str(example.target_image)].to_json() == told["scene"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_mmdialog_reader_reads_dialogues(split, tmp_path):
+    path = write_dialogs(tmp_path, split, 20, seed=2)
+    source = MMDialogSource(path, count_tokens=lambda text: len(text.replace(",", " ,").split()) + 2)
+    truth, scenes = read_truth(tmp_path, split, "dialogs"), scenes_of_pictures(tmp_path, split, "dialogs")
+    assert len(source) == sum(len(dialog["turns"]) - 1 for dialog in truth)
+    assert not source.counts
+    for example in (source[i] for i in range(len(source))):
+        dialog, turn = example.item_id.split("-")[0].split("_")
+        told = truth[int(dialog)]["turns"][int(turn)]
+        assert (example.target_image is not None) == told["wants_picture"]
+        pictures = [*example.images, *([example.target_image] if example.target_image else [])]
+        if pictures:
+            assert right(np.stack([look_at(p) for p in pictures]), [scenes[str(p)] for p in pictures]).all()
+
+
+def test_another_seed_gives_another_table(write, tmp_path):
+    one, other = (write(tmp_path / str(seed), "train", 5, seed=seed) for seed in (3, 4))
+    assert one.read_text() != other.read_text()
 
 
 def test_every_scene_comes_once_before_any_comes_twice():
@@ -55,9 +142,9 @@ def test_one_picture_serves_all_captions_of_its_scene(tmp_path):
 
 
 @pytest.mark.parametrize("split, count, message", [("test", 1, "unknown split"), ("train", 0, "count=0")])
-def test_what_cannot_be_drawn_is_refused(tmp_path, split, count, message):
+def test_what_cannot_be_drawn_is_refused(write, tmp_path, split, count, message):
     with pytest.raises(ValueError, match=message):
-        write_pairs(tmp_path, split, count, seed=0)
+        write(tmp_path, split, count, seed=0)
 
 
 def test_scenes_of_foreign_tables_are_missed_by_name(tmp_path):
