@@ -15,23 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
-from minigpt5_jax.build import caption_tokenizer
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.sources import Cc3mSource
-from minigpt5_jax.diffusion.samplers import make_sampler
-from minigpt5_jax.generate import make_session
-from minigpt5_jax.inference.images import initial_latents, sample_pictures
 from minigpt5_jax.inference.page import Entry, write_page
-from minigpt5_jax.inference.session import Prompt
-from minigpt5_jax.restore import Run, load_run
+from minigpt5_jax.restore import load_run
 from minigpt5_jax.shapes.dataset import read_scenes
-from minigpt5_jax.shapes.oracle import score
+from minigpt5_jax.shapes.judge_pairs import native_pictures, shares, voken_pictures
 from minigpt5_jax.train import USER_ERRORS, make_loop
 
 PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.")
@@ -40,50 +33,11 @@ SHOWN = 12  # pictures on the page
 LOSSES = ("loss", "text", "image", "caption")
 
 
-def native_pictures(run: Run, captions: list[str], keys: jax.Array) -> np.ndarray:
-    """Pictures by the generator's own text encoder: what the frozen UNet can do at best."""
-    inference = run.config.inference
-    ids, mask = caption_tokenizer(run.config, run.spec.towers).encode(captions)
-    sampler = make_sampler(inference.sampler, run.spec.towers.schedule, inference.num_inference_steps)
-
-    @jax.jit
-    def draw(params, ids, mask, keys):
-        generator = run.spec.template.bind(params).generator
-        return sample_pictures(
-            generator,
-            sampler,
-            generator.caption_features(ids, mask),
-            generator.empty_caption_features()[None],
-            initial_latents(keys, generator.latent_shape),
-            inference.guidance_scale,
-        )
-
-    return np.asarray(draw(run.params, ids, mask, keys))
-
-
-def voken_pictures(run: Run, captions: list[str]) -> list[np.ndarray | None]:
-    """What the whole model draws when it reads a caption; None where it wrote no picture."""
-    session = make_session(run, batch_size=len(captions))
-    answers = session.generate([Prompt(text, (), seed) for seed, text in enumerate(captions)])
-    drawn = [[part for part in answer.parts if not isinstance(part, str)] for answer in answers]
-    return [parts[0] if parts else None for parts in drawn]
-
-
 def curve(workdir: Path) -> dict[str, list[float]]:
     """Loss name -> [first, last] of the lines that training wrote."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     return {name: [lines[0][name], lines[-1][name]] for name in LOSSES if name in lines[0]}
-
-
-def shares(pictures: list[np.ndarray | None], scenes: list) -> dict[str, float]:
-    """The oracle's shares; a missing picture is wrong in everything."""
-    there = [i for i, picture in enumerate(pictures) if picture is not None]
-    if not there:
-        return {"all": 0.0, "drawn": 0.0}
-    found = score(np.stack([pictures[i] for i in there]), [scenes[i] for i in there])
-    part = len(there) / len(pictures)
-    return {**{name: value * part for name, value in found.items()}, "drawn": part}
 
 
 def table(ours: dict[str, float], native: dict[str, float]) -> str:
@@ -124,9 +78,8 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     data = workdir / "data"
     source = Cc3mSource(data / "shapes_held_out.tsv", training=False, num_vokens=run.tokenizer.num_vokens)
     captions, scenes = [source[i].source for i in range(count)], read_scenes(data, "held_out")[:count]
-    native = native_pictures(run, captions, jax.random.split(jax.random.key(1), count))
     drawn = voken_pictures(run, captions)
-    ours, ceiling = shares(drawn, scenes), score(native, scenes)
+    ours, ceiling = shares(drawn, scenes), shares(native_pictures(run, captions), scenes)
     print(table(ours, ceiling))
     entries = [
         Entry([captions[i]], [picture] if picture is not None else ["(no picture)"], seed=i)
