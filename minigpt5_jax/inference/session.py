@@ -147,8 +147,11 @@ class Session:
         self._write = jax.jit(self._write_rows)
         self._draw = jax.jit(self._draw_pictures)
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+    def generate(self, prompts: Sequence[Prompt], *, pictures: bool = True) -> list[Generation]:
         """An answer to each prompt.  All of them are checked before anything is compiled.
+
+        Args:
+          pictures: False samples none: one that is begun leaves ``[IMG0]`` in ``token_ids`` and no part.
 
         Raises:
           DataError: an empty prompt, vokens in it, pictures that do not fit its placeholders or that
@@ -156,13 +159,14 @@ class Session:
         """
         rows = [self._read(number, prompt) for number, prompt in enumerate(prompts)]
         answers = [answer for some in self._batches(rows) for answer in self._answer(some)]
+        answers = answers if pictures else [(ids, []) for ids, _ in answers]
         wanted = [
             (states, row.prompt.seed, number)
-            for row, (_, drawn) in zip(rows, answers)
-            for number, states in enumerate(drawn)
+            for row, (_, begun) in zip(rows, answers)
+            for number, states in enumerate(begun)
         ]
-        pictures = iter(self.draw(*map(list, zip(*wanted))) if wanted else ())
-        return [self._assemble(row, ids, len(drawn), pictures) for row, (ids, drawn) in zip(rows, answers)]
+        drawn = iter(self.draw(*map(list, zip(*wanted))) if wanted else ())
+        return [self._assemble(row, ids, len(begun), drawn) for row, (ids, begun) in zip(rows, answers)]
 
     def draw(
         self, vokens: Sequence[np.ndarray], seeds: Sequence[int], numbers: Sequence[int]
@@ -198,9 +202,7 @@ class Session:
 
     def _draw_pictures(self, params, vokens, seeds, numbers) -> jax.Array:
         model = self._template.bind(params)
-        negative = model.unconditional()
-        if self._negative == "empty_prompt":
-            negative = model.generator.empty_prompt_features()[None]
+        negative = negative_condition(model, self._negative)
         keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
         latents = initial_latents(keys, model.generator.latent_shape)
         condition = model.condition(vokens)

@@ -156,6 +156,16 @@ def test_an_answer_is_a_function_of_prompt_and_seed(session):
     assert compiled(session) == (1, 1), "prompts of one bucket share the programs"
 
 
+def test_answers_without_their_pictures_sample_none(make):
+    session, prompt = make(), Prompt("a red lighthouse", seed=3)
+    whole, written = session.generate([prompt])[0], session.generate([prompt], pictures=False)[0]
+    assert written.token_ids == whole.token_ids and IMG0 in written.token_ids
+    assert written.pictures == () and written.text == whole.text and len(whole.pictures) == 1
+    alone = make()
+    alone.generate([prompt], pictures=False)
+    assert compiled(alone) == (1, 0)
+
+
 def test_parts_are_in_the_order_they_were_written(session, tokenizer):
     row = session._read(0, Prompt("a dog"))
     first, second = np.zeros((2, 2, 3), np.uint8), np.ones((2, 2, 3), np.uint8)
