@@ -10,7 +10,6 @@ weights nor data.
 from __future__ import annotations
 
 import collections
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import Source
 from minigpt5_jax.diffusion.samplers import Sampler, make_sampler
 from minigpt5_jax.features import open_features
-from minigpt5_jax.inference.images import make_batch_sampler
-from minigpt5_jax.inference.page import draw_grid
 from minigpt5_jax.inputs import data_identity, open_loader, open_sources, placer
 from minigpt5_jax.restore import as_now, inherit
 from minigpt5_jax.training.checkpoint import Checkpoints
@@ -60,8 +57,8 @@ from minigpt5_jax.training.sharding import (
 )
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
-from minigpt5_jax.training.validation import Validator, make_validation_step
 from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.watch import watchers
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 
@@ -242,7 +239,7 @@ def make_loop(config: ConfigDict) -> Loop:
         donate_argnums=0,
         out_shardings=(places, None),
     )
-    validate, grid = watchers(config, spec, held_out, frozen, placer(mesh, 1), sampler)
+    validate, grid = watchers(config, spec, held_out, frozen, mesh, sampler)
     return Loop(
         state, frozen, step, DevicePrefetch(loader, place), metrics, checkpoints, meta, first_step, steps,
         config.run.eval_every, config.run.save_every, config.run.grid_every, validate, grid,
@@ -256,33 +253,6 @@ def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:
         return make_sampler(
             config.inference.sampler, spec.towers.schedule, config.inference.num_inference_steps
         )
-
-
-def watchers(
-    config: ConfigDict, spec: ModelSpec, held_out: Source | None, frozen: Any, place: Any, sampler: Sampler
-):
-    """(validation, picture grid) over held-out samples; None for what cannot be.
-
-    There is no grid without held-out pictures, nor with several processes (the batch's pictures are
-    spread over them); the validation's numbers are global.
-    """
-    if held_out is None:
-        return None, None
-    loader = open_loader(config, spec, held_out, training=False)
-    local = list(itertools.islice(loader, config.run.eval_batches))
-    loader.close()
-    batches = [place(batch) for batch in local]
-    validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
-    shown = np.flatnonzero(local[0].item_mask)[: config.run.grid_pictures]
-    sample = jax.jit(make_batch_sampler(spec.template, sampler, config.inference.guidance_scale))
-
-    def grid(trainable: Any) -> np.ndarray:
-        keys = jax.random.split(jax.random.key(config.run.seed), batches[0].item_id.shape[0])
-        pictures = np.asarray(sample({**frozen, **trainable}, batches[0], keys))
-        return draw_grid(np.concatenate([local[0].target[shown], pictures[shown]]), columns=len(shown))
-
-    drawable = len(shown) and jax.process_count() == 1
-    return lambda trainable: validator(trainable, frozen), grid if drawable else None
 
 
 def main(config: ConfigDict) -> None:
