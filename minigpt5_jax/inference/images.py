@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.diffusion.samplers import Denoise, Sampler, guided
+from minigpt5_jax.minigpt5 import MiniGPT5
 from minigpt5_jax.models.common import Params, Template
 from minigpt5_jax.parts.generators.stable_diffusion import StableDiffusion
 
@@ -47,8 +48,15 @@ def sample_pictures(
     return generator.decode(sampler.sample(denoise, latents))
 
 
+def negative_condition(model: MiniGPT5, cfg_negative: str) -> Float[Array, "1 q c"]:
+    """What pictures are guided away from: T(0), or the empty prompt (``CFG_NEGATIVES``, Q38)."""
+    if cfg_negative == "empty_prompt":
+        return model.generator.empty_prompt_features()[None]
+    return model.unconditional()
+
+
 def make_batch_sampler(
-    template: Template, sampler: Sampler, guidance_scale: float
+    template: Template, sampler: Sampler, guidance_scale: float, cfg_negative: str = "voken_zero"
 ) -> Callable[[Params, Batch, jax.Array], jax.Array]:
     """``f(params, batch, keys[m]) -> u8[m H W 3]``: pictures of a batch whose vokens are already written.
 
@@ -62,7 +70,8 @@ def make_batch_sampler(
         condition = model.condition(model.voken_states(hidden, batch.voken_row, batch.voken_start))
         latents = initial_latents(keys, model.generator.latent_shape)
         return sample_pictures(
-            model.generator, sampler, condition, model.unconditional(), latents, guidance_scale
-        )
+            model.generator, sampler, condition, negative_condition(model, cfg_negative), latents,
+            guidance_scale,
+        )  # fmt: skip
 
     return sample

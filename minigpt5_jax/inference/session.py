@@ -16,7 +16,7 @@ from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LlamaToken
 from minigpt5_jax.data.transforms import Picture, prepare_picture
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.decode import DecodeResult, decode
-from minigpt5_jax.inference.images import initial_latents, sample_pictures
+from minigpt5_jax.inference.images import initial_latents, negative_condition, sample_pictures
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.models.common import Template
 
