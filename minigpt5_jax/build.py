@@ -28,11 +28,11 @@ from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVitConfig
 from minigpt5_jax.models.llama import VICUNA_7B, LlamaConfig, init_voken_rows
 from minigpt5_jax.models.lora import LoraConfig
-from minigpt5_jax.models.mapper import MapperConfig
 from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
+from minigpt5_jax.parts.base import MAPPERS, lookup
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
 from minigpt5_jax.weights.errors import WeightFileError
@@ -275,7 +275,7 @@ def build(config: ConfigDict) -> ModelSpec:
     empty = SD21_EMPTY_CAPTION
     if generator.text_encoder == "source":
         empty = tuple(int(i) for i in caption_tokenizer(config, towers).encode([""])[0][0])
-    width, queries = towers.text_encoder.hidden_size, towers.text_encoder.max_position_embeddings
+    width = towers.text_encoder.hidden_size
     if mapper.d_model != width:
         raise ConfigError(f"model.mapper.d_model={mapper.d_model}, the generator listens to width {width}")
     template = make_template(
@@ -290,13 +290,7 @@ def build(config: ConfigDict) -> ModelSpec:
         ),
         (
             mapper.name,
-            {
-                "config": MapperConfig(
-                    llm_hidden_size=towers.llm.hidden_size, num_queries=queries,
-                    **{key: value for key, value in mapper.items() if key != "name"},
-                ),
-                "dtype": dtypes["dtype"],
-            },
+            {"config": mapper_sizes(config, towers), "dtype": dtypes["dtype"]},
         ),
         (
             generator.name,
@@ -308,10 +302,20 @@ def build(config: ConfigDict) -> ModelSpec:
             },
         ),
     )  # fmt: skip
+    # A mapper may have no room for so many vokens: it says so here, not when the first step is compiled.
+    jax.eval_shape(lambda params: template.bind(params).unconditional(), template.shapes)
     labels = label_parameters(template.shapes, [tuple(rule) for rule in config.tuning.rules])
     if labels.get(TABLE_DECAY) == FROZEN:
         raise ConfigError(f"optimizer.decay_frozen_rows=True, but tuning.rules freeze {TABLE_DECAY}")
     return ModelSpec(towers, template, labels, step_options(config))
+
+
+def mapper_sizes(config: ConfigDict, towers: Towers) -> Any:
+    """Sizes of the chosen mapper, of its ``config_class``: its own keys, and the towers on either side."""
+    keys = {key: value for key, value in config.model.mapper.items() if key != "name"}
+    kind = lookup(MAPPERS, config.model.mapper.name, "mapper").config_class
+    queries = towers.text_encoder.max_position_embeddings
+    return kind(llm_hidden_size=towers.llm.hidden_size, num_queries=queries, **keys)
 
 
 def step_options(config: ConfigDict) -> StepOptions:

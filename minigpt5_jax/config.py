@@ -227,7 +227,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         yield "model.backbone.vit and model.backbone.qformer are 'none' together or not at all"
     if model.backbone.name == "minigpt4" and model.backbone.lora_rank and model.backbone.prefix_tokens:
         yield "model.backbone.lora_rank and prefix_tokens exclude each other; set one of them to 0"
-    if model.mapper.name == "encoder_decoder" and model.mapper.d_model % model.mapper.nhead:
+    if "nhead" in model.mapper and model.mapper.d_model % model.mapper.nhead:
         yield (
             f"model.mapper.d_model={model.mapper.d_model} does not divide into "
             f"model.mapper.nhead={model.mapper.nhead} heads"

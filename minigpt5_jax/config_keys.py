@@ -293,6 +293,12 @@ PARTS: dict[str, dict[str, dict[str, Key]]] = {
             "num_decoder_layers": Key(4, "layers over the learnt queries", low=1),
             "dim_feedforward": Key(4096, "width of the feed-forward layers", low=1),
         },
+        "decoder_only": {
+            "d_model": Key(1024, "width; that of the generator's condition", low=1),
+            "nhead": Key(8, "attention heads", low=1),
+            "num_layers": Key(8, "layers over the voken states; as many as the papers' mapper has", low=1),
+            "dim_feedforward": Key(4096, "width of the feed-forward layers", low=1),
+        },
     },
     "generator": {
         "stable_diffusion": {

@@ -22,13 +22,13 @@ from minigpt5_jax.build import (
     caption_tokenizer,
     find_sources,
     llm_tokenizer,
+    mapper_sizes,
     tower_sources,
 )
 from minigpt5_jax.config import ConfigError, weight_sources
 from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
 from minigpt5_jax.inference.session import stop_sequences
 from minigpt5_jax.models.lora import LoraConfig
-from minigpt5_jax.models.mapper import MapperConfig
 from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.restore import config_of, open_checkpoints, trained_parameters
 from minigpt5_jax.training.provenance import CheckpointError, Meta, differences, hash_leaves
@@ -81,15 +81,10 @@ def _shape(config: ConfigDict, spec: ModelSpec) -> dict[str, Any]:
         lora = LoraConfig(backbone.lora_rank, backbone.lora_alpha, backbone.lora_dropout)
     if backbone.prefix_tokens:
         prefix = PrefixConfig(backbone.prefix_tokens, backbone.prefix_hidden_size)
-    mapper = MapperConfig(
-        llm_hidden_size=towers.llm.hidden_size,
-        num_queries=towers.text_encoder.max_position_embeddings,
-        **{name: value for name, value in config.model.mapper.items() if name != "name"},
-    )
     return {
         "sizes": {
             "llm": towers.llm, "unet": towers.unet, "vae": towers.vae, "text_encoder": towers.text_encoder,
-            "mapper": mapper,
+            "mapper": mapper_sizes(config, towers),
         },
         "lora": lora,
         "prefix": prefix,

@@ -126,7 +126,7 @@ def test_choosing_a_variant_installs_its_whole_sub_tree(monkeypatch):
     config = apply_variant(get_config(), "mapper=other")
     assert config.model.mapper.to_dict() == {"name": "other", "width": 3}  # nothing of the former one
     assert validate(config).is_locked
-    with pytest.raises(ConfigError, match="unknown mapper 'gill'; known: encoder_decoder, other"):
+    with pytest.raises(ConfigError, match="unknown mapper 'gill'; known: .*decoder_only, other"):
         choose(config, "mapper", "gill")
     with pytest.raises(ConfigError, match="unknown part 'decoder'; known: backbone, mapper, generator"):
         apply_variant(config, "decoder=x")

@@ -30,9 +30,9 @@ from minigpt5_jax.models.common import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class MapperConfig:
-    """Hyper-parameters under the names of torch's ``nn.Transformer``; defaults are MiniGPT-5's.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Hyper-parameters of a mapper's layers under the names of torch's ``nn.Transformer``.
 
     Attributes:
       llm_hidden_size: width of the voken states.
@@ -45,8 +45,6 @@ class MapperConfig:
     llm_hidden_size: int = 4096
     d_model: int = 1024
     nhead: int = 8
-    num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
     dim_feedforward: int = 4096
     num_queries: int = 77
     layer_norm_eps: float = 1e-5
@@ -56,6 +54,14 @@ class MapperConfig:
             raise ValueError(f"d_model={self.d_model} does not divide into nhead={self.nhead}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapperConfig(LayerConfig):
+    """Hyper-parameters of the encoder-decoder; defaults are MiniGPT-5's."""
+
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+
+
 MINIGPT5_MAPPER = MapperConfig()
 """MiniGPT-5's mapper: 122,899,456 parameters (5,244,928 + 117,575,680 + 78,848)."""
 
@@ -63,7 +69,7 @@ MINIGPT5_MAPPER = MapperConfig()
 class MultiheadAttention(nnx.Module):
     """torch's ``nn.MultiheadAttention`` with the stacked in-projection kept as three kernels."""
 
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         width, heads = config.d_model, ("heads", config.nhead)
         self.num_heads = config.nhead
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -89,7 +95,7 @@ class MultiheadAttention(nnx.Module):
 class FeedForward(nnx.Module):
     """``linear2(relu(linear1(x)))``."""
 
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         width, hidden = config.d_model, config.dim_feedforward
         kwargs = dict(kernel_init=xavier_uniform, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.linear1 = Linear(
@@ -106,7 +112,7 @@ class FeedForward(nnx.Module):
 class EncoderLayer(nnx.Module):
     """``x += self_attn(norm1(x)); x += feed_forward(norm2(x))``."""
 
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm1 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
         self.self_attn = MultiheadAttention(config, **kwargs)
@@ -122,7 +128,7 @@ class EncoderLayer(nnx.Module):
 class DecoderLayer(nnx.Module):
     """``x += self_attn(norm1(x)); x += multihead_attn(norm2(x), memory); x += feed_forward(norm3(x))``."""
 
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.norm1 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
         self.self_attn = MultiheadAttention(config, **kwargs)
@@ -176,7 +182,7 @@ class Decoder(nnx.Module):
 class VokenMlp(nnx.Module):
     """Linear, exact GELU, Linear: from the language model's width to the transformer's."""
 
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         def linear(fan_in: int, axes):
             init = uniform_fan_in(fan_in)
             return Linear(fan_in, config.d_model, axes=axes, kernel_init=init, bias_init=init,
@@ -195,6 +201,8 @@ class FeatureMapper(nnx.Module):
     ``dtype`` is that of the matmuls; the residual streams, LayerNorms, softmax and the output are
     float32 (reference, section 1.13).  ``remat`` recomputes each layer in the backward pass.
     """
+
+    config_class = MapperConfig
 
     def __init__(
         self,

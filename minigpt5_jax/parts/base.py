@@ -46,7 +46,14 @@ class Backbone(Protocol):
 
 
 class Mapper(Protocol):
-    """Voken states [n m d] -> condition of the generator [n q c]."""
+    """Voken states [n m d] -> condition of the generator [n q c].
+
+    Attributes:
+      config_class: dataclass of its sizes: the keys of its variant in ``config_keys.PARTS``,
+        ``llm_hidden_size`` (d) and ``num_queries`` (q).
+    """
+
+    config_class: type
 
     def __call__(self, vokens: jax.Array) -> jax.Array: ...
 

@@ -1,3 +1,3 @@
 """Mappers: voken states -> condition."""
 
-from minigpt5_jax.parts.mappers import encoder_decoder  # noqa: F401
+from minigpt5_jax.parts.mappers import decoder_only, encoder_decoder  # noqa: F401

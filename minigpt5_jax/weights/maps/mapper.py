@@ -16,24 +16,32 @@ def _attention(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def _layers(half: str, attentions: tuple[str, ...], norms: int) -> tuple[Rule, ...]:
-    source, target = f"llm_to_t2i_mapping.{half}.layers.{{i}}", f"{half}/layers"
+def stack_rules(source: str, target: str, attentions: tuple[str, ...]) -> tuple[Rule, ...]:
+    """torch's ``nn.TransformerEncoder`` or ``Decoder`` at ``source`` <-> scanned layers and closing norm.
+
+    Args:
+      source, target: prefixes, with the dot or slash at their end.
+      attentions: names of a layer's attentions; a norm stands before each, one more before the feed-forward.
+    """
+    layer, block = f"{source}layers.{{i}}", f"{target}layers"
     rules: list[Rule] = []
     for name in attentions:
-        rules += _attention(f"{source}.{name}", f"{target}/{name}")
+        rules += _attention(f"{layer}.{name}", f"{block}/{name}")
     for name in ("linear1", "linear2"):
-        rules += linear_rules(f"{source}.{name}", f"{target}/feed_forward/{name}")
-    for k in range(1, norms + 1):
-        rules += norm_rules(f"{source}.norm{k}", f"{target}/norm{k}")
-    return (*rules, *norm_rules(f"llm_to_t2i_mapping.{half}.norm", f"{half}/norm"))
+        rules += linear_rules(f"{layer}.{name}", f"{block}/feed_forward/{name}")
+    for k in range(1, len(attentions) + 2):
+        rules += norm_rules(f"{layer}.norm{k}", f"{block}/norm{k}")
+    return (*rules, *norm_rules(f"{source}norm", f"{target}norm"))
 
+
+FC_RULES = (*linear_rules("fc.0", "fc/fc1"), *linear_rules("fc.2", "fc/fc2"))
+"""The MLP in front of the transformer."""
 
 TABLE = Table(
     (
-        *linear_rules("fc.0", "fc/fc1"),
-        *linear_rules("fc.2", "fc/fc2"),
+        *FC_RULES,
         Rule("t2i_decoder_prompt", "queries", UNBATCH),
-        *_layers("encoder", ("self_attn",), norms=2),
-        *_layers("decoder", ("self_attn", "multihead_attn"), norms=3),
+        *stack_rules("llm_to_t2i_mapping.encoder.", "encoder/", ("self_attn",)),
+        *stack_rules("llm_to_t2i_mapping.decoder.", "decoder/", ("self_attn", "multihead_attn")),
     )
 )
