@@ -20,6 +20,9 @@ STAGE1: tuple[tuple[str, str], ...] = (
 )
 """Stage 1 (reference 4.2): voken rows at the base rate, mapper, its MLP and queries at ten times it."""
 
+STAGE1_FIXED_QUERIES: tuple[tuple[str, str], ...] = ((r"mapper/queries", FROZEN), *STAGE1)
+"""Stage 1 with the mapper's queries as they were drawn (the papers' "fixed queries", reference 9.1)."""
+
 STAGE2_LORA: tuple[tuple[str, str], ...] = (
     (r"backbone/llm/((embed_tokens|lm_head)/voken|table_decay)", "llm"),
     (r"backbone/llm/.*/lora_[ab]", "llm"),
@@ -28,6 +31,11 @@ STAGE2_LORA: tuple[tuple[str, str], ...] = (
     (r".*", FROZEN),
 )
 """Stage 2 with LoRA: the mapper's MLP and queries are frozen (reference 4.2, 4.5)."""
+
+STAGE2_NO_STAGE1: tuple[tuple[str, str], ...] = tuple(
+    rule for rule in STAGE2_LORA if rule != (r"mapper/(fc|queries)(/.*)?", FROZEN)
+)
+"""Stage 2 with LoRA on a mapper that no stage 1 made: its MLP and queries train too (reference 9.1)."""
 
 STAGE2_PREFIX: tuple[tuple[str, str], ...] = (
     (r"backbone/llm/prefix_encoder/.*", "llm"),
