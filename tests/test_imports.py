@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "minigpt5_jax"
-SHIPPED = {f"weights/export/{name}.py" for name in ("torch_mapper", "torch_example")}
+SHIPPED = {
+    f"weights/export/{name}.py" for name in ("torch_mapper", "torch_decoder_only_mapper", "torch_example")
+}
 """PyTorch sources that an export copies beside the weights; nothing here imports them."""
 FILES = sorted(
     path for path in (ROOT / PACKAGE).rglob("*.py") if str(path.relative_to(ROOT / PACKAGE)) not in SHIPPED
