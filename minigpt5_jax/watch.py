@@ -95,7 +95,8 @@ def watchers(
     batches = [place(batch) for batch in itertools.islice(loader, config.run.eval_batches)]
     loader.close()
     validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
-    sample = make_batch_sampler(spec.template, sampler, config.inference.guidance_scale)
+    inference = config.inference
+    sample = make_batch_sampler(spec.template, sampler, inference.guidance_scale, inference.cfg_negative)
     drawn = HeldOutPictures(sample, batches, frozen, mesh, config.run.seed)
     judged = bool(len(drawn.targets)) and readable(config)
 
