@@ -1,0 +1,262 @@
+"""docs/results/shapes.md from the committed results: the same results give the same page, byte for byte."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.ablations import paper
+from benchmarks.ablations.compare import AGREEMENT, Compared, compare
+from benchmarks.ablations.plots import Curve, draw
+from benchmarks.ablations.results import (
+    CONTEXTS,
+    METRICS,
+    Estimate,
+    Result,
+    Results,
+    estimate,
+    read_results,
+)
+from benchmarks.ablations.rows import GUIDANCE, SCALES, VARIANTS, RowError
+
+Cell = str
+VOKENS = {"vokens_1": 1, "vokens_2": 2, "vokens_4": 4, "plain": 8, "vokens_16": 16}
+NOTES = """\
+`±` is the standard deviation over seeds where a row has several. Of one seed it is the standard error of its
+counts, which knows nothing of how much another seed would differ. Comparisons take two standard errors of the
+difference: **agrees**, our difference has the sign of the paper's and is larger than that (or both are none);
+**does not agree**, it is larger and has another sign; **within noise**, it is smaller. Rows are judged on the
+same captions and stories, which is not used: the errors are on the safe side. The verdicts are computed.
+
+The paper measures CLIP-I, CLIP-T, IS and FID on photographs. Here the oracle reads the pictures, and shares
+that are right stand beside CLIP-I's ordering; "mean" is over 1, 2 and 3 objects, "attributes" over
+background, shape, colour, size, texture and place. Caption error (MSE) and image loss (at fixed noise) are
+those of the last validation, by teacher forcing."""
+
+
+def shown(value: Estimate | None, digits: int = 3) -> Cell:
+    """``0.912 ± 0.014``; a dash for what is not there."""
+    if value is None:
+        return "–"
+    spread = "" if value.spread is None else f" ± {value.spread:.{digits}f}"
+    return f"{value.value:.{digits}f}{spread}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(results: Results, variant: str, metrics: Sequence[str]) -> list[Cell]:
+    """A row's numbers, with how many seeds and steps; "not run" where there is none."""
+    found = results.get(variant, [])
+    if not found:
+        return ["not run", *["–"] * (len(metrics) + 1)]
+    trained = found[0]["training"]
+    counts = [str(len(found)), str(trained["step"]) if trained else "–"]
+    return [*counts, *(shown(estimate(found, METRICS[metric])) for metric in metrics)]
+
+
+def verdicts(results: Results, claims: Sequence[paper.Claim], tally: collections.Counter) -> str:
+    """The table of comparisons; counts the verdicts."""
+    rows = []
+    for claim in claims:
+        compared: Compared = compare(results, claim)
+        tally[compared.verdict] += 1
+        expected = {1: "better", 0: "the same", -1: "worse"}[claim.expected]
+        theirs = f"{expected} ({claim.paper})"
+        rows.append([claim.text, compared.difference, theirs, f"**{compared.verdict}**"])
+    return table(("comparison", "ours ± standard error", "paper", "verdict"), rows)
+
+
+PAIR_HEAD = ("row", "seeds", "steps", "1 object", "2", "3", "mean", "attributes", "[IMG0] emitted",
+             "caption error", "image loss")  # fmt: skip
+PAIR_METRICS = ("all 1", "all 2", "all 3", "all", "attributes", "emission", "caption", "image")
+
+
+def pair_section(results: Results, rows: dict[str, tuple[float, ...]], name: str, tally) -> str:
+    """Table 5 or 7 with ours beside."""
+    lines = [
+        [paper.LABELS[v], *cells(results, v, PAIR_METRICS), *(f"{number:.2f}" for number in rows[v])]
+        for v in rows
+    ]
+    head = (*PAIR_HEAD, *(f"{metric} ({name})" for metric in paper.CC3M))
+    claims = paper.orderings(rows, "all", name)
+    return f"{table(head, lines)}\n\n{verdicts(results, claims, tally)}"
+
+
+def native_line(results: Results) -> str:
+    """The ceiling, measured with the plain run."""
+    found = results.get("plain", [])
+    numbers = [shown(estimate(found, METRICS[f"native {n}"])) for n in (1, 2, 3)]
+    return (
+        "Native ceiling (the UNet driven by its own text encoder, same captions; nothing of it is trained "
+        f"here), all right: 1 object {numbers[0]}, 2 objects {numbers[1]}, 3 objects {numbers[2]}."
+    )
+
+
+def sweep(
+    results: Results, points: dict[str, float], metrics: dict[str, str]
+) -> tuple[list[Curve], list[float]]:
+    """Curves (label -> metric) over the rows that were run, and their places on the axis."""
+    there = {variant: x for variant, x in points.items() if results.get(variant)}
+    curves = []
+    for label, metric in metrics.items():
+        values = [(x, estimate(results[v], METRICS[metric])) for v, x in there.items()]
+        kept = [(x, value) for x, value in values if value is not None]
+        style = "--" if metric == "native" else ("s:" if metric == "attributes" else "o-")
+        curves += [Curve(label, kept, style)] if kept else []
+    return curves, list(there.values())
+
+
+FIGURE_METRICS = {
+    "1 object, all right": "all 1", "2 objects": "all 2", "3 objects": "all 3", "attributes": "attributes",
+}  # fmt: skip
+
+
+def figure(results: Results, points: dict[str, float], axis: str, path: Path, link: str, **options) -> str:
+    """Draw a sweep; its Markdown, or that there is nothing to draw (an old file goes then)."""
+    metrics = dict(FIGURE_METRICS)
+    if "native" in options:
+        metrics[options.pop("native")] = "native"
+    curves, ticks = sweep(results, points, metrics)
+    if len(ticks) < 2:
+        path.unlink(missing_ok=True)
+        return "No plot: fewer than two of these rows were run."
+    draw(path, curves, axis, ticks, **options)
+    return f"![{axis}: share right, bars are two standard errors]({link})"
+
+
+def guidance_section(results: Results, folder: Path, tally) -> str:
+    """Figure 5."""
+    metrics = ("all 1", "all 2", "all 3", "all", "attributes", "native")
+    rows = [[f"{scale:g}", *cells(results, v, metrics)] for v, scale in GUIDANCE.items()]
+    rows = [[row[0], row[1], *row[3:]] for row in rows]  # nothing was trained: no steps
+    head = ("guidance", "seeds", "1 object", "2", "3", "mean", "attributes", "native, mean")
+    plot = figure(
+        results, GUIDANCE, "guidance scale", folder / "guidance.png", f"{folder.name}/guidance.png",
+        native="native, mean of 1 to 3",
+    )  # fmt: skip
+    return f"{plot}\n\n{table(head, rows)}\n\n{verdicts(results, paper.GUIDANCE_CLAIMS, tally)}"
+
+
+def voken_section(results: Results, folder: Path, tally) -> str:
+    """Figure 6."""
+    rows = [[str(count), *cells(results, v, PAIR_METRICS)] for v, count in VOKENS.items()]
+    plot = figure(
+        results, VOKENS, "number of vokens", folder / "vokens.png", f"{folder.name}/vokens.png", log=True
+    )
+    head = ("vokens", *PAIR_HEAD[1:])
+    return f"{plot}\n\n{table(head, rows)}\n\n{verdicts(results, paper.VOKEN_CLAIMS, tally)}"
+
+
+CONTEXT_NOTE = """\
+The picture of a story's last step, drawn with nothing before it but its own narration (none), the earlier
+narrations (text), pictures (image) or both. "attributes": all attributes of all objects and the background,
+compared with the paper's ordering; "pictures only": those that no text tells, "texture" among them."""
+
+
+def context_section(results: Results, folder: Path, tally) -> str:
+    """Table 6."""
+    rows = []
+    for variant, numbers in paper.TABLE6.items():
+        for what in ("attributes", "pictures only", "texture"):
+            names = [f"{what}, {context}" for context in CONTEXTS]
+            guess = METRICS.get(f"chance, {what}")
+            chance = shown(guess and estimate(results.get(variant, []), guess))
+            rows.append([paper.LABELS[variant], what, *cells(results, variant, names), chance])
+        theirs = [f"{number:.2f}" for number in numbers]
+        rows.append([paper.LABELS[variant], "CLIP-I (Table 6)", "–", "–", *theirs, "–"])
+    claims = paper.context_claims(paper.TABLE6, "attributes, {}")
+    head = ("row", "what", "seeds", "steps", *CONTEXTS, "chance")
+    return f"{CONTEXT_NOTE}\n\n{table(head, rows)}\n\n{verdicts(results, claims, tally)}"
+
+
+def story_section(results: Results, folder: Path, tally) -> str:
+    """LoRA, prefix, without stage 1: Tables 1 and 2."""
+    metrics = ("attributes, image+text", "all right, image+text", "narration, multimodal",
+               "narration, understanding")  # fmt: skip
+    rows = []
+    for variant in ("zero_shot", "lora", "prefix", "no_stage1"):
+        beside = [f"{n:.2f}" for n in paper.STEPS.get(variant, ())] or ["–", "–"]
+        rows.append([paper.LABELS[variant], *cells(results, variant, metrics), *beside])
+    head = ("row", "seeds", "steps", "attributes", "all right", "ROUGE-L (multimodal)",
+            "ROUGE-L (understanding)", "CLIP-I (Table 1)", "FID (Table 1)")  # fmt: skip
+    narration = [
+        [name, *(f"{number:.4f}" for number in numbers)] for name, numbers in paper.NARRATION.items()
+    ]
+    words = table(("Table 2 (no rows of ours to compare)", "S-BERT", "ROUGE-L", "METEOR"), narration)
+    claims = paper.orderings(paper.STEPS, metrics[0], "Table 1")
+    return f"{table(head, rows)}\n\n{verdicts(results, claims, tally)}\n\n{words}"
+
+
+SECTIONS: dict[str, Callable[[Results, Path, collections.Counter], str]] = {
+    "Training (Table 5)": lambda r, _, t: (
+        f"{pair_section(r, paper.TABLE5, 'Table 5', t)}\n\n{native_line(r)}"
+    ),
+    "Mapper (Table 7)": lambda r, _, t: pair_section(r, paper.TABLE7, "Table 7", t),
+    "Number of vokens (Figure 6)": voken_section,
+    "Guidance (Figure 5)": guidance_section,
+    "Context (Table 6)": context_section,
+    "Stage 2 (Tables 1 and 2)": story_section,
+}
+
+
+def runs_section(results: Results) -> str:
+    """Every result: what made it."""
+    lines: list[list[Cell]] = []
+    for variant in VARIANTS:
+        for result in results.get(variant, []):
+            seconds = result["seconds"]
+            minutes = [f"{seconds[name] / 60:.1f}" for name in ("training", "judging")]
+            judged = result["settings"]["judge"]
+            count = f"{judged['pairs']} captions x 3" if "pairs" in judged else f"{judged['stories']} stories"
+            name = f"{variant}, seed {result['seed']}"
+            steps = str(result["training"]["step"]) if result["training"] else "–"
+            lines.append([name, steps, *minutes, count, result["git_revision"][:12]])
+    head = ("row", "steps", "minutes of training", "of judging", "judged on", "revision")
+    return table(head, lines)
+
+
+def summary(results: Results, tally: collections.Counter) -> str:
+    """How much was run, on what, and how often it agrees."""
+    every: list[Result] = [result for found in results.values() for result in found]
+    seeds = sorted({result["seed"] for result in every})
+    missing = [variant for variant in VARIANTS if variant not in results]
+    counts = ", ".join(f"{tally[name]} {name}" for name in AGREEMENT if tally[name])
+    lines = [
+        f"- Results: {len(every)}, of {len(results)} of {len(VARIANTS)} rows; seeds: "
+        f"{', '.join(map(str, seeds))}, {len(seeds)} in all (each table says how many a row has).",
+        f"- Not run: {', '.join(missing) if missing else 'nothing'}.",
+        f"- Machine: {'; '.join(sorted({result['machine'] for result in every}))}.",
+        f"- Comparisons with the paper: {counts or 'none'}.",
+    ]
+    return "\n".join(lines)
+
+
+def write_page(folder: Path) -> Path:
+    """Read the results in ``folder`` and write the page beside it, plots into it.
+
+    Raises:
+      RowError: there are no results, or they cannot be read together.
+    """
+    scales = read_results(folder)
+    if not scales:
+        raise RowError(f"no results in {folder}; run python -m benchmarks.ablations first")
+    parts = [
+        "# The paper's ablations in the small world",
+        "Written by `python -m benchmarks.ablations` from the JSON files in "
+        f"[{folder.name}/]({folder.name}/); `--page_only` writes it again.",
+    ]
+    for scale in SCALES:
+        if results := scales.get(scale):
+            tally: collections.Counter = collections.Counter()
+            sections = [f"## {name}\n\n{make(results, folder, tally)}" for name, make in SECTIONS.items()]
+            parts += [summary(results, tally), NOTES, *sections, f"## Runs\n\n{runs_section(results)}"]
+    if scales.keys() <= {"small"}:
+        parts.append("A larger scale (128 pixels, wider towers, on an H200) was not run.")
+    path = folder.with_suffix(".md")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
