@@ -18,6 +18,7 @@ from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.minigpt5 import make_template
 from minigpt5_jax.models.clip_text import ClipTextConfig
 from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.decoder_only_mapper import DecoderOnlyMapperConfig
 from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.models.llama import LlamaConfig
 from minigpt5_jax.models.mapper import MapperConfig
@@ -27,7 +28,12 @@ from minigpt5_jax.models.vae import VaeConfig
 ORACLE = Path(__file__).parent / "oracle"
 
 
-def make_tiny_template(vocab_size: int = 64, caption_vocab_size: int = 64) -> Template:
+def make_tiny_template(
+    vocab_size: int = 64,
+    caption_vocab_size: int = 64,
+    num_vokens: int = 8,
+    mapper: str = "encoder_decoder",
+) -> Template:
     """Composite small enough for any test; 8 heads and widths that divide over 8 devices."""
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
@@ -50,13 +56,14 @@ def make_tiny_template(vocab_size: int = 64, caption_vocab_size: int = 64) -> Te
         | {"block_out_channels": [8, 8], "layers_per_block": 1,
            "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     )  # fmt: skip
-    mapper = MapperConfig(
-        llm_hidden_size=32, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1,
-        dim_feedforward=64, num_queries=12,
-    )  # fmt: skip
+    sizes = {"llm_hidden_size": 32, "d_model": 32, "nhead": 4, "dim_feedforward": 64, "num_queries": 12}
+    mappers = {
+        "encoder_decoder": MapperConfig(num_encoder_layers=1, num_decoder_layers=1, **sizes),
+        "decoder_only": DecoderOnlyMapperConfig(num_layers=2, **sizes),
+    }
     return make_template(
-        ("minigpt4", {"llm": llm, "num_vokens": 8}),
-        ("encoder_decoder", {"config": mapper}),
+        ("minigpt4", {"llm": llm, "num_vokens": num_vokens}),
+        (mapper, {"config": mappers[mapper]}),
         ("stable_diffusion",
          {"unet": unet, "vae": vae, "text_encoder": text, "image_size": 16,
           "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
