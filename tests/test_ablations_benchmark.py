@@ -90,7 +90,7 @@ def test_rows_are_the_variants_of_the_configuration_file():
         n: s for n, s in module.ROWS.items() if n != "vokens_8"
     }
     plain = rows.variant_config(Row("plain"), argparse.Namespace(steps=None, story_steps=None))
-    assert plain.model.backbone.num_vokens == page.VOKENS["plain"] == 8
+    assert plain.model.backbone.num_vokens == paper.VOKENS["plain"] == 8
 
 
 def test_needs_come_first_and_one_seed_after_the_other():
@@ -239,6 +239,14 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, ma
     assert json.loads((tmp_path / "shapes/plain_seed0.json").read_text())["settings"]["judge"]["pairs"] == 9
 
 
+def test_another_seed_must_have_the_same_settings(machine, call):
+    call("--rows", "plain", "--steps", "40")
+    with pytest.raises(RowError, match=r"row plain_seed1: .*plain_seed0.json is of other settings"):
+        call("--rows", "plain", "--seeds", "1", "--steps", "50")
+    call("--rows", "plain", "--seeds", "1", "--steps", "40")
+    assert machine.names("train") == ["plain_seed0", "plain_seed1"]
+
+
 def test_a_row_begun_with_other_settings_is_refused(machine, call):
     machine.stops = {"plain_seed0"}
     with pytest.raises(KeyboardInterrupt):
@@ -322,6 +330,10 @@ def test_a_claim_is_compared_on_the_rows_that_were_run():
     assert compare(grouped(plain, result("no_cap", pair_scores(0.9))), claim).verdict == "within noise"
     worse = compare(grouped(result("plain", pair_scores(0.5)), result("no_cap", pair_scores(0.9))), claim)
     assert worse.verdict == "does not agree" and worse.difference.startswith("-0.400 ± 0.0")
+    # Over the seeds that both have, seed by seed: .4 and .2 of seeds 0 and 1.
+    more = [result("plain", pair_scores(share), seed) for seed, share in enumerate((0.9, 0.8, 0.1))]
+    less = [result("no_cap", pair_scores(share), seed) for seed, share in enumerate((0.5, 0.6))]
+    assert compare(grouped(*more, *less), claim).difference == "+0.300 ± 0.100 (2 seeds)"
     longer = result("no_cap", pair_scores(0.5), steps=200)
     assert compare(grouped(plain, longer), claim).verdict == "not comparable"
     assert compare(grouped(plain, longer), claim).difference == "steps 100 and 200"
@@ -359,7 +371,6 @@ def everything(seeds: int = 1) -> list[dict]:
 
 
 def test_the_same_results_give_the_same_page_and_plots(tmp_path):
-    pytest.importorskip("matplotlib")
     contents = []
     for name in ("a", "b"):
         folder = write(tmp_path / name / "shapes", *everything(2))
@@ -382,7 +393,7 @@ def read(tmp_path, machine):
 
 def test_the_page_says_what_was_run_and_what_was_not(read):
     text = read(result("plain", pair_scores(0.9, native=0.97)), result("no_cap", pair_scores(0.5)))
-    assert "- Results: 2, of 2 of 22 rows; seeds: 0, 1 in all" in text
+    assert "- 2 results: 2 of 22 rows, with up to 1 seeds (0);" in text
     assert "- Not run: no_ldm, no_cfg," in text and "guidance_15." in text
     assert "A larger scale (128 pixels, wider towers, on an H200) was not run." in text
     assert "| w/o L_LDM | not run |" in text
@@ -397,7 +408,7 @@ def test_the_page_says_what_was_run_and_what_was_not(read):
 def test_a_whole_page_has_every_row_and_spread_over_seeds(read):
     text = read(*everything(2))
     assert "- Not run: nothing." in text and "not run |" not in text
-    assert "seeds: 0, 1, 2 in all" in text
+    assert "- 44 results: 22 of 22 rows, with up to 2 seeds (0, 1);" in text
     assert "| MiniGPT-5 (plain) | 2 | 100 | 0.325 ± 0.035 |" in text  # stdev of .30 and .35
     assert "(shapes/guidance.png)" in text and "(shapes/vokens.png)" in text
     for variant in VARIANTS:

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.ablations.page import write_page
 from benchmarks.ablations.plots import check_plots
-from benchmarks.ablations.results import read_result
+from benchmarks.ablations.results import read_result, without_seed
 from benchmarks.ablations.rows import (
     ROOT,
     VARIANTS,
@@ -73,15 +73,17 @@ def states(rows: Sequence[Row], settings: dict[Row, Any], flags: argparse.Namesp
 
 
 def state(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> str:
-    """The same of one row, by itself."""
-    path = flags.results / f"{row.name}.json"
-    if path.is_file():
-        changed, what = differences(read_result(path)["settings"], settings), path
-    else:
-        changed, what = begun_otherwise(row, settings, flags.work), flags.work / row.name
-    if changed:
-        return f"{what} is of other settings:\n  " + "\n  ".join(changed)
-    return "done" if path.is_file() else "to run"
+    """The same of one row, by itself; its other seeds must have its settings too."""
+    own = flags.results / f"{row.name}.json"
+    compared = {flags.work / row.name: [] if own.is_file() else begun_otherwise(row, settings, flags.work)}
+    for path in sorted(flags.results.glob(f"{row.name.rpartition('_seed')[0]}_seed*.json")):
+        saved = read_result(path)["settings"]
+        pair = (saved, settings) if path == own else (without_seed(saved), without_seed(settings))
+        compared[path] = differences(*pair)
+    for what, changed in compared.items():
+        if changed:
+            return f"{what} is of other settings:\n  " + "\n  ".join(changed)
+    return "done" if own.is_file() else "to run"
 
 
 def show(rows: Sequence[Row], settings: dict[Row, Any], found: dict[Row, str]) -> str:
@@ -104,10 +106,11 @@ def run_rows(rows: Sequence[Row], settings: dict[Row, Any], flags: argparse.Name
             if row.need in failed:
                 raise RowError(f"not run, because {row.need.name} failed")
             run_row(row, settings[row], flags)
-            write_page(flags.results)
         except RowError as error:
             failed.append(row)
             print(f"error: row {row.name}: {error}", file=sys.stderr)
+        else:
+            write_page(flags.results)
         minutes = [(time.time() - since) / 60 for since in (began, start)]
         print(
             f"row {number} of {len(rows)}: {minutes[0]:.1f} minutes, {minutes[1]:.1f} in all",
@@ -141,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if begun_otherwise(row, settings[row], flags.work):
             clear(row, flags.work)
     failed = run_rows([row for row in rows if found[row] != "done"], settings, flags)
-    print(write_page(flags.results))
     if failed:
         raise RowError(f"{len(failed)} rows failed: {', '.join(row.name for row in failed)}; see above")
+    print(write_page(flags.results))
 
 
 if __name__ == "__main__":

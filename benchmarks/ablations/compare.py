@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.ablations.paper import Claim
-from benchmarks.ablations.results import METRICS, Results, difference, estimate, verdict
+from benchmarks.ablations.results import METRICS, Measured, Results, combine, verdict, weighted
 from benchmarks.ablations.rows import STAGE1, STAGE2
 
 NOT_RUN, OTHER_SETTINGS = "not run", "not comparable"
@@ -22,20 +22,33 @@ class Compared:
 
 
 def compare(results: Results, claim: Claim) -> Compared:
-    """Our difference beside the paper's sign."""
-    variants = dict.fromkeys(variant for _, variant, _ in claim.terms)
-    terms = [
-        (weight, estimate(results.get(variant, []), METRICS[metric]))
-        for weight, variant, metric in claim.terms
-    ]
-    if any(term is None for _, term in terms):
+    """Our difference beside the paper's sign, over the seeds that every row of the claim has.
+
+    It is taken seed by seed, because the rows of a seed are judged on the same captions.
+    """
+    if (found := combine(by_seed(results, claim))) is None:
         return Compared("–", NOT_RUN)
-    if reason := unlike(results, list(variants)):
+    if reason := unlike(results, list(dict.fromkeys(variant for _, variant, _ in claim.terms))):
         return Compared(reason, OTHER_SETTINGS)
-    value, error = difference(terms)
+    error = "" if found.error is None else f" ± {found.error:.3f}"
+    seeds = "" if found.seeds == 1 else f" ({found.seeds} seeds)"
     return Compared(
-        f"{value:+.3f}" + ("" if error is None else f" ± {error:.3f}"), verdict(value, error, claim.expected)
+        f"{found.value:+.3f}{error}{seeds}", verdict(found.value, found.error, claim.expected)
     )
+
+
+def by_seed(results: Results, claim: Claim) -> list[Measured]:
+    """The claim's weighted sum for each seed that has all of its numbers."""
+    sums = []
+    for seed in sorted({result["seed"] for found in results.values() for result in found}):
+        terms = []
+        for weight, variant, metric in claim.terms:
+            here = [result for result in results.get(variant, []) if result["seed"] == seed]
+            measured = METRICS[metric](here[0]) if here else None
+            terms.append((weight, measured))
+        if all(measured is not None for _, measured in terms):
+            sums.append(weighted(terms))
+    return sums
 
 
 def unlike(results: Results, variants: list[str]) -> str:

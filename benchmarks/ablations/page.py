@@ -21,13 +21,13 @@ from benchmarks.ablations.results import (
 from benchmarks.ablations.rows import GUIDANCE, SCALES, VARIANTS, RowError
 
 Cell = str
-VOKENS = {"vokens_1": 1, "vokens_2": 2, "vokens_4": 4, "plain": 8, "vokens_16": 16}
 NOTES = """\
 `±` is the standard deviation over seeds where a row has several. Of one seed it is the standard error of its
 counts, which knows nothing of how much another seed would differ. Comparisons take two standard errors of the
-difference: **agrees**, our difference has the sign of the paper's and is larger than that (or both are none);
-**does not agree**, it is larger and has another sign; **within noise**, it is smaller. Rows are judged on the
-same captions and stories, which is not used: the errors are on the safe side. The verdicts are computed.
+difference, which is taken seed by seed, over the seeds that all its rows have: **agrees**, our difference has
+the sign of the paper's and is larger than that (or both are none); **does not agree**, it is larger and has
+another sign; **within noise**, it is smaller. Rows of a seed are judged on the same captions and stories, of
+which the errors make no use: they are on the safe side. The verdicts are computed.
 
 The paper measures CLIP-I, CLIP-T, IS and FID on photographs. Here the oracle reads the pictures, and shares
 that are right stand beside CLIP-I's ordering; "mean" is over 1, 2 and 3 objects, "attributes" over
@@ -97,36 +97,29 @@ def native_line(results: Results) -> str:
     )
 
 
-def sweep(
-    results: Results, points: dict[str, float], metrics: dict[str, str]
-) -> tuple[list[Curve], list[float]]:
-    """Curves (label -> metric) over the rows that were run, and their places on the axis."""
-    there = {variant: x for variant, x in points.items() if results.get(variant)}
-    curves = []
-    for label, metric in metrics.items():
-        values = [(x, estimate(results[v], METRICS[metric])) for v, x in there.items()]
-        kept = [(x, value) for x, value in values if value is not None]
-        style = "--" if metric == "native" else ("s:" if metric == "attributes" else "o-")
-        curves += [Curve(label, kept, style)] if kept else []
-    return curves, list(there.values())
-
-
-FIGURE_METRICS = {
-    "1 object, all right": "all 1", "2 objects": "all 2", "3 objects": "all 3", "attributes": "attributes",
+CURVES = {
+    "1 object, all right": ("all 1", "o-"), "2 objects": ("all 2", "o-"), "3 objects": ("all 3", "o-"),
+    "attributes": ("attributes", "s:"), "native, mean of 1 to 3": ("native", "--"),
 }  # fmt: skip
 
 
-def figure(results: Results, points: dict[str, float], axis: str, path: Path, link: str, **options) -> str:
-    """Draw a sweep; its Markdown, or that there is nothing to draw (an old file goes then)."""
-    metrics = dict(FIGURE_METRICS)
-    if "native" in options:
-        metrics[options.pop("native")] = "native"
-    curves, ticks = sweep(results, points, metrics)
-    if len(ticks) < 2:
+def figure(results: Results, points: dict[str, float], axis: str, path: Path) -> str:
+    """Draw metrics over the rows that were run (variant -> place on the axis); its Markdown.
+
+    Fewer than two rows make no plot; one of earlier results goes then.
+    """
+    there = {variant: place for variant, place in points.items() if results.get(variant)}
+    if len(there) < 2:
         path.unlink(missing_ok=True)
         return "No plot: fewer than two of these rows were run."
-    draw(path, curves, axis, ticks, **options)
-    return f"![{axis}: share right, bars are two standard errors]({link})"
+    curves = []
+    for label, (metric, style) in CURVES.items():
+        values = [(place, estimate(results[v], METRICS[metric])) for v, place in there.items()]
+        kept = [(place, value) for place, value in values if value is not None]
+        if len(kept) > 1:
+            curves.append(Curve(label, kept, style))
+    draw(path, curves, axis, list(there.values()))
+    return f"![{axis}: share right, bars are two standard errors]({path.parent.name}/{path.name})"
 
 
 def guidance_section(results: Results, folder: Path, tally) -> str:
@@ -135,19 +128,14 @@ def guidance_section(results: Results, folder: Path, tally) -> str:
     rows = [[f"{scale:g}", *cells(results, v, metrics)] for v, scale in GUIDANCE.items()]
     rows = [[row[0], row[1], *row[3:]] for row in rows]  # nothing was trained: no steps
     head = ("guidance", "seeds", "1 object", "2", "3", "mean", "attributes", "native, mean")
-    plot = figure(
-        results, GUIDANCE, "guidance scale", folder / "guidance.png", f"{folder.name}/guidance.png",
-        native="native, mean of 1 to 3",
-    )  # fmt: skip
+    plot = figure(results, GUIDANCE, "guidance scale", folder / "guidance.png")
     return f"{plot}\n\n{table(head, rows)}\n\n{verdicts(results, paper.GUIDANCE_CLAIMS, tally)}"
 
 
 def voken_section(results: Results, folder: Path, tally) -> str:
     """Figure 6."""
-    rows = [[str(count), *cells(results, v, PAIR_METRICS)] for v, count in VOKENS.items()]
-    plot = figure(
-        results, VOKENS, "number of vokens", folder / "vokens.png", f"{folder.name}/vokens.png", log=True
-    )
+    rows = [[str(count), *cells(results, v, PAIR_METRICS)] for v, count in paper.VOKENS.items()]
+    plot = figure(results, paper.VOKENS, "number of vokens", folder / "vokens.png")
     head = ("vokens", *PAIR_HEAD[1:])
     return f"{plot}\n\n{table(head, rows)}\n\n{verdicts(results, paper.VOKEN_CLAIMS, tally)}"
 
@@ -211,13 +199,14 @@ def runs_section(results: Results) -> str:
         for result in results.get(variant, []):
             seconds = result["seconds"]
             minutes = [f"{seconds[name] / 60:.1f}" for name in ("training", "judging")]
+            minutes[0] = minutes[0] if result["training"] else "–"
             judged = result["settings"]["judge"]
             count = f"{judged['pairs']} captions x 3" if "pairs" in judged else f"{judged['stories']} stories"
             name = f"{variant}, seed {result['seed']}"
             steps = str(result["training"]["step"]) if result["training"] else "–"
             lines.append([name, steps, *minutes, count, result["git_revision"][:12]])
     head = ("row", "steps", "minutes of training", "of judging", "judged on", "revision")
-    return table(head, lines)
+    return f"The JSON of a row has its settings and the command that trained it.\n\n{table(head, lines)}"
 
 
 def summary(results: Results, tally: collections.Counter) -> str:
@@ -227,8 +216,8 @@ def summary(results: Results, tally: collections.Counter) -> str:
     missing = [variant for variant in VARIANTS if variant not in results]
     counts = ", ".join(f"{tally[name]} {name}" for name in AGREEMENT if tally[name])
     lines = [
-        f"- Results: {len(every)}, of {len(results)} of {len(VARIANTS)} rows; seeds: "
-        f"{', '.join(map(str, seeds))}, {len(seeds)} in all (each table says how many a row has).",
+        f"- {len(every)} results: {len(results)} of {len(VARIANTS)} rows, with up to {len(seeds)} seeds "
+        f"({', '.join(map(str, seeds))}); each table says how many a row has.",
         f"- Not run: {', '.join(missing) if missing else 'nothing'}.",
         f"- Machine: {'; '.join(sorted({result['machine'] for result in every}))}.",
         f"- Comparisons with the paper: {counts or 'none'}.",

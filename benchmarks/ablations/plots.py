@@ -30,10 +30,8 @@ def check_plots() -> None:
         raise RowError("the page's plots need matplotlib: pip install 'minigpt5_jax[plots]'")
 
 
-def draw(
-    path: Path, curves: Sequence[Curve], axis: str, ticks: Sequence[float], *, log: bool = False
-) -> None:
-    """Shares from 0 to 1 against ``axis``, with two standard errors."""
+def draw(path: Path, curves: Sequence[Curve], axis: str, ticks: Sequence[float]) -> None:
+    """Shares from 0 to 1 against the logarithm of ``axis``, with two standard errors."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,8 +46,7 @@ def draw(
             y = [estimate.value for _, estimate in curve.points]
             error = [2 * (estimate.error or 0.0) for _, estimate in curve.points]
             axes.errorbar(x, y, error, fmt=curve.style, capsize=2, label=curve.label)
-        if log:
-            axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set(xlabel=axis, ylabel="share right", ylim=(-0.02, 1.02))

@@ -189,12 +189,16 @@ class Estimate:
 
 
 def estimate(results: Sequence[Result], read: Callable[[Result], Measured | None]) -> Estimate | None:
-    """Over the seeds that have the number; None where none has.
+    """A row's number over the seeds that have it; None where none has."""
+    return combine([measured for result in results if (measured := read(result)) is not None])
+
+
+def combine(found: Sequence[Measured]) -> Estimate | None:
+    """One number of several seeds; None for no seed.
 
     With several seeds the standard error is the larger of what their spread says and what the counts say:
     two or three seeds can agree by chance.
     """
-    found = [measured for result in results if (measured := read(result)) is not None]
     if not found:
         return None
     if len(found) == 1:
@@ -206,15 +210,12 @@ def estimate(results: Sequence[Result], read: Callable[[Result], Measured | None
     return Estimate(mean, spread, max(spread / math.sqrt(count), counted), count)
 
 
-Term = tuple[float, Estimate]
-
-
-def difference(terms: Sequence[Term]) -> tuple[float, float | None]:
-    """(weighted sum of estimates, its standard error; None where a term has none)."""
-    value = sum(weight * term.value for weight, term in terms)
-    if any(term.error is None for _, term in terms):
-        return value, None
-    return value, math.sqrt(sum((weight * term.error) ** 2 for weight, term in terms))
+def weighted(terms: Sequence[tuple[float, Measured]]) -> Measured:
+    """Weighted sum of independent numbers; without an error where one of them has none."""
+    value = sum(weight * measured.value for weight, measured in terms)
+    if any(measured.error is None for _, measured in terms):
+        return Measured(value)
+    return Measured(value, math.sqrt(sum((weight * measured.error) ** 2 for weight, measured in terms)))
 
 
 def verdict(value: float, error: float | None, expected: int) -> str:
