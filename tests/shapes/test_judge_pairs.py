@@ -1,0 +1,66 @@
+"""Counting what is drawn of captions: with sessions that draw what they are told to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minigpt5_jax.inference.session import Generation, Session
+from minigpt5_jax.shapes import judge_pairs as judging
+from minigpt5_jax.shapes.evaluate import held_out_captions
+from minigpt5_jax.shapes.render import render
+from minigpt5_jax.shapes.world import ATTRIBUTES
+
+
+class Painter(Session):
+    """Draws the scenes of the captions it knows, and nothing of the others."""
+
+    def __init__(self, scenes, captions):
+        self.known = dict(zip(captions, render(scenes), strict=True))
+        self.seeds = []
+
+    def generate(self, prompts):
+        self.seeds += [prompt.seed for prompt in prompts]
+        pictures = [self.known.get(prompt.source) for prompt in prompts]
+        return [Generation(() if p is None else (p,), "", (), "", 0) for p in pictures]
+
+
+@pytest.mark.parametrize("objects", (1, 2, 3))
+def test_what_is_drawn_rightly_counts_and_what_is_not_drawn_is_wrong(monkeypatch, seeing_run, objects):
+    scenes, captions = held_out_captions(12, 5, objects)
+    painter = Painter(scenes[:9], captions[:9])
+    monkeypatch.setattr(judging, "make_session", lambda run, batch_size: painter)
+    found = judging.judge_pairs(seeing_run, count=12, objects=(objects,), seed=5, native=False)
+    expected = {name: 9 / 12 for name in ("all", "background", *ATTRIBUTES, "drawn")}
+    assert found == {str(objects): {"count": 12, "vokens": pytest.approx(expected)}}
+    assert painter.seeds == [5 + i for i in range(12)]
+
+
+def test_another_scenes_picture_is_wrong(monkeypatch, seeing_run):
+    scenes, captions = held_out_captions(12, 0, 2)
+    painter = Painter(scenes[1:] + scenes[:1], captions)
+    monkeypatch.setattr(judging, "make_session", lambda run, batch_size: painter)
+    found = judging.judge_pairs(seeing_run, count=12, objects=(2,), native=False)["2"]["vokens"]
+    assert found["drawn"] == 1.0 and found["all"] == 0.0 and found["background"] < 1.0
+
+
+def test_nothing_drawn():
+    assert judging.shares([None, None], held_out_captions(2, 0, 1)[0]) == {"all": 0.0, "drawn": 0.0}
+
+
+def test_guidance_is_changed_in_a_copy(seeing_run):
+    before = seeing_run.config.inference.guidance_scale
+    other = judging.with_guidance(seeing_run, before + 1)
+    assert other.config.inference.guidance_scale == before + 1
+    assert seeing_run.config.inference.guidance_scale == before
+    assert judging.with_guidance(seeing_run, None) is seeing_run
+
+
+def test_native_pictures_do_not_depend_on_their_batch(seeing_run):
+    """Batches are filled up and cut; a picture does not depend on them."""
+    captions = ["a red circle", "two blue squares", "nothing"]
+    whole, parts = (judging.native_pictures(seeing_run, captions, batch_size=size) for size in (3, 2))
+    assert len(parts) == 3
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
+    assert all((whole[0] != picture).any() for picture in whole[1:])
