@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 # and what they share
 COMMANDS = {
     "cli", "build", "inputs", "restore", "trained", "train", "generate", "pretrain", "prepare", "demo",
-    "export", "features", "convert", "weights_plan", "pretrained", "verify", "watch",
+    "export", "features", "convert", "weights_plan", "pretrained", "verify", "watch", "judge",
 }  # fmt: skip
 NEVER = {"torch", "torchvision", "peft", "timm", "lightning"}
 TORCH_LATE = {"weights/export/minigpt5.py"}  # a Lightning checkpoint is a torch container
@@ -51,8 +51,10 @@ LATE_MODULES = {f"{PACKAGE}.{name.removesuffix('.py').replace('/', '.')}" for na
 
 
 def room(path: Path) -> str:
-    """First name under the package: ``models`` or, for a file there, its stem."""
-    return path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+    """First name under the package: ``models`` or, for a file there, its stem; ``judge`` for the judges of
+    the small world, which are command lines beside it."""
+    first, *rest = path.relative_to(ROOT / PACKAGE).parts
+    return "judge" if first == "shapes" and rest[0].startswith("judge") else first.removesuffix(".py")
 
 
 def imported(node: ast.AST) -> list[str]:

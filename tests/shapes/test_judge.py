@@ -1,0 +1,80 @@
+"""The judges on a real session, and their command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt5_jax.config import ConfigError
+from minigpt5_jax.shapes import judge, judge_counts
+from minigpt5_jax.shapes.judge_dialogs import judge_dialogs
+from minigpt5_jax.shapes.judge_stories import judge_stories
+from minigpt5_jax.training.provenance import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+
+
+def copy(run):
+    """The run with a configuration of its own."""
+    return dataclasses.replace(run, config=run.config.copy_and_resolve_references())
+
+
+def test_a_session_has_room_for_stories_and_no_forced_picture(seeing_run):
+    run = copy(seeing_run)
+    run.config.data.max_length, run.config.inference.force_image = 30, "after_text"
+    session = judge_counts.open_session(run, batch_size=2)
+    assert session.max_length == 512 - 64 - 7 and session.batch_size == 2
+    assert session.sampling.max_new_tokens == 64 and session.sampling.force_image == "off"
+    drawer = judge_counts.open_session(run, batch_size=2, force_image="first", max_new_tokens=1)
+    assert drawer.sampling.max_new_tokens == 1 and drawer.sampling.force_image == "first"
+    assert run.config.data.max_length == 30, "the run's own settings stay"
+    with pytest.raises(ConfigError, match="may take 607 positions .* has 512"):
+        judge_counts.open_session(run, batch_size=2, max_new_tokens=600)
+
+
+@pytest.mark.slow
+def test_numbers_follow_from_the_seed_and_not_from_the_batch(seeing_run, monkeypatch):
+    monkeypatch.setattr(judge_counts, "NEW_TOKENS", 4)  # an untrained model never ends a text
+    settings = {"count": 3, "contexts": ["none", "image+text"], "narrations": ["understanding"], "seed": 5}
+    one = judge_stories(seeing_run, batch_size=3, **settings)
+    assert one == judge_stories(seeing_run, batch_size=2, **settings)
+    assert all(row["cut"] == 0 for row in one["contexts"].values())
+    assert one["understanding"]["rouge_l"]["count"] == 3
+    talk = judge_dialogs(seeing_run, count=2, batch_size=4)
+    assert talk["turns"] == talk["placing"]["accuracy"]["count"] >= 4 and talk["cut"] == 0
+    json.dumps([one, talk], allow_nan=False)
+
+
+@pytest.mark.parametrize("what", judge.WHAT)
+def test_each_judge_is_called_with_what_was_asked(what, seeing_run, monkeypatch):
+    calls, fake = [], copy(seeing_run)
+    monkeypatch.setattr(judge, "load_run", lambda path, **settings: calls.append((path, settings)) or fake)
+    monkeypatch.setattr(judge, f"judge_{what}", lambda run, **settings: calls.append(settings) or {"n": 1})
+    found = judge.measure("runs/a", what, count=7, seed=2, step=4, inference={"guidance_scale": "3"})
+    assert calls[0] == ("runs/a", {"step": 4, "weights": None})
+    more = {"contexts": judge.CONTEXTS} if what == "stories" else {}
+    assert calls[1] == {"count": 7, "seed": 2, "batch_size": 32, **more}
+    assert (found["what"], found["step"], found["count"], found["result"]) == (what, 3, 7, {"n": 1})
+    assert found["inference"]["guidance_scale"] == 3.0 and json.dumps(found)
+
+
+def test_what_cannot_be_measured_is_refused_before_weights_are_read(tmp_path):
+    with pytest.raises(ConfigError, match="unknown 'songs'; known: stories, dialogs, pairs"):
+        judge.measure(tmp_path, "songs", count=1)
+    with pytest.raises(ConfigError, match="unknown key inference.tempo"):
+        judge.measure(tmp_path, "stories", count=1, inference={"tempo": "1"})
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        judge.measure(tmp_path / "none", "stories", count=1)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "minigpt5_jax.shapes.judge", "--run", str(tmp_path), "--what", "dialogs"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: no complete checkpoint in")
