@@ -33,6 +33,7 @@ from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.parts.base import MAPPERS, lookup
+from minigpt5_jax.shapes.files import ASSETS, genuine
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
 from minigpt5_jax.weights.errors import WeightFileError
@@ -45,7 +46,6 @@ from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
 
 SHAPES = "shapes"
-ASSETS = Path(__file__).parent / "shapes" / "assets"
 PACKAGED = {
     "llm": "llama", "tokenizer": "llama/tokenizer.model", "vit": "eva_vit", "qformer": "qformer",
     "llama_proj": "llama_proj", "unet": "sd/unet", "vae": "sd/vae",
@@ -109,18 +109,16 @@ def source_path(name: str, value: str) -> Path:
     """Where a weight source lies: a local path, else a Hugging Face id that is in the local cache.
 
     ``shapes`` is the packaged small world.  Nothing is fetched; what is nowhere keeps its name.
+
+    Raises:
+      WeightFileError: a packaged file is missing or altered.
     """
     if value != SHAPES:
         try:
             return resolve(value, fetch=False)
         except (FileNotFoundError, WeightFileError):
             return Path(value).expanduser()
-    path = ASSETS / PACKAGED[name]
-    if not path.exists():
-        raise ConfigError(
-            f"packaged file {path} is missing; reinstall, or `python -m minigpt5_jax.pretrain` makes it"
-        )
-    return path
+    return genuine(ASSETS, PACKAGED[name])
 
 
 def needed_sources(config: ConfigDict) -> tuple[str, ...]:

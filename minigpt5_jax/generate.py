@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
+from minigpt5_jax.build import build, check_sources, llm_tokenizer
 from minigpt5_jax.config import ConfigError, get_config, setting_errors, validate
 from minigpt5_jax.data import templates
 from minigpt5_jax.data.errors import DataError, SampleError
@@ -51,8 +52,8 @@ from minigpt5_jax.inference.transcript import (
     turns_of,
     write_records,
 )
-from minigpt5_jax.restore import Run, load_run, open_checkpoints
-from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.restore import Run, config_of, load_run, open_checkpoints
+from minigpt5_jax.training.provenance import CheckpointError, bundle
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 
@@ -263,11 +264,37 @@ def begun(mode: str) -> list[tuple[Conversation, list[Said]]]:
     return found
 
 
-def check_sight(changes: Mapping[str, str], given: list[tuple[Conversation, list[Said]]]) -> None:
-    """ConfigError where a model without a vision tower would have to read pictures."""
+def described() -> dict[str, Any]:
+    """What the checkpoint says of its run."""
     checkpoints = open_checkpoints(CHECKPOINT.value)
-    saved = checkpoints.meta(STEP.value)["config"]
+    meta = checkpoints.meta(STEP.value)
     checkpoints.close()
+    return meta
+
+
+def stage_of(meta: Mapping[str, Any]) -> int:
+    """1 for a run on captions, 2 for one that adapted the language model or started from another run."""
+    return bundle(meta["config"], {})["stage"]
+
+
+def check_settings(meta: Mapping[str, Any], changes: Mapping[str, str], weights: Mapping[str, str]) -> None:
+    """Build everything but the weights, so that what does not go together is told before they are read.
+
+    Raises:
+      ConfigError: the changed settings, among them more pictures or text than the model has positions for.
+    """
+    config = override(config_of(meta, weights), changes)
+    check_sources(config)
+    spec = build(config)
+    make_session(Run(config, spec, {}, llm_tokenizer(config, spec.towers), 0))
+
+
+def check_conversations(
+    meta: Mapping[str, Any], changes: Mapping[str, str], given: list[tuple[Conversation, list[Said]]]
+) -> None:
+    """ConfigError where a model without a vision tower would have to read pictures; a warning where the run
+    never read any: a first stage knows captions only."""
+    saved = meta["config"]
     pictures = any(isinstance(part, Drawn) for _, turns in given for turn in turns for part in turn.parts)
     draws = int(changes.get("max_images", saved["inference"]["max_images"])) > 0
     if saved["model"]["backbone"].get("vit") == "none" and (pictures or draws):
@@ -276,6 +303,9 @@ def check_sight(changes: Mapping[str, str], given: list[tuple[Conversation, list
             f"this run's model has no vision tower (model.backbone.vit='none') and cannot read {what}; use a "
             "run whose backbone sees" + ("" if pictures else ", or --inference max_images=0 for text alone")
         )
+    if stage_of(meta) == 1:
+        logging.warning("this run is of stage 1, trained on single captions: do not expect it to go on with "
+                        "a story or dialogue; a stage-2 run (run.init_from) learns that")  # fmt: skip
 
 
 def converse(mode: str, run: Run, config: ConfigDict, given: list[tuple[Conversation, list[Said]]]) -> Path:
@@ -286,7 +316,8 @@ def converse(mode: str, run: Run, config: ConfigDict, given: list[tuple[Conversa
     if mode == "story":
         tell(session, conversations, SCENES.value)
     else:
-        window = 3 if WINDOW.value is None and config.data.format == "mmdialog" else WINDOW.value
+        as_there = WINDOW.value is None and config.data.format in ("mmdialog", "shapes_dialogs")
+        window = 3 if as_there else WINDOW.value
         chat(session, conversations, [turns for _, turns in given], window)
     page = show([entry_of(c, first) for c, first in zip(conversations, shown)], run, config)
     records = [record_of(c, first, number) for number, (c, first) in enumerate(zip(conversations, shown), 1)]
@@ -301,11 +332,9 @@ def show(entries: Sequence[Entry], run: Run, config: ConfigDict) -> Path:
     return write_page(OUTPUT.value, "MiniGPT-5", entries, {**made, **inference})
 
 
-def single_prompts() -> list[Prompt]:
+def single_prompts(meta: Mapping[str, Any]) -> list[Prompt]:
     """Every prompt of the command line with its seed, as the run's stage puts prompts to the model."""
-    checkpoints = open_checkpoints(CHECKPOINT.value)
-    second_stage = bool(checkpoints.meta(STEP.value)["config"]["run"].get("init_from"))
-    checkpoints.close()
+    second_stage = stage_of(meta) == 2
     dialog = TEMPLATE.value == "dialog" or (TEMPLATE.value is None and (second_stage or bool(IMAGE.value)))
     return [
         dataclasses.replace(prompt, seed=SEED.value + sample)
@@ -330,10 +359,11 @@ def generate(mode: str | None = None) -> Path:
     changes, weights = cli.pairs(INFERENCE.value, "inference"), cli.pairs(WEIGHTS.value, "weights")
     override(get_config(), changes)
     claim_output(OUTPUT.value)
-    given = begun(mode) if mode else []
+    given, meta = begun(mode) if mode else [], described()
     if mode:
-        check_sight(changes, given)
-    prompts = [] if mode else single_prompts()
+        check_conversations(meta, changes, given)
+    prompts = [] if mode else single_prompts(meta)
+    check_settings(meta, changes, weights)
     run = load_run(CHECKPOINT.value, step=STEP.value, weights=weights)
     config = override(run.config, changes)
     cli.set_compile_cache(config)

@@ -135,8 +135,12 @@ def trained_parameters(
 
 def not_pretrained(path: str, spec: ModelSpec) -> bool:
     """Whether a parameter comes from training (of this run or the one before) and from no source."""
-    new = path.startswith("mapper/") or any(part in path for part in NEW_PARTS)
-    return new or spec.labels[path] != FROZEN
+    return starts_from_nothing(path) or spec.labels[path] != FROZEN
+
+
+def starts_from_nothing(path: str) -> bool:
+    """Whether no source has a parameter: the mapper, and the new parts of the language model."""
+    return path.startswith("mapper/") or any(part in path for part in NEW_PARTS)
 
 
 def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str, str] | None = None) -> Run:
@@ -171,6 +175,42 @@ def load_run(path: str | Path, *, step: int | None = None, weights: Mapping[str,
     return Run(config, spec, {**frozen, **trained}, tokenizer, step)
 
 
+def former_run(
+    path: str | Path, spec: ModelSpec, weights: Mapping[str, str]
+) -> tuple[Mapping[str, Any], ModelSpec]:
+    """(description, abstract model) of the run at ``path``, from which one of ``spec`` can start.
+
+    No weights are read.  What this model has besides (the second stage's LoRA) starts from nothing.
+
+    Args:
+      path: workdir or checkpoints.  spec: of this run.  weights: its source paths.
+
+    Raises:
+      CheckpointError: nothing there; or that run trained something that this model lacks or has in another
+        shape (a second stage's LoRA or prefix, another number of vokens, another mapper).
+    """
+    checkpoints = open_checkpoints(path)
+    meta = checkpoints.meta(checkpoints.latest_step)
+    checkpoints.close()
+    former = build(config_of(meta, {name: value for name, value in weights.items() if value}))
+    here = {name: s.shape for name, s in spec.template.shapes.items() if starts_from_nothing(name)}
+    wrong = [
+        f"{name}: {shape.shape} there, {here.get(name, 'not trained')} here"
+        for name, shape in former.template.shapes.items()
+        if not_pretrained(name, former) and shape.shape != here.get(name)
+    ]
+    if wrong:
+        stage = meta.get("bundle", {}).get("stage", "unknown")
+        lines = wrong[:8] + [f"... and {len(wrong) - 8} more"] * (len(wrong) > 8)
+        raise CheckpointError(
+            f"run.init_from={path} (of stage {stage}) does not fit this model:\n  "
+            + "\n  ".join(lines)
+            + "\nStart from a run whose model is part of this one (stage 2: a stage-1 run with the same "
+            "mapper and number of vokens), or give this run that one's model settings"
+        )
+    return meta, former
+
+
 def inherit(
     path: str | Path,
     fresh: Mapping[str, jax.Array],
@@ -195,19 +235,9 @@ def inherit(
       CheckpointError: the former run had another tokenizer or other frozen weights, or trained
         something that this model lacks or has in another shape.
     """
+    meta, former = former_run(path, spec, weights)
     checkpoints = open_checkpoints(path)
-    step = checkpoints.latest_step
-    meta = checkpoints.meta(step)
-    former = build(config_of(meta, {name: value for name, value in weights.items() if value}))
-    here = {name: shape.shape for name, shape in spec.template.shapes.items() if name in fresh}
-    wrong = [
-        f"{name}: {shape.shape} there, {here.get(name, 'not trained')} here"
-        for name, shape in former.template.shapes.items()
-        if not_pretrained(name, former) and shape.shape != here.get(name)
-    ]
-    if wrong:
-        raise CheckpointError(f"run.init_from={path} does not fit this model:\n  " + "\n  ".join(wrong[:8]))
-    trained = trained_parameters(checkpoints, step, former, shardings)
+    trained = trained_parameters(checkpoints, checkpoints.latest_step, former, shardings)
     checkpoints.close()
     kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
     hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}

@@ -35,7 +35,7 @@ from minigpt5_jax.data.sources import Source
 from minigpt5_jax.diffusion.samplers import Sampler, make_sampler
 from minigpt5_jax.features import open_features
 from minigpt5_jax.inputs import data_identity, open_loader, open_sources, placer
-from minigpt5_jax.restore import as_now, inherit
+from minigpt5_jax.restore import as_now, former_run, inherit
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import DistributedError, initialize, main_process
 from minigpt5_jax.training.loop import Loop
@@ -208,6 +208,9 @@ def make_loop(config: ConfigDict) -> Loop:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
     check_sources(config)
+    checkpoints = open_run_checkpoints(config)
+    if config.run.init_from and checkpoints.latest_step is None:
+        former_run(config.run.init_from, spec, config.weights.to_dict())
     sampler = open_sampler(config, spec)
     source, held_out = open_sources(config, spec.towers)
     if config.data.features:
@@ -218,7 +221,6 @@ def make_loop(config: ConfigDict) -> Loop:
     loader.restore(0)
     steps = num_steps(config, len(source))
     optimizer = open_optimizer(config, spec, steps)
-    checkpoints = open_run_checkpoints(config)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
     meta = describe(config, spec, frozen, source)
     state, places = place_state(trainable, spec, optimizer, config.run.seed, shardings, mesh)

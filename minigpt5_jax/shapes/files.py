@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.load import load_tower, open_weights
 from minigpt5_jax.weights.save import save_safetensors
 from minigpt5_jax.weights.towers import TOWERS as SOURCES
@@ -147,4 +149,51 @@ def read_tower(assets: Path, name: str, template: Template | None = None) -> Par
 def hashes(assets: Path) -> dict[str, str]:
     """SHA-256 of every file but the provenance itself, by path."""
     files = sorted(path for path in assets.rglob("*") if path.is_file() and path.name != PROVENANCE)
-    return {str(p.relative_to(assets)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {p.relative_to(assets).as_posix(): _sha256(p) for p in files}
+
+
+def genuine(assets: Path, name: str) -> Path:
+    """A file or folder of the assets, every file of it as ``PROVENANCE.json`` has it.
+
+    Raises:
+      WeightFileError: one is missing or altered: its path, both hashes, and how to have it again.
+    """
+    for path, known in _recorded(assets).items():
+        if path != name and not path.startswith(f"{name}/"):
+            continue
+        file = assets / path
+        if not file.is_file():
+            raise WeightFileError(f"packaged file {file} is missing; {_AGAIN}")
+        stat = file.stat()
+        found = _sha256_of(file, stat.st_size, stat.st_mtime_ns)
+        if found != known:
+            raise WeightFileError(
+                f"packaged file {file} is altered: its SHA-256 is {found}, {PROVENANCE} has {known}; {_AGAIN}"
+            )
+    if not (assets / name).exists():
+        raise WeightFileError(f"packaged file {assets / name} is missing; {_AGAIN}")
+    return assets / name
+
+
+_AGAIN = (
+    "reinstall minigpt5_jax, or train it again with "
+    "`python -m minigpt5_jax.pretrain --config configs/shapes_backbones.py`"
+)
+
+
+def _recorded(assets: Path) -> dict[str, str]:
+    path = assets / PROVENANCE
+    try:
+        return dict(json.loads(path.read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightFileError(f"{path} is missing or no record of hashes ({error!r}); {_AGAIN}") from None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of(path: Path, size: int, changed: int) -> str:
+    """Hash of a file that is asked several times; size and time of change tell that it is the same."""
+    return _sha256(path)

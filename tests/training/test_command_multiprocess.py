@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 2
@@ -23,9 +24,10 @@ def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
         port = probe.getsockname()[1]
     settings = {
         "run.num_steps": steps, "run.log_every": 1, "run.eval_every": 0,
-        "run.save_every": 2, "run.grid_every": 0, "run.compile_cache": cache, "data.global_batch": 4,
+        "run.save_every": 2, "run.grid_every": 4, "run.compile_cache": cache, "data.global_batch": 4,
         "data.shapes_train": 24, "data.shapes_validation": 4, "data.buckets": (28, 40),
         "data.max_length": 40, "data.index_cache": cache, "optimizer.warmup_steps": 1,
+        "inference.num_inference_steps": 2,
     }  # fmt: skip
     command = [sys.executable, "-m", "minigpt5_jax.train", "--config", "configs/shapes_stage1.py"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
@@ -66,6 +68,14 @@ def test_two_processes_then_one_log_the_losses_of_one(tmp_path):
     np.testing.assert_allclose(
         [losses["many"][s] for s in range(1, 5)], [losses["one"][s] for s in range(1, 5)], rtol=1e-4
     )
+    for name in ("image", "image_t100", "caption"):
+        seen = [logged(tmp_path / run, f"validation/{name}")[4] for run in ("one", "many")]
+        np.testing.assert_allclose(*seen, rtol=1e-3, err_msg=name)
+    assert 4 in logged(tmp_path / "many", "validation/oracle_all")
+    grids = [
+        np.asarray(Image.open(tmp_path / run / "pictures/held_out_000004.png")) for run in ("one", "many")
+    ]
+    assert np.abs(grids[0].astype(float) - grids[1]).mean() < 1.0, "a grid has the pictures of every process"
     # The last checkpoint goes; what is left was written by two processes and is continued by one.
     (newest,) = [p for p in (tmp_path / "many" / "checkpoints").iterdir() if int(p.name) == 4]
     newest.rename(tmp_path / "gone")
