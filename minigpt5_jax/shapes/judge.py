@@ -42,6 +42,7 @@ def measure(
     batch_size: int = 32,
     step: int | None = None,
     contexts: Sequence[str] = CONTEXTS,
+    native: bool = True,
     inference: Mapping[str, str] | None = None,
     weights: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def measure(
     Args:
       path: a run's workdir.  what: one of :data:`WHAT`.  count: stories, dialogues, or captions of each
         number of objects.  step: which checkpoint; the newest by default.
+      contexts: of stories.  native: measure the ceiling of pairs, too.
       inference: settings in place of the run's, as Python spells them.
       weights: sources of frozen weights that moved.
 
@@ -65,8 +67,10 @@ def measure(
     common = {"count": count, "seed": seed, "batch_size": batch_size}
     if what == "stories":
         result = judge_stories(run, contexts=contexts, **common)
+    elif what == "dialogs":
+        result = judge_dialogs(run, **common)
     else:
-        result = {"dialogs": judge_dialogs, "pairs": judge_pairs}[what](run, **common)
+        result = judge_pairs(run, native=native, **common)
     made = {"run": str(path), "name": run.config.run.name, "step": run.step, "seed": seed, "count": count}
     return {**made, "what": what, "inference": run.config.inference.to_dict(), "result": result}
 
@@ -79,6 +83,7 @@ def main() -> None:
         "count", 200, "Stories, dialogues, or captions of each number of objects.", lower_bound=1
     )
     contexts = flags.DEFINE_list("contexts", list(CONTEXTS), "stories: what is put before the last step.")
+    native = flags.DEFINE_boolean("native", True, "pairs: measure the native ceiling, too.")
     out = flags.DEFINE_string("out", None, "File to write the line to as well.")
     flags.FLAGS.set_default("batch_size", 32)
     for shared in SHARED:
@@ -90,6 +95,7 @@ def main() -> None:
             found = measure(
                 path.value, what.value, count=count.value, seed=generate.SEED.value,
                 batch_size=generate.BATCH_SIZE.value, step=generate.STEP.value, contexts=contexts.value,
+                native=native.value,
                 inference=cli.pairs(generate.INFERENCE.value, "inference"),
                 weights=cli.pairs(generate.WEIGHTS.value, "weights"),
             )  # fmt: skip
