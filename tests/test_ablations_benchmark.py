@@ -148,11 +148,11 @@ class Machine:
                      {"step": steps, "validation/caption": 0.5}]  # fmt: skip
             (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
             return
-        settings, run = json.loads(flag("--settings")), Path(flag("--run"))
-        assert line[1] == "benchmarks.ablations.judge" and list((run / "checkpoints").iterdir())
-        self.ran.append(("judge", Path(flag("--out")).parent.name, settings))
-        scores = pair_scores(0.5) if "pairs" in settings else story_scores(dict.fromkeys(CONTEXTS, 0.5))
-        Path(flag("--out")).write_text(json.dumps({"scores": scores, "step": 7, "device": "1 x cpu"}))
+        assert line[1] == "minigpt5_jax.shapes.judge" and list(Path(flag("--run"), "checkpoints").iterdir())
+        self.ran.append(("judge", Path(flag("--out")).parent.name, line))
+        pairs = flag("--what") == "pairs"
+        scores = pair_scores(0.5) if pairs else story_scores(dict.fromkeys(CONTEXTS, 0.5))
+        Path(flag("--out")).write_text(json.dumps({"result": scores, "step": 7}))
 
     def names(self, what):
         return [name for kind, name, _ in self.ran if kind == what]
@@ -164,6 +164,7 @@ def machine(monkeypatch):
     fake = Machine()
     monkeypatch.setattr(work, "run_command", fake)
     monkeypatch.setattr(work, "git_revision", lambda: "0123")
+    monkeypatch.setattr(work, "machine", lambda: "a machine")
     monkeypatch.setattr(command, "assets_hash", lambda: "hash")
     monkeypatch.setattr(page, "draw", lambda path, *args, **kwargs: path.write_bytes(b"png"))
     return fake
@@ -183,6 +184,11 @@ def test_a_row_is_trained_judged_and_written(tmp_path, machine, call):
     line = machine.ran[2][2]
     assert "configs/ablations.py:shapes,lora" in line and "--config.run.num_steps=30" in line
     assert f"--config.run.init_from={tmp_path / 'work/plain_seed0/checkpoints'}" in line
+    judged = {name: " ".join(line[2:]) for kind, name, line in machine.ran if kind == "judge"}
+    run = f"--run {tmp_path / 'work/plain_seed0'} --what pairs --count 8 --seed 0"
+    assert judged["plain_seed0"].startswith(f"{run} --native --out ")
+    assert judged["guidance_3_seed0"].startswith(f"{run} --inference guidance_scale=3 --native --out ")
+    assert f"--run {tmp_path / 'work/lora_seed0'} --what stories --count 60 " in judged["lora_seed0"]
     written = json.loads((tmp_path / "shapes/plain_seed0.json").read_text())
     assert written["training"] == {
         "step": 7, "losses": {"loss": 1.0, "text": 3.0}, "validation": {"caption": 0.5}

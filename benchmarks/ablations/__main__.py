@@ -15,6 +15,7 @@ backbones) is refused, or made again with ``--force``.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -150,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the row's own process ends, too
     try:
         main()
     except RowError as problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -133,7 +134,8 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
         with timed(row, work):
             run_command(train_command(row, settings, work))
     start = time.time()
-    judged = judge(row, settings, work)
+    run_command(judge_command(row, settings, work))
+    judged = json.loads((work / row.name / "judged.json").read_text())
     seconds = {"training": read_note(row, work)["seconds"], "judging": round(time.time() - start, 1)}
     command = ["python", *train_command(row, settings, flags.work)] if row.trains else None
     result = {
@@ -143,24 +145,25 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
         "settings": settings,
         "command": shlex.join(command) if command else None,
         "git_revision": git_revision(),
-        "machine": f"{machine()}; {judged['device']}",
+        "machine": machine(),
         "seconds": seconds,
         "training": {"step": judged["step"], **last_losses(work / row.name)} if command else None,
-        "scores": judged["scores"],
+        "scores": judged["result"],
     }
     write_whole(flags.results / f"{row.name}.json", result)
     return result
 
 
-def judge(row: Row, settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    """What :mod:`benchmarks.ablations.judge` says of the row's run."""
-    out = work / row.name / "judged.json"
-    run = row if row.trains else row.need
-    run_command(
-        ["-m", "benchmarks.ablations.judge", "--run", str(work / run.name), "--out", str(out)]
-        + ["--settings", json.dumps(settings["judge"])]
-    )
-    return json.loads(out.read_text())
+def judge_command(row: Row, settings: dict[str, Any], work: Path) -> list[str]:
+    """The judge's command line for the row's run (everything behind the interpreter)."""
+    run, asked = row if row.trains else row.need, settings["judge"]
+    command = ["-m", "minigpt5_jax.shapes.judge", "--run", str(work / run.name), "--what", row.judged]
+    command += ["--count", str(asked[row.judged]), "--seed", str(asked["seed"])]
+    if "guidance" in asked:
+        command += ["--inference", f"guidance_scale={asked['guidance']}"]
+    if row.judged == "pairs":
+        command += [f"--{'' if asked['native'] else 'no'}native"]
+    return [*command, "--out", str(work / row.name / "judged.json")]
 
 
 def last_losses(folder: Path) -> dict[str, Any]:
@@ -177,9 +180,13 @@ def last_losses(folder: Path) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def machine() -> str:
-    """The processor and how many cores of it."""
+    """The processor, how many cores of it, and JAX's device, which this process leaves to the runs."""
+    show = "import jax; print(jax.device_count(), 'x', jax.devices()[0].device_kind)"
+    asked = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True)
+    device = asked.stdout.strip() or "no device"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores; {device}"
