@@ -236,12 +236,11 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, ma
     call("--rows", "no_cap,plain", "--steps", "50", "--force")
     assert machine.names("train") == ["plain_seed0", "plain_seed0", "no_cap_seed0"]
     assert not (tmp_path / "work/plain_seed0/old").exists()
-    # Another count needs another judgement, not another training from the start.
-    (tmp_path / "work/plain_seed0/old").touch()
+    # Another count needs another judgement, not another training.
     with pytest.raises(RowError, match=r"judge\.pairs: 200 there, 9 now"):
         call("--rows", "plain", "--steps", "50", "--pairs", "9")
     call("--rows", "plain", "--steps", "50", "--pairs", "9", "--force")
-    assert (tmp_path / "work/plain_seed0/old").exists()
+    assert machine.names("train").count("plain_seed0") == 2 and machine.names("judge")[-1] == "plain_seed0"
     assert json.loads((tmp_path / "shapes/plain_seed0.json").read_text())["settings"]["judge"]["pairs"] == 9
 
 

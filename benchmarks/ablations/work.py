@@ -129,7 +129,7 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
         raise RowError(f"{work / row.name} was begun with other settings:\n  " + "\n  ".join(changed))
     if read_note(row, work) is None:
         write_whole(work / row.name / NOTE, {"settings": of_training(settings), "seconds": 0.0})
-    if row.trains:
+    if row.trains and not is_trained(row, settings, work):
         share_data(row, settings, work)
         with timed(row, work):
             run_command(train_command(row, settings, work))
