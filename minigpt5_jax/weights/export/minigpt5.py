@@ -21,7 +21,8 @@ def state_dict(model: Trained, stage: int | None = None) -> dict[str, np.ndarray
 
     Args:
       stage: 1 for what stage 1 saves (131 tensors: mapper, MLP, queries, both tables), whatever was trained
-        last; 2 for what stage 2 saves; None for what this run trained.
+        last; 2 for what stage 2 saves; None for what this run trained, and without LoRA or a prefix all of
+        stage 1's.
 
     Raises:
       ExportError: stage 2 of a run without LoRA and without a prefix, or parameters the original has no
@@ -34,7 +35,8 @@ def state_dict(model: Trained, stage: int | None = None) -> dict[str, np.ndarray
         )
     mapper = {path for path in model.params if path.startswith("mapper/")}
     kept = {path for path in mapper if not path.startswith(("mapper/fc/", "mapper/queries"))}
-    chosen = {None: set(model.trainable), 1: mapper, 2: tuned | kept}[stage] | set(ROWS)
+    own = set(model.trainable) | (set() if tuned else mapper)  # with queries that were fixed
+    chosen = {None: own, 1: mapper, 2: tuned | kept}[stage] | set(ROWS)
     try:
         return trained_to_source(
             {path: model.params[path] for path in sorted(chosen - {TABLE_DECAY})},
