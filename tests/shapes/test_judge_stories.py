@@ -158,6 +158,19 @@ def test_contexts_are_put_in_the_order_that_was_found(judge):
     assert found["table_6"] == {"none": 0.61, "text": 0.64, "image": 0.69, "image+text": 0.70}
 
 
+def test_prompts_follow_from_the_seed_alone(judge):
+    settings = {"contexts": ["none", "image"], "narrations": ()}
+    told = [
+        judge(lambda number, _: (), 3, seed=seed, batch_size=size, **settings)["session"].prompts
+        for seed, size in ((4, 1), (4, 8), (5, 8))
+    ]
+    said = [[[(p.source, p.seed) for p in prompts] for prompts in one] for one in told]
+    assert said[0] == said[1] != said[2]
+    seeds = [[seed for _, seed in prompts] for prompts in said[0]]
+    assert seeds[0] == seeds[2], "the same noise in every context"
+    assert len(set(seeds[0])) == 3
+
+
 def test_a_model_that_never_draws(judge):
     found = judge(lambda number, _: ("words",), 12, contexts=["none"], narrations=())
     row = found["contexts"]["none"]
