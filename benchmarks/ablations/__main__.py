@@ -40,22 +40,37 @@ from benchmarks.ablations.work import begun_otherwise, clear, is_trained, run_ro
 RESULTS = ROOT / "docs" / "results" / "shapes"
 
 
+def words(text: str) -> list[str]:
+    """Comma separated."""
+    return [word for word in text.split(",") if word]
+
+
+def seeds(text: str) -> list[int]:
+    """Comma separated."""
+    return [int(word) for word in words(text)]
+
+
+def count(text: str) -> int:
+    """At least one."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ablations", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    words = lambda text: [word for word in text.split(",") if word]  # noqa: E731
-    numbers = lambda text: [int(word) for word in words(text)]  # noqa: E731
     parser.add_argument("--rows", type=words, default=list(VARIANTS), help="variants, comma separated")
-    parser.add_argument("--seeds", type=numbers, default=[0], help="comma separated; all rows of one first")
+    parser.add_argument("--seeds", type=seeds, default=[0], help="comma separated; all rows of one first")
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSONs, beside the page")
-    parser.add_argument("--steps", type=int, help="of stage-1 rows; warm-up stays in proportion")
-    parser.add_argument("--story_steps", type=int, help="of stage-2 rows; warm-up stays in proportion")
-    parser.add_argument("--pairs", type=int, default=200, help="captions judged of each number of objects")
-    parser.add_argument("--stories", type=int, default=60, help="stories judged")
+    parser.add_argument("--steps", type=count, help="of stage-1 rows; warm-up stays in proportion")
+    parser.add_argument("--story_steps", type=count, help="of stage-2 rows; warm-up stays in proportion")
+    parser.add_argument("--pairs", type=count, default=200, help="captions judged of each number of objects")
+    parser.add_argument("--stories", type=count, default=60, help="stories judged")
     parser.add_argument("--force", action="store_true", help="make rows of other settings again")
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
     parser.add_argument("--page_only", action="store_true", help="write the page and stop")

@@ -32,9 +32,7 @@ def compare(results: Results, claim: Claim) -> Compared:
         return Compared(reason, OTHER_SETTINGS)
     error = "" if found.error is None else f" ± {found.error:.3f}"
     seeds = "" if found.seeds == 1 else f" ({found.seeds} seeds)"
-    return Compared(
-        f"{found.value:+.3f}{error}{seeds}", verdict(found.value, found.error, claim.expected)
-    )
+    return Compared(f"{found.value:+.3f}{error}{seeds}", verdict(found.value, found.error, claim.expected))
 
 
 def by_seed(results: Results, claim: Claim) -> list[Measured]:

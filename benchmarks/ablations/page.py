@@ -204,9 +204,14 @@ def runs_section(results: Results) -> str:
             count = f"{judged['pairs']} captions x 3" if "pairs" in judged else f"{judged['stories']} stories"
             name = f"{variant}, seed {result['seed']}"
             steps = str(result["training"]["step"]) if result["training"] else "–"
-            lines.append([name, steps, *minutes, count, result["git_revision"][:12]])
+            revision, changes, _ = result["git_revision"].partition("+")
+            lines.append([name, steps, *minutes, count, revision[:12] + changes])
     head = ("row", "steps", "minutes of training", "of judging", "judged on", "revision")
-    return f"The JSON of a row has its settings and the command that trained it.\n\n{table(head, lines)}"
+    note = (
+        "The JSON of a row has its settings and the command that trained it; `+` behind a revision: files "
+        "differed from it."
+    )
+    return f"{note}\n\n{table(head, lines)}"
 
 
 def summary(results: Results, tally: collections.Counter) -> str:

@@ -129,13 +129,18 @@ def held_out(name: str) -> Callable:
     return read
 
 
+def within(scores: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    """What lies at a path of nested numbers; empty where it ends before."""
+    for name in names:
+        scores = scores.get(name, {})
+    return scores
+
+
 def stories(*names: str) -> Callable:
     """Reads one of the story judge's numbers, which come with their standard errors."""
 
     def read(result: Result) -> Measured | None:
-        found = result["scores"]
-        for name in names:
-            found = found.get(name, {}) if isinstance(found, dict) else {}
+        found = within(result["scores"], names)
         value = found.get("share", found.get("mean"))
         if value is None:
             return None
@@ -150,7 +155,7 @@ def chance(name: str) -> Callable:
     """Reads how often guessing is right in what only pictures reveal."""
 
     def read(result: Result) -> Measured | None:
-        found = result["scores"]["contexts"]["none"]["picture_only"][name]["chance"]
+        found = within(result["scores"], ("contexts", "none", "picture_only", name)).get("chance")
         return None if found is None else Measured(found)
 
     return read
