@@ -126,7 +126,8 @@ def llama(job: Job) -> Result:
         job.work / "histories", "train", tokenizer, job.steps.stories, job.steps.dialogs, job.seed
     )
     params, heads, seconds = train_llama.train(
-        tokenizer, histories, look, job.steps.llama, job.seed, checkpoint=job.checkpoint("llama")
+        tokenizer, histories, look, (job.steps.llama, job.steps.llama_describing), job.seed,
+        checkpoints=job.work,
     )
     train_llama.write(job.assets, params)
     measured = describe.described(job.assets) | describe.kept(job.assets, heads, job.work / "histories")

@@ -34,6 +34,7 @@ from minigpt5_jax.shapes.world import Scene
 
 FILLERS = 8  # vokens of a picture
 DIALOG_SHARE = 0.4  # of samples with a history; the others are stories'
+DESCRIBED_SHARE = 0.75  # of samples with one picture; the others are questions about it
 Rows = dict[str, Any]
 """Arrays of a batch by name; see :func:`empty_rows`."""
 
@@ -71,6 +72,12 @@ def told(scene: Scene, random: np.random.Generator) -> Sample:
     if kind <= 2:
         return Sample(*(question, recall)[kind - 1](scene, random))
     return Sample(*(picture_question if kind == 3 else description)(scene, random), scenes=(scene,))
+
+
+def seen(scene: Scene, random: np.random.Generator) -> Sample:
+    """A picture that is described, or, less often, asked about."""
+    kind = description if random.random() < DESCRIBED_SHARE else picture_question
+    return Sample(*kind(scene, random), scenes=(scene,))
 
 
 class Histories:
@@ -189,3 +196,10 @@ def kinds_of_batches(histories: Histories) -> tuple[Kind, ...]:
         Kind(lambda random: told(draw_training_scene(random), random), 104, 20, 20),
         history,
     )
+
+
+def kinds_of_describing(histories: Histories) -> tuple[Kind, ...]:
+    """One turn of the training that follows: half of it tells what is in a picture."""
+    described = Kind(lambda random: seen(draw_training_scene(random), random), 88, 32, 32)
+    captions, history, *_ = kinds_of_batches(histories)
+    return captions, described, history, described

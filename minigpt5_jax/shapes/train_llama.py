@@ -5,6 +5,10 @@ the scene in the states at the vokens.  So where a sample draws a picture stand 
 inputs are the mean of the embedding table (where voken rows start, reference 2.1) plus noise, and a
 linear head, thrown away afterwards, reads every field of the scene from each of their states.  The
 projection of pictures into the model is trained with it, on the finished eyes.
+
+Two fits follow each other: one that gathers scenes, and one of which half is describing pictures.  After
+the first, states behind a picture held its scene (all fields right in 1.00), but only 0.45 of the
+attributes were right in what the model wrote of it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,16 @@ from minigpt5_jax.models.llama import Llama, LlamaConfig
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.fit import fit, unit_gain
 from minigpt5_jax.shapes.heads import Heads, init_heads, read_loss
-from minigpt5_jax.shapes.llama_data import FILLERS, Histories, Rows, Sample, kinds_of_batches, make_rows
+from minigpt5_jax.shapes.llama_data import (
+    FILLERS,
+    Histories,
+    Kind,
+    Rows,
+    Sample,
+    kinds_of_batches,
+    kinds_of_describing,
+    make_rows,
+)
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.tokenizers import LLAMA_PIECES
 from minigpt5_jax.shapes.train_vision import QFORMER, Look
@@ -83,9 +96,10 @@ def with_states(made: Rows, scenes: list, look: Look) -> Rows:
     return held
 
 
-def batches(tokenizer: LlamaTokenizer, histories: Histories, look: Look, seed: int) -> Callable[[int], Rows]:
+def batches(
+    tokenizer: LlamaTokenizer, kinds: Sequence[Kind], look: Look, seed: int
+) -> Callable[[int], Rows]:
     """Rows of one kind after the other."""
-    kinds = kinds_of_batches(histories)
 
     def batch(step: int) -> Rows:
         random, kind = np.random.default_rng((seed, step)), kinds[step % len(kinds)]
@@ -101,11 +115,8 @@ def lower_layers(tongue: Params) -> Params:
     return {p: v[:GATHERING_LAYERS] if p.startswith("llm/layers/") else v for p, v in tongue.items()}
 
 
-def train(
-    tokenizer: LlamaTokenizer, histories: Histories, look: Look, steps: int, seed: int,
-    checkpoint: Path | None = None,
-) -> tuple[Params, Heads, float]:  # fmt: skip
-    """(parameters of both parts, the head, seconds)."""
+def make_loss():
+    """Next tokens, what the states at fillers and behind pictures hold, and the words of each object."""
     tower = template()
     gatherer = template(dataclasses.replace(CONFIG, num_hidden_layers=GATHERING_LAYERS))
 
@@ -127,17 +138,33 @@ def train(
             total, seen = total + READ_WEIGHT * words, {**seen, "words": words, "bound": bound}
         return total, seen
 
+    return loss
+
+
+def train(
+    tokenizer: LlamaTokenizer, histories: Histories, look: Look, steps: tuple[int, int], seed: int,
+    checkpoints: Path | None = None,
+) -> tuple[Params, Heads, float]:  # fmt: skip
+    """(parameters of both parts, the head, seconds); ``steps`` of gathering and of describing."""
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "tongue": unit_gain(tower.init(key)),
+        "tongue": unit_gain(template().init(key)),
         "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
         "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
     }  # fmt: skip
-    fitted, seconds = fit(
-        loss, params, batches(tokenizer, histories, look, seed), steps=steps, learning_rate=2e-3, seed=seed,
-        name="llama", checkpoint=checkpoint,
-    )  # fmt: skip
-    return fitted["tongue"], fitted["head"], seconds
+    phases = (
+        ("llama", kinds_of_batches(histories), steps[0], 2e-3),
+        ("llama_describing", kinds_of_describing(histories), steps[1], 1e-3),
+    )
+    total = 0.0
+    for number, (name, kinds, count, rate) in enumerate(phases):
+        params, seconds = fit(
+            make_loss(), params, batches(tokenizer, kinds, look, seed + number), steps=count,
+            learning_rate=rate, seed=seed + number, name=name,
+            checkpoint=checkpoints and checkpoints / f"{name}.npz",
+        )  # fmt: skip
+        total += seconds
+    return params["tongue"], params["head"], total
 
 
 def write(assets: Path, tongue: Params) -> None:
