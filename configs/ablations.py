@@ -1,12 +1,14 @@
 """The papers' ablations: each is one variant of the full-size run, and of the small world's.
 
-    python -m minigpt5_jax.train --config configs/ablations.py:no_cap --workdir runs/no_cap \
-        --config.data.train=CC3M/train.tsv (data and weights as in configs/stage1.py)
+    python -m minigpt5_jax.train --config configs/ablations.py:no_cap --dry_run
+    python -m minigpt5_jax.train --config configs/ablations.py:no_cap --workdir runs/no_cap ...
     python -m minigpt5_jax.train --config configs/ablations.py:prefix --workdir runs/prefix \
-        --config.run.init_from=runs/stage1/checkpoints (data and weights as in configs/stage2_vist.py)
+        --config.run.init_from=runs/stage1/checkpoints ...
     python -m minigpt5_jax.train --config configs/ablations.py:shapes,no_cap --workdir runs/shapes_no_cap
     python -m minigpt5_jax.train --config configs/ablations.py:shapes,prefix --workdir runs/shapes_prefix \
         --config.run.init_from=runs/shapes_full/checkpoints
+
+At full size `...` stands for data and weights, given as for the run that the variant starts from.
 
 Stage 1, everything else as configs/stage1.py (with `shapes`: as configs/shapes_stage1.py:full):
 
@@ -24,7 +26,7 @@ Stage 2, everything else as configs/stage2_vist.py (with `shapes`: configs/shape
     no_stage1      stage 2 at once, without run.init_from; the mapper's MLP and queries train too
 
 Pieces of different kinds combine (`vokens_4,no_cap`).  Guidance scales and contexts are no variants: they are
-chosen when pictures are drawn (`--guidance_scale`).
+chosen when pictures are drawn (`python -m minigpt5_jax.generate --inference guidance_scale=5`).
 Hardware: that of the run a variant starts from.
 Expected numbers: docs/results/shapes.md, in the small world; the papers' at full size stand beside them.
 """
