@@ -162,22 +162,28 @@ def context_section(results: Results, folder: Path, tally) -> str:
     return f"{CONTEXT_NOTE}\n\n{table(head, rows)}\n\n{verdicts(results, claims, tally)}"
 
 
+STORY_NOTE = """\
+The last step after the whole history: its picture (attributes and all right as above), and its narration by
+ROUGE-L, asked with the picture to draw (multimodal) or from the true picture (understanding). Beside them what
+the true narration of another story has: the manner without the story."""
+
+
 def story_section(results: Results, folder: Path, tally) -> str:
     """LoRA, prefix, without stage 1: Tables 1 and 2."""
     metrics = ("attributes, image+text", "all right, image+text", "narration, multimodal",
-               "narration, understanding")  # fmt: skip
+               "narration, understanding", "narration, another")  # fmt: skip
     rows = []
     for variant in ("zero_shot", "lora", "prefix", "no_stage1"):
         beside = [f"{n:.2f}" for n in paper.STEPS.get(variant, ())] or ["–", "–"]
         rows.append([paper.LABELS[variant], *cells(results, variant, metrics), *beside])
     head = ("row", "seeds", "steps", "attributes", "all right", "ROUGE-L (multimodal)",
-            "ROUGE-L (understanding)", "CLIP-I (Table 1)", "FID (Table 1)")  # fmt: skip
+            "ROUGE-L (understanding)", "ROUGE-L of another's", "CLIP-I (Table 1)", "FID (Table 1)")  # fmt: skip
     narration = [
         [name, *(f"{number:.4f}" for number in numbers)] for name, numbers in paper.NARRATION.items()
     ]
     words = table(("Table 2 (no rows of ours to compare)", "S-BERT", "ROUGE-L", "METEOR"), narration)
     claims = paper.orderings(paper.STEPS, metrics[0], "Table 1")
-    return f"{table(head, rows)}\n\n{verdicts(results, claims, tally)}\n\n{words}"
+    return f"{STORY_NOTE}\n\n{table(head, rows)}\n\n{verdicts(results, claims, tally)}\n\n{words}"
 
 
 SECTIONS: dict[str, Callable[[Results, Path, collections.Counter], str]] = {

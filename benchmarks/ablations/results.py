@@ -173,6 +173,7 @@ METRICS: dict[str, Callable[[Result], Measured | None]] = {
     **{f"attributes, {c}": stories("contexts", c, "all_attributes", "together") for c in CONTEXTS},
     **{f"all right, {c}": stories("contexts", c, "all_attributes", "all_right") for c in CONTEXTS},
     **{f"narration, {task}": stories(task, "rouge_l") for task in ("multimodal", "understanding")},
+    "narration, another": stories("multimodal", "of_another"),
 }  # fmt: skip
 """Name -> how it is read from a result; None where the result does not have it."""
 

@@ -36,6 +36,11 @@ VARIANTS = (*STAGE1[:6], *STAGE2, ZERO_SHOT, *STAGE1[6:], *GUIDANCE)
 """In the order in which they are run."""
 
 
+ALWAYS = ("run.seed", "run.num_steps", "run.eval_batches", "optimizer.warmup_steps")
+"""Keys that settings hold at their defaults too.  Other keys of ``run`` change no number of a row: they say how
+often something is saved or shown."""
+
+
 class RowError(RuntimeError):
     """A row cannot be run or read; the message names it and the remedy."""
 
@@ -123,8 +128,7 @@ def row_settings(row: Row, options: argparse.Namespace, assets: str) -> dict[str
     """Everything the row's numbers depend on, as plain JSON; a result of other settings is another result.
 
     Returns:
-      ``assets``, ``judge``, for training rows ``config`` (every key that differs from the project's
-      defaults), and ``from``: the configuration of the run it starts from or judges.
+      ``assets``, ``judge``, for training rows ``config`` (:func:`changed_keys`), and ``from``: the configuration of the run it starts from or judges.
     """
     judge: dict[str, Any] = {"seed": row.seed}
     if row.judged == "stories":
@@ -142,9 +146,11 @@ def row_settings(row: Row, options: argparse.Namespace, assets: str) -> dict[str
 
 
 def changed_keys(config: ConfigDict) -> dict[str, Any]:
-    """Dotted key -> value wherever ``config`` differs from the defaults."""
+    """Dotted key -> value wherever ``config`` differs from the defaults, and ``ALWAYS``."""
     default, values = flat(get_config().to_dict()), flat(config.to_dict())
-    return {key: value for key, value in values.items() if key not in default or default[key] != value}
+    changed = {key: value for key, value in values.items() if key not in default or default[key] != value}
+    kept = {key: value for key, value in changed.items() if not key.startswith("run.")}
+    return kept | {key: values[key] for key in ALWAYS}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

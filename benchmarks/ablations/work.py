@@ -32,7 +32,7 @@ def train_command(row: Row, settings: dict[str, Any], work: Path) -> list[str]:
     command = ["-m", "minigpt5_jax.train", "--config", f"{CONFIG_FILE}:{row.config_variant}"]
     command += ["--workdir", str(work / row.name), f"--config.run.seed={row.seed}"]
     command += [f"--config.run.num_steps={config['run.num_steps']}"]
-    command += [f"--config.optimizer.warmup_steps={config.get('optimizer.warmup_steps', 0)}"]
+    command += [f"--config.optimizer.warmup_steps={config['optimizer.warmup_steps']}"]
     if row.need:
         command += [f"--config.run.init_from={work / row.need.name / 'checkpoints'}"]
     return command

@@ -48,6 +48,12 @@ def test_steps_scale_the_warm_up_and_settings_name_what_numbers_depend_on():
     settings = rows.row_settings(Row("no_cap", 3), options, "hash")
     assert settings["config"]["loss.caption"] == 0.0 and settings["config"]["run.seed"] == 3
     assert settings["judge"] == {"seed": 3, "pairs": 20, "native": False}
+    assert "run.save_every" not in settings["config"]  # it changes no number
+    command = work.train_command(Row("no_cap", 3), settings, Path("w"))
+    assert command[-3:] == [
+        "--config.run.seed=3", f"--config.run.num_steps={options.steps}",
+        f"--config.optimizer.warmup_steps={fifth.optimizer.warmup_steps}",
+    ]  # fmt: skip
     lora = rows.row_settings(Row("lora"), options, "hash")
     assert lora["from"]["run.num_steps"] == options.steps != lora["config"]["run.num_steps"]
     sweep = rows.row_settings(Row("guidance_7.5"), options, "hash")
