@@ -163,9 +163,9 @@ def context_section(results: Results, folder: Path, tally) -> str:
 
 
 STORY_NOTE = """\
-The last step after the whole history: its picture (attributes and all right as above), and its narration by
-ROUGE-L, asked with the picture to draw (multimodal) or from the true picture (understanding). Beside them what
-the true narration of another story has: the manner without the story."""
+The last step after the whole history: its picture (attributes and all right as above), and its narration
+by ROUGE-L, asked with the picture to draw (multimodal) or from the true picture (understanding). Beside them
+what the true narration of another story has: the manner without the story."""
 
 
 def story_section(results: Results, folder: Path, tally) -> str:
@@ -177,7 +177,7 @@ def story_section(results: Results, folder: Path, tally) -> str:
         beside = [f"{n:.2f}" for n in paper.STEPS.get(variant, ())] or ["–", "–"]
         rows.append([paper.LABELS[variant], *cells(results, variant, metrics), *beside])
     head = ("row", "seeds", "steps", "attributes", "all right", "ROUGE-L (multimodal)",
-            "ROUGE-L (understanding)", "ROUGE-L of another's", "CLIP-I (Table 1)", "FID (Table 1)")  # fmt: skip
+            "ROUGE-L (understanding)", "of another", "CLIP-I (Table 1)", "FID (Table 1)")  # fmt: skip
     narration = [
         [name, *(f"{number:.4f}" for number in numbers)] for name, numbers in paper.NARRATION.items()
     ]

@@ -37,8 +37,8 @@ VARIANTS = (*STAGE1[:6], *STAGE2, ZERO_SHOT, *STAGE1[6:], *GUIDANCE)
 
 
 ALWAYS = ("run.seed", "run.num_steps", "run.eval_batches", "optimizer.warmup_steps")
-"""Keys that settings hold at their defaults too.  Other keys of ``run`` change no number of a row: they say how
-often something is saved or shown."""
+"""Keys that settings hold at their defaults too.  Other keys of ``run`` change no number of a row: they say
+how often something is saved or shown."""
 
 
 class RowError(RuntimeError):
@@ -128,7 +128,8 @@ def row_settings(row: Row, options: argparse.Namespace, assets: str) -> dict[str
     """Everything the row's numbers depend on, as plain JSON; a result of other settings is another result.
 
     Returns:
-      ``assets``, ``judge``, for training rows ``config`` (:func:`changed_keys`), and ``from``: the configuration of the run it starts from or judges.
+      ``assets``, ``judge``, for training rows ``config`` (:func:`changed_keys`), and ``from``: the
+      configuration of the run it starts from or judges.
     """
     judge: dict[str, Any] = {"seed": row.seed}
     if row.judged == "stories":
