@@ -6,7 +6,7 @@ import dataclasses
 
 from benchmarks.ablations.paper import Claim
 from benchmarks.ablations.results import METRICS, Measured, Results, combine, verdict, weighted
-from benchmarks.ablations.rows import STAGE1, STAGE2
+from benchmarks.ablations.rows import STAGE1, STAGE2, differences
 
 NOT_RUN, OTHER_SETTINGS = "not run", "not comparable"
 AGREEMENT = ("agrees", "does not agree", "within noise", "no error known", OTHER_SETTINGS, NOT_RUN)
@@ -50,7 +50,8 @@ def by_seed(results: Results, claim: Claim) -> list[Measured]:
 
 
 def unlike(results: Results, variants: list[str]) -> str:
-    """In what rows differ that should differ in their variant only: backbones, or the steps of one stage."""
+    """In what rows differ that should differ in their variant only: backbones, steps of one stage, or the run
+    they start from or judge."""
     first = [results[variant][0] for variant in variants]
     if len({result["settings"]["assets"] for result in first}) > 1:
         return "other backbones"
@@ -58,4 +59,6 @@ def unlike(results: Results, variants: list[str]) -> str:
         steps = [r["training"]["step"] for r in first if r["variant"] in stage]
         if len(set(steps)) > 1:
             return f"steps {' and '.join(map(str, dict.fromkeys(steps)))}"
-    return ""
+    before = [result["settings"]["from"] for result in first if "from" in result["settings"]]
+    changed = [line for other in before for line in differences(before[0], other)]
+    return f"from runs of other {changed[0].partition(':')[0]}" if changed else ""

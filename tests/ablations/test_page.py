@@ -128,6 +128,18 @@ def test_a_claim_is_compared_on_the_rows_that_were_run():
     assert compare(grouped(plain, longer), claim).difference == "steps 100 and 200"
 
 
+def test_rows_that_differ_in_more_than_their_variant_are_not_compared():
+    claim = paper.GUIDANCE_CLAIMS[0]
+    made = {"guidance_1": 0.5, "guidance_7.5": 0.9}
+    alike = [result(v, pair_scores(s), **{"from": {"run.num_steps": 5}}) for v, s in made.items()]
+    assert compare(grouped(*alike), claim).verdict == "agrees"
+    other = result("guidance_7.5", pair_scores(0.9), **{"from": {"run.num_steps": 6}})
+    found = compare(grouped(alike[0], other), claim)
+    assert (found.verdict, found.difference) == ("not comparable", "from runs of other run.num_steps")
+    other = result("guidance_7.5", pair_scores(0.9), assets="b" * 64)
+    assert compare(grouped(alike[0], other), claim).difference == "other backbones"
+
+
 def test_the_paper_s_ties_and_contrasts():
     ties = [c.text for c in paper.context_claims(paper.TABLE6, "attributes, {}") if not c.expected]
     assert ties == [
