@@ -27,7 +27,7 @@ from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.restore import load_run
 from minigpt5_jax.shapes.judge_dialogs import judge_dialogs
 from minigpt5_jax.shapes.judge_pairs import judge_pairs
-from minigpt5_jax.shapes.judge_stories import CONTEXTS, judge_stories
+from minigpt5_jax.shapes.judge_stories import CONTEXTS, NARRATIONS, judge_stories
 
 WHAT = ("stories", "dialogs", "pairs")
 SHARED = (generate.STEP, generate.SEED, generate.BATCH_SIZE, generate.INFERENCE, generate.WEIGHTS)
@@ -42,6 +42,7 @@ def measure(
     batch_size: int = 32,
     step: int | None = None,
     contexts: Sequence[str] = CONTEXTS,
+    narrations: Sequence[str] = NARRATIONS,
     native: bool = True,
     inference: Mapping[str, str] | None = None,
     weights: Mapping[str, str] | None = None,
@@ -51,7 +52,7 @@ def measure(
     Args:
       path: a run's workdir.  what: one of :data:`WHAT`.  count: stories, dialogues, or captions of each
         number of objects.  step: which checkpoint; the newest by default.
-      contexts: of stories.  native: measure the ceiling of pairs, too.
+      contexts, narrations: of stories.  native: measure the ceiling of pairs, too.
       inference: settings in place of the run's, as Python spells them.
       weights: sources of frozen weights that moved.
 
@@ -66,7 +67,7 @@ def measure(
     cli.set_compile_cache(run.config)
     common = {"count": count, "seed": seed, "batch_size": batch_size}
     if what == "stories":
-        result = judge_stories(run, contexts=contexts, **common)
+        result = judge_stories(run, contexts=contexts, narrations=narrations, **common)
     elif what == "dialogs":
         result = judge_dialogs(run, **common)
     else:
@@ -83,6 +84,7 @@ def main() -> None:
         "count", 200, "Stories, dialogues, or captions of each number of objects.", lower_bound=1
     )
     contexts = flags.DEFINE_list("contexts", list(CONTEXTS), "stories: what is put before the last step.")
+    narrations = flags.DEFINE_list("narrations", list(NARRATIONS), "stories: which texts are written.")
     native = flags.DEFINE_boolean("native", True, "pairs: measure the native ceiling, too.")
     out = flags.DEFINE_string("out", None, "File to write the line to as well.")
     flags.FLAGS.set_default("batch_size", 32)
@@ -95,7 +97,7 @@ def main() -> None:
             found = measure(
                 path.value, what.value, count=count.value, seed=generate.SEED.value,
                 batch_size=generate.BATCH_SIZE.value, step=generate.STEP.value, contexts=contexts.value,
-                native=native.value,
+                narrations=narrations.value, native=native.value,
                 inference=cli.pairs(generate.INFERENCE.value, "inference"),
                 weights=cli.pairs(generate.WEIGHTS.value, "weights"),
             )  # fmt: skip

@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -152,8 +153,8 @@ def attribute_shares(rows: Sequence[tuple[Scene | None, Scene]]) -> dict[str, Nu
     return found
 
 
-def rouge_l(texts: Sequence[str], references: Sequence[str]) -> Numbers:
-    """Mean ROUGE-L (F measure of the longest common subsequence of words, package rouge-score).
+def rouge_scorer() -> Any:
+    """ROUGE-L of the package rouge-score: the F measure of the longest common subsequence of words.
 
     Raises:
       ConfigError: the package is missing.
@@ -164,6 +165,10 @@ def rouge_l(texts: Sequence[str], references: Sequence[str]) -> Numbers:
         raise ConfigError(
             "ROUGE-L needs the package rouge-score; install it: pip install rouge-score"
         ) from None
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(texts, references, strict=True)
+    return RougeScorer(["rougeL"])
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> Numbers:
+    """Mean ROUGE-L of texts; see :func:`rouge_scorer`."""
+    scorer, pairs = rouge_scorer(), zip(texts, references, strict=True)
     return each([float(scorer.score(want, got)["rougeL"].fmeasure) for got, want in pairs], "mean")

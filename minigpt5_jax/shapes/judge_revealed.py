@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,8 +77,8 @@ def picture_only_shares(steps: Sequence[Revealed]) -> dict[str, Any]:
       * ``chance_by_margins``: right if the drawn values were dealt out among the stories at random, which
         minds that values are not equally frequent, and pictures without a subject;
       * ``from_chance``: how far the share is from the range of ``chance`` to ``chance_by_texts``, in which it
-        tells of nothing but texts, in standard errors; None where that error is 0;
-      * ``near_chance``: whether that is two standard errors at most.
+        tells of nothing but texts, in standard errors (of the share or of guessing, the larger);
+      * ``near_chance``: whether that is two of them at most.
     """
     steps = [step for step in steps if step.names]
     result: dict[str, Any] = {
@@ -102,10 +103,12 @@ def _beside_chance(row: dict[str, Any], *guesses: Sequence[float]) -> dict[str, 
         names = ("chance", "chance_by_texts", "chance_by_margins", "from_chance", "near_chance")
         return dict.fromkeys(names)
     chance, by_texts, by_margins = (sum(values) / len(values) for values in guesses)
-    away, error = row["share"] - min(max(row["share"], chance), by_texts), row["standard_error"]
+    away = row["share"] - min(max(row["share"], chance), by_texts)
+    # where all or none of a few are right, the share's own error is 0
+    error = max(row["standard_error"], math.sqrt(chance * (1 - chance) / row["count"]))
     return {
         "chance": chance, "chance_by_texts": by_texts, "chance_by_margins": by_margins,
-        "from_chance": away / error if error else None, "near_chance": abs(away) <= 2 * error,
+        "from_chance": away / error, "near_chance": abs(away) <= 2 * error,
     }  # fmt: skip
 
 

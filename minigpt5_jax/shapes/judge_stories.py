@@ -79,20 +79,22 @@ def judge_stories(
 
     Returns:
       ``{"count", "seed", "contexts": {context: ...}, "order": contexts from the least to the most attributes
-      right, "table_6", NARRATION: {"rouge_l", "emitted", "cut"}, ...}``.  A context has ``picture_only``
-      (:func:`~minigpt5_jax.shapes.judge_revealed.picture_only_shares`), ``all_attributes``
+      right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context has
+      ``picture_only`` (:func:`~minigpt5_jax.shapes.judge_revealed.picture_only_shares`), ``all_attributes``
       (:func:`~minigpt5_jax.shapes.judge_counts.attribute_shares`), ``emitted`` (the model begins a picture
       by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count and standard
       error.
 
     Raises:
-      ConfigError: an unknown context or narration, a run of another world, or one that cannot see and is
-        to read pictures.
+      ConfigError: an unknown context or narration, a run of another world, one that cannot see and is to
+        read pictures, or no package for ROUGE-L.
     """
     for given, known in ((contexts, CONTEXTS), (narrations, NARRATIONS)):
         if unknown := sorted(set(given) - set(known)):
             raise ConfigError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     counts.check_run(run, reads_pictures=bool(narrations) or any("image" in one for one in contexts))
+    if narrations:
+        counts.rouge_scorer()  # a missing package is told before the work
     drawer = counts.open_session(run, batch_size=batch_size, force_image="first", max_new_tokens=1)
     writer = counts.open_session(run, batch_size=batch_size)
     vokens, prompt_set = run.config.model.backbone.num_vokens, run.config.data.prompt_set
@@ -173,7 +175,10 @@ def judge_context(
 def judge_narration(
     writer: Session, tales: Sequence[Tale], task: str, prompt_set: str, num_vokens: int, seed: int
 ) -> dict[str, Any]:
-    """ROUGE-L of the last step's narration, the wordings of the request in turn."""
+    """ROUGE-L of the last step's narration, the wordings of the request in turn.
+
+    ``of_another`` is what true narrations of other stories would have: the manner without the story.
+    """
     prompts = []
     for number, tale in enumerate(tales):
         example = story_example(
@@ -186,6 +191,7 @@ def judge_narration(
     voken = writer.tokenizer.first_voken_id
     return {
         "rouge_l": counts.rouge_l([answer.text for answer in answers], wanted),
+        "of_another": counts.rouge_l(wanted[1:] + wanted[:1], wanted),
         "emitted": counts.each([voken in answer.token_ids for answer in answers]),
         "cut": sum(answer.dropped > 0 for answer in answers),
     }

@@ -58,7 +58,8 @@ def test_each_judge_is_called_with_what_was_asked(what, seeing_run, monkeypatch)
     asked = {"count": 7, "seed": 2, "step": 4, "inference": {"guidance_scale": "3"}, "native": False}
     found = judge.measure("runs/a", what, **asked)
     assert calls[0] == ("runs/a", {"step": 4, "weights": None})
-    more = {"stories": {"contexts": judge.CONTEXTS}, "pairs": {"native": False}}
+    stories = {"contexts": judge.CONTEXTS, "narrations": judge.NARRATIONS}
+    more = {"stories": stories, "pairs": {"native": False}}
     assert calls[1] == {"count": 7, "seed": 2, "batch_size": 32, **more.get(what, {})}
     assert (found["what"], found["step"], found["count"], found["result"]) == (what, 3, 7, {"n": 1})
     assert found["inference"]["guidance_scale"] == 3.0 and json.dumps(found)

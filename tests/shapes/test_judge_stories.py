@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_the_truth_is_all_right_and_is_told_in_its_own_words(judge):
         assert revealed["together"]["share"] == 1.0 and revealed["together"]["near_chance"] is False
     assert found["multimodal"]["rouge_l"]["mean"] == found["understanding"]["rouge_l"]["mean"] == 1.0
     assert found["multimodal"]["emitted"]["share"] == 1.0
+    assert 0 < found["multimodal"]["of_another"]["mean"] < 0.6
     assert found["session"].sampled == 4 * 12, "pictures are sampled only where they are looked at"
     requests = {prompt.source.split("\n ")[-1] for prompt in found["session"].prompts[-2]}
     assert requests == {f"{text} ###Assistant:" for text in STORY_PROMPTS["head"]["multimodal"]}
@@ -219,10 +221,11 @@ def test_chance_by_margins_minds_how_often_values_are():
     assert found["size"]["count"] == 0 and found["size"]["chance"] is None
     assert found["together"]["count"] == 12
     assert found["together"]["chance"] == pytest.approx((1 / 5 + 1 / 6 + 1 / 4) / 3)
-    assert found["background"]["standard_error"] == 0 and found["background"]["from_chance"] is None
+    assert found["background"]["standard_error"] == 0, "and guessing one of four has an error of"
+    assert found["background"]["from_chance"] == pytest.approx(0.75 / (0.25 * 0.75 / 4) ** 0.5)
 
 
-def test_what_cannot_be_judged_is_refused(seeing_run):
+def test_what_cannot_be_judged_is_refused(seeing_run, monkeypatch):
     with pytest.raises(ConfigError, match="unknown picture; known: none, text, image, image"):
         judge_stories.judge_stories(seeing_run, count=2, contexts=["none", "picture"])
     wide = dataclasses.replace(seeing_run, config=seeing_run.config.copy_and_resolve_references())
@@ -233,3 +236,8 @@ def test_what_cannot_be_judged_is_refused(seeing_run):
     blind = dataclasses.replace(seeing_run, spec=dataclasses.replace(seeing_run.spec, towers=towers))
     with pytest.raises(ConfigError, match="no vision tower"):
         judge_stories.judge_stories(blind, count=2)
+    for name in ("rouge_score", "rouge_score.rouge_scorer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(judge_counts, "open_session", None)
+    with pytest.raises(ConfigError, match="rouge-score"):
+        judge_stories.judge_stories(seeing_run, count=2)
