@@ -16,7 +16,7 @@ from minigpt5_jax.data.prompts import (
 from minigpt5_jax.data.templates import END, IMAGE, clean_caption
 from minigpt5_jax.shapes.dialogs import COUNTED, draw_dialog
 from minigpt5_jax.shapes.stories import draw_story
-from minigpt5_jax.shapes.wording import NAMES, caption, choose, words_of
+from minigpt5_jax.shapes.wording import NAMES, caption, choose, describe, words_of
 from minigpt5_jax.shapes.world import BACKGROUNDS, Scene, draw_scene
 
 QUESTIONS = {
@@ -71,9 +71,9 @@ def recall(scene: Scene, random: np.random.Generator) -> Sample:
 
 
 def description(scene: Scene, random: np.random.Generator) -> Sample:
-    """A picture, and a caption of it."""
+    """A picture, and what is in it."""
     ask = choose(DESCRIBE, random)
-    return f"###Human: {IMAGE} {ask} ###Assistant:", f"{clean_caption(caption(scene, random))} {END}"
+    return f"###Human: {IMAGE} {ask} ###Assistant:", f"{clean_caption(describe(scene))} {END}"
 
 
 def picture_question(scene: Scene, random: np.random.Generator) -> Sample:

@@ -8,7 +8,8 @@ projection of pictures into the model is trained with it, on the finished eyes.
 
 Two fits follow each other: one that gathers scenes, and one of which half is describing pictures.  After
 the first, states behind a picture held its scene (all fields right in 1.00), but only 0.45 of the
-attributes were right in what the model wrote of it.
+attributes were right in what the model wrote of it.  Describing in captions' wordings, objects in any
+order, brought 0.70 in 1,200 steps; see :func:`minigpt5_jax.shapes.wording.describe`.
 """
 
 from __future__ import annotations

@@ -97,6 +97,19 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
     )  # fmt: skip
 
 
+def describe(scene: Scene) -> str:
+    """The one way in which a scene is described when its picture is seen: place by place, place first.
+
+    A writer who names the place first needs to look at one place at a time.
+    """
+    phrases = [
+        f"in the {PLACES[item.place]} a {SIZES[item.size]} {TEXTURES[item.texture]} {COLOURS[item.colour]} "
+        f"{SHAPES[item.shape]}"
+        for item in sorted(scene.objects, key=lambda item: item.place)
+    ]
+    return f"a {BACKGROUNDS[scene.background]} picture with " + " and ".join(phrases)
+
+
 @dataclasses.dataclass(frozen=True)
 class Said:
     """What a text says of a scene.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.data.templates import clean_caption
-from minigpt5_jax.shapes.wording import caption, caption_words, ends_of_objects, understand
+from minigpt5_jax.shapes.wording import caption, caption_words, describe, ends_of_objects, understand
 from minigpt5_jax.shapes.world import Object, Scene, draw_scene
 
 
@@ -25,6 +25,22 @@ def test_captions_tell_everything_in_many_wordings(count):
             (item.place, item) for item in scene.objects
         ]
     assert len(wordings) > 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_description_tells_everything_in_one_wording(count):
+    scene = draw_scene(np.random.default_rng(count), count=count)
+    text = describe(scene)
+    assert text == clean_caption(text) and text == describe(scene)
+    assert set(text.split()) <= set(caption_words()) and understand(text).scene() == scene
+
+
+def test_a_description_goes_from_place_to_place():
+    two = Scene(0, (Object(0, 0, 0, 0, 1), Object(1, 1, 1, 1, 2)))
+    assert describe(two) == (
+        "a white picture with in the top right a small solid red circle "
+        "and in the bottom left a large striped green square"
+    )
 
 
 def test_captions_of_empty_and_full_scenes_are_refused():
