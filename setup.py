@@ -18,7 +18,8 @@ METRICS = [
     "tensorboard",
     "importlib_resources",
 ]
-TEST = ["torch==2.13.0", "peft", "pytest", "beartype", "ruff"]
+RESULTS = ["rouge-score", "matplotlib"]  # narrations of stories are scored, plots of results drawn
+TEST = [*RESULTS, "torch==2.13.0", "peft", "pytest", "beartype", "ruff"]
 
 setup(
     name="minigpt5_jax",
@@ -52,6 +53,7 @@ setup(
     ],
     extras_require={
         "metrics": METRICS,
+        "results": RESULTS,
         "test": [*METRICS, *TEST],
         "dev": [*METRICS, *TEST, "pre-commit"],
         "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it

@@ -106,7 +106,11 @@ def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
     config.weights.update(
         llm="shapes", vit="shapes", qformer="shapes", llama_proj="shapes", stable_diffusion="shapes"
     )
-    config.inference.update(sampler="ddim", num_inference_steps=20, guidance_scale=2.0, max_new_tokens=32)
+    # The most likely token, without a penalty on words said before: this world has fifty of them.
+    config.inference.update(
+        sampler="ddim", num_inference_steps=20, guidance_scale=2.0, max_new_tokens=64, do_sample=False,
+        repetition_penalty=1.0,
+    )  # fmt: skip
     return config
 
 
