@@ -79,6 +79,7 @@ def test_it_comes_back_as_it_was_saved(saved, run):
         np.testing.assert_array_equal(run.params[path], value, err_msg=path)
 
 
+@pytest.mark.slow
 def test_it_draws(run):
     [answer] = make_session(run, batch_size=1).generate([Prompt("a red circle", seed=1)])
     assert len(answer.pictures) == 1 and answer.pictures[0].shape == (64, 64, 3)
