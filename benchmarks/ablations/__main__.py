@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.page import write_page
-from benchmarks.ablations.plots import check_plots
 from benchmarks.ablations.results import read_result, without_seed
 from benchmarks.ablations.rows import (
     ROOT,
@@ -31,6 +30,7 @@ from benchmarks.ablations.rows import (
     Row,
     RowError,
     assets_hash,
+    check_packages,
     differences,
     plan,
     row_settings,
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       RowError: what is wrong with flags, results or folders; nothing was run then.
     """
     flags = parse(argv)
-    check_plots()
+    check_packages("matplotlib", *([] if flags.page_only else ["rouge_score"]))
     if flags.page_only:
         print(write_page(flags.results))
         return

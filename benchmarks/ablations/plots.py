@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ablations.results import Estimate
-from benchmarks.ablations.rows import RowError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +16,6 @@ class Curve:
     label: str
     points: Sequence[tuple[float, Estimate]]
     style: str = "o-"
-
-
-def check_plots() -> None:
-    """Whether plots can be drawn.
-
-    Raises:
-      RowError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RowError("the page's plots need matplotlib: pip install 'minigpt5_jax[plots]'")
 
 
 def draw(path: Path, curves: Sequence[Curve], axis: str, ticks: Sequence[float]) -> None:

@@ -87,6 +87,16 @@ class Row:
         return SCALES[self.scale] + ("" if self.variant == "plain" else f",{self.variant}")
 
 
+def check_packages(*names: str) -> None:
+    """Whether what judging and plots need is there, before hours of training.
+
+    Raises:
+      RowError: naming what is not installed.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise RowError(f"{' and '.join(missing)} not installed: pip install 'minigpt5_jax[results]'")
+
+
 def plan(variants: Iterable[str], seeds: Iterable[int], scale: str = "small") -> list[Row]:
     """Rows in the order they are run: seed by seed, as in ``VARIANTS``, what others need put in before them.
 

@@ -229,3 +229,13 @@ def test_counts_are_at_least_one(flag, machine, call, capsys):
     with pytest.raises(SystemExit):
         call("--rows", "plain", flag, "0")
     assert f"{flag}: invalid count value: '0'" in capsys.readouterr().err and not machine.ran
+
+
+def test_what_is_not_installed_is_told_before_anything_runs(machine, call, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find(name) if name != "rouge_score" else None
+    )
+    with pytest.raises(RowError, match=r"rouge_score not installed: pip install 'minigpt5_jax\[results\]'"):
+        call("--rows", "lora")
+    assert not machine.ran
