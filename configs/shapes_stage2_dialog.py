@@ -20,7 +20,7 @@ def get_config(variant: str | None = None):
     )  # fmt: skip
     config.data.update(
         format="shapes_dialogs", shapes_train=4000, shapes_validation=120, global_batch=32, accumulation=1,
-        worker_count=0, flip_mode="off", max_images=4, max_length=208, buckets=(64, 128, 208), max_targets=64,
+        worker_count=0, flip_mode="off", max_images=2, max_length=160, buckets=(104, 160), max_targets=40,
     )  # fmt: skip
     config.optimizer.update(lr_llm=2e-3, lr_mapper=5e-4, warmup_steps=50)
     return apply_variant(config, variant, {"prefix": use_prefix})

@@ -20,7 +20,7 @@ def get_config(variant: str | None = None):
     )  # fmt: skip
     config.data.update(
         format="shapes_stories", shapes_train=2000, shapes_validation=60, global_batch=32, accumulation=1,
-        worker_count=0, flip_mode="off", max_images=5, max_length=208, buckets=(64, 128, 208), max_targets=80,
+        worker_count=0, flip_mode="off", max_images=5, max_length=200, buckets=(120, 200), max_targets=24,
     )  # fmt: skip
     config.optimizer.update(lr_llm=2e-3, lr_mapper=5e-4, warmup_steps=50)
     return apply_variant(config, variant, {"prefix": use_prefix})
