@@ -149,8 +149,8 @@ def test_batches_are_functions_of_the_step(clip, llama, histories):
         "gathering": train_llama.batches(llama, data.kinds_of_batches(histories), look, seed=0),
         "describing": train_llama.batches(llama, data.kinds_of_describing(histories), look, seed=0),
     }  # fmt: skip
-    for name, batch in made.items():
-        first, again, other = (jax.tree.leaves(batch(step)) for step in (5, 5, 17))  # kinds take turns of 4 and 6
+    for name, batch in made.items():  # steps of one kind: kinds take turns of 4 and of 6
+        first, again, other = (jax.tree.leaves(batch(step)) for step in (5, 5, 17))
         assert all((a == b).all() for a, b in zip(first, again, strict=True)), name
         assert any((a != b).any() for a, b in zip(first, other, strict=True)), name
 
