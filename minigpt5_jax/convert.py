@@ -23,9 +23,9 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
-from minigpt5_jax.build import check_scheduler
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.frozen_sources import check_scheduler
 from minigpt5_jax.pretrained import import_release, save_imported
 from minigpt5_jax.profiles import PROFILES
 from minigpt5_jax.training.provenance import CheckpointError

@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
-from minigpt5_jax.build import build, check_sources, llm_tokenizer
+from minigpt5_jax.build import build, llm_tokenizer
 from minigpt5_jax.config import ConfigError, get_config, setting_errors, validate
 from minigpt5_jax.data import templates
 from minigpt5_jax.data.errors import DataError, SampleError
@@ -40,6 +40,7 @@ from minigpt5_jax.data.records import parse_record, prompt_of
 from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
 from minigpt5_jax.data.transforms import load_picture
 from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.frozen_sources import check_sources
 from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, tell
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.inference.sampling import SamplingConfig

@@ -16,15 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import (
-    build,
-    check_sources,
-    initial_trainable,
-    llm_tokenizer,
-    load_frozen,
-    tokenizer_identity,
-)
+from minigpt5_jax.build import build, initial_trainable, llm_tokenizer, load_frozen, tokenizer_identity
 from minigpt5_jax.config import ConfigError, get_config, use_prefix, use_stage2, validate
+from minigpt5_jax.frozen_sources import check_sources
 from minigpt5_jax.profiles import PROFILES
 from minigpt5_jax.restore import Run, load_run, not_pretrained
 from minigpt5_jax.training.checkpoint import Checkpoints

@@ -14,17 +14,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import (
-    NEW_PARTS,
-    ModelSpec,
-    build,
-    check_sources,
-    llm_tokenizer,
-    load_frozen,
-    tokenizer_identity,
-)
+from minigpt5_jax.build import NEW_PARTS, ModelSpec, build, llm_tokenizer, load_frozen, tokenizer_identity
 from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.frozen_sources import check_sources
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import (
     CheckpointError,

@@ -21,19 +21,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
-from minigpt5_jax.build import (
-    ModelSpec,
-    build,
-    check_sources,
-    initial_trainable,
-    load_frozen,
-    tokenizer_identity,
-)
+from minigpt5_jax.build import ModelSpec, build, initial_trainable, load_frozen, tokenizer_identity
 from minigpt5_jax.config import ConfigError, num_steps, setting_errors
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import Source
 from minigpt5_jax.diffusion.samplers import Sampler, make_sampler
 from minigpt5_jax.features import open_features
+from minigpt5_jax.frozen_sources import check_sources
 from minigpt5_jax.inputs import data_identity, open_loader, open_sources, placer
 from minigpt5_jax.restore import as_now, former_run, inherit
 from minigpt5_jax.training.checkpoint import Checkpoints

@@ -16,17 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import (
-    ModelSpec,
-    build,
-    caption_tokenizer,
-    find_sources,
-    llm_tokenizer,
-    mapper_sizes,
-    tower_sources,
-)
+from minigpt5_jax.build import ModelSpec, build, caption_tokenizer, llm_tokenizer, mapper_sizes, tower_sources
 from minigpt5_jax.config import ConfigError, weight_sources
 from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
+from minigpt5_jax.frozen_sources import find_sources
 from minigpt5_jax.inference.session import stop_sequences
 from minigpt5_jax.models.lora import LoraConfig
 from minigpt5_jax.models.prefix import PrefixConfig

@@ -12,16 +12,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import (
-    Towers,
-    check_preset,
-    check_scheduler,
-    needed_sources,
-    source_path,
-    tower_sizes,
-    tower_sources,
-)
+from minigpt5_jax.build import Towers, tower_sizes, tower_sources
 from minigpt5_jax.config import ConfigError, weight_sources
+from minigpt5_jax.frozen_sources import check_preset, check_scheduler, needed_sources, source_path
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.hub import resolve
 from minigpt5_jax.weights.importer import examine, open_source

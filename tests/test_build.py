@@ -17,9 +17,10 @@ from huggingface_hub import constants
 from ml_collections import ConfigDict
 
 from minigpt5_jax import build as building
-from minigpt5_jax import inputs
-from minigpt5_jax.build import ModelSpec, build, check_sources, initial_trainable, load_frozen
+from minigpt5_jax import frozen_sources, inputs
+from minigpt5_jax.build import ModelSpec, build, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, choose, get_config
+from minigpt5_jax.frozen_sources import check_sources
 from minigpt5_jax.models.eva_vit import EvaVitConfig
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
@@ -91,7 +92,7 @@ def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):
     config.weights.vit = str(tmp_path / "no_such.safetensors")
     with pytest.raises(ConfigError) as error:
         check_sources(config)
-    for name, way in building.HOW_TO_GET.items():
+    for name, way in frozen_sources.HOW_TO_GET.items():
         assert f"weights.{name}: " in str(error.value) and way in str(error.value)
     assert "no_such.safetensors does not exist" in str(error.value) and "--dry_run" in str(error.value)
     config.model.backbone.update(vit="none", qformer="none")  # what cannot see needs no eyes
@@ -183,7 +184,7 @@ def test_a_preset_is_compared_with_the_file_beside_the_source(tmp_path, name, fi
         place.write_text(json.dumps(SCHEDULER if name == "scheduler" else {}))
         check_sources(config)
     place.write_text(json.dumps(values))
-    part, tower = building.PRESETS[name][0].split(".")
+    part, tower = frozen_sources.PRESETS[name][0].split(".")
     with pytest.raises(ConfigError, match=f"{file} does not fit(.|\n)*{told}(.|\n)*{part}.{tower}=source"):
         check_sources(config)
     assert not source_status(config, name, str(place.parent), None)[0]

@@ -15,8 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import tiny
-from minigpt5_jax import build as building
-from minigpt5_jax import generate, train
+from minigpt5_jax import frozen_sources, generate, train
 from minigpt5_jax.build import build, initial_trainable, load_frozen, tokenizer_identity
 from minigpt5_jax.config import ConfigError, use_prefix, validate
 from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, encode
@@ -282,13 +281,13 @@ def assets(tmp_path, monkeypatch):
     hashes = {f"llama/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
               for path in (folder / "llama").iterdir()}  # fmt: skip
     (folder / files.PROVENANCE).write_text(json.dumps({"sha256": hashes}))
-    monkeypatch.setattr(building, "ASSETS", folder)
+    monkeypatch.setattr(frozen_sources, "ASSETS", folder)
     return folder
 
 
 def test_unaltered_files_pass(assets):
-    assert building.source_path("llm", "shapes") == assets / "llama"
-    assert building.source_path("tokenizer", "shapes") == assets / "llama/tokenizer.model"
+    assert frozen_sources.source_path("llm", "shapes") == assets / "llama"
+    assert frozen_sources.source_path("tokenizer", "shapes") == assets / "llama/tokenizer.model"
 
 
 def test_an_altered_file_is_named_with_both_hashes(assets, tiny_config, tmp_path):
@@ -303,17 +302,17 @@ def test_an_altered_file_is_named_with_both_hashes(assets, tiny_config, tmp_path
     config.run.workdir = str(tmp_path / "run")
     message = f"{file} is altered: its SHA-256 is {found}, .* has {known}; reinstall .*shapes_backbones.py"
     with pytest.raises(WeightFileError, match=message):
-        building.source_path("llm", "shapes")
+        frozen_sources.source_path("llm", "shapes")
     with pytest.raises(ConfigError, match=message):  # as a user sees it
         train.make_loop(validate(config))
     assert not (tmp_path / "run").exists()
-    assert building.source_path("tokenizer", "shapes"), "that file is not altered"
+    assert frozen_sources.source_path("tokenizer", "shapes"), "that file is not altered"
 
 
 @pytest.mark.parametrize("name", ["llama/config.json", "llama/tokenizer.model", files.PROVENANCE])
 def test_a_missing_file_is_named(name, assets):
     (assets / name).unlink()
     with pytest.raises(WeightFileError, match=f"{assets / name} is missing(.|\n)*reinstall"):
-        building.source_path("llm", "shapes")
+        frozen_sources.source_path("llm", "shapes")
     with pytest.raises(WeightFileError, match="sd/unet is missing|PROVENANCE.json is missing"):
-        building.source_path("unet", "shapes")
+        frozen_sources.source_path("unet", "shapes")

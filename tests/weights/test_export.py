@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import minigpt5_jax
-from minigpt5_jax.build import ASSETS
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.export import FORMATS, export_torch
+from minigpt5_jax.shapes.files import ASSETS
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.weights.export.model import ExportError, PretrainedTower
 from minigpt5_jax.weights.load import WeightFileError, open_weights

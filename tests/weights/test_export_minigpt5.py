@@ -12,10 +12,10 @@ import torch
 import transformers
 from torch import nn
 
-from minigpt5_jax.build import ASSETS
 from minigpt5_jax.export import export_torch
 from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.mapper import FeatureMapper, MapperConfig
+from minigpt5_jax.shapes.files import ASSETS
 from minigpt5_jax.weights.export import minigpt5
 from minigpt5_jax.weights.export.model import ExportError
 from minigpt5_jax.weights.maps import minigpt5 as maps

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from minigpt5_jax.build import ASSETS
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.export import export_torch
+from minigpt5_jax.shapes.files import ASSETS
 from minigpt5_jax.weights.export import tokenizer as files
 from minigpt5_jax.weights.export.model import ExportError, Tokens
 from minigpt5_jax.weights.load import open_weights
