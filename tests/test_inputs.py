@@ -14,6 +14,8 @@ from minigpt5_jax import inputs
 from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
+from minigpt5_jax.shapes.dataset import read_scenes
 
 
 def jpeg() -> bytes:
@@ -89,7 +91,32 @@ def test_a_format_opens_its_source(name, config, tmp_path):
 
 
 def test_every_format_has_a_case():
-    assert set(inputs.OPENERS) - {"shapes"} <= set(CASES) | {"prepared"}
+    assert set(inputs.OPENERS) == {*CASES, *inputs.SHAPES, "prepared"}
+
+
+@pytest.mark.parametrize(
+    "name, reader, of_two",
+    [("shapes", Cc3mSource, 2), ("shapes_stories", VistSource, 26), ("shapes_dialogs", MMDialogSource, None)],
+)
+def test_the_small_world_is_drawn_once_and_read_by_the_readers_of_the_real_data(config, name, reader, of_two):
+    config.data.update(format=name, shapes_train=2, shapes_validation=1, instruction_every=0)
+    spec = build(validate(config))
+    train, held_out = inputs.open_sources(config, spec.towers)
+    assert type(train) is type(held_out) is reader and len(train) == (of_two or len(train)) > len(held_out)
+    files = {path: path.stat().st_mtime_ns for path in Path(config.run.workdir).rglob("*.*g")}
+    again, _ = inputs.open_sources(config, spec.towers)
+    assert again.fingerprint() == train.fingerprint() != held_out.fingerprint()
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_scenes_have_as_many_objects_as_are_asked_for(config):
+    config.data.update(format="shapes", shapes_train=20, shapes_validation=1, shapes_max_objects=3)
+    inputs.open_sources(config, build(validate(config)).towers)
+    scenes = read_scenes(Path(config.run.workdir) / "data", "train")
+    assert {len(scene.objects) for scene in scenes} == {1, 2, 3}
+    config.data.shapes_max_objects = 4
+    with pytest.raises(ConfigError, match="data.shapes_max_objects=4 is more than 3"):
+        validate(config)
 
 
 def test_release_wording_and_loader_reach_the_sources(config, tmp_path):
