@@ -8,13 +8,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
 from minigpt5_jax.data.templates import clean_caption
 from minigpt5_jax.data.tokenizer import ClipTokenizer
@@ -33,11 +31,6 @@ from minigpt5_jax.shapes.world import Scene, draw_scene
 BATCH = 50
 
 
-def oracle_score(pictures: UInt8[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of pictures right in everything (``all``), in the background and in each attribute."""
-    return score(pictures, scenes)
-
-
 def native(
     assets: Path = files.ASSETS,
     *,
@@ -49,7 +42,8 @@ def native(
     guidance: float = 2.0,
     padding_only: bool = False,
 ) -> dict[str, float]:
-    """The oracle's scores of pictures for ``count`` held-out captions of so many ``objects``.
+    """The oracle's scores (:func:`~minigpt5_jax.shapes.oracle.score`) of pictures for ``count`` held-out
+    captions of so many ``objects``.
 
     ``padding_only`` replaces the features at real tokens by their mean over captions: what is left is
     what a mapper can know without guessing the wording.
@@ -67,7 +61,7 @@ def native(
         np.asarray(draw(features[i : i + BATCH], empty, jax.random.fold_in(jax.random.key(seed), i)))
         for i in range(0, count, BATCH)
     ]
-    return oracle_score(np.concatenate(pictures), scenes)
+    return score(np.concatenate(pictures), scenes)
 
 
 def held_out_captions(count: int, seed: int, objects: int) -> tuple[list[Scene], list[str]]:

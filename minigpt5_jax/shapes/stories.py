@@ -63,10 +63,9 @@ class Seen:
     told: frozenset[str]
     is_subject: bool
 
-    def now(self, tells: bool = True, **changes: int) -> Seen:
+    def now(self, **changes: int) -> Seen:
         """With changed attributes, which the text tells."""
-        told = self.told | set(changes) if tells else self.told
-        return Seen(dataclasses.replace(self.item, **changes), told, self.is_subject)
+        return Seen(dataclasses.replace(self.item, **changes), self.told | set(changes), self.is_subject)
 
 
 @dataclasses.dataclass(frozen=True)
