@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.ablations.paper import Claim
-from benchmarks.ablations.results import METRICS, Measured, Results, combine, verdict, weighted
+from benchmarks.ablations.results import (
+    METRICS,
+    Measured,
+    Results,
+    combine,
+    verdict,
+    weighted,
+    without_seed,
+)
 from benchmarks.ablations.rows import STAGE1, STAGE2, differences
 
 NOT_RUN, OTHER_SETTINGS = "not run", "not comparable"
@@ -51,7 +59,7 @@ def by_seed(results: Results, claim: Claim) -> list[Measured]:
 
 def unlike(results: Results, variants: list[str]) -> str:
     """In what rows differ that should differ in their variant only: backbones, steps of one stage, or the run
-    they start from or judge."""
+    they start from or judge.  A row's seeds are alike (``check_alike``), so its first one stands for it."""
     first = [results[variant][0] for variant in variants]
     if len({result["settings"]["assets"] for result in first}) > 1:
         return "other backbones"
@@ -59,6 +67,6 @@ def unlike(results: Results, variants: list[str]) -> str:
         steps = [r["training"]["step"] for r in first if r["variant"] in stage]
         if len(set(steps)) > 1:
             return f"steps {' and '.join(map(str, dict.fromkeys(steps)))}"
-    before = [result["settings"]["from"] for result in first if "from" in result["settings"]]
+    before = [without_seed(result["settings"]["from"]) for result in first if "from" in result["settings"]]
     changed = [line for other in before for line in differences(before[0], other)]
     return f"from runs of other {changed[0].partition(':')[0]}" if changed else ""

@@ -136,6 +136,9 @@ def test_rows_that_differ_in_more_than_their_variant_are_not_compared():
     other = result("guidance_7.5", pair_scores(0.9), **{"from": {"run.num_steps": 6}})
     found = compare(grouped(alike[0], other), claim)
     assert (found.verdict, found.difference) == ("not comparable", "from runs of other run.num_steps")
+    seeds = [result("guidance_1", pair_scores(0.5), s, **{"from": {"run.seed": s}}) for s in (0, 1)]
+    later = result("guidance_7.5", pair_scores(0.9), 1, **{"from": {"run.seed": 1}})
+    assert compare(grouped(*seeds, later), claim).verdict == "agrees", "the seed of a run is no other run"
     other = result("guidance_7.5", pair_scores(0.9), assets="b" * 64)
     assert compare(grouped(alike[0], other), claim).difference == "other backbones"
 
