@@ -166,7 +166,7 @@ def judge_context(
     ]
     return {
         "emitted": counts.each([voken in answer.token_ids for answer in free]),
-        "cut": sum(answer.dropped > 0 for answer in answers),
+        "cut": sum(max(pair) > 0 for pair in zip((a.dropped for a in answers), (a.dropped for a in free))),
         "picture_only": picture_only_shares(revealed),
         "all_attributes": counts.attribute_shares([(got, t.scene) for got, t in zip(drawn, tales)]),
     }
@@ -177,7 +177,8 @@ def judge_narration(
 ) -> dict[str, Any]:
     """ROUGE-L of the last step's narration, the wordings of the request in turn.
 
-    ``of_another`` is what true narrations of other stories would have: the manner without the story.
+    ``of_another`` is what true narrations of other stories would have: the manner without the story; None of
+    a single story.
     """
     prompts = []
     for number, tale in enumerate(tales):
@@ -188,10 +189,11 @@ def judge_narration(
         prompts.append(Prompt(example.source, example.images, counts.seed_of(seed, number)))
     answers = writer.generate(prompts, pictures=False)
     wanted = [tale.story.steps[FINAL].text for tale in tales]
+    others = wanted if len(wanted) > 1 else []
     voken = writer.tokenizer.first_voken_id
     return {
         "rouge_l": counts.rouge_l([answer.text for answer in answers], wanted),
-        "of_another": counts.rouge_l(wanted[1:] + wanted[:1], wanted),
+        "of_another": counts.rouge_l(others[1:] + others[:1], others),
         "emitted": counts.each([voken in answer.token_ids for answer in answers]),
         "cut": sum(answer.dropped > 0 for answer in answers),
     }

@@ -160,6 +160,12 @@ def test_contexts_are_put_in_the_order_that_was_found(judge):
     assert found["table_6"] == {"none": 0.61, "text": 0.64, "image": 0.69, "image+text": 0.70}
 
 
+def test_a_single_story_has_no_other_to_be_told_beside(judge):
+    found = judge(lambda number, _: ("it moves .",), 1, contexts=(), narrations=["understanding"])
+    assert found["understanding"]["of_another"] == {"mean": None, "count": 0, "standard_error": None}
+    assert found["understanding"]["rouge_l"]["count"] == 1
+
+
 def test_prompts_follow_from_the_seed_alone(judge):
     settings = {"contexts": ["none", "image"], "narrations": ()}
     told = [
