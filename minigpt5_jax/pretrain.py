@@ -31,8 +31,6 @@ from minigpt5_jax.shapes import train_vision as vision_part
 from minigpt5_jax.shapes.llama_data import Histories
 from minigpt5_jax.shapes.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes_backbones.py", "Sizes of the run.")
-
 Result = dict[str, Any]
 
 
@@ -169,9 +167,8 @@ def parts_of(asked: str) -> list[str]:
     return [name for name in PARTS if name in names]
 
 
-def main(_: list[str]) -> None:
+def train(config: ConfigDict) -> None:
     """Train the parts asked for, one after the other."""
-    config = CONFIG.value
     job = Job(
         Path(config.out or files.ASSETS), Path(config.work).expanduser(), config.seed, config.steps,
         config.pictures,
@@ -186,5 +183,11 @@ def main(_: list[str]) -> None:
         print(json.dumps({part: made}), flush=True)
 
 
+def main() -> None:
+    """The command; its --config is another one than that of runs (:mod:`minigpt5_jax.cli`)."""
+    config = config_flags.DEFINE_config_file("config", "configs/shapes_backbones.py", "Sizes of the run.")
+    app.run(lambda _: train(config.value))
+
+
 if __name__ == "__main__":
-    app.run(main)
+    main()
