@@ -186,7 +186,15 @@ def train(config: ConfigDict) -> None:
 def main() -> None:
     """The command; its --config is another one than that of runs (:mod:`minigpt5_jax.cli`)."""
     config = config_flags.DEFINE_config_file("config", "configs/shapes_backbones.py", "Sizes of the run.")
-    app.run(lambda _: train(config.value))
+
+    def run(_: list[str]) -> None:
+        try:
+            parts_of(config.value.parts)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+        train(config.value)
+
+    app.run(run)
 
 
 if __name__ == "__main__":
