@@ -54,7 +54,7 @@ def no_cap(config: ConfigDict) -> None:
 
 
 def no_ldm(config: ConfigDict) -> None:
-    """0.01 L_text + 0.1 L_CAP; the best checkpoint is the one of the lowest caption loss."""
+    """0.01 L_text + 0.1 L_CAP (small world: its own weight, 1); the lowest caption loss is the best."""
     config.loss.image = 0.0
     config.run.best_metric = "caption"
 

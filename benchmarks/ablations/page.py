@@ -132,20 +132,13 @@ def guidance_section(results: Results, folder: Path, tally) -> str:
     return f"{plot}\n\n{table(head, rows)}\n\n{verdicts(results, paper.GUIDANCE_CLAIMS, tally)}"
 
 
-VOKEN_NOTE = """\
-Part of this order is built in: the small world's frozen language model was trained (`shapes/train_llama.py`)
-so that each of the states at vokens holds the background and one of the four places, in turns. With fewer
-than four vokens what stands at the other places has to come from what the voken rows learn here. So a rise
-up to four is no independent evidence for the paper's."""
-
-
 def voken_section(results: Results, folder: Path, tally) -> str:
     """Figure 6."""
     rows = [[str(count), *cells(results, v, PAIR_METRICS)] for v, count in paper.VOKENS.items()]
     plot = figure(results, paper.VOKENS, "number of vokens", folder / "vokens.png")
     head = ("vokens", *PAIR_HEAD[1:])
     claims = verdicts(results, paper.VOKEN_CLAIMS, tally)
-    return f"{VOKEN_NOTE}\n\n{plot}\n\n{table(head, rows)}\n\n{claims}"
+    return f"{plot}\n\n{table(head, rows)}\n\n{claims}"
 
 
 CONTEXT_NOTE = """\

@@ -15,13 +15,15 @@ from torch import nn
 from minigpt5_jax.export import export_torch
 from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.mapper import FeatureMapper, MapperConfig
-from minigpt5_jax.shapes.files import ASSETS
+from minigpt5_jax.shapes.files import ASSETS, read_config
 from minigpt5_jax.weights.export import minigpt5
 from minigpt5_jax.weights.export.model import ExportError
 from minigpt5_jax.weights.maps import minigpt5 as maps
 from minigpt5_jax.weights.release import read_release
 
-IDS = [1, 261, 424, 443, *range(768, 776), 269]
+LLAMA = read_config(ASSETS, "llama")
+WORDS, LAYERS = LLAMA.vocab_size, LLAMA.num_hidden_layers
+IDS = [1, 261, 424, 443, *range(WORDS, WORDS + 8), 269]
 TABLES = ("model.embed_tokens", "lm_head")
 PEFT = "model.llama_model.base_model.model."
 
@@ -86,8 +88,8 @@ def layers_of(names: set[str], count: int) -> set[str]:
     "kind, stage, names",
     [
         ("stage1", None, FC | transformer_names(2) | PLAIN),
-        ("lora", None, transformer_names(2) | layers_of(LORA, 4) | WRAPPED),
-        ("lora", 2, transformer_names(2) | layers_of(LORA, 4) | WRAPPED),
+        ("lora", None, transformer_names(2) | layers_of(LORA, LAYERS) | WRAPPED),
+        ("lora", 2, transformer_names(2) | layers_of(LORA, LAYERS) | WRAPPED),
         ("lora", 1, FC | transformer_names(2) | PLAIN),
         ("prefix", None, transformer_names(2) | PREFIX | PLAIN),
     ],
@@ -104,8 +106,8 @@ def test_the_names_are_the_originals(exported, kind, stage, names):
         f"{PEFT}model.layers.3.self_attn.v_proj.lora_B.default.weight": (128, 8),
         "model.prefix_encoder.embedding.weight": (5, 128),
         "model.prefix_encoder.transform.0.weight": (16, 128),
-        "model.prefix_encoder.transform.2.weight": (2 * 4 * 128, 16),
-        **dict.fromkeys(PLAIN | WRAPPED, (777, 128)),
+        "model.prefix_encoder.transform.2.weight": (2 * LAYERS * 128, 16),
+        **dict.fromkeys(PLAIN | WRAPPED, (WORDS + 9, 128)),
     }  # fmt: skip
     assert all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state)
 
@@ -145,7 +147,7 @@ class Original(nn.Module):
 
     def __init__(self, sizes: MapperConfig, *, lora: bool = False):
         super().__init__()
-        config = transformers.LlamaConfig.from_pretrained(ASSETS / "llama", vocab_size=777)
+        config = transformers.LlamaConfig.from_pretrained(ASSETS / "llama", vocab_size=WORDS + 9)
         llama = transformers.LlamaForCausalLM(config)
         pretrained = transformers.LlamaForCausalLM.from_pretrained(ASSETS / "llama", dtype=torch.float32)
         body = {k: v for k, v in pretrained.state_dict().items() if v.shape == llama.state_dict()[k].shape}
@@ -215,7 +217,7 @@ def test_the_way_there_and_back_changes_no_bit(exported, run_of, kind):
     }
     files = (exported(kind, 1), exported(kind))
     stage1, stage2 = ({name: value.numpy() for name, value in read(path).items()} for path in files)
-    again = read_release(stage1, None if kind == "stage1" else stage2, shapes, vocab_size=768)
+    again = read_release(stage1, None if kind == "stage1" else stage2, shapes, vocab_size=WORDS)
     assert again.params.keys() == shapes.keys()
     assert all(np.array_equal(again.params[path], run.params[path]) for path in shapes)
 

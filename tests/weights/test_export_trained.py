@@ -13,6 +13,7 @@ import transformers
 
 from minigpt5_jax.export import export_torch
 from minigpt5_jax.restore import load_run
+from minigpt5_jax.shapes.files import ASSETS, read_config
 
 WORKER = Path(__file__).parents[1] / "training" / "stage2_worker.py"
 
@@ -36,7 +37,8 @@ def test_two_stages_trained_here(tmp_path, hidden_of):
 
     export_torch(tmp_path / "two", tmp_path / "llm", to="transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()
-    ids = [1, 261, 424, 443, *range(768, 776), 269]
+    words = read_config(ASSETS, "llama").vocab_size
+    ids = [1, 261, 424, 443, *range(words, words + 8), 269]
     states, logits = hidden_of(second, ids)
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([ids]), output_hidden_states=True)

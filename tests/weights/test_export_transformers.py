@@ -13,13 +13,14 @@ import transformers
 
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
 from minigpt5_jax.export import export_torch
-from minigpt5_jax.shapes.files import ASSETS
+from minigpt5_jax.shapes.files import ASSETS, read_config
 from minigpt5_jax.weights.export import tokenizer as files
 from minigpt5_jax.weights.export.model import ExportError, Tokens
 from minigpt5_jax.weights.load import open_weights
 from minigpt5_jax.weights.maps import llama as maps
 
-IDS = [1, 261, 424, 443, *range(768, 776), 269]
+WORDS = read_config(ASSETS, "llama").vocab_size
+IDS = [1, 261, 424, 443, *range(WORDS, WORDS + 8), 269]
 VOKENS = tuple(f"[IMG{i}]" for i in range(8))
 
 
@@ -53,14 +54,14 @@ def assert_same(theirs, ours):
 @pytest.mark.parametrize("kind", ["stage1", "lora"])
 def test_logits_are_ours(exported, run_of, hidden_of, kind):
     model = transformers.AutoModelForCausalLM.from_pretrained(exported(kind))
-    assert model.config.vocab_size == 777 and model.dtype == torch.float32
+    assert model.config.vocab_size == WORDS + 9 and model.dtype == torch.float32
     assert_same(outputs(model), hidden_of(run_of(kind), IDS))
 
 
 def test_the_adapter_on_a_base_with_resized_tables(exported, run_of, hidden_of):
     """On LLaMA as it was published, tables resized; the adapter brings the rows."""
     base = transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "llama", dtype=torch.float32)
-    base.resize_token_embeddings(777)
+    base.resize_token_embeddings(WORDS + 9)
     model = peft.PeftModel.from_pretrained(base, exported("lora", "peft"))
     assert_same(outputs(model), hidden_of(run_of("lora"), IDS))
     merged = model.merge_and_unload()
