@@ -82,7 +82,7 @@ def test_batch_that_accumulation_does_not_divide(config):
 
 def test_weights_that_are_missing_are_all_named(config):
     config.weights.llm = "/nowhere/vicuna"
-    config.weights.stable_diffusion = ""
+    config.weights.update(stable_diffusion="", unet="", text_encoder="", clip_tokenizer="")
     config.model.generator.update(unet="sd21_base", vae="sd21_base", text_encoder="sd21_base")
     config.model.generator.scheduler = "sd21_base"
     config.model.backbone.llm = "vicuna_7b"

@@ -96,9 +96,9 @@ def look_at(path):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_vist_reader_reads_stories(split, tmp_path):
-    source = VistSource(write_stories(tmp_path, split, 6, seed=2))
+    source = VistSource(write_stories(tmp_path, split, 3, seed=2))
     truth, scenes = read_truth(tmp_path, split, "stories"), scenes_of_pictures(tmp_path, split, "stories")
-    assert len(source) == 6 * 13 and "unusable" not in source.describe()
+    assert len(source) == 3 * 13 and "unusable" not in source.describe()
     for example in (source[i] for i in range(len(source))):
         story, step = example.item_id.split("-")[0].split("_")
         told = truth[int(story)]["steps"][int(step)]
@@ -111,7 +111,7 @@ def test_the_vist_reader_reads_stories(split, tmp_path):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_mmdialog_reader_reads_dialogues(split, tmp_path):
-    path = write_dialogs(tmp_path, split, 20, seed=2)
+    path = write_dialogs(tmp_path, split, 10, seed=2)
     source = MMDialogSource(path, count_tokens=lambda text: len(text.replace(",", " ,").split()) + 2)
     truth, scenes = read_truth(tmp_path, split, "dialogs"), scenes_of_pictures(tmp_path, split, "dialogs")
     assert len(source) == sum(len(dialog["turns"]) - 1 for dialog in truth)
