@@ -28,7 +28,8 @@ def test_two_stages_trained_here(tmp_path, hidden_of):
     export_torch(tmp_path / "gone", tmp_path / "1.ckpt", to="minigpt5")
     export_torch(tmp_path / "two", tmp_path / "2.ckpt", to="minigpt5")
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["state_dict"] for n in (1, 2))
-    lora = 4 * 2 * 2  # layers, projections, factors
+    llama = read_config(ASSETS, "llama")
+    lora = llama.num_hidden_layers * 2 * 2  # layers, projections, factors
     assert len(two) == len(one) - len([k for k in one if k.startswith(("fc.", "t2i_"))]) + lora
     assert np.array_equal(one["t2i_decoder_prompt"][0], second.params["mapper/queries"]), "inherited"
     word = "model.llama_model.base_model.model.lm_head.modules_to_save.default.weight"
@@ -37,8 +38,7 @@ def test_two_stages_trained_here(tmp_path, hidden_of):
 
     export_torch(tmp_path / "two", tmp_path / "llm", to="transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()
-    words = read_config(ASSETS, "llama").vocab_size
-    ids = [1, 261, 424, 443, *range(words, words + 8), 269]
+    ids = [1, 261, 424, 443, *range(llama.vocab_size, llama.vocab_size + 8), 269]
     states, logits = hidden_of(second, ids)
     with torch.no_grad():
         theirs = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
