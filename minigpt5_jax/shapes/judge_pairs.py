@@ -103,12 +103,18 @@ def judge_pairs(
       ``{"1": {"count", "vokens": {"all", "background", "shape", ..., "drawn"}, "native": {...}}, ...}``;
       ``drawn`` is the share of captions behind which the model wrote its vokens.
     """
-    run, result = with_guidance(run, guidance), {}
+    run = with_guidance(run, guidance)
+    scenes, captions = [], []  # of all numbers together: what draws them is compiled once
     for number in objects:
-        scenes, captions = held_out_captions(count, seed, number)
-        row: dict[str, Any] = {"count": count}
-        row["vokens"] = shares(voken_pictures(run, captions, seed, batch_size), scenes)
-        if native:
-            row["native"] = shares(native_pictures(run, captions, seed + 1, batch_size), scenes)
-        result[str(number)] = row
-    return result
+        more_scenes, more_captions = held_out_captions(count, seed, number)
+        scenes += more_scenes
+        captions += more_captions
+    drawn = {"vokens": voken_pictures(run, captions, seed, batch_size)}
+    if native:
+        drawn["native"] = native_pictures(run, captions, seed + 1, batch_size)
+
+    def row(start: int) -> dict[str, Any]:
+        part = slice(start, start + count)
+        return {"count": count, **{way: shares(p[part], scenes[part]) for way, p in drawn.items()}}
+
+    return {str(number): row(i * count) for i, number in enumerate(objects)}

@@ -3,7 +3,7 @@
 A model that only predicts captions forgets what was said as soon as it is said, and no mapper finds
 the scene in the states at the vokens.  So where a sample draws a picture stand filler positions, whose
 inputs are the mean of the embedding table (where voken rows start, reference 2.1) plus noise, and a
-linear head, thrown away afterwards, reads one place of the scene from each of their states.  The
+linear head, thrown away afterwards, reads every field of the scene from each of their states.  The
 projection of pictures into the model is trained with it, on the finished eyes.
 
 Two fits follow each other: one that gathers scenes, and one of which half is describing pictures.  After
@@ -132,9 +132,7 @@ def make_loss():
         text = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(rows["nexts"], 0))
         text = (text * due).sum() / due.sum()
         read, right = read_loss(params["head"], hidden, rows["asked"])
-        drawn, drawn_right = read_loss(params["voken_head"], hidden, rows["drawn"])
-        total = text + READ_WEIGHT * (read + drawn)
-        seen = {"text": text, "read": read, "right": right, "drawn": drawn, "drawn_right": drawn_right}
+        total, seen = text + READ_WEIGHT * read, {"text": text, "read": read, "right": right}
         if "words" in rows:  # static: only batches of captions have them
             early = gatherer.bind(lower_layers(params["tongue"]))(rows, jnp.zeros(shape))
             words, bound = read_loss(params["word_head"], early, rows["words"])
@@ -148,13 +146,12 @@ def train(
     tokenizer: LlamaTokenizer, histories: Histories, look: Look, steps: tuple[int, int], seed: int,
     checkpoints: Path | None = None,
 ) -> tuple[Params, Heads, float]:  # fmt: skip
-    """(parameters of both parts, the head of voken states, seconds); ``steps`` of both fits."""
+    """(parameters of both parts, the head, seconds); ``steps`` of gathering and of describing."""
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
         "tongue": unit_gain(template().init(key)),
         "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
         "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
-        "voken_head": init_heads(jax.random.fold_in(key, 3), CONFIG.hidden_size),
     }  # fmt: skip
     phases = (
         ("llama", kinds_of_batches(histories), steps[0], 2e-3),
@@ -168,7 +165,7 @@ def train(
             checkpoint=checkpoints and checkpoints / f"{name}.npz",
         )  # fmt: skip
         total += seconds
-    return params["tongue"], params["voken_head"], total
+    return params["tongue"], params["head"], total
 
 
 def write(assets: Path, tongue: Params) -> None:

@@ -36,6 +36,14 @@ def test_what_is_drawn_rightly_counts_and_what_is_not_drawn_is_wrong(monkeypatch
     assert painter.seeds == [5 + i for i in range(12)]
 
 
+def test_each_number_of_objects_is_counted_apart(monkeypatch, seeing_run):
+    (one, one_captions), (three, three_captions) = (held_out_captions(6, 5, n) for n in (1, 3))
+    painter = Painter(one + three[:2], one_captions + three_captions[:2])
+    monkeypatch.setattr(judging, "make_session", lambda run, batch_size: painter)
+    found = judging.judge_pairs(seeing_run, count=6, objects=(1, 3), seed=5, native=False)
+    assert {n: row["vokens"]["all"] for n, row in found.items()} == pytest.approx({"1": 1.0, "3": 2 / 6})
+
+
 def test_another_scenes_picture_is_wrong(monkeypatch, seeing_run):
     scenes, captions = held_out_captions(12, 0, 2)
     painter = Painter(scenes[1:] + scenes[:1], captions)
