@@ -4,11 +4,13 @@
 
 Nothing that reads them knows about shapes.  Beside each table stands its truth (``shapes_*.jsonl``),
 which only the oracle's users read.  Everything is a function of (split, number, seed): pictures that are
-there already are kept, and the table appears last, when all it names is there.
+there already are kept, if today's code drew them, and the table appears last, when all it names is there.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
 import os
@@ -28,6 +30,7 @@ from minigpt5_jax.shapes.world import Scene, all_scenes, draw_scene
 SPLITS = ("train", "held_out")
 OBJECT_SHARES = {1: (1.0,), 2: (0.5, 0.5), 3: (0.3, 0.4, 0.3)}  # most objects -> shares of their numbers
 CHUNK = 256  # pictures rendered together
+DRAWN_BY = ("world.py", "render.py", "wording.py", "stories.py", "dialogs.py", "dataset.py")
 # Kinds of data, as parts of a generator's seed.
 _PAIRS, _STORIES, _DIALOGS = 1, 2, 3
 
@@ -204,26 +207,34 @@ def _write(
     table: Path, content: str, truth_file: Path, truth: Sequence[dict], folder: Path,
     pictures: dict[str, Scene], stamp: str,
 ) -> Path:  # fmt: skip
-    """Pictures, then the truth, then the table, unless the very table is there."""
-    if table.is_file() and table.read_text() == content and truth_file.is_file():
+    """Pictures, then the truth, then the table, unless the very table is there and today's code drew it."""
+    mark, stamp = folder / ".made_of", f"{stamp}, code {_code()}"
+    same = mark.is_file() and mark.read_text() == stamp
+    if same and table.is_file() and table.read_text() == content and truth_file.is_file():
         return table
     table.unlink(missing_ok=True)  # it may name pictures that are about to change
     root = truth_file.parent
-    _begin(folder, stamp)
+    if not same:
+        _begin(folder, mark, stamp)
     _draw(root, pictures)
     _replace(truth_file, "".join(json.dumps(line) + "\n" for line in truth))
     _replace(table, content)
     return table
 
 
-def _begin(folder: Path, stamp: str) -> None:
-    """A folder whose pictures are all of one kind and seed; others are removed first."""
+@functools.cache
+def _code() -> str:
+    """Hash of everything that a picture, or the scene behind its name, depends on."""
+    sources = (Path(__file__).with_name(name).read_bytes() for name in DRAWN_BY)
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+
+
+def _begin(folder: Path, mark: Path, stamp: str) -> None:
+    """A folder for pictures of one kind, seed and code; others are removed first."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / ".made_of"
-    if not mark.is_file() or mark.read_text() != stamp:
-        for path in (*folder.glob("*.png"), *folder.glob("*.jpg")):
-            path.unlink()
-        _replace(mark, stamp)
+    for path in (*folder.glob("*.png"), *folder.glob("*.jpg")):
+        path.unlink()
+    _replace(mark, stamp)
 
 
 def _draw(root: Path, pictures: dict[str, Scene]) -> None:

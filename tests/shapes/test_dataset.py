@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
+from minigpt5_jax.shapes import dataset
 from minigpt5_jax.shapes.dataset import (
     SPLITS,
     draw_pairs,
@@ -88,6 +89,18 @@ def test_pictures_of_another_seed_are_not_taken_for_ours(tmp_path):
     pictures = np.stack([np.asarray(Image.open(path)) for path in ours])
     assert right(pictures, list(ours.values())).all()
     assert (tmp_path / fresh.name).read_bytes() == fresh.read_bytes()
+
+
+def test_pictures_that_other_code_drew_are_drawn_again(write, tmp_path, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(dataset, "_code", lambda: "former")
+        write(tmp_path, "train", 3, seed=1)
+        for path in (pictures := sorted(tmp_path.rglob("*.[pj][np]g"))):
+            path.write_bytes(b"as it was drawn then")
+    write(tmp_path, "train", 3, seed=1)
+    write(tmp_path / "fresh", "train", 3, seed=1)
+    fresh = sorted((tmp_path / "fresh").rglob("*.[pj][np]g"))
+    assert [path.read_bytes() for path in pictures] == [path.read_bytes() for path in fresh]
 
 
 def look_at(path):
