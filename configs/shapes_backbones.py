@@ -10,8 +10,8 @@ Hardware: CPU; stopped runs go on.  Expected numbers: minigpt5_jax/shapes/README
 from ml_collections import ConfigDict
 
 STEPS = {
-    "vae": 3700, "vae_decoder": 1500, "text": 600, "unet": 3500, "unet_scenes": 6000, "vision": 1000,
-    "llama": 3000, "llama_describing": 1200, "stories": 2000, "dialogs": 2000,
+    "vae": 3700, "vae_decoder": 1500, "text": 1000, "unet": 3500, "unet_scenes": 6000, "vision": 1000,
+    "llama": 3000, "llama_describing": 2000, "stories": 2000, "dialogs": 2000,
 }  # fmt: skip
 
 

@@ -4,20 +4,16 @@
     python -m minigpt5_jax.train --config configs/shapes_stage1.py:full --workdir runs/shapes_full
 
 Data: captioned scenes of one object (``:full``: of one to three), drawn into the workdir in CC3M format;
-unseen combinations of attributes are held out.  Backbones: the tiny ones shipped in the package, frozen; the
-demo's text encoder and UNet are ones of one-object scenes, whose condition a mapper learns in minutes.
+unseen combinations of attributes are held out.  Backbones: the tiny ones shipped in the package, frozen.
 Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """
 
 from minigpt5_jax.config import apply_variant, use_shapes_backbones
 from minigpt5_jax.config import get_config as base
 
-ONE_OBJECT = ("unet", "text_encoder", "clip_tokenizer")
-
 
 def full(config):
     """One to three objects, and the time they take."""
-    config.weights.update(dict.fromkeys(ONE_OBJECT, ""))
     config.run.update(
         name="shapes_stage1_full", num_steps=1500, eval_every=250, eval_batches=4, save_every=250,
         grid_every=250,
@@ -30,7 +26,6 @@ def get_config(variant: str | None = None):
     """The paper's losses and masks; rates, weights and steps scaled to the small world."""
     config = base()
     use_shapes_backbones(config)
-    config.weights.update(dict.fromkeys(ONE_OBJECT, "shapes_one_object"))
     config.run.update(
         name="shapes_stage1", num_steps=160, log_every=10, eval_every=80, eval_batches=2, save_every=80,
         grid_every=80,

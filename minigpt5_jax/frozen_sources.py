@@ -26,18 +26,14 @@ from minigpt5_jax.weights.hub import resolve
 from minigpt5_jax.weights.importer import read_sizes
 from minigpt5_jax.weights.rewrite import differing, refuse_other_vicuna
 
-PACKAGED: dict[str, dict[str, str]] = {
-    "shapes": {
-        "llm": "llama", "tokenizer": "llama/tokenizer.model", "vit": "eva_vit", "qformer": "qformer",
-        "llama_proj": "llama_proj", "unet": "sd/unet", "vae": "sd/vae",
-        "text_encoder": "sd/text_encoder", "clip_tokenizer": "sd/tokenizer", "scheduler": "sd/scheduler",
-    },
-    "shapes_one_object": {
-        "unet": "one_object/unet", "text_encoder": "one_object/text_encoder",
-        "clip_tokenizer": "one_object/tokenizer",
-    },
+PACKAGED = "shapes"
+"""Value of ``weights.*`` that names the packaged small world."""
+PACKAGED_FILES = {
+    "llm": "llama", "tokenizer": "llama/tokenizer.model", "vit": "eva_vit", "qformer": "qformer",
+    "llama_proj": "llama_proj", "unet": "sd/unet", "vae": "sd/vae",
+    "text_encoder": "sd/text_encoder", "clip_tokenizer": "sd/tokenizer", "scheduler": "sd/scheduler",
 }  # fmt: skip
-"""Value of ``weights.*`` that names packaged files -> source -> their path below the assets."""
+"""Source -> its path below the assets."""
 
 HOW_TO_GET = {
     "llm": "Vicuna-7B v0, Hugging Face layout (Vision-CAIR/vicuna-7b)",
@@ -64,21 +60,17 @@ SINGLE_FILES = (".pth", ".pt", ".ckpt")  # published alone; a config.json beside
 def source_path(name: str, value: str) -> Path:
     """Where a weight source lies: a local path, else a Hugging Face id that is in the local cache.
 
-    ``shapes`` is the packaged small world, ``shapes_one_object`` what draws its one-object scenes.
-    Nothing is fetched; what is nowhere keeps its name.
+    ``shapes`` is the packaged small world.  Nothing is fetched; what is nowhere keeps its name.
 
     Raises:
       WeightFileError: a packaged file is missing or altered.
-      ConfigError: nothing of that name is packaged.
     """
-    if value not in PACKAGED:
+    if value != PACKAGED:
         try:
             return resolve(value, fetch=False)
         except (FileNotFoundError, WeightFileError):
             return Path(value).expanduser()
-    if name not in PACKAGED[value]:
-        raise ConfigError(f"weights.{name}={value!r}: packaged there are {', '.join(PACKAGED[value])}")
-    return genuine(ASSETS, PACKAGED[value][name])
+    return genuine(ASSETS, PACKAGED_FILES[name])
 
 
 def needed_sources(config: ConfigDict) -> tuple[str, ...]:

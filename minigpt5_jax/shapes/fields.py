@@ -74,8 +74,10 @@ def by_turns(count: int) -> Bool[np.ndarray, "count f"]:
 
 
 def ask(
-    labels: Int32[np.ndarray, "n f"], states: Bool[np.ndarray, "n t"], fields: Bool[np.ndarray, "t f"]
+    labels: Int32[np.ndarray, "n f"],
+    states: Bool[np.ndarray, "n t"],
+    fields: Bool[np.ndarray, "t f"] | None = None,
 ) -> Int32[np.ndarray, "n t f"]:
-    """Labels of marked states, each asked the fields of its position; :data:`UNTOLD` elsewhere."""
-    asked = states[:, :, None] & fields[None]
+    """Labels of marked states, each asked the fields of its position, or all; :data:`UNTOLD` elsewhere."""
+    asked = states[:, :, None] if fields is None else states[:, :, None] & fields[None]
     return np.where(asked, labels[:, None], UNTOLD).astype(np.int32)

@@ -2,11 +2,11 @@
 
 The caption target of stage 1 has 77 positions, of which a caption fills 16 to 43.  Features at real
 tokens depend on the wording, which a mapper cannot guess; padding positions attend to the real ones
-(reference 3.3), so they can carry the scene alone.  Position p tells of the background and of place
-p mod 4: a linear head, thrown away afterwards, reads that from it through noise, and two wordings of a
-scene must agree there.  Left to itself that loss stays for long where the words of all objects are known
-but not which belong together; so another head asks the last word of each object for it, two layers up, and
-for the emptiness of all other places, without which words and place stay apart.
+(reference 3.3), so they can carry the scene alone.  A linear head, thrown away afterwards, reads the
+whole scene from each of them through noise, and two wordings of a scene must agree there.  Left to itself
+that loss stays for long where the words of all objects are known but not which belong together; so
+another head asks the last word of each object for it, two layers up, and for the emptiness of all other
+places, without which words and place stay apart.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from minigpt5_jax.data.templates import clean_caption
 from minigpt5_jax.data.tokenizer import ClipTokenizer
 from minigpt5_jax.models.clip_text import ClipTextConfig, ClipTextModel
 from minigpt5_jax.models.common import Params, Template
-from minigpt5_jax.shapes.fields import UNTOLD, alone, ask, by_turns, labels
+from minigpt5_jax.shapes.fields import UNTOLD, alone, ask, labels
 from minigpt5_jax.shapes.fit import fit
 from minigpt5_jax.shapes.heads import Heads, init_heads, read_loss
 from minigpt5_jax.shapes.wording import caption, ends_of_objects
-from minigpt5_jax.shapes.world import PLACES, Scene, draw_scene
+from minigpt5_jax.shapes.world import Scene, draw_scene
 
 POSITIONS = 77
 WORDS_AT_MOST = 45  # positions of the longest caption, BOS and EOS included, and some to spare
@@ -52,17 +52,16 @@ def template(vocab_size: int, num_hidden_layers: int = 3) -> Template:
     return Template.of(lambda rngs: ClipTextModel(sizes, rngs=rngs))
 
 
-def first_positions(width: int, seed: int) -> np.ndarray:
+def first_positions(width: int) -> np.ndarray:
     """f32[77 width]: where learnt positions start, in size as usual.
 
-    Waves make near positions alike, since words belong together by their distance, and a code in turns
-    makes those alike that are to tell of the same place; random rows would have to learn both first.
+    Waves make near positions alike, since words belong together by their distance; random rows would have
+    to learn that first.
     """
     frequency = 0.5 ** (np.arange(width // 2) * 16.0 / width)  # wavelengths of 6 to 1,600 positions
     angle = np.arange(POSITIONS)[:, None] * frequency
     waves = np.sqrt(2.0) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    codes = np.random.default_rng(seed).standard_normal((len(PLACES), width))
-    return (0.02 * (waves + codes[np.arange(POSITIONS) % len(PLACES)])).astype(np.float32)
+    return (0.02 * waves).astype(np.float32)
 
 
 def encode(tokenizer: ClipTokenizer, scenes: Sequence[Scene], random: np.random.Generator):
@@ -87,14 +86,12 @@ def batches(tokenizer: ClipTokenizer, size: int, seed: int) -> Callable[[int], d
     ``pads`` are what padding positions are asked, ``words`` what the last word of each object is: words
     must be gathered into objects before padding positions can find them.
     """
-    fields = by_turns(POSITIONS)
-
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((seed, step))
         scenes = draw_scenes(random, size) * 2
         captions = [clean_caption(caption(scene, random)) for scene in scenes]
         ids, mask = tokenizer.encode(captions)
-        asked = ask(labels(scenes), mask == 0, fields)
+        asked = ask(labels(scenes), mask == 0)
         words = np.full((len(scenes), WORDS_AT_MOST, asked.shape[-1]), UNTOLD, np.int32)
         for row, text in zip(words, captions, strict=True):
             for end, item in ends_of_objects(text):
@@ -139,7 +136,7 @@ def train(
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "text": {**tower.init(key), table: jnp.asarray(first_positions(128, seed))},
+        "text": {**tower.init(key), table: jnp.asarray(first_positions(128))},
         "head": init_heads(jax.random.fold_in(key, 1), 128),
         "word_head": init_heads(jax.random.fold_in(key, 2), 128),
     }
@@ -165,19 +162,19 @@ def features(params: Params, ids: np.ndarray, mask: np.ndarray, size: int = 128)
 
 
 def measure(params: Params, heads: Heads, tokenizer: ClipTokenizer, seed: int = 1) -> dict[str, float]:
-    """On held-out scenes: share of padding positions that hold their place, disagreement of wordings."""
+    """On held-out scenes: share of padding positions that hold the scene, disagreement of wordings."""
     random, result = np.random.default_rng(seed), {}
     for count in (1, 2, 3):
         scenes = [draw_scene(random, held_out=True, count=count) for _ in range(150)]
         made = [encode(tokenizer, scenes, random) for _ in range(2)]
         first, second = (features(params, *one) for one in made)
-        asked = ask(labels(scenes), made[0][1] == 0, by_turns(POSITIONS))
+        asked = ask(labels(scenes), made[0][1] == 0)
         _, right = read_loss(heads, jnp.asarray(first), asked)
         pads = slice(WORDS_AT_MOST, None)
         spread = np.square(first[:, pads] - first[:, pads].mean(0)).mean()
         apart = 0.5 * np.square(first[:, pads] - second[:, pads]).mean()
         result |= {
-            f"place read from padding positions, {count} objects": float(right),
+            f"scene read from padding positions, {count} objects": float(right),
             f"variance between wordings / between scenes, {count} objects": float(apart / spread),
         }
     return result
