@@ -129,9 +129,9 @@ def use_shapes_stage2(config: ConfigDict) -> ConfigDict:
     """The paper's losses, masks and trainables of stage 2; rates and steps scaled to the small world."""
     use_shapes_backbones(use_stage2(config))
     config.run.update(
-        num_steps=1000, log_every=10, eval_every=250, eval_batches=4, save_every=250, grid_every=250
+        num_steps=600, log_every=20, eval_every=300, eval_batches=4, save_every=300, grid_every=300
     )
-    config.data.update(global_batch=32, accumulation=1, worker_count=0, flip_mode="off")
+    config.data.update(global_batch=16, accumulation=1, worker_count=0, flip_mode="off")
     config.optimizer.update(lr_llm=2e-3, lr_mapper=5e-4, warmup_steps=50)
     return config
 
