@@ -9,16 +9,9 @@ from pathlib import Path
 from benchmarks.ablations import paper
 from benchmarks.ablations.compare import AGREEMENT, Compared, compare
 from benchmarks.ablations.plots import Curve, draw
-from benchmarks.ablations.results import (
-    CONTEXTS,
-    METRICS,
-    Estimate,
-    Result,
-    Results,
-    estimate,
-    read_results,
-)
+from benchmarks.ablations.results import METRICS, Estimate, Result, Results, estimate, read_results
 from benchmarks.ablations.rows import GUIDANCE, SCALES, VARIANTS, RowError
+from minigpt5_jax.shapes.judge_stories import CONTEXTS
 
 Cell = str
 NOTES = """\

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.ablations.rows import Row, RowError, differences
 from minigpt5_jax.shapes import world
+from minigpt5_jax.shapes.judge_stories import CONTEXTS
 
 KEYS = {
     "variant", "seed", "scale", "settings", "command", "git_revision", "machine", "seconds", "training",
@@ -161,7 +162,6 @@ def chance(name: str) -> Callable:
     return read
 
 
-CONTEXTS = ("none", "text", "image", "image+text")
 METRICS: dict[str, Callable[[Result], Measured | None]] = {
     **{f"all {n}": pairs("all", (n,)) for n in ("1", "2", "3")},
     **{f"native {n}": pairs("all", (n,), "native") for n in ("1", "2", "3")},
