@@ -4,7 +4,8 @@
 
 An earlier demo in the same workdir is replaced.  The last line is one JSON object: configuration,
 steps, seconds, losses (first and last), validation, the oracle's count for pictures drawn from vokens
-and by the native UNet, and where to look.
+and by the native UNet, the share of captions behind which vokens were written, and where to look.  The page
+has the oracle's table.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from minigpt5_jax.shapes.dataset import read_scenes
 from minigpt5_jax.shapes.judge_pairs import native_pictures, shares, voken_pictures
 from minigpt5_jax.train import USER_ERRORS, make_loop
 
-PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.")
+PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.", lower_bound=1)
 MARK = ".demo"  # tells a folder of ours
-SHOWN = 12  # pictures on the page
+SHOWN = 12  # captions on the page
+NOTE = "left: from vokens; right: by the frozen text encoder and UNet from the caption"
 LOSSES = ("loss", "text", "image", "caption")
 
 
@@ -40,10 +42,9 @@ def curve(workdir: Path) -> dict[str, list[float]]:
     return {name: [lines[0][name], lines[-1][name]] for name in LOSSES if name in lines[0]}
 
 
-def table(ours: dict[str, float], native: dict[str, float]) -> str:
-    """The oracle's count, as text."""
-    lines = [f"{'share right':12} {'vokens':>8} {'native':>8}"]
-    return "\n".join(lines + [f"{name:12} {ours[name]:8.3f} {native.get(name, 1.0):8.3f}" for name in ours])
+def table(ours: dict[str, float], native: dict[str, float]) -> dict[str, str]:
+    """The oracle's count: what is right -> its shares from vokens and natively."""
+    return {name: f"{ours[name]:.3f}  native {native.get(name, 1.0):.3f}" for name in ours}
 
 
 def claim(config: ConfigDict) -> Path:
@@ -79,13 +80,16 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     source = Cc3mSource(data / "shapes_held_out.tsv", training=False, num_vokens=run.tokenizer.num_vokens)
     captions, scenes = [source[i].source for i in range(count)], read_scenes(data, "held_out")[:count]
     drawn = voken_pictures(run, captions)
-    ours, ceiling = shares(drawn, scenes), shares(native_pictures(run, captions), scenes)
-    print(table(ours, ceiling))
+    native = native_pictures(run, captions)
+    ours, ceiling = shares(drawn, scenes), shares(native, scenes)
+    counted = {f"right: {name}": value for name, value in table(ours, ceiling).items()}
+    print("\n".join(f"{name:18} {value}" for name, value in counted.items()))
     entries = [
-        Entry([captions[i]], [picture] if picture is not None else ["(no picture)"], seed=i)
-        for i, picture in enumerate(drawn[:SHOWN])
+        Entry([caption], ["(no picture)" if picture is None else picture, beside], seed=number, notes=NOTE)
+        for number, (caption, picture, beside) in enumerate(zip(captions, drawn, native, strict=True))
     ]
-    page = write_page(workdir / "page", "Drawn from held-out captions", entries, {"checkpoint": workdir})
+    metadata = {"checkpoint": workdir, "held-out captions": count, **counted}
+    page = write_page(workdir / "page", "Drawn from held-out captions", entries[:SHOWN], metadata)
     grids = sorted((workdir / "pictures").glob("held_out_*.png"))
     return {
         "config": config.run.name,
@@ -94,7 +98,7 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
         "seconds_training": round(trained, 1),
         "losses": curve(workdir),
         "validation": validation,
-        "oracle": {"ours": ours["all"], "native": ceiling["all"], "pictures": count},
+        "oracle": {"ours": ours["all"], "native": ceiling["all"], "drawn": ours["drawn"], "pictures": count},
         "grid": str(grids[-1]) if grids else None,
         "page": str(page),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from benchmarks.ablations.paper import Claim
 from benchmarks.ablations.results import (
@@ -17,7 +19,9 @@ from benchmarks.ablations.results import (
 from benchmarks.ablations.rows import STAGE1, STAGE2, differences
 
 NOT_RUN, OTHER_SETTINGS = "not run", "not comparable"
-AGREEMENT = ("agrees", "does not agree", "within noise", "no error known", OTHER_SETTINGS, NOT_RUN)
+AGREEMENT = (
+    "agrees", "does not agree", "within noise", "none seen", "no error known", OTHER_SETTINGS, NOT_RUN,
+)  # fmt: skip
 """Every verdict."""
 
 
@@ -57,16 +61,30 @@ def by_seed(results: Results, claim: Claim) -> list[Measured]:
     return sums
 
 
+SHARED = ("run.num_steps", "optimizer.", "data.global_batch", "data.shapes_")
+"""Beginnings of the keys of a configuration that no variant changes."""
+
+
+def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a row's configuration in which rows of one stage are the same."""
+    return {name: value for name, value in config.items() if name.startswith(SHARED)}
+
+
 def unlike(results: Results, variants: list[str]) -> str:
-    """In what rows differ that should differ in their variant only: backbones, steps of one stage, or the run
-    they start from or judge.  A row's seeds are alike (``check_alike``), so its first one stands for it."""
+    """In what rows differ that should differ in their variant only: backbones, how they are judged, what rows
+    of one stage share, or the run they start from or judge.  A row's seeds are alike (``check_alike``), so
+    its first one stands for it."""
     first = [results[variant][0] for variant in variants]
     if len({result["settings"]["assets"] for result in first}) > 1:
         return "other backbones"
+    for count in ("pairs", "stories"):
+        counts = [r["settings"]["judge"][count] for r in first if count in r["settings"]["judge"]]
+        if len(set(counts)) > 1:
+            return f"judged on {' and '.join(map(str, dict.fromkeys(counts)))} {count}"
     for stage in (STAGE1, STAGE2):
-        steps = [r["training"]["step"] for r in first if r["variant"] in stage]
-        if len(set(steps)) > 1:
-            return f"steps {' and '.join(map(str, dict.fromkeys(steps)))}"
+        alike = [shared_keys(r["settings"]["config"]) for r in first if r["variant"] in stage]
+        if changed := [line for other in alike for line in differences(alike[0], other)]:
+            return changed[0].replace(" there, ", " and ").removesuffix(" now")
     before = [without_seed(result["settings"]["from"]) for result in first if "from" in result["settings"]]
     changed = [line for other in before for line in differences(before[0], other)]
     return f"from runs of other {changed[0].partition(':')[0]}" if changed else ""

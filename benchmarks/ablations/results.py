@@ -231,12 +231,12 @@ def verdict(value: float, error: float | None, expected: int) -> str:
       expected: sign of the paper's difference; 0 where its two numbers are the same.
 
     Returns:
-      ``agrees``, ``does not agree``, or ``within noise``: the paper has a difference, ours is no larger than
-      two standard errors.  Without an error: ``no error known``.
+      ``agrees``, ``does not agree``, or, where ours is no larger than two standard errors, ``within noise``
+      (the paper has a difference) or ``none seen`` (it has none: that noise hides ours proves nothing).
+      Without an error: ``no error known``.
     """
     if error is None:
         return "no error known"
-    seen = 0 if abs(value) <= 2 * error else (1 if value > 0 else -1)
-    if seen == expected:
-        return "agrees"
-    return "does not agree" if seen else "within noise"
+    if abs(value) <= 2 * error:
+        return "within noise" if expected else "none seen"
+    return "agrees" if (value > 0) - (value < 0) == expected else "does not agree"

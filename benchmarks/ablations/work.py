@@ -118,6 +118,11 @@ def of_training(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "judge"}
 
 
+def begun(settings: dict[str, Any]) -> dict[str, Any]:
+    """The note of a new row; the revision is that of its first line of code, whatever is committed later."""
+    return {"settings": of_training(settings), "seconds": 0.0, "git_revision": git_revision()}
+
+
 def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> dict[str, Any]:
     """Train (or go on with) a row, judge it and write its result.
 
@@ -128,7 +133,7 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
     if changed := begun_otherwise(row, settings, work):
         raise RowError(f"{work / row.name} was begun with other settings:\n  " + "\n  ".join(changed))
     if read_note(row, work) is None:
-        write_whole(work / row.name / NOTE, {"settings": of_training(settings), "seconds": 0.0})
+        write_whole(work / row.name / NOTE, begun(settings))
     if row.trains and not is_trained(row, settings, work):
         share_data(row, settings, work)
         with timed(row, work):
@@ -136,7 +141,8 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
     start = time.time()
     run_command(judge_command(row, settings, work))
     judged = json.loads((work / row.name / "judged.json").read_text())
-    seconds = {"training": read_note(row, work)["seconds"], "judging": round(time.time() - start, 1)}
+    note = read_note(row, work)
+    seconds = {"training": note["seconds"], "judging": round(time.time() - start, 1)}
     command = ["python", *train_command(row, settings, flags.work)] if row.trains else None
     result = {
         "variant": row.variant,
@@ -144,7 +150,7 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
         "scale": row.scale,
         "settings": settings,
         "command": shlex.join(command) if command else None,
-        "git_revision": git_revision(),
+        "git_revision": note["git_revision"],
         "machine": machine(),
         "seconds": seconds,
         "training": {"step": judged["step"], **last_losses(work / row.name)} if command else None,

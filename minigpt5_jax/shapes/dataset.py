@@ -270,7 +270,7 @@ def main() -> None:
 
     out = flags.DEFINE_string("out", None, "folder to write to", required=True)
     kind = flags.DEFINE_enum("kind", "pairs", ["pairs", "stories", "dialogs"], "what to write")
-    objects = flags.DEFINE_integer("max_objects", 1, "of pairs: objects at most", lower_bound=1)
+    objects = flags.DEFINE_integer("max_objects", 1, "of pairs: objects at most", 1, 3)
     train = flags.DEFINE_integer("train", 4096, "training records", lower_bound=1)
     held_out = flags.DEFINE_integer("held_out", 320, "held-out records", lower_bound=1)
     seed = flags.DEFINE_integer("seed", 0, "of scenes and wordings", lower_bound=0)

@@ -1,6 +1,6 @@
 """How good the small world's backbones are, measured on the files as they are shipped.
 
-    python -m minigpt5_jax.shapes.evaluate [--only native,vae,described] [--count 500] [--guidance 2]
+    python -m minigpt5_jax.shapes.evaluate [--only native] [--only vae] [--objects 1] [--count 500]
 
 ``native`` is the ceiling of stage 1: the UNet driven by its own text encoder on held-out captions.
 """
@@ -29,6 +29,7 @@ from minigpt5_jax.shapes.wording import caption
 from minigpt5_jax.shapes.world import Scene, draw_scene
 
 BATCH = 50
+PARTS = ("native", "vae", "described")
 
 
 def native(
@@ -116,8 +117,8 @@ def main() -> None:
 
     assets = flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored backbones")
     count = flags.DEFINE_integer("count", 500, "held-out pictures of each number of objects", lower_bound=1)
-    objects = flags.DEFINE_list("objects", ["1", "2", "3"], "numbers of objects")
-    only = flags.DEFINE_list("only", ["native", "vae", "described"], "what to measure")
+    objects = flags.DEFINE_multi_enum("objects", ["1", "2", "3"], ["1", "2", "3"], "number of objects")
+    only = flags.DEFINE_multi_enum("only", list(PARTS), list(PARTS), "what to measure")
     sampler = flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "picture sampler")
     steps = flags.DEFINE_integer("steps", 20, "denoising steps", lower_bound=1)
     guidance = flags.DEFINE_float("guidance", 2.0, "guidance scale")

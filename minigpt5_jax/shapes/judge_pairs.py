@@ -7,13 +7,11 @@ text encoder.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from minigpt5_jax.build import caption_tokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
@@ -27,15 +25,6 @@ from minigpt5_jax.shapes.world import Scene
 
 BATCH_SIZE = 32
 Pictures = list[np.ndarray | None]
-
-
-def with_guidance(run: Run, guidance: float | None) -> Run:
-    """The run with another guidance scale; itself for None."""
-    if guidance is None:
-        return run
-    config = ConfigDict(run.config.to_dict())
-    config.inference.guidance_scale = guidance
-    return dataclasses.replace(run, config=config)
 
 
 def voken_pictures(
@@ -90,20 +79,18 @@ def judge_pairs(
     count: int,
     objects: Sequence[int] = (1, 2, 3),
     seed: int = 0,
-    guidance: float | None = None,
     native: bool = True,
     batch_size: int = BATCH_SIZE,
 ) -> dict[str, dict[str, Any]]:
     """The oracle's shares on ``count`` held-out captions of each number of ``objects``.
 
     Args:
-      guidance: in place of the run's scale.  native: measure the ceiling too.
+      native: measure the ceiling too.
 
     Returns:
       ``{"1": {"count", "vokens": {"all", "background", "shape", ..., "drawn"}, "native": {...}}, ...}``;
       ``drawn`` is the share of captions behind which the model wrote its vokens.
     """
-    run = with_guidance(run, guidance)
     scenes, captions = [], []  # of all numbers together: what draws them is compiled once
     for number in objects:
         more_scenes, more_captions = held_out_captions(count, seed, number)

@@ -44,8 +44,8 @@ def score(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> di
     """Share of pictures in which everything is right (``all``), the background, and each attribute.
 
     ``all`` wants every place right, empty ones included.  An attribute counts as right where the
-    picture's objects have the scene's values of it, place by place (or, for ``place``, where the same
-    places are filled).
+    picture's objects, in the order of their places, have the scene's values of it, whichever places they
+    are (for ``place``: where the same places are filled).
     """
     if len(pictures) != len(scenes) or not len(scenes):
         raise ValueError(f"{len(pictures)} pictures and {len(scenes)} scenes")

@@ -50,6 +50,8 @@ def result(variant: str, scores: dict, seed: int = 0, steps: int = 100, **settin
     """A result of a row."""
     row = Row(variant, seed)
     judged = {"seed": seed, **({"pairs": 200} if row.judged == "pairs" else {"stories": 60})}
+    if row.trains:
+        settings = {"config": {"run.num_steps": steps, "data.max_length": 72 + len(variant)}, **settings}
     training = {"step": steps, "losses": {"loss": 1.0}, "validation": {"caption": 0.25, "image": 0.5}}
     return {
         "variant": variant, "seed": seed, "scale": "small",
@@ -100,7 +102,7 @@ def test_errors_of_shares_and_of_seeds():
         (-0.19, 0.1, 1, "within noise"),
         (-0.21, 0.1, 1, "does not agree"),
         (-0.21, 0.1, -1, "agrees"),
-        (0.19, 0.1, 0, "agrees"),
+        (0.19, 0.1, 0, "none seen"),
         (0.21, 0.1, 0, "does not agree"),
         (0.5, None, 1, "no error known"),
     ],
@@ -125,7 +127,11 @@ def test_a_claim_is_compared_on_the_rows_that_were_run():
     assert compare(grouped(*more, *less), claim).difference == "+0.300 ± 0.100 (2 seeds)"
     longer = result("no_cap", pair_scores(0.5), steps=200)
     assert compare(grouped(plain, longer), claim).verdict == "not comparable"
-    assert compare(grouped(plain, longer), claim).difference == "steps 100 and 200"
+    assert compare(grouped(plain, longer), claim).difference == "run.num_steps: 100 and 200"
+    other = result("no_cap", pair_scores(0.5), config={"run.num_steps": 100, "optimizer.lr_mapper": 0.5})
+    assert compare(grouped(plain, other), claim).difference.startswith("optimizer.lr_mapper: 'not there' and")
+    other = result("no_cap", pair_scores(0.5, 100), judge={"seed": 0, "pairs": 100})
+    assert compare(grouped(plain, other), claim).difference == "judged on 200 and 100 pairs"
 
 
 def test_rows_that_differ_in_more_than_their_variant_are_not_compared():

@@ -56,14 +56,6 @@ def test_nothing_drawn():
     assert judging.shares([None, None], held_out_captions(2, 0, 1)[0]) == {"all": 0.0, "drawn": 0.0}
 
 
-def test_guidance_is_changed_in_a_copy(seeing_run):
-    before = seeing_run.config.inference.guidance_scale
-    other = judging.with_guidance(seeing_run, before + 1)
-    assert other.config.inference.guidance_scale == before + 1
-    assert seeing_run.config.inference.guidance_scale == before
-    assert judging.with_guidance(seeing_run, None) is seeing_run
-
-
 def test_native_pictures_do_not_depend_on_their_batch(seeing_run):
     """Batches are filled up and cut; a picture does not depend on them."""
     captions = ["a red circle", "two blue squares", "nothing"]
