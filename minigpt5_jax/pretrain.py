@@ -11,6 +11,7 @@ part, and the hash of every file.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class Job:
     """Where a part reads and writes, and how long it trains.
 
     Attributes:
-      assets: folder of the finished parts.  work: of what is kept to go on.
+      assets: folder of the finished parts.  work: of what is kept to go on (:meth:`kept`).
       steps: by name of the fit.  pictures: held-out pictures of each measurement.
     """
 
@@ -49,15 +50,26 @@ class Job:
     steps: ConfigDict
     pictures: int
 
-    def checkpoint(self, name: str) -> Path:
-        """File that a fit goes on from."""
-        return self.work / f"{name}.npz"
+    def kept(self, *towers: str) -> Path:
+        """Folder of the fits that are made on finished ``towers``: others of them, another folder.
+
+        Raises:
+          FileNotFoundError: naming the part that is to be trained first.
+        """
+        if not towers:
+            return self.work
+        for name in towers:
+            files.read_config(self.assets, name)
+        folders = tuple(f"{files.TOWERS[name].folder}/" for name in towers)
+        made = {path: one for path, one in files.hashes(self.assets).items() if path.startswith(folders)}
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return self.work / f"on_{digest[:12]}"
 
 
 def vae(job: Job) -> Result:
     """Train and write the VAE."""
     params, config, seconds = train_vae.train(
-        job.steps.vae, job.steps.vae_decoder, job.seed, checkpoints=job.work
+        job.steps.vae, job.steps.vae_decoder, job.seed, checkpoints=job.kept()
     )
     files.write_tower(job.assets, "vae", params, config)
     return {"seconds": round(seconds), "measured": evaluate.reconstruction(job.assets)}
@@ -68,7 +80,7 @@ def text(job: Job) -> Result:
     write_clip_tokenizer(job.assets / "sd/tokenizer")
     tokenizer = ClipTokenizer(job.assets / "sd/tokenizer")
     params, heads, seconds = train_text.train(
-        tokenizer, job.steps.text, job.seed, checkpoint=job.checkpoint("text")
+        tokenizer, job.steps.text, job.seed, checkpoint=job.kept() / "text.npz"
     )
     files.write_tower(job.assets, "text_encoder", params, train_text.config(tokenizer.vocab_size))
     stored = files.read_tower(job.assets, "text_encoder")
@@ -95,7 +107,8 @@ def unet(job: Job) -> Result:
     examples = train_unet.Examples.make(
         stored, tokenizer, scaled_moments(job.assets), job.steps.unet_scenes, job.seed
     )
-    params, seconds = train_unet.train(examples, job.steps.unet, job.seed, checkpoint=job.checkpoint("unet"))
+    kept = job.kept("vae", "text_encoder") / "unet.npz"
+    params, seconds = train_unet.train(examples, job.steps.unet, job.seed, checkpoint=kept)
     files.write_tower(job.assets, "unet", params, train_unet.CONFIG)
     files.write_scheduler(job.assets)
     measured = {
@@ -107,9 +120,8 @@ def unet(job: Job) -> Result:
 
 def vision(job: Job) -> Result:
     """Train and write ViT and Q-Former."""
-    params, heads, seconds = vision_part.train(
-        job.steps.vision, job.seed, checkpoint=job.checkpoint("vision")
-    )
+    kept = job.kept() / "vision.npz"
+    params, heads, seconds = vision_part.train(job.steps.vision, job.seed, checkpoint=kept)
     vision_part.write(job.assets, params)
     stored = vision_part.read_eyes(job.assets)
     return {"seconds": round(seconds), "measured": vision_part.measure(stored, heads)}
@@ -125,7 +137,7 @@ def llama(job: Job) -> Result:
     )
     params, heads, seconds = train_llama.train(
         tokenizer, histories, look, (job.steps.llama, job.steps.llama_describing), job.seed,
-        checkpoints=job.work,
+        checkpoints=job.kept("vit", "qformer"),
     )
     train_llama.write(job.assets, params)
     measured = describe.described(job.assets) | describe.kept(job.assets, heads, job.work / "histories")
@@ -189,10 +201,9 @@ def main() -> None:
 
     def run(_: list[str]) -> None:
         try:
-            parts_of(config.value.parts)
-        except ValueError as error:
+            train(config.value)
+        except (ValueError, FileNotFoundError) as error:  # a part, a checkpoint or what a part needs
             raise SystemExit(f"error: {error}") from None
-        train(config.value)
 
     app.run(run)
 

@@ -107,3 +107,16 @@ def test_the_run_file_has_what_pretrain_asks_for():
     assert pretrain.parts_of(config.parts) == list(pretrain.PARTS)
     assert {"out", "work", "seed", "pictures", "steps"} <= set(config)
     assert set(pretrain.PARTS) <= set(config.steps) and min(config.steps.values()) > 0
+
+
+def test_a_fit_goes_on_only_on_the_towers_it_was_made_on(assets, tmp_path):
+    job = pretrain.Job(assets, tmp_path, seed=0, steps=None, pictures=1)
+    first = job.kept("vit", "qformer")
+    assert first.parent == job.kept() == tmp_path and first == job.kept("vit", "qformer")
+    path = assets / "qformer/config.json"
+    text = path.read_text()
+    path.write_text(text + "\n")
+    assert job.kept("vit", "qformer") != first
+    path.write_text(text)
+    with pytest.raises(FileNotFoundError, match="train that part first"):
+        job.kept("text_encoder")
