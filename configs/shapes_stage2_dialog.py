@@ -3,7 +3,7 @@
     python -m minigpt5_jax.train --config configs/shapes_stage2_dialog.py --workdir runs/shapes_dialog \
         --config.run.init_from=runs/shapes_full/checkpoints
 
-Data: dialogues drawn into the workdir in MMDialog's files; each turn of the assistant is a sample.
+Data: dialogues drawn into the workdir in MMDialog's files; each turn but the first is a sample.
 Hardware: two CPU cores.  Expected numbers: none yet (minigpt5_jax/shapes/README.md).
 """
 

@@ -142,7 +142,7 @@ def each(values: Sequence[bool | float], name: str = "share") -> Numbers:
 
 def attribute_shares(rows: Sequence[tuple[Scene | None, Scene]]) -> dict[str, Numbers]:
     """Shares right over (drawn, true) scenes: ``all_right``, ``together`` (all attributes of all objects
-    and the background), and each attribute."""
+    and the background), and each attribute; beside them the mean number of objects ``too_many``."""
     right = [attributes_right(got, want) for got, want in rows]
     found = {
         "all_right": each([got == want for got, want in rows]),
@@ -150,7 +150,8 @@ def attribute_shares(rows: Sequence[tuple[Scene | None, Scene]]) -> dict[str, Nu
     }
     for name in ("background", *ATTRIBUTES):
         found[name] = share([row[name] for row in right])
-    return found
+    surplus = [max(0, len(got.objects) - len(want.objects)) if got else 0 for got, want in rows]
+    return found | {"too_many": each(surplus, "mean")}
 
 
 def rouge_scorer() -> Any:

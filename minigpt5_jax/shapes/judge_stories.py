@@ -78,8 +78,9 @@ def judge_stories(
       folder: where the stories are written; a temporary one by default.
 
     Returns:
-      ``{"count", "seed", "contexts": {context: ...}, "order": contexts from the least to the most attributes
-      right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context has
+      ``{"count", "seed", "held_out": share of last scenes with an object of a held-out kind (a story begins
+      with one, which may change), "contexts": {context: ...}, "order": contexts from the least to the most
+      attributes right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context has
       ``picture_only`` (:func:`~minigpt5_jax.shapes.judge_revealed.picture_only_shares`), ``all_attributes``
       (:func:`~minigpt5_jax.shapes.judge_counts.attribute_shares`), ``emitted`` (the model begins a picture
       by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count and standard
@@ -111,7 +112,10 @@ def judge_stories(
         for task in narrations:
             told[task] = judge_narration(writer, tales, task, prompt_set, vokens, seed)
     order = sorted(found, key=lambda context: found[context]["all_attributes"]["together"]["share"])
-    return {"count": count, "seed": seed, "contexts": found, "order": order, "table_6": TABLE_6, **told}
+    return {
+        "count": count, "seed": seed, "held_out": counts.each([tale.scene.held_out for tale in tales]),
+        "contexts": found, "order": order, "table_6": TABLE_6, **told,
+    }  # fmt: skip
 
 
 def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:

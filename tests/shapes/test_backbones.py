@@ -88,7 +88,7 @@ def test_tokenizers_know_their_world():
         text = instruction(draw_scene(random), random)
         tokens = llama.encode(text)
         assert llama.decode(tokens) == text
-        assert len(tokens) < 52  # with BOS, vokens and the ending it fits the demo's 64 positions
+        assert len(tokens) <= 45  # with BOS, vokens and the ending it fits the demo's 56 positions
     assert llama.decode(llama.encode("a rötes 猫")) == "a rötes 猫"  # bytes stand in for unknown letters
 
 

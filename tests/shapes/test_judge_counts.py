@@ -50,6 +50,7 @@ def test_objects_too_many_are_not_all_right():
     more = make_scene(2, [STAR, BOX, dataclasses.replace(BOX, shape=0, place=1)])
     found = counts.attribute_shares([(more, WANT), (WANT, WANT)])
     assert found["all_right"]["share"] == 0.5 and found["together"]["share"] == 1.0
+    assert found["too_many"]["mean"] == 0.5
     assert found["together"]["count"] == 2 * 11 and found["texture"]["count"] == 4
 
 
