@@ -80,11 +80,11 @@ def judge_stories(
     Returns:
       ``{"count", "seed", "held_out": share of last scenes with an object of a held-out kind (a story begins
       with one, which may change), "contexts": {context: ...}, "order": contexts from the least to the most
-      attributes right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context has
-      ``picture_only`` (:func:`~minigpt5_jax.shapes.judge_revealed.picture_only_shares`), ``all_attributes``
-      (:func:`~minigpt5_jax.shapes.judge_counts.attribute_shares`), ``emitted`` (the model begins a picture
-      by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count and standard
-      error.
+      attributes right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context
+      has ``picture_only`` (:func:`~minigpt5_jax.shapes.judge_revealed.picture_only_shares`),
+      ``all_attributes`` (:func:`~minigpt5_jax.shapes.judge_counts.attribute_shares`), ``emitted`` (the model
+      begins a picture by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count
+      and standard error.
 
     Raises:
       ConfigError: an unknown context or narration, a run of another world, one that cannot see and is to

@@ -139,7 +139,7 @@ def test_the_container_is_one_that_lightning_reads(exported):
     assert (container["epoch"], container["global_step"], container["hparams_name"]) == (0, 7, "kwargs")
     assert container["callbacks"] == {} and container["optimizer_states"] == []
     hyper = container["hyper_parameters"]
-    assert (hyper["learning_rate"], hyper["warmup_steps"], hyper["real_batch_size"]) == (1e-2, 20, 32)
+    assert (hyper["learning_rate"], hyper["warmup_steps"], hyper["real_batch_size"]) == (1e-2, 40, 16)
 
 
 class Original(nn.Module):
