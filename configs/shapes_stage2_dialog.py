@@ -14,10 +14,7 @@ from minigpt5_jax.config import get_config as base
 def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
     config = use_shapes_stage2(base())
-    config.run.update(
-        name="shapes_stage2_dialog", num_steps=600, eval_every=300, save_every=300, grid_every=300
-    )
-    config.optimizer.update(lr_llm=2e-3, lr_mapper=5e-4, warmup_steps=50)
+    config.run.name = "shapes_stage2_dialog"
     config.data.update(
         format="shapes_dialogs", shapes_train=4000, shapes_validation=120, max_images=2, max_length=160,
         buckets=(104, 160), max_targets=40,

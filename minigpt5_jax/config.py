@@ -132,11 +132,11 @@ def use_shapes_stage2(config: ConfigDict) -> ConfigDict:
     """
     use_shapes_backbones(use_stage2(config))
     config.run.update(
-        num_steps=400, log_every=20, eval_every=200, eval_batches=4, save_every=200, grid_every=200
+        num_steps=600, log_every=20, eval_every=300, eval_batches=4, save_every=300, grid_every=300
     )
     config.data.update(global_batch=16, accumulation=1, worker_count=0, flip_mode="off")
     config.loss.text = 0.1
-    config.optimizer.update(lr_llm=5e-4, lr_mapper=1e-4, warmup_steps=40)
+    config.optimizer.update(lr_llm=2e-3, lr_mapper=5e-4, warmup_steps=50)
     return config
 
 
