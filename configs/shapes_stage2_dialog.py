@@ -4,7 +4,7 @@
         --config.run.init_from=runs/shapes_full/checkpoints
 
 Data: dialogues drawn into the workdir in MMDialog's files; each turn but the first is a sample.
-Hardware: two CPU cores.  Expected numbers: none yet (minigpt5_jax/shapes/README.md).
+Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """
 
 from minigpt5_jax.config import apply_variant, use_prefix, use_shapes_stage2

@@ -4,7 +4,7 @@
         --config.run.init_from=runs/shapes_full/checkpoints
 
 Data: stories drawn into the workdir in VIST's files; a story of five steps gives 13 samples, as VIST's.
-Hardware: two CPU cores.  Expected numbers: none yet (minigpt5_jax/shapes/README.md).
+Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """
 
 from minigpt5_jax.config import apply_variant, use_prefix, use_shapes_stage2
