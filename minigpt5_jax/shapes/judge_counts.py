@@ -150,7 +150,7 @@ def attribute_shares(rows: Sequence[tuple[Scene | None, Scene]]) -> dict[str, Nu
     }
     for name in ("background", *ATTRIBUTES):
         found[name] = share([row[name] for row in right])
-    surplus = [max(0, len(got.objects) - len(want.objects)) if got else 0 for got, want in rows]
+    surplus = [float(max(0, len(got.objects) - len(want.objects))) if got else 0.0 for got, want in rows]
     return found | {"too_many": each(surplus, "mean")}
 
 

@@ -106,6 +106,7 @@ def test_the_truth_is_all_right_and_is_told_in_its_own_words(judge):
     hidden = [step.revealed for step in (story.steps[-1] for story in stories)]
     for row in found["contexts"].values():
         assert row["emitted"]["share"] == 1.0 and row["cut"] == 0
+        assert row["all_attributes"].pop("too_many")["mean"] == 0.0
         assert all(part["share"] == 1.0 for part in row["all_attributes"].values())
         revealed = row["picture_only"]
         assert revealed["stories"] == sum(map(bool, hidden)) and revealed["placed"]["share"] == 1.0

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from minigpt5_jax import pretrain
 from minigpt5_jax.data.tokenizer import LlamaTokenizer
@@ -110,7 +111,7 @@ def test_the_run_file_has_what_pretrain_asks_for():
 
 
 def test_a_fit_goes_on_only_on_the_towers_it_was_made_on(assets, tmp_path):
-    job = pretrain.Job(assets, tmp_path, seed=0, steps=None, pictures=1)
+    job = pretrain.Job(assets, tmp_path, seed=0, steps=ConfigDict(), pictures=1)
     first = job.kept("vit", "qformer")
     assert first.parent == job.kept() == tmp_path and first == job.kept("vit", "qformer")
     path = assets / "qformer/config.json"
