@@ -128,7 +128,7 @@ def use_stage2(config: ConfigDict) -> ConfigDict:
 def use_shapes_stage2(config: ConfigDict) -> ConfigDict:
     """The paper's losses, masks and trainables of stage 2; rates, steps and the text loss's weight scaled.
 
-    With the paper's 0.01, 600 steps left narrations where another story's are and 0.13 of pictures not begun.
+    With the paper's 0.01, 0.13 of a story's pictures were not begun after 600 steps.
     """
     use_shapes_backbones(use_stage2(config))
     config.run.update(
