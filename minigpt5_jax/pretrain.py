@@ -24,11 +24,13 @@ import numpy as np
 from absl import app
 from ml_collections import ConfigDict, config_flags
 
+from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.models.common import Template
 from minigpt5_jax.models.vae import AutoencoderKL
 from minigpt5_jax.shapes import describe, evaluate, files, train_llama, train_text, train_unet, train_vae
 from minigpt5_jax.shapes import train_vision as vision_part
+from minigpt5_jax.shapes.fit import FitError
 from minigpt5_jax.shapes.llama_data import Histories
 from minigpt5_jax.shapes.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 
@@ -201,8 +203,12 @@ def main() -> None:
 
     def run(_: list[str]) -> None:
         try:
+            parts_of(config.value.parts)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+        try:
             train(config.value)
-        except (ValueError, FileNotFoundError) as error:  # a part, a checkpoint or what a part needs
+        except (FitError, DataError, FileNotFoundError) as error:  # a checkpoint, or a part that is needed
             raise SystemExit(f"error: {error}") from None
 
     app.run(run)

@@ -26,6 +26,10 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]
 SAVE_EVERY = 120.0  # seconds
 
 
+class FitError(ValueError):
+    """A fit cannot go on from a file; the message names it and the remedy."""
+
+
 def fit(
     loss: Loss,
     params: Params,
@@ -118,13 +122,13 @@ def _restore(path: Path | None, state: Any, settings: str) -> tuple[Any, int, fl
     """(state, steps done, seconds spent): what the file holds, or ``state`` where there is none.
 
     Raises:
-      ValueError: the file is of a fit with other settings.
+      FitError: the file is of a fit with other settings.
     """
     if path is None or not path.is_file():
         return state, 0, 0.0
     with np.load(path) as held:
         if str(held["identity"]) != _identity(state, settings):
-            raise ValueError(f"{path} is of a fit with other settings; delete it to start anew")
+            raise FitError(f"{path} is of a fit with other settings; delete it to start anew")
         leaves = [jnp.asarray(held[str(i)]) for i in range(len(jax.tree.leaves(state)))]
         done, seconds = int(held["done"]), float(held["seconds"])
     return jax.tree.unflatten(jax.tree.structure(state), leaves), done, seconds
