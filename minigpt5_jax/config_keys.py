@@ -116,6 +116,12 @@ KEYS: dict[str, Key] = {
         "head", "prompt spelling: newest code or October 2023 release (Q26)", choices=("head", "release")
     ),
     "data.tasks": Key((), "VIST's tasks, of gen, multimodal, understanding; () for all three (5.3)"),
+    "data.context_dropout": Key(
+        0.0,
+        "share of VIST's samples that read texts or pictures only of the steps before; the original has none",
+        low=0.0,
+        high=1.0,
+    ),
     "data.dialog_loader": Key(
         "head",
         "MMDialog's rules: newest code or October 2023 release (5.4)",

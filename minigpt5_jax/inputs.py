@@ -78,10 +78,13 @@ def _open_tar(config: ConfigDict, towers: Towers, path: str | Path, training: bo
 
 
 def _open_vist(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
-    """Held-out stories have the tasks of training, as the original's validation."""
+    """Held-out stories have the tasks of training, as the original's validation, and their whole context."""
     data = config.data
     mapping = data.train_mapping if training else data.validation_mapping
-    return VistSource(path, mapping, data.image_root, tasks=tuple(data.tasks) or None, **_wording(config))
+    return VistSource(
+        path, mapping, data.image_root, tasks=tuple(data.tasks) or None,
+        context_dropout=data.context_dropout if training else 0.0, **_wording(config),
+    )  # fmt: skip
 
 
 def _open_mmdialog(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
@@ -104,7 +107,8 @@ def _open_prepared(config: ConfigDict, towers: Towers, path: str | Path, trainin
     return PreparedSource(
         path, "train" if training else None, instruction_every=data.instruction_every if training else 0,
         tasks=tuple(data.tasks) or None, loader=data.dialog_loader, bad_media_ids=tuple(data.bad_media_ids),
-        count_tokens=lambda text: len(tokenizer.encode(text)), **_wording(config),
+        count_tokens=lambda text: len(tokenizer.encode(text)),
+        context_dropout=data.context_dropout if training else 0.0, **_wording(config),
     )  # fmt: skip
 
 

@@ -67,19 +67,14 @@ def cc3m_instruction(caption: str, prompt: str) -> str:
     return f"{CC3M_SYSTEM}###Human: {prompt} {caption} ###Assistant:"
 
 
-def story_source(history: Sequence[str], request: str) -> str:
+def story_source(parts: Sequence[str], request: str) -> str:
     """Source of a story's step (reference 5.3).
 
     Args:
-      history: texts of the steps before, each of which is followed by its picture; a newline ends them.
+      parts: texts and pictures of the steps before, in order; a newline ends them.  A picture is spelt
+        :data:`~minigpt5_jax.data.templates.IMAGE`; in the original's samples one follows each text.
       request: one of :data:`STORY_PROMPTS`, ``{text}`` filled in.
     """
-    return story_continuation([part for text in history for part in (text, IMAGE)], request)
-
-
-def story_continuation(parts: Sequence[str], request: str) -> str:
-    """:func:`story_source` after texts and pictures (spelt :data:`~minigpt5_jax.data.templates.IMAGE`) in
-    any order, as a model's own story may have them."""
     before = "".join(parts) + "\n" if parts else ""
     return f"{STORY_SYSTEM}###Human:{before} {request} ###Assistant:"
 

@@ -7,12 +7,14 @@ Step ``k`` of a story reads the texts and pictures of the steps before and
 * ``understanding`` (k >= 1): its own picture; the model writes its text.
 
 Training uses all three (13 samples of five steps), testing ``gen`` alone (5 samples).  Texts are taken as
-they are written, and stories take no part in the caption loss.
+they are written, and stories take no part in the caption loss.  What a sample reads of the steps before is
+its context (:data:`CONTEXTS`, the papers' context ablation, reference 9.1): both in the original's training.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Sequence
 
@@ -21,10 +23,11 @@ import numpy as np
 from minigpt5_jax.data import prompts
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.templates import target_text
+from minigpt5_jax.data.templates import IMAGE, target_text
 from minigpt5_jax.data.transforms import Picture
 
 TASKS = ("gen", "multimodal", "understanding")
+CONTEXTS = ("none", "text", "image", "image+text")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +71,14 @@ def story_samples(
 
 
 def story_example(
-    story: Story, step: int, task: str, *, wording: int, prompt_set: str = "head", num_vokens: int = 8
+    story: Story,
+    step: int,
+    task: str,
+    *,
+    wording: int,
+    prompt_set: str = "head",
+    num_vokens: int = 8,
+    context: str = "image+text",
 ) -> Example:
     """One sample.
 
@@ -78,15 +88,17 @@ def story_example(
       wording: which of ``STORY_PROMPTS[prompt_set][task]``.
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       num_vokens: vokens of one picture.
+      context: one of :data:`CONTEXTS`, what is read of the steps before.
     """
     now, before = story.steps[step], story.steps[:step]
     draws = task != "understanding"
     request = prompts.STORY_PROMPTS[prompt_set][task][wording].format(text=now.text)
-    pictures = [*before, now] if task == "understanding" else before
+    parts = [[one.text] * ("text" in context) + [IMAGE] * ("image" in context) for one in before]
+    pictures = [one.picture for one in before if "image" in context]
     return Example(
-        source=prompts.story_source([one.text for one in before], request),
+        source=prompts.story_source([*itertools.chain(*parts)], request),
         target=target_text("" if task == "gen" else now.text, draws=draws, num_vokens=num_vokens),
-        images=tuple(one.picture for one in pictures),
+        images=(*pictures, now.picture) if task == "understanding" else tuple(pictures),
         target_image=now.picture if draws else None,
         caption=None,
         task=f"story-{task}",
@@ -105,9 +117,11 @@ class StoryRules:
       prompt_set, num_vokens: as :func:`story_example`.
       seed: of the wordings.
       resample_prompts: draw the wordings anew each epoch; False keeps the first draw (quirk Q24).
+      context_dropout: share of the samples with steps before that read their texts or their pictures only,
+        each as often; 0 in the original.
 
     Raises:
-      DataError: an unknown task or prompt set.
+      DataError: an unknown task or prompt set, or a share outside 0..1.
     """
 
     training: bool = True
@@ -116,30 +130,42 @@ class StoryRules:
     seed: int = 0
     resample_prompts: bool = True
     num_vokens: int = 8
+    context_dropout: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", story_tasks(self.training, self.tasks))
         prompts.check_prompt_set(self.prompt_set)
+        if not 0 <= self.context_dropout <= 1:
+            raise DataError(f"context_dropout={self.context_dropout} is no share; give one from 0 to 1")
 
     def samples(self, num_steps: int) -> list[tuple[int, str]]:
         """(number of the step, task) of a story's samples, in order."""
         return story_samples(num_steps, self.training, self.tasks)
 
+    def _one(self, story: Story, step: int, task: str, wording: int, context: str = "image+text") -> Example:
+        return story_example(
+            story, step, task, wording=wording, context=context,
+            prompt_set=self.prompt_set, num_vokens=self.num_vokens,
+        )  # fmt: skip
+
     def wordings(self, story: Story, step: int, task: str) -> list[Example]:
-        """The sample in every wording it may have."""
+        """The sample in every wording it may have, with its whole context."""
         return [
-            story_example(
-                story, step, task, wording=n, prompt_set=self.prompt_set, num_vokens=self.num_vokens
-            )
-            for n in range(len(prompts.STORY_PROMPTS[self.prompt_set][task]))
+            self._one(story, step, task, n) for n in range(len(prompts.STORY_PROMPTS[self.prompt_set][task]))
         ]
 
     def texts(self, story: Story, step: int, task: str) -> list[tuple[str, str]]:
-        """(source, target) of every wording the sample may have."""
+        """(source, target) of every wording the sample may have; a thinned context only shortens them."""
         return [(example.source, example.target) for example in self.wordings(story, step, task)]
 
     def example(self, story: Story, step: int, task: str, epoch: int = 0) -> Example:
-        """The sample in the wording of this epoch, drawn by seed, epoch and the sample's name."""
+        """The sample in the wording and context of this epoch, drawn by seed, epoch and the sample's name."""
         choices = self.wordings(story, step, task)
         key = (self.seed, epoch if self.resample_prompts else 0, zlib.crc32(choices[0].item_id.encode()))
-        return choices[np.random.default_rng(key).integers(len(choices))]
+        random = np.random.default_rng(key)
+        wording = int(random.integers(len(choices)))
+        if not (step and self.context_dropout):
+            return choices[wording]
+        draw, half = random.random(), self.context_dropout / 2
+        context = "text" if draw < half else "image" if draw < 2 * half else "image+text"
+        return self._one(story, step, task, wording, context)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from minigpt5_jax.data.prompts import STORY_PROMPTS, dialog_source, story_continuation
+from minigpt5_jax.data.prompts import STORY_PROMPTS, dialog_source, story_source
 from minigpt5_jax.data.templates import IMAGE
 from minigpt5_jax.data.transforms import Picture
 from minigpt5_jax.inference.session import Generation, Prompt, Session
@@ -81,7 +81,7 @@ def answer_turn(answer: Generation) -> Said:
 def story_prompt(conversation: Conversation, request: str = NEXT_SCENE) -> Prompt:
     """Everything told so far and the request for the next scene, as stage 2 trains it (reference 5.3)."""
     said = conversation.said
-    source = story_continuation([text for turn in said for text in turn.spelt()], request)
+    source = story_source([text for turn in said for text in turn.spelt()], request)
     return Prompt(source, _pictures(said), conversation.next_seed())
 
 

@@ -26,11 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.prompts import STORY_PROMPTS, story_continuation
+from minigpt5_jax.data.prompts import STORY_PROMPTS
 from minigpt5_jax.data.sources.vist import mapping_path, parse_story
-from minigpt5_jax.data.stories import Step, Story, story_example
-from minigpt5_jax.data.templates import IMAGE
-from minigpt5_jax.data.transforms import Picture
+from minigpt5_jax.data.stories import CONTEXTS, Step, Story, story_example
 from minigpt5_jax.inference.session import Prompt, Session
 from minigpt5_jax.restore import Run
 from minigpt5_jax.shapes import judge_counts as counts
@@ -39,7 +37,6 @@ from minigpt5_jax.shapes.judge_revealed import Revealed, picture_only_shares
 from minigpt5_jax.shapes.stories import STEPS
 from minigpt5_jax.shapes.world import Scene
 
-CONTEXTS = ("none", "text", "image", "image+text")
 NARRATIONS = ("multimodal", "understanding")
 FINAL = STEPS - 1
 TABLE_6 = {"none": 0.61, "text": 0.64, "image": 0.69, "image+text": 0.70}
@@ -138,17 +135,8 @@ def context_prompt(story: Story, context: str, prompt_set: str = "head", seed: i
 
     The request is the first wording of ``gen``; with ``image+text`` this is the sample of training.
     """
-    *before, now = story.steps
-    parts: list[str] = []
-    pictures: list[Picture] = []
-    for step in before:
-        if "text" in context:
-            parts.append(step.text)
-        if "image" in context:
-            parts.append(IMAGE)
-            pictures.append(step.picture)
-    request = STORY_PROMPTS[prompt_set]["gen"][0].format(text=now.text)
-    return Prompt(story_continuation(parts, request), tuple(pictures), seed)
+    example = story_example(story, FINAL, "gen", wording=0, prompt_set=prompt_set, context=context)
+    return Prompt(example.source, example.images, seed)
 
 
 def texts_read(story: Story, context: str) -> list[str]:

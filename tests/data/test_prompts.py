@@ -7,6 +7,7 @@ import pytest
 from minigpt5_jax.data import prompts
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.pairs import Pair, PairRules
+from minigpt5_jax.data.templates import IMAGE
 
 IMAGES_FIRST = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once "
@@ -59,7 +60,7 @@ def test_story_wordings_of_both_generations():
 
 def test_story_source():
     assert prompts.story_source([], "R.") == prompts.STORY_SYSTEM + "###Human: R. ###Assistant:"
-    assert prompts.story_source(["a .", "b ."], "R.") == prompts.STORY_SYSTEM + (
+    assert prompts.story_source(["a .", IMAGE, "b .", IMAGE], "R.") == prompts.STORY_SYSTEM + (
         "###Human:a .<Img><ImageHere></Img>b .<Img><ImageHere></Img>\n R. ###Assistant:"
     )
 

@@ -86,6 +86,40 @@ def test_wordings_are_drawn_by_seed_sample_and_epoch():
         StoryRules(prompt_set="new")
 
 
+@pytest.mark.parametrize(
+    ("context", "before", "pictures"),
+    [
+        ("none", "", ()),
+        ("text", "we went .a dog .\n", ()),
+        ("image", "<Img><ImageHere></Img><Img><ImageHere></Img>\n", ("0.jpg", "1.jpg")),
+    ],
+)
+def test_what_is_read_of_the_steps_before(context, before, pictures):
+    drawn = story_example(STORY, 2, "gen", wording=1, context=context)
+    request = "the scene description: the lake . ###Assistant:"
+    assert drawn.source == f"{prompts.STORY_SYSTEM}###Human:{before} {request}" and drawn.images == pictures
+    told = story_example(STORY, 2, "understanding", wording=0, context=context)
+    assert told.images == (*pictures, "2.jpg") and told.target == "the lake ."
+
+
+def test_a_share_of_contexts_is_thinned():
+    rules = StoryRules(context_dropout=0.5)
+    thinned = {"text": 0, "image": 0}
+    for epoch in range(200):
+        got, full = (one.example(STORY, 3, "gen", epoch) for one in (rules, StoryRules()))
+        assert got == rules.example(STORY, 3, "gen", epoch)
+        wording = [example.source for example in rules.wordings(STORY, 3, "gen")].index(full.source)
+        for context in thinned:
+            thinned[context] += got == story_example(STORY, 3, "gen", wording=wording, context=context)
+        if got.source == full.source:
+            assert got == full
+    assert all(30 <= count <= 70 for count in thinned.values())  # 50 of 200 each, standard deviation 6
+    first = [rules.example(STORY, 0, "gen", epoch) for epoch in range(9)]
+    assert first == [StoryRules().example(STORY, 0, "gen", epoch) for epoch in range(9)]
+    with pytest.raises(DataError, match=r"context_dropout=1.5 is no share"):
+        StoryRules(context_dropout=1.5)
+
+
 def test_texts_are_taken_as_they_are_written():
     story = Story("8", (Step("It's {0} A DOG!  ", "a", 0), Step("{text} b", "b", 1)), "f")
     got = story_example(story, 1, "gen", wording=1)

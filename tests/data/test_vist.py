@@ -97,6 +97,7 @@ def test_fingerprint(tmp_path):
     stories = {"7": steps(7), "8": steps(8)}
     path = write(tmp_path, stories)
     settings = [{}, {"training": False}, {"prompt_set": "release"}, {"seed": 1}, {"num_vokens": 4}]
+    settings.append({"context_dropout": 0.2})
     prints = [VistSource(path, **one).fingerprint() for one in settings]
     assert len(set(prints)) == len(settings) and VistSource(path).fingerprint() == prints[0]
     write(tmp_path, {"7": steps(7)}, mapping=json.loads((tmp_path / "val_image_mapping.json").read_text()))

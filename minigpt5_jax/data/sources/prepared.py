@@ -41,6 +41,7 @@ class PreparedSource:
       max_tokens, max_words, bad_media_ids: dialogues: where they end, as for
         :class:`~minigpt5_jax.data.sources.mmdialog.MMDialogSource`.
       num_vokens: vokens of one picture.
+      context_dropout: stories: see :class:`~minigpt5_jax.data.stories.StoryRules`.
 
     Raises:
       DataError: there is no finished data set, it lacks files, or a setting is unknown.
@@ -63,6 +64,7 @@ class PreparedSource:
         max_words: int = 20,
         bad_media_ids: Collection[str | int] = BAD_MEDIA_IDS,
         num_vokens: int = 8,
+        context_dropout: float = 0.0,
     ):
         self.folder = find_prepared(folder, split)
         self.metadata = _metadata(self.folder)
@@ -75,7 +77,7 @@ class PreparedSource:
         kinds: dict[str, Callable[[], Kind]] = {
             "cc3m": lambda: PairKind(PairRules(every, prompt_set, seed, resample_prompts, num_vokens)),
             "vist": lambda: StoryKind(
-                StoryRules(training, tasks, prompt_set, seed, resample_prompts, num_vokens)
+                StoryRules(training, tasks, prompt_set, seed, resample_prompts, num_vokens, context_dropout)
             ),
             "mmdialog": lambda: DialogKind(
                 DialogRules(loader, training, max_tokens, max_words, bad, num_vokens), count_tokens

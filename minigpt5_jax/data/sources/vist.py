@@ -39,10 +39,12 @@ class VistSource:
       seed: of the wordings.
       resample_prompts: draw the wordings anew each epoch; False keeps the first draw (quirk Q24).
       num_vokens: vokens of one picture.
+      context_dropout: share of samples that read texts or pictures only of the steps before; see
+        :class:`~minigpt5_jax.data.stories.StoryRules`.
 
     Raises:
       DataError: a file or the folder is missing, no JSON, not of this form as a whole, or names a story or
-        a picture twice; no name for the mapping; an unknown task or prompt set.
+        a picture twice; no name for the mapping; an unknown task or prompt set; a share outside 0..1.
     """
 
     def __init__(
@@ -57,13 +59,16 @@ class VistSource:
         seed: int = 0,
         resample_prompts: bool = True,
         num_vokens: int = 8,
+        context_dropout: float = 0.0,
     ):
         self.path = Path(cleaned)
         self.mapping_path = mapping_path(self.path) if mapping is None else Path(mapping)
         root = self.path.parent if image_root is None else Path(image_root)
         if not root.is_dir():
             raise DataError(f"image folder not found: {root}")
-        self._rules = StoryRules(training, tasks, prompt_set, seed, resample_prompts, num_vokens)
+        self._rules = StoryRules(
+            training, tasks, prompt_set, seed, resample_prompts, num_vokens, context_dropout
+        )
         values, stories_hash = _read_object(self.path, "stories")
         paths, mapping_hash = _read_object(self.mapping_path, "picture paths")
         if not values:
