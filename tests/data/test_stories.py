@@ -99,7 +99,7 @@ def test_what_is_read_of_the_steps_before(context, before, pictures):
     request = "the scene description: the lake . ###Assistant:"
     assert drawn.source == f"{prompts.STORY_SYSTEM}###Human:{before} {request}" and drawn.images == pictures
     told = story_example(STORY, 2, "understanding", wording=0, context=context)
-    assert told.images == (*pictures, "2.jpg") and told.target == "the lake ."
+    assert told.images == (*pictures, "2.jpg") and told.target == "the lake . ###"
 
 
 def test_a_share_of_contexts_is_thinned():
