@@ -18,7 +18,6 @@ its ``id``, so it goes the same way alone and among others.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import os
@@ -32,19 +31,15 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
 from minigpt5_jax.build import build, llm_tokenizer
-from minigpt5_jax.config import ConfigError, get_config, setting_errors, validate
+from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.data import templates
-from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.prompts import DIALOG_SYSTEM, dialog_source
-from minigpt5_jax.data.records import parse_record, prompt_of
-from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, LlamaTokenizer
+from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.transforms import load_picture
-from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.frozen_sources import check_sources
 from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, tell
 from minigpt5_jax.inference.page import Entry, write_page
-from minigpt5_jax.inference.sampling import SamplingConfig
-from minigpt5_jax.inference.session import Generation, Prompt, Session, stop_sequences
+from minigpt5_jax.inference.prompts import file_prompts, text_prompt
+from minigpt5_jax.inference.session import Generation, Prompt
 from minigpt5_jax.inference.transcript import (
     entry_of,
     read_records,
@@ -54,6 +49,7 @@ from minigpt5_jax.inference.transcript import (
     write_records,
 )
 from minigpt5_jax.restore import Run, config_of, load_run, open_checkpoints
+from minigpt5_jax.sessions import make_session, override
 from minigpt5_jax.training.provenance import CheckpointError, bundle
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
@@ -90,96 +86,6 @@ USER_ERRORS = (
 )  # fmt: skip
 
 
-def sampling_config(config: ConfigDict, tokenizer: LlamaTokenizer) -> SamplingConfig:
-    """Rules for text from ``config.inference``; ``###`` as this tokenizer spells it ends an answer."""
-    inference = config.inference
-    names = (
-        "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-        "force_image", "max_images",
-    )  # fmt: skip
-    try:
-        return SamplingConfig(
-            **{name: inference[name] for name in names},
-            eos_ids=tuple(inference.eos_ids),
-            stop_sequences=stop_sequences(tokenizer),
-        )
-    except ValueError as error:
-        raise ConfigError(f"inference: {error}") from None
-
-
-def make_session(run: Run, *, batch_size: int = 4) -> Session:
-    """A session with the settings of the run's configuration.
-
-    Raises:
-      ConfigError: settings that do not go together.
-    """
-    inference, towers = run.config.inference, run.spec.towers
-    sampling = sampling_config(run.config, run.tokenizer)
-    with setting_errors():
-        return Session(
-            run.spec.template,
-            run.params,
-            run.tokenizer,
-            sampler=make_sampler(inference.sampler, towers.schedule, inference.num_inference_steps),
-            sampling=sampling,
-            guidance_scale=inference.guidance_scale,
-            cfg_negative=inference.cfg_negative,
-            max_length=run.config.data.max_length,
-            batch_size=batch_size,
-            pad_input_square=run.config.data.pad_input_square,
-        )
-
-
-def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
-    """A prompt from what a user typed.
-
-    Args:
-      text: with ``<ImageHere>`` where each of ``images`` belongs; without any they stand before it.
-      dialog: as the user's turn of a dialogue; otherwise as a caption, cleaned as in training.
-
-    Raises:
-      DataError: nothing is left of the text, or it holds what has a meaning of its own in prompts.
-    """
-    if not dialog:
-        if images or IMAGE_TOKEN in text:
-            raise DataError("a caption has no pictures; use --template dialog")
-        caption = templates.clean_caption(text)
-        if not caption:
-            raise DataError(f"prompt {text!r} is empty" + (" after cleaning" if text.strip() else ""))
-        return Prompt(caption)
-    if not text.strip() and not images:
-        raise DataError(f"prompt {text!r} is empty")
-    if templates.END in text:
-        raise DataError(f"prompt {text!r} contains {templates.END}, which ends a turn")
-    spelt = text.replace(templates.IMAGE, IMAGE_TOKEN).replace(IMAGE_TOKEN, templates.IMAGE)
-    if IMAGE_TOKEN not in text:
-        spelt = " ".join([*[templates.IMAGE] * len(images), text]).strip()
-    return Prompt(dialog_source(DIALOG_SYSTEM, [("Human", spelt)]), tuple(images))
-
-
-def file_prompts(path: str | Path) -> list[Prompt]:
-    """A prompt from each line of a JSONL file; picture paths are relative to its folder.
-
-    Raises:
-      DataError: no such file, a line that breaks the schema or ends in an assistant's turn, no line.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        record = parse_record(line, f"{path}:{number}")
-        if not record.pair and record.turns[-1].role != "user":
-            raise SampleError(f"{path}:{number}", "a prompt ends in a user turn; this ends in an answer")
-        turns = 1 if record.pair else len(record.turns)
-        prompts.append(Prompt(*prompt_of(record, turns, path.parent)))
-    if not prompts:
-        raise DataError(f"{path} holds no record")
-    return prompts
-
-
 def read_prompts(*, dialog: bool) -> list[Prompt]:
     """Every prompt of the command line; their pictures are known to be readable.
 
@@ -195,28 +101,6 @@ def read_prompts(*, dialog: bool) -> list[Prompt]:
     for picture in {picture for prompt in prompts for picture in prompt.images}:
         load_picture(picture)
     return prompts
-
-
-def override(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
-    """``config`` with ``inference`` keys replaced by values as Python spells them, validated.
-
-    Raises:
-      ConfigError: an unknown key, or a value of another type or out of range.
-    """
-    for name, text in values.items():
-        if name not in config.inference:
-            raise ConfigError(f"unknown key inference.{name}; known: {', '.join(sorted(config.inference))}")
-        try:
-            value: Any = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text  # a word
-        old = config.inference[name]
-        kind = tuple if isinstance(old, list | tuple) else type(old)  # a restored tuple is a list
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind:
-            raise ConfigError(f"inference.{name}={text!r} must be of type {kind.__name__}")
-        config.inference[name] = type(old)(value)
-    return validate(config)
 
 
 def entry(prompt: Prompt, answer: Generation) -> Entry:

@@ -14,10 +14,9 @@ from PIL import Image
 
 from minigpt5_jax import generate
 from minigpt5_jax.build import build, initial_trainable, load_frozen
-from minigpt5_jax.config import ConfigError, get_config, validate
+from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.prompts import DIALOG_SYSTEM
-from minigpt5_jax.data.templates import IMAGE
+from minigpt5_jax.inference.prompts import text_prompt
 from minigpt5_jax.inputs import encode_config
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
@@ -111,57 +110,15 @@ def test_refused_before_weights_are_read(values, error, message, checkpoint, tmp
     assert not (tmp_path / "page").exists()
 
 
-def test_what_a_user_types_becomes_what_the_model_was_trained_on():
-    assert generate.text_prompt(" A Red  Fox!", [], dialog=False).source == "a red fox"
-    head = f"{DIALOG_SYSTEM} ###Human:"
-    asked = generate.text_prompt("What next?", ["1.png", "2.png"], dialog=True)
-    assert asked.source == f"{head} {IMAGE} {IMAGE} What next? ###Assistant:"
-    assert asked.images == ("1.png", "2.png")
-    for spelt in ("<ImageHere>", IMAGE):
-        placed = generate.text_prompt(f"Look {spelt} well", ["1.png"], dialog=True)
-        assert placed.source == f"{head} Look {IMAGE} well ###Assistant:"
-    with pytest.raises(DataError, match="ends a turn"):
-        generate.text_prompt("a ### b", [], dialog=True)
-    with pytest.raises(DataError, match="--template dialog"):
-        generate.text_prompt("a dog", ["1.png"], dialog=False)
-
-
-def test_records_become_prompts(tmp_path):
-    ask = {"role": "user", "content": [{"type": "text", "text": "Look"}, {"type": "image", "path": "a.png"}]}
-    answer = {"role": "assistant", "content": "I see."}
-    file = tmp_path / "prompts.jsonl"
-    lines = [{"caption": "A dog.", "image": "b.png"}, {"system": "", "turns": [ask, answer, ask]}]
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    pair, dialog = generate.file_prompts(file)
-    assert (pair.source, pair.images) == ("a dog", ())
-    assert dialog.source == (
-        f"###Human: Look {IMAGE} ###Assistant: I see. ###Human: Look {IMAGE} ###Assistant:"
-    )
-    assert dialog.images == (str(tmp_path / "a.png"),) * 2
-    file.write_text(json.dumps({"turns": [ask, answer]}))
-    with pytest.raises(DataError, match=r"prompts.jsonl:1: a prompt ends in a user turn"):
-        generate.file_prompts(file)
-    file.write_text("\n")
-    with pytest.raises(DataError, match="holds no record"):
-        generate.file_prompts(file)
-
-
 def test_a_page_shows_a_prompt_with_its_pictures_in_place(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (3, 2), "red").save(path)
-    prompt = generate.text_prompt("before <ImageHere> behind", [str(path)], dialog=True)
+    prompt = text_prompt("before <ImageHere> behind", [str(path)], dialog=True)
     answer = generate.Generation((), "", (2,), prompt.source, 1, dropped=4)
     entry = generate.entry(prompt, answer)
     assert [type(part) for part in entry.prompt] == [str, np.ndarray, str]
     assert entry.prompt[1].shape == (2, 3, 3) and entry.prompt[2].startswith("behind")
     assert entry.output == ["(nothing)"] and "4 positions" in entry.notes
-
-
-def test_settings_keep_their_types():
-    config = generate.override(get_config(), {"sampler": "ddim", "guidance_scale": "3", "eos_ids": "(1, 2)"})
-    inference = config.inference
-    assert (inference.sampler, inference.guidance_scale) == ("ddim", 3.0)
-    assert tuple(inference.eos_ids) == (1, 2)
 
 
 # ------------------------------------------------------------------------------ stories and dialogues

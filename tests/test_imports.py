@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # and what they share
 COMMANDS = {
-    "cli", "frozen_sources", "build", "inputs", "restore", "trained", "train", "generate", "pretrain",
+    "cli", "frozen_sources", "build", "inputs", "restore", "sessions", "trained", "train", "generate", "pretrain",
     "prepare", "demo", "export", "features", "convert", "weights_plan", "pretrained", "verify", "watch",
     "judge",
 }  # fmt: skip

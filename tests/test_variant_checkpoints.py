@@ -15,9 +15,9 @@ import tiny
 from minigpt5_jax.build import build, load_frozen, tokenizer_identity
 from minigpt5_jax.config import validate
 from minigpt5_jax.export import export_torch
-from minigpt5_jax.generate import make_session
 from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.restore import load_run, not_pretrained
+from minigpt5_jax.sessions import make_session
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
 from minigpt5_jax.tuning import FROZEN

@@ -14,9 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.generate import make_session
 from minigpt5_jax.inference.session import Generation, Session
 from minigpt5_jax.restore import Run
+from minigpt5_jax.sessions import make_session
 from minigpt5_jax.shapes.oracle import read
 from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.shapes.world import ATTRIBUTES, Object, Scene

@@ -15,10 +15,10 @@ import numpy as np
 
 from minigpt5_jax.build import caption_tokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
-from minigpt5_jax.generate import make_session
 from minigpt5_jax.inference.images import initial_latents, sample_pictures
 from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.restore import Run
+from minigpt5_jax.sessions import make_session
 from minigpt5_jax.shapes.evaluate import held_out_captions
 from minigpt5_jax.shapes.oracle import score
 from minigpt5_jax.shapes.world import Scene

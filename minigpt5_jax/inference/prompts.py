@@ -1,0 +1,63 @@
+"""Prompts as users give them: typed, or as records of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minigpt5_jax.data import templates
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prompts import DIALOG_SYSTEM, dialog_source
+from minigpt5_jax.data.records import parse_record, prompt_of
+from minigpt5_jax.data.tokenizer import IMAGE_TOKEN
+from minigpt5_jax.inference.session import Prompt
+
+
+def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
+    """A prompt from what a user typed.
+
+    Args:
+      text: with ``<ImageHere>`` where each of ``images`` belongs; without any they stand before it.
+      dialog: as the user's turn of a dialogue; otherwise as a caption, cleaned as in training.
+
+    Raises:
+      DataError: nothing is left of the text, or it holds what has a meaning of its own in prompts.
+    """
+    if not dialog:
+        if images or IMAGE_TOKEN in text:
+            raise DataError("a caption has no pictures; use --template dialog")
+        caption = templates.clean_caption(text)
+        if not caption:
+            raise DataError(f"prompt {text!r} is empty" + (" after cleaning" if text.strip() else ""))
+        return Prompt(caption)
+    if not text.strip() and not images:
+        raise DataError(f"prompt {text!r} is empty")
+    if templates.END in text:
+        raise DataError(f"prompt {text!r} contains {templates.END}, which ends a turn")
+    spelt = text.replace(templates.IMAGE, IMAGE_TOKEN).replace(IMAGE_TOKEN, templates.IMAGE)
+    if IMAGE_TOKEN not in text:
+        spelt = " ".join([*[templates.IMAGE] * len(images), text]).strip()
+    return Prompt(dialog_source(DIALOG_SYSTEM, [("Human", spelt)]), tuple(images))
+
+
+def file_prompts(path: str | Path) -> list[Prompt]:
+    """A prompt from each line of a JSONL file; picture paths are relative to its folder.
+
+    Raises:
+      DataError: no such file, a line that breaks the schema or ends in an assistant's turn, no line.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        record = parse_record(line, f"{path}:{number}")
+        if not record.pair and record.turns[-1].role != "user":
+            raise SampleError(f"{path}:{number}", "a prompt ends in a user turn; this ends in an answer")
+        turns = 1 if record.pair else len(record.turns)
+        prompts.append(Prompt(*prompt_of(record, turns, path.parent)))
+    if not prompts:
+        raise DataError(f"{path} holds no record")
+    return prompts
