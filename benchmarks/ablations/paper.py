@@ -10,7 +10,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 
-from minigpt5_jax.shapes.judge_stories import CONTEXTS, TABLE_6
+from minigpt5_jax.data.stories import CONTEXTS
+from minigpt5_jax.shapes.judge_stories import TABLE_6
 
 LABELS = {
     "plain": "MiniGPT-5 (plain)", "no_cfg": "w/o CFG dropout", "no_cap": "w/o L_CAP", "no_ldm": "w/o L_LDM",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.rows import Row, RowError, differences
+from minigpt5_jax.data.stories import CONTEXTS
 from minigpt5_jax.shapes import world
-from minigpt5_jax.shapes.judge_stories import CONTEXTS
 
 KEYS = {
     "variant", "seed", "scale", "settings", "command", "git_revision", "machine", "seconds", "training",

@@ -24,10 +24,11 @@ from absl import app, flags
 
 from minigpt5_jax import cli, generate
 from minigpt5_jax.config import ConfigError, get_config
+from minigpt5_jax.data.stories import CONTEXTS
 from minigpt5_jax.restore import load_run
 from minigpt5_jax.shapes.judge_dialogs import judge_dialogs
 from minigpt5_jax.shapes.judge_pairs import judge_pairs
-from minigpt5_jax.shapes.judge_stories import CONTEXTS, NARRATIONS, judge_stories
+from minigpt5_jax.shapes.judge_stories import NARRATIONS, judge_stories
 
 WHAT = ("stories", "dialogs", "pairs")
 SHARED = (generate.STEP, generate.SEED, generate.BATCH_SIZE, generate.INFERENCE, generate.WEIGHTS)
