@@ -130,6 +130,19 @@ def test_release_wording_and_loader_reach_the_sources(config, tmp_path):
     assert any("Generate a image" in words for words, _ in source.texts(0))
 
 
+def test_contexts_are_thinned_in_training_alone(config, tmp_path):
+    path = str(write_vist(tmp_path))
+    config.data.update(format="vist", train=path, validation=path, tasks=("gen",), context_dropout=1.0)
+    train, held_out = inputs.open_sources(config, build(validate(config)).towers)
+    counts = {(len(x.images), x.source.count("step 0")) for x in (train.example(1, n) for n in range(20))}
+    assert counts == {(1, 0), (0, 1)}
+    whole = {(len(x.images), x.source.count("step 0")) for x in (held_out.example(1, n) for n in range(20))}
+    assert whole == {(1, 1)}
+    config.data.context_dropout = 1.5
+    with pytest.raises(ConfigError, match=r"data.context_dropout"):
+        validate(config)
+
+
 def test_training_data_must_be_given(config):
     with pytest.raises(ConfigError, match=r"--config.data.train=PATH \(data.format=cc3m\)"):
         inputs.open_sources(config, build(config).towers)

@@ -165,6 +165,7 @@ def test_pairs_from_tar_shards(tmp_path):
         ({"seed": 3}, 13 + 1 + 16),
         ({"training": False}, 5 + 1 + 6),
         ({"tasks": ("understanding",), "prompt_set": "release", "num_vokens": 2}, 4 + 0 + 5),
+        ({"tasks": ("gen",), "context_dropout": 1.0}, 5 + 1 + 6),
     ],
 )
 def test_stories(tmp_path, settings, count):
