@@ -29,7 +29,7 @@ STAGE1 = (
 STAGE2 = ("lora", "prefix", "no_stage1")
 """Trained on stories; all but the last start from the plain run of their seed."""
 ZERO_SHOT = "zero_shot"
-"""The plain run judged on stories (Table 6, "zero-shot")."""
+"""The plain run judged on stories (Table 6, "zero-shot"), with stage 2's guidance."""
 GUIDANCE = {f"guidance_{scale:g}": scale for scale in (1, 1.5, 2, 3, 5, 7.5, 10, 15)}
 """The plain run judged with another guidance scale (Figure 5)."""
 VARIANTS = (*STAGE1[:6], *STAGE2, ZERO_SHOT, *STAGE1[6:], *GUIDANCE)
@@ -148,6 +148,9 @@ def row_settings(row: Row, options: argparse.Namespace, assets: str) -> dict[str
         judge |= {"pairs": options.pairs, "native": row.variant not in STAGE1[1:]}
     if row.variant in GUIDANCE:
         judge["guidance"] = GUIDANCE[row.variant]
+    if row.variant == ZERO_SHOT:  # as the rows beside which it stands
+        lora = variant_config(dataclasses.replace(row, variant="lora"), options)
+        judge["guidance"] = lora.inference.guidance_scale
     settings: dict[str, Any] = {"assets": assets, "judge": judge}
     if row.trains:
         settings["config"] = changed_keys(variant_config(row, options))

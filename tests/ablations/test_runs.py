@@ -58,6 +58,9 @@ def test_steps_scale_the_warm_up_and_settings_name_what_numbers_depend_on():
     assert lora["from"]["run.num_steps"] == options.steps != lora["config"]["run.num_steps"]
     sweep = rows.row_settings(Row("guidance_7.5"), options, "hash")
     assert sweep["judge"]["guidance"] == 7.5 and "config" not in sweep and sweep["from"] == lora["from"]
+    zero_shot = rows.row_settings(Row("zero_shot"), options, "hash")
+    stage2 = rows.variant_config(Row("lora"), options).inference.guidance_scale
+    assert zero_shot["judge"]["guidance"] == stage2 and "guidance" not in lora["judge"]
     options.steps = 1
     assert rows.variant_config(Row("plain"), options).optimizer.warmup_steps == 0
 
