@@ -3,9 +3,9 @@
     python -m minigpt5_jax.train --config configs/shapes_stage2_story.py --workdir runs/shapes_story \
         --config.run.init_from=runs/shapes_full/checkpoints
 
-Data: stories drawn into the workdir in VIST's files; a story of five steps gives 13 samples, as VIST's.  Other
-than the paper's, 0.15 of the samples read texts only of the steps before, and 0.15 pictures only: this little
-language model does not make sense of a context that it was never shown.
+Data: stories drawn into the workdir in VIST's files; a story of five steps gives 13 samples, as VIST's.
+Other than in the paper, 0.15 of the samples read texts only of the steps before and 0.15 pictures only:
+this little language model makes no sense of a kind of context that it was never shown.
 Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """
 
