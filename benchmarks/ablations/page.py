@@ -33,10 +33,12 @@ What the small world builds in, other than the paper's Vicuna: the frozen langua
 dialogues of these very formats, and was trained to hold the whole scene in the states of eight fillers where
 vokens stand, of what pictures before them show, too. So a model after stage 1 only is not new to stories
 (zero-shot), less is lost without stage 1, every voken can tell everything (Figure 6), and vokens beyond eight
-stand where no filler was. Rows of stage 1 that are trained for fewer steps than
-`configs/shapes_stage1.py:full` show how fast a variant learns as much as how far it comes. Held-out
-stories begin with a kind of object that no part has seen; where it changes, later pictures may show seen
-kinds only."""
+stand where no filler was. The text encoder's padding positions all tell the whole scene, and the UNet was
+trained to heed them; a decoder-only mapper fills as many positions as there are vokens and leaves zeros
+behind them, which this UNet has never seen. Rows of stage 1 that are trained for fewer steps than
+`configs/shapes_stage1.py:full` show how fast a variant learns as much as how far it comes. Stories of all
+rows are drawn with stage 2's guidance, captions with stage 1's, but for Figure 5. Held-out stories begin
+with a kind of object that no part has seen; where it changes, later pictures may show seen kinds only."""
 
 
 def shown(value: Estimate | None, digits: int = 3) -> Cell:
