@@ -4,8 +4,8 @@
         --config.run.init_from=runs/shapes_full/checkpoints
 
 Data: stories drawn into the workdir in VIST's files; a story of five steps gives 13 samples, as VIST's.
-Other than in the paper, 0.15 of the samples read texts only of the steps before and 0.15 pictures only:
-this little language model makes no sense of a kind of context that it was never shown.
+Other than in the paper, 0.15 of the samples that have steps before read texts only of them and 0.15 pictures
+only: without that, this little language model made less of pictures alone (README).
 Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """
 

@@ -35,6 +35,8 @@ def setting_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
+STORY_FORMATS = ("vist", "prepared", "shapes_stories")
+"""``data.format`` of what may be stories."""
 SUBFOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text_encoder",
               "clip_tokenizer": "tokenizer", "scheduler": "scheduler"}  # fmt: skip
 
@@ -230,6 +232,13 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         yield "data.buckets and data.pack exclude each other; packed rows all have data.max_length positions"
     if data.features and data.flip_mode != "off":
         yield f"data.features are of pictures as they are; set data.flip_mode=off, it is {data.flip_mode!r}"
+    if data.context_dropout and data.features:
+        yield f"data.features are of whole contexts; set data.context_dropout=0, it is {data.context_dropout}"
+    if data.context_dropout and data.format not in STORY_FORMATS:
+        yield (
+            f"data.context_dropout={data.context_dropout} is for stories (data.format "
+            f"{', '.join(STORY_FORMATS)}); data.format is {data.format!r}"
+        )
     if run.num_steps is not None and config.optimizer.warmup_steps >= run.num_steps:
         yield (
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be less than "

@@ -118,7 +118,7 @@ KEYS: dict[str, Key] = {
     "data.tasks": Key((), "VIST's tasks, of gen, multimodal, understanding; () for all three (5.3)"),
     "data.context_dropout": Key(
         0.0,
-        "share of VIST's samples that read texts or pictures only of the steps before; the original has none",
+        "share of VIST's samples that read only texts or only pictures of the steps before; the original: 0",
         low=0.0,
         high=1.0,
     ),

@@ -109,8 +109,9 @@ def prepare_features(
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: a tower cannot be read.
-      DataError: the folder holds features of other pictures or towers.
+      DataError: the folder holds features of other pictures or towers; contexts are thinned.
     """
+    _check_contexts(config)
     spec = build(config)
     kinds = ["target", "image"] if spec.towers.qformer and config.data.max_images else ["target"]
     params = {kind: _parameters(config, spec, kind) for kind in kinds}
@@ -134,8 +135,10 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
     towers of this configuration.
 
     Raises:
-      DataError: they are not, with both fingerprints; mirrors are asked for; no finished store.
+      DataError: they are not, with both fingerprints; mirrors or thinned contexts are asked for; no
+        finished store.
     """
+    _check_contexts(config)
     if config.data.flip_mode != "off":  # also of callers that have no validated configuration
         raise DataError(
             "ready features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
@@ -146,6 +149,16 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
         hashes |= _hashes(kind, _parameters(config, spec, kind))
     store.check(feature_spec(config, spec, source, hashes, dtype=store.spec.dtype))
     return FeatureSource(source, store)
+
+
+def _check_contexts(config: ConfigDict) -> None:
+    """DataError for ``data.context_dropout``, which reads other pictures each epoch; a store has each
+    sample's once."""
+    if config.data.context_dropout:
+        raise DataError(
+            "ready features are of whole contexts, the same each epoch; set data.context_dropout=0, it is "
+            f"{config.data.context_dropout}"
+        )
 
 
 def with_features(batch: BatchSpec, store: FeatureSpec) -> BatchSpec:

@@ -60,7 +60,7 @@ def load_pretrained(
     profile: str = "head",
     rows: str = "vokens",
 ) -> Run:
-    """A whole model, ready for :func:`minigpt5_jax.generate.make_session` or for training on.
+    """A whole model, ready for :func:`minigpt5_jax.sessions.make_session` or for training on.
 
     Every source is a file, a folder or a Hugging Face id (``org/name``), in any form that
     ``python -m minigpt5_jax.convert`` reads, but for Stable Diffusion, which is a diffusers folder.

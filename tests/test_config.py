@@ -92,6 +92,7 @@ def test_typos_and_wrong_types_are_errors():
     ("path", "value", "message"),
     [
         ("data.flip_mode", "both", r"data.flip_mode='both' is not one of 'independent', 'shared', 'off'"),
+        ("data.context_dropout", 0.2, r"context_dropout=0.2 is for stories .*; data.format is 'cc3m'"),
         ("optimizer.lr_llm", -1.0, r"optimizer.lr_llm=-1.0 is less than 0.0"),
         ("loss.cfg_dropout", 1.5, r"loss.cfg_dropout=1.5 is more than 1.0"),
         ("optimizer.eps", float("nan"), r"optimizer.eps=nan is not a finite number"),

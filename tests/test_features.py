@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.build import build
-from minigpt5_jax.config import get_config, use_shapes_backbones
+from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.pipeline import make_loader
 from minigpt5_jax.features import open_features, prepare_features, with_features
@@ -79,6 +79,15 @@ def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
     flipped.data.flip_mode = "shared"
     with pytest.raises(DataError, match="never mirrored; set data.flip_mode=off, it is 'shared'"):
         open_features(flipped, spec, source, folder)
+    thinned = config.copy_and_resolve_references()
+    thinned.data.context_dropout = 0.2
+    with pytest.raises(DataError, match="of whole contexts.*set data.context_dropout=0, it is 0.2"):
+        open_features(thinned, spec, source, folder)
+    with pytest.raises(DataError, match="of whole contexts"):
+        prepare_features(thinned, source, folder)
+    thinned.data.update(format="vist", features=str(folder))
+    with pytest.raises(ConfigError, match="data.features are of whole contexts"):
+        validate(thinned)
     fewer = config.copy_and_resolve_references()
     fewer.data.instruction_every = 2
     with pytest.raises(DataError, match="(?s)does not belong to this run.*pictures: stored '.*', now '"):

@@ -61,8 +61,12 @@ def by_seed(results: Results, claim: Claim) -> list[Measured]:
     return sums
 
 
-SHARED = ("run.num_steps", "optimizer.", "data.global_batch", "data.shapes_")
-"""Beginnings of the keys of a configuration that no variant changes."""
+SHARED = (
+    "run.num_steps", "optimizer.", "data.global_batch", "data.shapes_", "data.context_dropout",
+    "inference.guidance_scale",
+)  # fmt: skip
+"""Beginnings of the keys of a configuration that no variant changes; a key that is not there has its
+default."""
 
 
 def shared_keys(config: Mapping[str, Any]) -> dict[str, Any]:

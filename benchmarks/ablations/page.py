@@ -100,7 +100,18 @@ def pair_section(results: Results, rows: dict[str, tuple[float, ...]], name: str
     ]
     head = (*PAIR_HEAD, *(f"{metric} ({name})" for metric in paper.CC3M))
     claims = paper.orderings(rows, "all", name)
-    return f"{table(head, lines)}\n\n{verdicts(results, claims, tally)}"
+    nothing = [paper.LABELS[v] for v in rows if results.get(v) and not any(map(drew_something, results[v]))]
+    note = (
+        f"\n\nNot one picture was all right of: {', '.join(nothing)}. A verdict about such a row says that "
+        "it is behind after so many steps, not how far it would come."
+    )
+    return f"{table(head, lines)}\n\n{verdicts(results, claims, tally)}{note if nothing else ''}"
+
+
+def drew_something(result: Result) -> bool:
+    """Whether any picture of a row was all right."""
+    value = METRICS["all"](result)
+    return value is not None and value.value > 0
 
 
 def native_line(results: Results) -> str:
@@ -145,7 +156,20 @@ def guidance_section(results: Results, folder: Path, tally) -> str:
     rows = [[row[0], row[1], *row[3:]] for row in rows]  # nothing was trained: no steps
     head = ("guidance", "seeds", "1 object", "2", "3", "mean", "attributes", "native, mean")
     plot = figure(results, GUIDANCE, "guidance scale", folder / "guidance.png")
-    return f"{plot}\n\n{table(head, rows)}\n\n{verdicts(results, paper.GUIDANCE_CLAIMS, tally)}"
+    most = {what: best(results, GUIDANCE, metric) for what, metric in BEST.items()}
+    found = ", ".join(f"{what} at {scale}" for what, scale in most.items() if scale)
+    line = f"\n\nMost is right, by the means: {found}." if found else ""
+    return f"{plot}\n\n{table(head, rows)}{line}\n\n{verdicts(results, paper.GUIDANCE_CLAIMS, tally)}"
+
+
+BEST = {"from vokens": "all", "natively": "native"}
+
+
+def best(results: Results, points: dict[str, float], metric: str) -> str:
+    """The place on the axis where a metric is highest; empty where nothing was run."""
+    values = {place: estimate(results.get(variant, []), METRICS[metric]) for variant, place in points.items()}
+    there = {place: found.value for place, found in values.items() if found is not None}
+    return f"{max(there, key=there.__getitem__):g}" if there else ""
 
 
 def voken_section(results: Results, folder: Path, tally) -> str:
@@ -160,7 +184,9 @@ def voken_section(results: Results, folder: Path, tally) -> str:
 CONTEXT_NOTE = """\
 The picture of a story's last step, drawn with nothing before it but its own narration (none), the earlier
 narrations (text), pictures (image) or both. "attributes": all attributes of all objects and the background,
-compared with the paper's ordering; "pictures only": those that no text tells, "texture" among them."""
+compared with the paper's ordering; "pictures only": those that no text tells, "texture" among them. Other
+than the paper's, the rows of stage 2 were trained with some of the samples reading texts only or pictures
+only of the steps before (`data.context_dropout` in their JSON); the zero-shot row was not."""
 
 
 def context_section(results: Results, folder: Path, tally) -> str:

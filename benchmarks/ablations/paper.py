@@ -105,6 +105,8 @@ GUIDANCE_CLAIMS = [
           "Figure 5: better with the scale up to 10"),
     minus("guidance 10 against 1", ("guidance_10", "all"), ("guidance_1", "all"), 1,
           "Figure 5: better with the scale up to 10"),
+    minus("guidance 10 against 5", ("guidance_10", "all"), ("guidance_5", "all"), 1,
+          "Figure 5: better with the scale up to 10"),
     minus("guidance 15 against 10", ("guidance_15", "all"), ("guidance_10", "all"), 0,
           "Figure 5: beyond 10 quality (IS, FID) falls, coherence (CLIP) stays; what is right is coherence"),
 ]  # fmt: skip

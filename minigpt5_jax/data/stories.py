@@ -89,7 +89,12 @@ def story_example(
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       num_vokens: vokens of one picture.
       context: one of :data:`CONTEXTS`, what is read of the steps before.
+
+    Raises:
+      DataError: an unknown context.
     """
+    if context not in CONTEXTS:
+        raise DataError(f"unknown context {context!r}; known: {', '.join(CONTEXTS)}")
     now, before = story.steps[step], story.steps[:step]
     draws = task != "understanding"
     request = prompts.STORY_PROMPTS[prompt_set][task][wording].format(text=now.text)
@@ -116,7 +121,7 @@ class StoryRules:
       tasks: the tasks to use, whatever ``training`` is.
       prompt_set, num_vokens: as :func:`story_example`.
       seed: of the wordings.
-      resample_prompts: draw the wordings anew each epoch; False keeps the first draw (quirk Q24).
+      resample_prompts: draw wordings and contexts anew each epoch; False keeps the first draw (quirk Q24).
       context_dropout: share of the samples with steps before that read their texts or their pictures only,
         each as often; 0 in the original.
 
@@ -137,6 +142,11 @@ class StoryRules:
         prompts.check_prompt_set(self.prompt_set)
         if not 0 <= self.context_dropout <= 1:
             raise DataError(f"context_dropout={self.context_dropout} is no share; give one from 0 to 1")
+
+    def settings(self) -> tuple:
+        """What samples depend on, for fingerprints; without a dropout those of the time before it."""
+        values = dataclasses.astuple(self)
+        return values if self.context_dropout else values[:-1]
 
     def samples(self, num_steps: int) -> list[tuple[int, str]]:
         """(number of the step, task) of a story's samples, in order."""

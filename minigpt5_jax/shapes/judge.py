@@ -26,6 +26,7 @@ from minigpt5_jax import cli, generate
 from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.data.stories import CONTEXTS
 from minigpt5_jax.restore import load_run
+from minigpt5_jax.sessions import override
 from minigpt5_jax.shapes.judge_dialogs import judge_dialogs
 from minigpt5_jax.shapes.judge_pairs import judge_pairs
 from minigpt5_jax.shapes.judge_stories import NARRATIONS, judge_stories
@@ -62,9 +63,9 @@ def measure(
     """
     if what not in WHAT:
         raise ConfigError(f"unknown {what!r}; known: {', '.join(WHAT)}")
-    generate.override(get_config(), inference or {})
+    override(get_config(), inference or {})
     run = load_run(path, step=step, weights=weights)
-    generate.override(run.config, inference or {})
+    override(run.config, inference or {})
     cli.set_compile_cache(run.config)
     common = {"count": count, "seed": seed, "batch_size": batch_size}
     if what == "stories":

@@ -133,7 +133,7 @@ def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:
 def context_prompt(story: Story, context: str, prompt_set: str = "head", seed: int = 0) -> Prompt:
     """The image-only prompt of the last step with one of :data:`CONTEXTS` before it (reference 9.1).
 
-    The request is the first wording of ``gen``; with ``image+text`` this is the sample of training.
+    The request is the first wording of ``gen``; ``image+text`` is the context of the original's training.
     """
     example = story_example(story, FINAL, "gen", wording=0, prompt_set=prompt_set, context=context)
     return Prompt(example.source, example.images, seed)

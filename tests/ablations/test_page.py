@@ -130,6 +130,8 @@ def test_a_claim_is_compared_on_the_rows_that_were_run():
     assert compare(grouped(plain, longer), claim).difference == "run.num_steps: 100 and 200"
     other = result("no_cap", pair_scores(0.5), config={"run.num_steps": 100, "optimizer.lr_mapper": 0.5})
     assert compare(grouped(plain, other), claim).difference.startswith("optimizer.lr_mapper: 'not there' and")
+    other = result("no_cap", pair_scores(0.5), config={"run.num_steps": 100, "inference.guidance_scale": 2.0})
+    assert compare(grouped(plain, other), claim).verdict == "not comparable"
     other = result("no_cap", pair_scores(0.5, 100), judge={"seed": 0, "pairs": 100})
     assert compare(grouped(plain, other), claim).difference == "judged on 200 and 100 pairs"
 
@@ -211,6 +213,16 @@ def test_the_page_says_what_was_run_and_what_was_not(read):
     assert next(line for line in text.splitlines() if line.startswith(against)).endswith("| **agrees** |")
     assert "1 object 0.970 ± " in text and "Comparisons with the paper: 1 agrees, " in text
     assert "No plot: fewer than two of these rows were run." in text
+
+
+def test_the_page_says_where_nothing_was_right_and_which_guidance_is_best(read):
+    rows = [result("plain", pair_scores(0.9)), result("no_cap", pair_scores(0.0))]
+    rows += [result(name, pair_scores(s, native=n)) for name, s, n in
+             (("guidance_1", 0.5, 0.9), ("guidance_5", 0.7, 0.8), ("guidance_15", 0.6, 0.7))]  # fmt: skip
+    text = read(*rows)
+    assert "Not one picture was all right of: w/o L_CAP. A verdict about such a row" in text
+    assert "Most is right, by the means: from vokens at 5, natively at 1." in text
+    assert text.count("Not one picture") == 1  # of two tables
 
 
 def test_a_whole_page_has_every_row_and_spread_over_seeds(read):

@@ -100,6 +100,8 @@ def test_what_is_read_of_the_steps_before(context, before, pictures):
     assert drawn.source == f"{prompts.STORY_SYSTEM}###Human:{before} {request}" and drawn.images == pictures
     told = story_example(STORY, 2, "understanding", wording=0, context=context)
     assert told.images == (*pictures, "2.jpg") and told.target == "the lake . ###"
+    with pytest.raises(DataError, match="unknown context 'pictures'; known: none, text, image, image"):
+        story_example(STORY, 2, "gen", wording=0, context="pictures")
 
 
 def test_a_share_of_contexts_is_thinned():
@@ -116,6 +118,13 @@ def test_a_share_of_contexts_is_thinned():
     assert all(30 <= count <= 70 for count in thinned.values())  # 50 of 200 each, standard deviation 6
     first = [rules.example(STORY, 0, "gen", epoch) for epoch in range(9)]
     assert first == [StoryRules().example(STORY, 0, "gen", epoch) for epoch in range(9)]
+    # Rows are planned for the whole context: nothing that is drawn is longer.
+    for sample in rules.samples(5):
+        sizes = [(len(source + target), source.count("<ImageHere>")) for source, target in
+                 rules.texts(STORY, *sample)]  # fmt: skip
+        for got in (rules.example(STORY, *sample, epoch) for epoch in range(9)):
+            assert len(got.images) == got.source.count("<ImageHere>") <= max(count for _, count in sizes)
+            assert len(got.source + got.target) <= max(size for size, _ in sizes)
     with pytest.raises(DataError, match=r"context_dropout=1.5 is no share"):
         StoryRules(context_dropout=1.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 
@@ -14,6 +15,7 @@ from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lengths import measure
 from minigpt5_jax.data.pipeline import make_loader
 from minigpt5_jax.data.sources import Source, VistSource
+from minigpt5_jax.data.stories import StoryRules
 from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
 
 
@@ -98,6 +100,7 @@ def test_fingerprint(tmp_path):
     path = write(tmp_path, stories)
     settings = [{}, {"training": False}, {"prompt_set": "release"}, {"seed": 1}, {"num_vokens": 4}]
     settings.append({"context_dropout": 0.2})
+    assert StoryRules().settings() == dataclasses.astuple(StoryRules())[:-1], "runs of before go on"
     prints = [VistSource(path, **one).fingerprint() for one in settings]
     assert len(set(prints)) == len(settings) and VistSource(path).fingerprint() == prints[0]
     write(tmp_path, {"7": steps(7)}, mapping=json.loads((tmp_path / "val_image_mapping.json").read_text()))

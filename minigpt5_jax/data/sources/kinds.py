@@ -93,7 +93,7 @@ class StoryKind:
         return self._rules.texts(*self._sample(fields, [UNREAD] * len(fields["steps"]), place))
 
     def settings(self) -> tuple:
-        return dataclasses.astuple(self._rules)
+        return self._rules.settings()
 
     def layout(self) -> tuple:
         return (self._rules.tasks,)

@@ -165,7 +165,7 @@ class PreparedSource:
         return self._kind.example(self.fields(record), self.pictures(record), place, epoch)
 
     def texts(self, index: int) -> list[tuple[str, str]]:
-        """(source, target) of sample ``index`` in every wording it may have; no picture is read."""
+        """(source, target) of sample ``index`` in every wording, its context whole; no picture is read."""
         record, place = self.find(index)
         return self._kind.texts(self.fields(record), place)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -112,12 +111,12 @@ class VistSource:
         return self._rules.example(*self._find(index), epoch)
 
     def texts(self, index: int) -> list[tuple[str, str]]:
-        """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
+        """(source, target) of sample ``index`` in every wording, its context whole; errors as ``example``."""
         return self._rules.texts(*self._find(index))
 
     def fingerprint(self) -> str:
         """Hash of both files and of everything that changes the samples made of them."""
-        settings = dataclasses.astuple(self._rules)
+        settings = self._rules.settings()
         return hashlib.sha256(f"vist {self._hash} {settings}".encode()).hexdigest()
 
     def describe(self) -> str:
