@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without --no-compile pip byte-compiles all of TensorFlow; Python does that for what is imported.
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest -q
+# Two processes: one alone keeps one of two cores busy.  A file stays with one, which shares its fixtures.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 .PHONY: demo test test-slow lint clean
 

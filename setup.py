@@ -19,7 +19,7 @@ METRICS = [
     "importlib_resources",
 ]
 RESULTS = ["rouge-score", "matplotlib"]  # narrations of stories are scored, plots of results drawn
-TEST = [*RESULTS, "torch==2.13.0", "peft", "pytest", "beartype", "ruff"]
+TEST = [*RESULTS, "torch==2.13.0", "peft", "pytest", "pytest-xdist", "beartype", "ruff"]
 
 setup(
     name="minigpt5_jax",
