@@ -100,7 +100,7 @@ def pair_section(results: Results, rows: dict[str, tuple[float, ...]], name: str
     ]
     head = (*PAIR_HEAD, *(f"{metric} ({name})" for metric in paper.CC3M))
     claims = paper.orderings(rows, "all", name)
-    nothing = [paper.LABELS[v] for v in rows if results.get(v) and not any(map(drew_something, results[v]))]
+    nothing = [paper.LABELS[v] for v in rows if results.get(v) and not any(map(any_all_right, results[v]))]
     note = (
         f"\n\nNot one picture was all right of: {', '.join(nothing)}. A verdict about such a row says that "
         "it is behind after so many steps, not how far it would come."
@@ -108,7 +108,7 @@ def pair_section(results: Results, rows: dict[str, tuple[float, ...]], name: str
     return f"{table(head, lines)}\n\n{verdicts(results, claims, tally)}{note if nothing else ''}"
 
 
-def drew_something(result: Result) -> bool:
+def any_all_right(result: Result) -> bool:
     """Whether any picture of a row was all right."""
     value = METRICS["all"](result)
     return value is not None and value.value > 0
