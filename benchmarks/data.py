@@ -82,9 +82,14 @@ def features(folder: Path, source: Source) -> FeatureSource:
     import torch
 
     spec = FeatureSpec(
-        pictures=picture_fingerprint(source), samples=len(source), towers={"vae": "none"},
-        target=(64, 64, 8), image=None, target_size=512, image_size=224,
-    )  # fmt: skip
+        pictures=picture_fingerprint(source),
+        samples=len(source),
+        towers={"vae": "none"},
+        target=(64, 64, 8),
+        image=None,
+        target_size=512,
+        image_size=224,
+    )
     random = np.random.default_rng(SEED)
 
     def encoder(pictures: np.ndarray) -> np.ndarray:
@@ -176,12 +181,15 @@ def torch_loader(
             ids = torch.tensor([config.tokenizer.bos_id, *before, *after])
             labels = torch.tensor([-100] * (1 + len(before)) + after)
             return {
-                "input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids),
+                "input_ids": ids,
+                "labels": labels,
+                "attention_mask": torch.ones_like(ids),
                 "input_images": torch.stack([self.read(p) for p in example.images])
-                if example.images else torch.zeros(1, 3, 224, 224),
+                if example.images
+                else torch.zeros(1, 3, 224, 224),
                 "output_image": self.target(example.target_image)[None],
                 "caption": example.caption,
-            }  # fmt: skip
+            }
 
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         pad = torch.nn.utils.rnn.pad_sequence
@@ -195,9 +203,14 @@ def torch_loader(
         }
 
     loader = DataLoader(
-        Pictures(), batch, shuffle=True, collate_fn=collate, num_workers=workers, drop_last=True,
+        Pictures(),
+        batch,
+        shuffle=True,
+        collate_fn=collate,
+        num_workers=workers,
+        drop_last=True,
         persistent_workers=workers > 0,
-    )  # fmt: skip
+    )
     while True:
         yield from loader
 
@@ -209,9 +222,14 @@ def torch_loader(
 def our_loader(source: Source, config: EncodeConfig, batch: int, workers: int, images: int) -> Iterator[Any]:
     """Batches of this project, without an end."""
     spec = BatchSpec(
-        rows=batch, length=64 + 64 * images, items=batch, images=images * batch, targets=32,
-        image_size=224, target_size=512,
-    )  # fmt: skip
+        rows=batch,
+        length=64 + 64 * images,
+        items=batch,
+        images=images * batch,
+        targets=32,
+        image_size=224,
+        target_size=512,
+    )
     if isinstance(source, FeatureSource):
         config = dataclasses.replace(config, flip_mode="off")
         spec = dataclasses.replace(spec, target_moments=source.features.target, feature_dtype="bfloat16")
@@ -260,12 +278,18 @@ def compare(row: str, ours: Iterator[Any], torch: Iterator[Any], flags: argparse
                 side.rates.clear()
     ratios = sorted(a / b for a, b in zip(sides["ours"].rates, sides["torch"].rates))
     return {
-        "row": row, "workers": flags.workers, "batch": flags.batch, "blocks": flags.blocks,
+        "row": row,
+        "workers": flags.workers,
+        "batch": flags.batch,
+        "blocks": flags.blocks,
         "unit": "samples/s/core",
         **{name: side.summary() for name, side in sides.items()},
-        "ratio": {"median": round(statistics.median(ratios), 2), "min": round(ratios[0], 2),
-                  "max": round(ratios[-1], 2)},
-    }  # fmt: skip
+        "ratio": {
+            "median": round(statistics.median(ratios), 2),
+            "min": round(ratios[0], 2),
+            "max": round(ratios[-1], 2),
+        },
+    }
 
 
 def main() -> None:
@@ -282,14 +306,18 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     config = EncodeConfig(
-        LlamaTokenizer(ASSETS / "llama" / "tokenizer.model"), ClipTokenizer(ASSETS / "sd" / "tokenizer"),
+        LlamaTokenizer(ASSETS / "llama" / "tokenizer.model"),
+        ClipTokenizer(ASSETS / "sd" / "tokenizer"),
         flip_mode="independent",
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
         names = make_pictures(Path(folder), flags.files)
         pairs, stories = cc3m(Path(folder), names), vist(Path(folder), names)
-        rows = {"cc3m": (pairs, pairs, 0), "vist": (stories, stories, 4),
-                "features": (features(Path(folder), pairs), pairs, 0)}  # fmt: skip
+        rows = {
+            "cc3m": (pairs, pairs, 0),
+            "vist": (stories, stories, 4),
+            "features": (features(Path(folder), pairs), pairs, 0),
+        }
         for row, (mine, theirs, images) in rows.items():
             ours = our_loader(mine, config, flags.batch, flags.workers, images)
             torchs = torch_loader(theirs, config, flags.batch, flags.workers, ready=row == "features")

@@ -68,38 +68,64 @@ def llama_logits(tower: Llama, embeds: jax.Array, positions: jax.Array, segment_
 def towers() -> Iterator[Tower]:
     """Every tower with a batch of one."""
     yield Tower(
-        "unet", 0.8043, lambda rngs: UNet2DConditionModel(SD21_UNET, rngs=rngs),
-        lambda tower, *inputs: tower(*inputs), (floats(1, 64, 64, 4), ids(1), floats(1, 77, 1024)),
+        "unet",
+        0.8043,
+        lambda rngs: UNet2DConditionModel(SD21_UNET, rngs=rngs),
+        lambda tower, *inputs: tower(*inputs),
+        (floats(1, 64, 64, 4), ids(1), floats(1, 77, 1024)),
         gradient=((3,), 1.6711),
-    )  # fmt: skip
+    )
     yield Tower(
-        "mapper", 0.01017, lambda rngs: FeatureMapper(MINIGPT5_MAPPER, rngs=rngs),
-        lambda tower, vokens: tower(vokens), (floats(1, 8, 4096),), gradient=((0, 1), 0.03052),
-    )  # fmt: skip
+        "mapper",
+        0.01017,
+        lambda rngs: FeatureMapper(MINIGPT5_MAPPER, rngs=rngs),
+        lambda tower, vokens: tower(vokens),
+        (floats(1, 8, 4096),),
+        gradient=((0, 1), 0.03052),
+    )
     yield Tower(
-        "llama", 0.317, lambda rngs: Llama(VICUNA_7B, rngs=rngs),
-        llama_logits, (floats(1, 24, 4096), ids(1, 24), ids(1, 24)), gradient=((1,), 0.635),
-    )  # fmt: skip
+        "llama",
+        0.317,
+        lambda rngs: Llama(VICUNA_7B, rngs=rngs),
+        llama_logits,
+        (floats(1, 24, 4096), ids(1, 24), ids(1, 24)),
+        gradient=((1,), 0.635),
+    )
     yield Tower(
-        "vae_encode", 1.1167, lambda rngs: AutoencoderKL(SD21_VAE, rngs=rngs),
-        lambda tower, pixels: tower.encode(pixels), (floats(1, 512, 512, 3),),
-    )  # fmt: skip
+        "vae_encode",
+        1.1167,
+        lambda rngs: AutoencoderKL(SD21_VAE, rngs=rngs),
+        lambda tower, pixels: tower.encode(pixels),
+        (floats(1, 512, 512, 3),),
+    )
     yield Tower(
-        "vae_decode", 2.5145, lambda rngs: AutoencoderKL(SD21_VAE, rngs=rngs),
-        lambda tower, latents: tower.decode(latents), (floats(1, 64, 64, 4),),
-    )  # fmt: skip
+        "vae_decode",
+        2.5145,
+        lambda rngs: AutoencoderKL(SD21_VAE, rngs=rngs),
+        lambda tower, latents: tower.decode(latents),
+        (floats(1, 64, 64, 4),),
+    )
     yield Tower(
-        "clip_text", 0.0451, lambda rngs: ClipTextModel(SD21_TEXT, rngs=rngs),
-        lambda tower, tokens: tower(tokens), (ids(1, 77),),
-    )  # fmt: skip
+        "clip_text",
+        0.0451,
+        lambda rngs: ClipTextModel(SD21_TEXT, rngs=rngs),
+        lambda tower, tokens: tower(tokens),
+        (ids(1, 77),),
+    )
     yield Tower(
-        "eva_vit", 0.5207, lambda rngs: EvaVit(EVA_VIT_G, rngs=rngs),
-        lambda tower, pixels: tower(pixels), (floats(1, 224, 224, 3),),
-    )  # fmt: skip
+        "eva_vit",
+        0.5207,
+        lambda rngs: EvaVit(EVA_VIT_G, rngs=rngs),
+        lambda tower, pixels: tower(pixels),
+        (floats(1, 224, 224, 3),),
+    )
     yield Tower(
-        "qformer", 0.0127, lambda rngs: QFormer(BLIP2_QFORMER, rngs=rngs),
-        lambda tower, patches: tower(patches), (floats(1, 257, 1408),),
-    )  # fmt: skip
+        "qformer",
+        0.0127,
+        lambda rngs: QFormer(BLIP2_QFORMER, rngs=rngs),
+        lambda tower, patches: tower(patches),
+        (floats(1, 257, 1408),),
+    )
 
 
 def measure(tower: Tower) -> dict[str, object]:

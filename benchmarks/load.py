@@ -137,8 +137,7 @@ def load(folder: Path, layers: int) -> dict[str, Any]:
 
     sizes = dataclasses.replace(VICUNA_7B, num_hidden_layers=layers)
     targets = {
-        path: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        for path, shape in TOWERS["llm"].shapes(sizes).items()
+        path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in TOWERS["llm"].shapes(sizes).items()
     }
     jax.devices()
     result: dict[str, Any] = {}
@@ -150,8 +149,12 @@ def load(folder: Path, layers: int) -> dict[str, Any]:
     got = np.asarray(params["layers/mlp/gate_proj/kernel"][layers - 1]).view(np.uint16)
     assert np.array_equal(got, want), f"{last} is not what was written"
     ratio = result["anonymous_gib"] * GIB / resident
-    return {**result, "resident_gib": round(resident / GIB, 3), "ratio": round(ratio, 3),
-            "gb_per_second": round(resident / 1e9 / result["seconds"], 2)}  # fmt: skip
+    return {
+        **result,
+        "resident_gib": round(resident / GIB, 3),
+        "ratio": round(ratio, 3),
+        "gb_per_second": round(resident / 1e9 / result["seconds"], 2),
+    }
 
 
 def main() -> None:
@@ -169,8 +172,17 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     try:
         for step in STEPS:
-            command = [sys.executable, "-m", "benchmarks.load", "--folder", str(options.folder),
-                       "--layers", str(options.layers), "--step", step]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.load",
+                "--folder",
+                str(options.folder),
+                "--layers",
+                str(options.layers),
+                "--step",
+                step,
+            ]
             subprocess.run(command, check=True)
     finally:
         shutil.rmtree(options.folder)

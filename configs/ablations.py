@@ -96,20 +96,20 @@ VARIANTS = {
     "no_ldm": ("stage1", "losses", no_ldm),
     "fixed_queries": ("stage1", "mapper", fixed_queries),
     "decoder_only": ("stage1", "mapper", decoder_only),
-    **{
-        f"vokens_{n}": ("stage1", "vokens", functools.partial(vokens, count=n)) for n in (1, 2, 4, 8, 16)
-    },
+    **{f"vokens_{n}": ("stage1", "vokens", functools.partial(vokens, count=n)) for n in (1, 2, 4, 8, 16)},
     "lora": ("stage2", "tuning", lora),
     "prefix": ("stage2", "tuning", use_prefix),
     "no_stage1": ("stage2", "tuning", no_stage1),
-}  # fmt: skip
+}
 ROWS: dict[str, str] = {name: stage for name, (stage, _, _) in VARIANTS.items()}
 """Every ablation that trains a model, and its stage."""
 SHAPES = "shapes"
 STARTS = {
-    ("stage1", False): ("stage1", None), ("stage1", True): ("shapes_stage1", "full"),
-    ("stage2", False): ("stage2_vist", None), ("stage2", True): ("shapes_stage2_story", None),
-}  # fmt: skip
+    ("stage1", False): ("stage1", None),
+    ("stage1", True): ("shapes_stage1", "full"),
+    ("stage2", False): ("stage2_vist", None),
+    ("stage2", True): ("shapes_stage2_story", None),
+}
 """(stage, in the small world?) -> run file and variant that an ablation starts from."""
 
 

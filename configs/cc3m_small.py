@@ -17,8 +17,9 @@ def get_config(variant: str | None = None):
     """The base configuration with small towers, pictures of 64 pixels and 100 steps."""
     config = base()
     use_shapes_backbones(config)
-    config.run.update(name="cc3m_small", num_steps=100, eval_every=50, eval_batches=1,
-                      save_every=50, grid_every=100)  # fmt: skip
+    config.run.update(
+        name="cc3m_small", num_steps=100, eval_every=50, eval_batches=1, save_every=50, grid_every=100
+    )
     config.data.update(global_batch=8, worker_count=2, max_length=128)
     config.optimizer.warmup_steps = 10
     return apply_variant(config, variant)

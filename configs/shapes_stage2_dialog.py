@@ -16,7 +16,12 @@ def get_config(variant: str | None = None):
     config = use_shapes_stage2(base())
     config.run.name = "shapes_stage2_dialog"
     config.data.update(
-        format="shapes_dialogs", shapes_train=4000, shapes_validation=120, max_images=2, max_length=160,
-        buckets=(104, 160), max_targets=40,
-    )  # fmt: skip
+        format="shapes_dialogs",
+        shapes_train=4000,
+        shapes_validation=120,
+        max_images=2,
+        max_length=160,
+        buckets=(104, 160),
+        max_targets=40,
+    )
     return apply_variant(config, variant, {"prefix": use_prefix})

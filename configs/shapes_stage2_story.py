@@ -18,8 +18,14 @@ def get_config(variant: str | None = None):
     config = use_shapes_stage2(base())
     config.run.name = "shapes_stage2_story"
     config.data.update(
-        format="shapes_stories", shapes_train=2000, shapes_validation=60, max_images=5, max_length=200,
-        buckets=(120, 200), max_targets=24, context_dropout=0.3,
-    )  # fmt: skip
+        format="shapes_stories",
+        shapes_train=2000,
+        shapes_validation=60,
+        max_images=5,
+        max_length=200,
+        buckets=(120, 200),
+        max_targets=24,
+        context_dropout=0.3,
+    )
     config.run.update(num_steps=1200, eval_every=600, save_every=600, grid_every=600)
     return apply_variant(config, variant, {"prefix": use_prefix})

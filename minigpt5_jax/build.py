@@ -134,10 +134,15 @@ def build(config: ConfigDict) -> ModelSpec:
         (
             backbone.name,
             {
-                "llm": towers.llm, "vit": towers.vit, "qformer": towers.qformer,
-                "num_vokens": backbone.num_vokens, "lora": lora, "prefix": prefix,
+                "llm": towers.llm,
+                "vit": towers.vit,
+                "qformer": towers.qformer,
+                "num_vokens": backbone.num_vokens,
+                "lora": lora,
+                "prefix": prefix,
                 "decay_tables": config.optimizer.decay_frozen_rows,
-                "remat": config.model.remat, **dtypes,
+                "remat": config.model.remat,
+                **dtypes,
             },
         ),
         (
@@ -147,13 +152,19 @@ def build(config: ConfigDict) -> ModelSpec:
         (
             generator.name,
             {
-                "unet": towers.unet, "vae": towers.vae, "text_encoder": towers.text_encoder,
-                "schedule": towers.schedule, "image_size": generator.image_size,
-                "empty_caption_ids": empty, "caption_attn_mask": config.loss.caption_attn_mask,
-                "min_snr_gamma": config.loss.min_snr_gamma or None, "remat": config.model.remat, **dtypes,
+                "unet": towers.unet,
+                "vae": towers.vae,
+                "text_encoder": towers.text_encoder,
+                "schedule": towers.schedule,
+                "image_size": generator.image_size,
+                "empty_caption_ids": empty,
+                "caption_attn_mask": config.loss.caption_attn_mask,
+                "min_snr_gamma": config.loss.min_snr_gamma or None,
+                "remat": config.model.remat,
+                **dtypes,
             },
         ),
-    )  # fmt: skip
+    )
     # A mapper may have no room for so many vokens: it says so here, not when the first step is compiled.
     jax.eval_shape(lambda params: template.bind(params).unconditional(), template.shapes)
     labels = label_parameters(template.shapes, [tuple(rule) for rule in config.tuning.rules])

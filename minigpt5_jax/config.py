@@ -37,8 +37,13 @@ def setting_errors() -> Iterator[None]:
 
 STORY_FORMATS = ("vist", "prepared", "shapes_stories")
 """``data.format`` of what may be stories."""
-SUBFOLDERS = {"unet": "unet", "vae": "vae", "text_encoder": "text_encoder",
-              "clip_tokenizer": "tokenizer", "scheduler": "scheduler"}  # fmt: skip
+SUBFOLDERS = {
+    "unet": "unet",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "clip_tokenizer": "tokenizer",
+    "scheduler": "scheduler",
+}
 
 
 def get_config() -> ConfigDict:
@@ -110,9 +115,13 @@ def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
     )
     # The most likely token, without a penalty on words said before: this world has fifty of them.
     config.inference.update(
-        sampler="ddim", num_inference_steps=20, guidance_scale=2.0, max_new_tokens=64, do_sample=False,
+        sampler="ddim",
+        num_inference_steps=20,
+        guidance_scale=2.0,
+        max_new_tokens=64,
+        do_sample=False,
         repetition_penalty=1.0,
-    )  # fmt: skip
+    )
     return config
 
 

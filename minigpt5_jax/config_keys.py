@@ -72,8 +72,15 @@ KEYS: dict[str, Key] = {
         "reader: published data sets, JSONL of one's own, what `prepare` wrote, or the small world, drawn "
         "into the workdir in the files of CC3M, VIST (stories) or MMDialog (dialogs)",
         choices=(
-            "cc3m", "cc3m_tar", "vist", "mmdialog", "jsonl", "prepared",
-            "shapes", "shapes_stories", "shapes_dialogs",
+            "cc3m",
+            "cc3m_tar",
+            "vist",
+            "mmdialog",
+            "jsonl",
+            "prepared",
+            "shapes",
+            "shapes_stories",
+            "shapes_dialogs",
         ),
     ),
     "data.train": unset(str, "training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),

@@ -45,9 +45,10 @@ COMMANDS = ("plan", "llm", *SINGLE, "stable_diffusion", "minigpt5", "verify")
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
 SIZES = flags.DEFINE_string(
-    "sizes", None,
+    "sizes",
+    None,
     "config.json (stable_diffusion: folder) with sizes other than MiniGPT-5's; 'source': that of the source.",
-)  # fmt: skip
+)
 KEEP_ROWS = flags.DEFINE_boolean(
     "keep_rows", False, "llm: keep rows that its tokenizer has no entry for, such as [PAD]."
 )
@@ -64,8 +65,14 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "verify: a run's --workdir,
 SAVED_WEIGHTS = flags.DEFINE_multi_string("weights", [], "verify: NAME=PATH where a source moved.")
 
 USER_ERRORS = (
-    ConfigError, DataError, CheckpointError, WeightFileError, WeightTableError, VerificationError, OSError,
-)  # fmt: skip
+    ConfigError,
+    DataError,
+    CheckpointError,
+    WeightFileError,
+    WeightTableError,
+    VerificationError,
+    OSError,
+)
 
 
 def convert_source(name: str, given: str, output: Path) -> list[Coverage]:

@@ -40,8 +40,14 @@ from minigpt5_jax.weights.table import WeightTableError
 
 DTYPES = ("float32", "bfloat16", "float16")
 USER_ERRORS = (
-    ConfigError, DataError, CheckpointError, ExportError, WeightFileError, WeightTableError, OSError,
-)  # fmt: skip
+    ConfigError,
+    DataError,
+    CheckpointError,
+    ExportError,
+    WeightFileError,
+    WeightTableError,
+    OSError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +191,18 @@ def main(argv: Sequence[str]) -> None:
         cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         weights = cli.pairs(flag.weights, "weights")
-        print(export_torch(
-            flag.checkpoint, flag.output, to=flag.to, step=flag.step, weights=weights, dtype=flag.dtype,
-            merge=flag.merge, stage=int(flag.stage) if flag.stage else None,
-        ))  # fmt: skip
+        print(
+            export_torch(
+                flag.checkpoint,
+                flag.output,
+                to=flag.to,
+                step=flag.step,
+                weights=weights,
+                dtype=flag.dtype,
+                merge=flag.merge,
+                stage=int(flag.stage) if flag.stage else None,
+            )
+        )
     except USER_ERRORS as error:
         cli.fail(str(error))
 

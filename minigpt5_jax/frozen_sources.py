@@ -29,10 +29,17 @@ from minigpt5_jax.weights.rewrite import differing, refuse_other_vicuna
 PACKAGED = "shapes"
 """Value of ``weights.*`` that names the packaged small world."""
 PACKAGED_FILES = {
-    "llm": "llama", "tokenizer": "llama/tokenizer.model", "vit": "eva_vit", "qformer": "qformer",
-    "llama_proj": "llama_proj", "unet": "sd/unet", "vae": "sd/vae",
-    "text_encoder": "sd/text_encoder", "clip_tokenizer": "sd/tokenizer", "scheduler": "sd/scheduler",
-}  # fmt: skip
+    "llm": "llama",
+    "tokenizer": "llama/tokenizer.model",
+    "vit": "eva_vit",
+    "qformer": "qformer",
+    "llama_proj": "llama_proj",
+    "unet": "sd/unet",
+    "vae": "sd/vae",
+    "text_encoder": "sd/text_encoder",
+    "clip_tokenizer": "sd/tokenizer",
+    "scheduler": "sd/scheduler",
+}
 """Source -> its path below the assets."""
 
 HOW_TO_GET = {
@@ -46,13 +53,16 @@ HOW_TO_GET = {
     "text_encoder": "text_encoder/ of Stable Diffusion 2.1-base",
     "clip_tokenizer": "tokenizer/ of Stable Diffusion 2.1-base",
     "scheduler": "scheduler/ of Stable Diffusion 2.1-base",
-}  # fmt: skip
+}
 PRESETS = {
-    "llm": ("backbone.llm", VICUNA_7B), "vit": ("backbone.vit", EVA_VIT_G),
-    "qformer": ("backbone.qformer", BLIP2_QFORMER), "unet": ("generator.unet", SD21_UNET),
-    "vae": ("generator.vae", SD21_VAE), "text_encoder": ("generator.text_encoder", SD21_TEXT),
+    "llm": ("backbone.llm", VICUNA_7B),
+    "vit": ("backbone.vit", EVA_VIT_G),
+    "qformer": ("backbone.qformer", BLIP2_QFORMER),
+    "unet": ("generator.unet", SD21_UNET),
+    "vae": ("generator.vae", SD21_VAE),
+    "text_encoder": ("generator.text_encoder", SD21_TEXT),
     "scheduler": ("generator.scheduler", SD21_BASE),
-}  # fmt: skip
+}
 """Source -> the key below ``config.model`` that chooses its sizes, and the sizes of its preset."""
 SINGLE_FILES = (".pth", ".pt", ".ckpt")  # published alone; a config.json beside one may be another tower's
 

@@ -64,10 +64,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; the others count up
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers to each prompt.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Answers made together at most.", lower_bound=1)
 TEMPLATE = flags.DEFINE_enum(
-    "template", None, ["bare", "dialog"],
+    "template",
+    None,
+    ["bare", "dialog"],
     "How --prompt is put to the model: as a caption (stage 1), or as a dialogue's user turn (stage 2).  "
     "Default: dialog for runs that started from another one and for prompts with pictures.",
-)  # fmt: skip
+)
 INFERENCE = flags.DEFINE_multi_string(
     "inference", [], "KEY=VALUE in place of the run's inference.KEY, for example sampler=ddim."
 )
@@ -75,15 +77,22 @@ WEIGHTS = flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of 
 
 SCENES = flags.DEFINE_integer("scenes", 4, "story: scenes to tell.", lower_bound=1)
 WINDOW = flags.DEFINE_integer(
-    "window", None, "chat: turns that are read; all by default, 3 for runs trained on MMDialog, as there.",
+    "window",
+    None,
+    "chat: turns that are read; all by default, 3 for runs trained on MMDialog, as there.",
     lower_bound=1,
-)  # fmt: skip
+)
 MODES = ("story", "chat")
 
 USER_ERRORS = (
-    ConfigError, DataError, CheckpointError, WeightFileError, WeightTableError, FileNotFoundError,
+    ConfigError,
+    DataError,
+    CheckpointError,
+    WeightFileError,
+    WeightTableError,
+    FileNotFoundError,
     FileExistsError,
-)  # fmt: skip
+)
 
 
 def read_prompts(*, dialog: bool) -> list[Prompt]:
@@ -189,8 +198,10 @@ def check_conversations(
             "run whose backbone sees" + ("" if pictures else ", or --inference max_images=0 for text alone")
         )
     if stage_of(meta) == 1:
-        logging.warning("this run is of stage 1, trained on single captions: do not expect it to go on with "
-                        "a story or dialogue; a stage-2 run (run.init_from) learns that")  # fmt: skip
+        logging.warning(
+            "this run is of stage 1, trained on single captions: do not expect it to go on with "
+            "a story or dialogue; a stage-2 run (run.init_from) learns that"
+        )
 
 
 def converse(mode: str, run: Run, config: ConfigDict, given: list[tuple[Conversation, list[Said]]]) -> Path:

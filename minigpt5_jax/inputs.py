@@ -82,18 +82,26 @@ def _open_vist(config: ConfigDict, towers: Towers, path: str | Path, training: b
     data = config.data
     mapping = data.train_mapping if training else data.validation_mapping
     return VistSource(
-        path, mapping, data.image_root, tasks=tuple(data.tasks) or None,
-        context_dropout=data.context_dropout if training else 0.0, **_wording(config),
-    )  # fmt: skip
+        path,
+        mapping,
+        data.image_root,
+        tasks=tuple(data.tasks) or None,
+        context_dropout=data.context_dropout if training else 0.0,
+        **_wording(config),
+    )
 
 
 def _open_mmdialog(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
     """Held-out dialogues are filtered as those of training, as the original's validation."""
     data, tokenizer = config.data, llm_tokenizer(config, towers)
     return MMDialogSource(
-        path, data.image_root, loader=data.dialog_loader, bad_media_ids=tuple(data.bad_media_ids),
-        count_tokens=lambda text: len(tokenizer.encode(text)), num_vokens=config.model.backbone.num_vokens,
-    )  # fmt: skip
+        path,
+        data.image_root,
+        loader=data.dialog_loader,
+        bad_media_ids=tuple(data.bad_media_ids),
+        count_tokens=lambda text: len(tokenizer.encode(text)),
+        num_vokens=config.model.backbone.num_vokens,
+    )
 
 
 def _open_jsonl(config: ConfigDict, towers: Towers, path: str | Path, training: bool) -> Source:
@@ -105,11 +113,16 @@ def _open_prepared(config: ConfigDict, towers: Towers, path: str | Path, trainin
     """What ``minigpt5_jax.prepare`` wrote; held-out samples as the raw files' sources give them."""
     data, tokenizer = config.data, llm_tokenizer(config, towers)
     return PreparedSource(
-        path, "train" if training else None, instruction_every=data.instruction_every if training else 0,
-        tasks=tuple(data.tasks) or None, loader=data.dialog_loader, bad_media_ids=tuple(data.bad_media_ids),
+        path,
+        "train" if training else None,
+        instruction_every=data.instruction_every if training else 0,
+        tasks=tuple(data.tasks) or None,
+        loader=data.dialog_loader,
+        bad_media_ids=tuple(data.bad_media_ids),
         count_tokens=lambda text: len(tokenizer.encode(text)),
-        context_dropout=data.context_dropout if training else 0.0, **_wording(config),
-    )  # fmt: skip
+        context_dropout=data.context_dropout if training else 0.0,
+        **_wording(config),
+    )
 
 
 OPENERS: dict[str, Callable[[ConfigDict, Towers, str | Path, bool], Source]] = {

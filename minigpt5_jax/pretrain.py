@@ -138,7 +138,11 @@ def llama(job: Job) -> Result:
         job.work / "histories", "train", tokenizer, job.steps.stories, job.steps.dialogs, job.seed
     )
     params, heads, seconds = train_llama.train(
-        tokenizer, histories, look, (job.steps.llama, job.steps.llama_describing), job.seed,
+        tokenizer,
+        histories,
+        look,
+        (job.steps.llama, job.steps.llama_describing),
+        job.seed,
         checkpoints=job.kept("vit", "qformer"),
     )
     train_llama.write(job.assets, params)
@@ -147,8 +151,12 @@ def llama(job: Job) -> Result:
 
 
 PARTS: dict[str, Callable[[Job], Result]] = {
-    "vae": vae, "text": text, "unet": unet, "vision": vision, "llama": llama,
-}  # fmt: skip
+    "vae": vae,
+    "text": text,
+    "unet": unet,
+    "vision": vision,
+    "llama": llama,
+}
 
 
 def revision() -> str:
@@ -184,9 +192,12 @@ def parts_of(asked: str) -> list[str]:
 def train(config: ConfigDict) -> None:
     """Train the parts asked for, one after the other."""
     job = Job(
-        Path(config.out or files.ASSETS), Path(config.work).expanduser(), config.seed, config.steps,
+        Path(config.out or files.ASSETS),
+        Path(config.work).expanduser(),
+        config.seed,
+        config.steps,
         config.pictures,
-    )  # fmt: skip
+    )
     jax.config.update("jax_compilation_cache_dir", str(job.work / "xla"))
     command = "python -m minigpt5_jax.pretrain " + " ".join(sys.argv[1:])
     for part in parts_of(config.parts):

@@ -86,8 +86,13 @@ def load_pretrained(
       WeightFileError, WeightTableError: a file cannot be used; the message names keys and likely cause.
       CheckpointError: the folder has other frozen weights or another tokenizer than given here.
     """
-    given = {"llm": llm, "stable_diffusion": stable_diffusion, "vit": vit, "qformer": qformer,
-             "llama_proj": llama_proj}  # fmt: skip
+    given = {
+        "llm": llm,
+        "stable_diffusion": stable_diffusion,
+        "vit": vit,
+        "qformer": qformer,
+        "llama_proj": llama_proj,
+    }
     patterns = {"stable_diffusion": STABLE_DIFFUSION.include}
     weights = {name: str(resolve(path, patterns.get(name, PATTERNS))) for name, path in given.items() if path}
     if isinstance(minigpt5, str | Path) and Path(minigpt5).expanduser().is_dir():
@@ -104,8 +109,13 @@ def load_pretrained(
     check_sources(validate(config))
     spec = build(config)
     frozen = load_frozen(config, spec)
-    return Run(config, spec, {**frozen, **initial_trainable(config, spec, frozen)},
-               llm_tokenizer(config, spec.towers), 0)  # fmt: skip
+    return Run(
+        config,
+        spec,
+        {**frozen, **initial_trainable(config, spec, frozen)},
+        llm_tokenizer(config, spec.towers),
+        0,
+    )
 
 
 def default_config(stage2: str | Path | None, profile: str) -> ConfigDict:
@@ -148,9 +158,12 @@ def import_release(
     shapes = {path: s.shape for path, s in spec.template.shapes.items() if not_pretrained(path, spec)}
     decays = shapes.pop(TABLE_DECAY, None) is not None  # no tensor of the files: measured on their tables
     release = read_release(
-        *both, shapes, vocab_size=spec.towers.llm.vocab_size,
-        num_new=config.model.backbone.num_vokens + 1, rows=rows,
-    )  # fmt: skip
+        *both,
+        shapes,
+        vocab_size=spec.towers.llm.vocab_size,
+        num_new=config.model.backbone.num_vokens + 1,
+        rows=rows,
+    )
     frozen = load_frozen(config, spec)
     decay = compare_rows(*both, release.vocab_size, lambda path: np.asarray(frozen[path]))
     release = dataclasses.replace(release, decay=decay)

@@ -43,9 +43,15 @@ def sampling_config(config: ConfigDict, tokenizer: LlamaTokenizer) -> SamplingCo
     """Rules for text from ``config.inference``; ``###`` as this tokenizer spells it ends an answer."""
     inference = config.inference
     names = (
-        "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-        "force_image", "max_images",
-    )  # fmt: skip
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "force_image",
+        "max_images",
+    )
     try:
         return SamplingConfig(
             **{name: inference[name] for name in names},

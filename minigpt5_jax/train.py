@@ -58,9 +58,15 @@ from minigpt5_jax.weights.table import WeightTableError
 
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
 USER_ERRORS = (
-    DataError, CheckpointError, ShardingError, WeightFileError, WeightTableError, DistributedError,
-    TrainingDiverged, OSError,
-)  # fmt: skip
+    DataError,
+    CheckpointError,
+    ShardingError,
+    WeightFileError,
+    WeightTableError,
+    DistributedError,
+    TrainingDiverged,
+    OSError,
+)
 
 
 def parameter_table(spec: ModelSpec) -> str:
@@ -171,9 +177,12 @@ def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.Gra
         return make_optimizer(
             spec.labels,
             {g: linear_warmup_decay(rate, settings.warmup_steps, steps) for g, rate in rates.items()},
-            b1=settings.b1, b2=settings.b2, eps=settings.eps, weight_decay=settings.weight_decay,
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
             grad_clip=settings.grad_clip,
-        )  # fmt: skip
+        )
 
 
 def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
@@ -184,9 +193,11 @@ def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
     """
     run = config.run
     checkpoints = Checkpoints(
-        Path(run.workdir) / "checkpoints", keep_latest=run.keep_latest, keep_best=run.keep_best,
+        Path(run.workdir) / "checkpoints",
+        keep_latest=run.keep_latest,
+        keep_best=run.keep_best,
         best_metric=run.best_metric,
-    )  # fmt: skip
+    )
     if checkpoints.latest_step is not None and not run.resume:
         raise CheckpointError(
             f"{run.workdir} holds checkpoints, but run.resume is False; choose another workdir"
@@ -224,10 +235,14 @@ def make_loop(config: ConfigDict) -> Loop:
         first_step = int(state.step)
         loader.restore(data_state)
     metrics = Metrics(
-        config.run.workdir, steps, first_step=first_step, samples_per_step=config.data.global_batch,
-        log_every=config.run.log_every, active=main_process(),
+        config.run.workdir,
+        steps,
+        first_step=first_step,
+        samples_per_step=config.data.global_batch,
+        log_every=config.run.log_every,
+        active=main_process(),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
-    )  # fmt: skip
+    )
     if first_step:
         metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
     step = jax.jit(
@@ -237,10 +252,22 @@ def make_loop(config: ConfigDict) -> Loop:
     )
     validate, grid = watchers(config, spec, held_out, frozen, mesh, sampler)
     return Loop(
-        state, frozen, step, DevicePrefetch(loader, place), metrics, checkpoints, meta, first_step, steps,
-        config.run.eval_every, config.run.save_every, config.run.grid_every, validate, grid,
+        state,
+        frozen,
+        step,
+        DevicePrefetch(loader, place),
+        metrics,
+        checkpoints,
+        meta,
+        first_step,
+        steps,
+        config.run.eval_every,
+        config.run.save_every,
+        config.run.grid_every,
+        validate,
+        grid,
         {"inherited": inherited} if inherited else {},
-    )  # fmt: skip
+    )
 
 
 def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:

@@ -60,10 +60,11 @@ def read_trained(
         tokens=_tokens(config, tokenizer, paths.get("tokenizer")),
         clip_tokenizer=paths.get("clip_tokenizer"),
         caption_ids={f"{name}_token_id": getattr(captions, f"{name}_id") for name in ("bos", "eos", "pad")}
-        if captions else {},
+        if captions
+        else {},
         **training_progress(config, meta, step),
         **_shape(config, spec),
-    )  # fmt: skip
+    )
 
 
 def _shape(config: ConfigDict, spec: ModelSpec) -> dict[str, Any]:
@@ -76,7 +77,10 @@ def _shape(config: ConfigDict, spec: ModelSpec) -> dict[str, Any]:
         prefix = PrefixConfig(backbone.prefix_tokens, backbone.prefix_hidden_size)
     return {
         "sizes": {
-            "llm": towers.llm, "unet": towers.unet, "vae": towers.vae, "text_encoder": towers.text_encoder,
+            "llm": towers.llm,
+            "unet": towers.unet,
+            "vae": towers.vae,
+            "text_encoder": towers.text_encoder,
             "mapper": mapper_sizes(config, towers),
         },
         "lora": lora,
@@ -86,7 +90,7 @@ def _shape(config: ConfigDict, spec: ModelSpec) -> dict[str, Any]:
         "dtype": np.dtype(jnp.dtype(config.model.param_dtype)),
         "voken_state_shift": config.model.voken_state_shift,
         "llm_source": weight_sources(config)["llm"],
-    }  # fmt: skip
+    }
 
 
 def _source_paths(config: ConfigDict, names: Sequence[str]) -> dict[str, Path]:
@@ -99,8 +103,9 @@ def _source_paths(config: ConfigDict, names: Sequence[str]) -> dict[str, Path]:
     if problems:
         raise ConfigError(
             "this format needs weights the run was trained on, and they are missing:\n"
-            + "\n".join(problems) + "\nSay where they are now with --weights NAME=PATH"
-        )  # fmt: skip
+            + "\n".join(problems)
+            + "\nSay where they are now with --weights NAME=PATH"
+        )
     return paths
 
 
@@ -151,9 +156,10 @@ def _check_same(meta: Meta, now: Mapping[str, Any], checkpoint: str | Path) -> N
     if other := differences(before, now, before):
         lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
         raise CheckpointError(
-            f"{checkpoint} was trained on other weights or words than these:\n" + "\n".join(lines)
+            f"{checkpoint} was trained on other weights or words than these:\n"
+            + "\n".join(lines)
             + "\nGive those it was trained on with --weights NAME=PATH"
-        )  # fmt: skip
+        )
 
 
 def _tokens(config: ConfigDict, tokenizer: LlamaTokenizer | None, path: Path | None) -> Tokens | None:

@@ -132,9 +132,12 @@ def _measure(run: Run) -> Report:
         source = dialog_source(DIALOG_SYSTEM, [("Human", f"{TEXT}. Show me a picture.")])
     ids = [run.tokenizer.bos_id, *run.tokenizer.encode(source)]
     greedy = SamplingConfig(
-        max_new_tokens=ANSWER, do_sample=False, stop_sequences=stop_sequences(run.tokenizer),
-        top_k=0, top_p=1.0,
-    )  # fmt: skip
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        stop_sequences=stop_sequences(run.tokenizer),
+        top_k=0,
+        top_p=1.0,
+    )
     free = _answer(run, ids, greedy)
     forced = _answer(run, ids, dataclasses.replace(greedy, force_image="first", max_new_tokens=2))
     answer = np.asarray(free.tokens[0, : int(free.lengths[0])]).tolist()
@@ -167,9 +170,14 @@ def _answer(run: Run, ids: list[int], sampling: SamplingConfig) -> Any:
         embeds = model.backbone.llm.embed(tokens)
         lengths = jnp.full(1, tokens.shape[1], jnp.int32)
         return decode(
-            model.backbone.llm, embeds, lengths, jax.random.split(jax.random.key(0), 1), sampling,
-            first_voken_id=model.first_voken_id, num_vokens=model.backbone.num_vokens,
-        )  # fmt: skip
+            model.backbone.llm,
+            embeds,
+            lengths,
+            jax.random.split(jax.random.key(0), 1),
+            sampling,
+            first_voken_id=model.first_voken_id,
+            num_vokens=model.backbone.num_vokens,
+        )
 
     return jax.jit(write)(run.params, np.asarray([ids], np.int32))
 

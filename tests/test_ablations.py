@@ -15,9 +15,11 @@ from minigpt5_jax.tuning import FROZEN, trainable_paths
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = {
-    ("stage1", ""): ("stage1", None), ("stage1", "shapes,"): ("shapes_stage1", "full"),
-    ("stage2", ""): ("stage2_vist", None), ("stage2", "shapes,"): ("shapes_stage2_story", None),
-}  # fmt: skip
+    ("stage1", ""): ("stage1", None),
+    ("stage1", "shapes,"): ("shapes_stage1", "full"),
+    ("stage2", ""): ("stage2_vist", None),
+    ("stage2", "shapes,"): ("shapes_stage2_story", None),
+}
 
 
 def load(name: str):
@@ -100,9 +102,15 @@ def test_rows_are_the_papers():
 
 
 def test_the_name_tells_the_variant_and_the_world():
-    names = {None: "ablations", "": "ablations", "shapes": "ablations_shapes", "no_cap": "ablations_no_cap",
-             "vokens_4,no_cap": "ablations_vokens_4_no_cap", "shapes,prefix": "ablations_shapes_prefix",
-             "no_ldm,compat=original": "ablations_no_ldm"}  # fmt: skip
+    names = {
+        None: "ablations",
+        "": "ablations",
+        "shapes": "ablations_shapes",
+        "no_cap": "ablations_no_cap",
+        "vokens_4,no_cap": "ablations_vokens_4_no_cap",
+        "shapes,prefix": "ablations_shapes_prefix",
+        "no_ldm,compat=original": "ablations_no_ldm",
+    }
     assert {variant: ABLATIONS.get_config(variant).run.name for variant in names} == names
     config = ABLATIONS.get_config("no_ldm,compat=original")
     assert config.loss.image == 0.0 and config.optimizer.decay_frozen_rows, "profiles apply besides"

@@ -36,11 +36,17 @@ ROOT = Path(__file__).parents[1]
 
 # Reference section 1.12; the language model with 9 new rows in both tables.
 TOWERS = {
-    "backbone/vit": 985_894_528, "backbone/ln_vision": 2_816, "backbone/qformer": 105_137_664 + 24_576,
-    "backbone/llama_proj": 3_149_824, "backbone/llm": 6_738_489_344, "mapper/fc": 5_244_928,
-    "mapper/queries": 78_848, "generator/unet": 865_910_724, "generator/vae": 83_653_863,
+    "backbone/vit": 985_894_528,
+    "backbone/ln_vision": 2_816,
+    "backbone/qformer": 105_137_664 + 24_576,
+    "backbone/llama_proj": 3_149_824,
+    "backbone/llm": 6_738_489_344,
+    "mapper/fc": 5_244_928,
+    "mapper/queries": 78_848,
+    "generator/unet": 865_910_724,
+    "generator/vae": 83_653_863,
     "generator/text_encoder": 340_387_840,
-}  # fmt: skip
+}
 MAPPING, LORA = 117_575_680, 4_194_304
 
 
@@ -74,8 +80,11 @@ def test_full_size_totals_are_the_references(name, lora, trainable):
     shapes = {path: spec.template.shapes[path] for path in trainable_paths(spec.labels)}
     assert sum(math.prod(shape.shape) for shape in shapes.values()) == trainable
     assert {shape.dtype for shape in shapes.values()} == {jnp.dtype("float32")}
-    frozen = {shape.dtype for path, shape in spec.template.shapes.items()
-              if spec.labels[path] == FROZEN and not path.startswith("mapper/")}  # fmt: skip
+    frozen = {
+        shape.dtype
+        for path, shape in spec.template.shapes.items()
+        if spec.labels[path] == FROZEN and not path.startswith("mapper/")
+    }
     assert frozen == {jnp.dtype("bfloat16")}
 
 
@@ -269,9 +278,12 @@ def sources(tmp_path_factory, oracle_dir, oracle_configs, oracle_weights) -> Con
     config.model.mapper.update(d_model=32, nhead=8, dim_feedforward=128)
     config.model.update(dtype="float32", param_dtype="float32")
     config.weights.update(
-        llm=str(root / "llm"), stable_diffusion=str(root / "sd"), vit=str(root / "vit/eva.safetensors"),
-        qformer=str(root / "qformer/blip2.safetensors"), llama_proj=str(root / "proj/proj.safetensors"),
-    )  # fmt: skip
+        llm=str(root / "llm"),
+        stable_diffusion=str(root / "sd"),
+        vit=str(root / "vit/eva.safetensors"),
+        qformer=str(root / "qformer/blip2.safetensors"),
+        llama_proj=str(root / "proj/proj.safetensors"),
+    )
     return config
 
 
@@ -313,8 +325,9 @@ def test_frozen_weights_are_read_from_their_sources(sources, spec, frozen, oracl
         fresh["backbone/llm/embed_tokens/voken"], np.broadcast_to(old.mean(0), (9, 48)), atol=1e-7
     )
     head = frozen["backbone/llm/lm_head/kernel"]
-    np.testing.assert_allclose(fresh["backbone/llm/lm_head/voken"], np.broadcast_to(head.mean(1), (9, 48)),
-                               atol=1e-7)  # fmt: skip
+    np.testing.assert_allclose(
+        fresh["backbone/llm/lm_head/voken"], np.broadcast_to(head.mean(1), (9, 48)), atol=1e-7
+    )
     assert spec.template.bind(spec.template.shapes).generator.empty_caption_ids[:3] == (526, 527, 0)
 
 

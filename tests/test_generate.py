@@ -67,10 +67,13 @@ def checkpoint(tmp_path_factory):
 
 def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
     page = command(
-        checkpoint=str(checkpoint), prompt=["A small red circle.", "a blue square"], num_samples=2, seed=5,
+        checkpoint=str(checkpoint),
+        prompt=["A small red circle.", "a blue square"],
+        num_samples=2,
+        seed=5,
         output=str(tmp_path / "page"),
         inference=["force_image=first", "max_new_tokens=3", "num_inference_steps=1"],
-    )  # fmt: skip
+    )
     assert page == tmp_path / "page" / "index.html"
     text = page.read_text()
     assert text.count("a small red circle") == 2 and "seed 5" in text and "seed 6" in text

@@ -40,10 +40,27 @@ ALLOWED: dict[str, set[str]] = {
 }
 # and what they share
 COMMANDS = {
-    "cli", "frozen_sources", "build", "inputs", "restore", "sessions", "trained", "train", "generate",
-    "pretrain", "prepare", "demo", "export", "features", "convert", "weights_plan", "pretrained", "verify",
-    "watch", "judge",
-}  # fmt: skip
+    "cli",
+    "frozen_sources",
+    "build",
+    "inputs",
+    "restore",
+    "sessions",
+    "trained",
+    "train",
+    "generate",
+    "pretrain",
+    "prepare",
+    "demo",
+    "export",
+    "features",
+    "convert",
+    "weights_plan",
+    "pretrained",
+    "verify",
+    "watch",
+    "judge",
+}
 NEVER = {"torch", "torchvision", "peft", "timm", "lightning"}
 TORCH_LATE = {"weights/export/minigpt5.py"}  # a Lightning checkpoint is a torch container
 ONLY_LATE = {"tensorflow", "tensorflow_datasets", "clu", "transformers", "diffusers"}

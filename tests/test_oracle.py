@@ -72,14 +72,26 @@ def make_composite(configs: dict, empty_caption_ids: tuple[int, ...]) -> tuple[T
     mapper = {name: value for name, value in configs["mapper"].items() if name != "n_queries"}
     template = make_template(
         ("minigpt4", {"llm": llm, "vit": vit, "qformer": qformer, "decay_tables": True}),
-        ("encoder_decoder", {"config": MapperConfig(
-            llm_hidden_size=llm.hidden_size, num_queries=configs["mapper"]["n_queries"], **mapper)}),
-        ("stable_diffusion", {
-            "unet": UNetConfig.from_hf(configs["unet"]), "vae": VaeConfig.from_hf(configs["vae"]),
-            "text_encoder": ClipTextConfig.from_hf(configs["sd_text_encoder"]),
-            "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
-            "image_size": configs["output_resolution"], "empty_caption_ids": empty_caption_ids}),
-    )  # fmt: skip
+        (
+            "encoder_decoder",
+            {
+                "config": MapperConfig(
+                    llm_hidden_size=llm.hidden_size, num_queries=configs["mapper"]["n_queries"], **mapper
+                )
+            },
+        ),
+        (
+            "stable_diffusion",
+            {
+                "unet": UNetConfig.from_hf(configs["unet"]),
+                "vae": VaeConfig.from_hf(configs["vae"]),
+                "text_encoder": ClipTextConfig.from_hf(configs["sd_text_encoder"]),
+                "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
+                "image_size": configs["output_resolution"],
+                "empty_caption_ids": empty_caption_ids,
+            },
+        ),
+    )
     return template, maps.table(vit, qformer)
 
 
@@ -93,17 +105,25 @@ def make_batch(numbers: dict[str, np.ndarray], tokenizer: ClipTokenizer) -> Batc
     column = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     caption_ids, caption_mask = tokenizer.encode([str(text) for text in numbers["in/caption"]])
     return Batch(
-        tokens=tokens, labels=labels,
+        tokens=tokens,
+        labels=labels,
         label_positions=np.stack([np.flatnonzero(row != -100) for row in labels]).astype(np.int32),
-        positions=column, segment_ids=numbers["mid/llm_attention_mask"].astype(np.int32),
+        positions=column,
+        segment_ids=numbers["mid/llm_attention_mask"].astype(np.int32),
         row_id=np.arange(2, dtype=np.int32),
-        images=np.zeros((0, 224, 224, 3), np.uint8), image_row=np.zeros(0, np.int32),
-        image_start=np.zeros(0, np.int32), image_mask=np.zeros(0, bool),
-        target=channels_last(target), voken_row=np.arange(2, dtype=np.int32),
+        images=np.zeros((0, 224, 224, 3), np.uint8),
+        image_row=np.zeros(0, np.int32),
+        image_start=np.zeros(0, np.int32),
+        image_mask=np.zeros(0, bool),
+        target=channels_last(target),
+        voken_row=np.arange(2, dtype=np.int32),
         voken_start=np.argwhere(labels == 1000)[:, 1].astype(np.int32),
-        item_id=np.arange(2, dtype=np.int32), item_mask=np.ones(2, bool),
-        caption_ids=caption_ids, caption_mask=caption_mask, has_caption=np.ones(2, bool),
-    )  # fmt: skip
+        item_id=np.arange(2, dtype=np.int32),
+        item_mask=np.ones(2, bool),
+        caption_ids=caption_ids,
+        caption_mask=caption_mask,
+        has_caption=np.ones(2, bool),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +187,10 @@ def test_the_131_tensors_of_a_stage1_file(case, labels, oracle_dir):
     paths = set(trainable_paths(labels)) - {TABLE_DECAY}
     params = maps.stage1_to_params(source, {path: case.template.shapes[path].shape for path in paths})
     assert params.keys() == paths
-    tables = {name: source[maps.LLAMA_PREFIX + name][:-9]
-              for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
+    tables = {
+        name: source[maps.LLAMA_PREFIX + name][:-9]
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
     again = maps.trained_to_source(params, tables["model.embed_tokens.weight"], tables["lm_head.weight"].T)
     assert again.keys() == source.keys()
     assert all(np.array_equal(again[name], source[name]) for name in source)

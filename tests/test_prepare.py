@@ -67,10 +67,24 @@ def test_prepare_writes_data_and_a_report(tmp_path, table):
 def test_lengths_of_the_report():
     facts = length_facts(np.array([0, 3, 5, 40, 40, 64], np.int32))  # 0: a sample that cannot be read
     assert facts["histogram"] == {
-        "0-3": 1, "4-7": 1, "8-11": 0, "12-15": 0, "16-19": 0, "20-23": 0, "24-27": 0, "28-31": 0,
-        "32-35": 0, "36-39": 0, "40-43": 2, "44-47": 0, "48-51": 0, "52-55": 0, "56-59": 0, "60-63": 0,
+        "0-3": 1,
+        "4-7": 1,
+        "8-11": 0,
+        "12-15": 0,
+        "16-19": 0,
+        "20-23": 0,
+        "24-27": 0,
+        "28-31": 0,
+        "32-35": 0,
+        "36-39": 0,
+        "40-43": 2,
+        "44-47": 0,
+        "48-51": 0,
+        "52-55": 0,
+        "56-59": 0,
+        "60-63": 0,
         "64-67": 1,
-    }  # fmt: skip
+    }
     assert (facts["samples"], facts["mean"], facts["p50"], facts["max"]) == (5, 30.4, 40, 64)
     assert length_facts(np.zeros(2, np.int32)) == {"samples": 0}
 

@@ -60,8 +60,17 @@ def paths(config: ConfigDict) -> dict[str, str]:
 
 def lightning(path: Path, state: dict, **more) -> Path:
     """A file as Lightning writes it."""
-    torch.save({"state_dict": state, "epoch": 1, "global_step": 7, "pytorch-lightning_version": "2.0.9",
-                "hyper_parameters": {"learning_rate": 2e-5, "gpus": [0]}, **more}, path)  # fmt: skip
+    torch.save(
+        {
+            "state_dict": state,
+            "epoch": 1,
+            "global_step": 7,
+            "pytorch-lightning_version": "2.0.9",
+            "hyper_parameters": {"learning_rate": 2e-5, "gpus": [0]},
+            **more,
+        },
+        path,
+    )
     return path
 
 
@@ -79,17 +88,26 @@ def tuned(oracle_dir, oracle_configs, tmp_path_factory):
 
     whole = load_file(oracle_dir / "weights.safetensors")
     prefix = maps.LLAMA_PREFIX
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in whole.items()
-                           if k.startswith(prefix) and "inv_freq" not in k})  # fmt: skip
-    lora = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"],
-                           modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM")  # fmt: skip
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix) and "inv_freq" not in k}
+    )
+    lora = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["lm_head", "embed_tokens"],
+        task_type="CAUSAL_LM",
+    )
     model = peft.get_peft_model(model, lora).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 value.add_(0.05 * torch.randn_like(value))
-    kept = {f"{prefix}{k}": v for k, v in model.state_dict().items()
-            if "lora_" in k or ".modules_to_save.default." in k}  # fmt: skip
+    kept = {
+        f"{prefix}{k}": v
+        for k, v in model.state_dict().items()
+        if "lora_" in k or ".modules_to_save.default." in k
+    }
     kept |= {k: v + 0.01 for k, v in state.items() if k.startswith("llm_to_t2i_mapping.")}
     return lightning(tmp_path_factory.mktemp("release") / "stage2.ckpt", kept, global_step=9), model
 
@@ -121,9 +139,13 @@ def test_it_answers_and_draws_as_the_original_did(released, oracle_cases):
     ids = [tokenizer.bos_id, *tokenizer.encode(str(case["in/text"]))]
     dummy = int(case["out/sequences"][0, 0])
     sampling = SamplingConfig(
-        max_new_tokens=int(case["in/max_new_tokens"]), do_sample=False, force_image="first", eos_ids=(1,),
-        dummy_token_id=dummy, ban_inner_vokens=False,
-    )  # fmt: skip
+        max_new_tokens=int(case["in/max_new_tokens"]),
+        do_sample=False,
+        force_image="first",
+        eos_ids=(1,),
+        dummy_token_id=dummy,
+        ban_inner_vokens=False,
+    )
     sampler = make_sampler("pndm", released.spec.towers.schedule, 5)
 
     @jax.jit
@@ -209,8 +231,13 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
     checkpoints = open_checkpoints(tmp_path)
     meta = checkpoints.meta(0)
     checkpoints.close()
-    assert meta["bundle"] == {"stage": 1, "bos_id": 1, "prompt_set": "head",
-                              "voken_ids": list(range(1000, 1008)), "image_id": 1008}  # fmt: skip
+    assert meta["bundle"] == {
+        "stage": 1,
+        "bos_id": 1,
+        "prompt_set": "head",
+        "voken_ids": list(range(1000, 1008)),
+        "image_id": 1008,
+    }
     [about] = meta["imported"]["files"].values()
     assert about["hyper_parameters"]["real_batch_size"] == 48 and about["epoch"] == 0
     export_torch(tmp_path, tmp_path / "back.ckpt", to="minigpt5")
@@ -224,8 +251,9 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
     # The next stage takes the tables with it, and notices other weights below them.
     second = stage2_config(sources)
     second.model.backbone.update(vit="none", qformer="none")
-    run = load_pretrained(llm=second.weights.llm, stable_diffusion=second.weights.stable_diffusion,
-                          config=second)  # fmt: skip
+    run = load_pretrained(
+        llm=second.weights.llm, stable_diffusion=second.weights.stable_diffusion, config=second
+    )
     fresh = {p: v for p, v in run.params.items() if p.startswith("mapper/") or "/voken" in p or "/lora_" in p}
     frozen = {p: v for p, v in run.params.items() if p not in fresh}
     shardings = {p: v.sharding for p, v in run.params.items()}
@@ -292,10 +320,12 @@ def test_the_command_imports_a_release_and_says_what_it_did(run_file, oracle_dir
     done = convert("minigpt5", "--stage1", stage1, "--config", config, "--workdir", workdir)
     assert done.returncode == 0, done.stderr
     for text in (
-        '"num_train_epochs": 2', "131 tensors used, 0 ignored",
+        '"num_train_epochs": 2',
+        "131 tensors used, 0 ignored",
         "V = 1009, [IMG0] is id 1000; BOS 2, prompts 'release'",
-        "1.00000 times those of weights.llm, 0.00% left over", f"written: {tmp_path}/run/checkpoints",
-    ):  # fmt: skip
+        "1.00000 times those of weights.llm, 0.00% left over",
+        f"written: {tmp_path}/run/checkpoints",
+    ):
         assert text in done.stdout
     assert load_run(tmp_path / "run").config.data.bos_id == 2
 

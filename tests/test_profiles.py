@@ -38,5 +38,7 @@ def test_every_flag_of_a_quirk_is_in_compat_original():
         if re.search(r"\(.*Q\d+.*\)", key.why) and not (key.choices and len(key.choices) == 1)
     }
     assert flags - OTHERS <= profiles._ORIGINAL.keys()
-    assert all(value_at(apply_variant(config, "compat=original"), path) == value
-               for path, value in profiles._ORIGINAL.items())  # fmt: skip
+    assert all(
+        value_at(apply_variant(config, "compat=original"), path) == value
+        for path, value in profiles._ORIGINAL.items()
+    )

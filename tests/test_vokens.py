@@ -33,9 +33,17 @@ def make_batch(oracle_dir, pictures, count: int) -> tuple[Batch, LlamaTokenizer]
     tokenizer = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model", count)
     config = EncodeConfig(tokenizer, ClipTokenizer(oracle_dir / "tokenizer_clip", 12))
     spec = BatchSpec(
-        rows=3, length=40, items=3, images=0, targets=3, image_size=0, target_size=16, caption_length=12,
-        num_vokens=count, image_tokens=0,
-    )  # fmt: skip
+        rows=3,
+        length=40,
+        items=3,
+        images=0,
+        targets=3,
+        image_size=0,
+        target_size=16,
+        caption_length=12,
+        num_vokens=count,
+        image_tokens=0,
+    )
     target = target_text("", draws=True, num_vokens=count)
     samples = [
         encode(Example(c, target, (), p, c, "cc3m", c, "f:1"), config, spec, (0, 0, 0))
@@ -106,12 +114,17 @@ def test_what_is_decoded_is_what_was_trained(model, oracle_configs):
     """An answer's picture is that of the states which training reads on the same words."""
     count, template, params, batch, tokenizer = model
     session = Session(
-        template, params, tokenizer, batch_size=1, guidance_scale=3.0, max_length=32,
+        template,
+        params,
+        tokenizer,
+        batch_size=1,
+        guidance_scale=3.0,
+        max_length=32,
         sampler=make_sampler("ddim", NoiseSchedule.from_hf(oracle_configs["scheduler"]), 2),
         sampling=SamplingConfig(
             force_image="first", max_new_tokens=3, stop_sequences=stop_sequences(tokenizer)
         ),
-    )  # fmt: skip
+    )
 
     @jax.jit
     def states_of(params, batch):

@@ -38,9 +38,14 @@ def make_tiny_template(
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
         configs["llama"]
-        | {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8,
-           "num_hidden_layers": 2}
-    )  # fmt: skip
+        | {
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 2,
+        }
+    )
     text = dataclasses.replace(
         ClipTextConfig.from_hf(configs["sd_text_encoder"]),
         vocab_size=caption_vocab_size,
@@ -48,14 +53,23 @@ def make_tiny_template(
     )
     unet = UNetConfig.from_hf(
         configs["unet"]
-        | {"block_out_channels": [16], "attention_head_dim": [2], "layers_per_block": 1,
-           "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-    )  # fmt: skip
+        | {
+            "block_out_channels": [16],
+            "attention_head_dim": [2],
+            "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"],
+        }
+    )
     vae = VaeConfig.from_hf(
         configs["vae"]
-        | {"block_out_channels": [8, 8], "layers_per_block": 1,
-           "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    )  # fmt: skip
+        | {
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+        }
+    )
     sizes = {"llm_hidden_size": 32, "d_model": 32, "nhead": 4, "dim_feedforward": 64, "num_queries": 12}
     mappers = {
         "encoder_decoder": MapperConfig(num_encoder_layers=1, num_decoder_layers=1, **sizes),
@@ -64,11 +78,18 @@ def make_tiny_template(
     return make_template(
         ("minigpt4", {"llm": llm, "num_vokens": num_vokens}),
         (mapper, {"config": mappers[mapper]}),
-        ("stable_diffusion",
-         {"unet": unet, "vae": vae, "text_encoder": text, "image_size": 16,
-          "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
-          "empty_caption_ids": (caption_vocab_size - 2, caption_vocab_size - 1) + (0,) * 10}),
-    )  # fmt: skip
+        (
+            "stable_diffusion",
+            {
+                "unet": unet,
+                "vae": vae,
+                "text_encoder": text,
+                "image_size": 16,
+                "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
+                "empty_caption_ids": (caption_vocab_size - 2, caption_vocab_size - 1) + (0,) * 10,
+            },
+        ),
+    )
 
 
 def make_tiny_params(template: Template) -> dict[str, jax.Array]:
@@ -108,17 +129,25 @@ def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24) -> Batch:
         label_positions[row, :3] = targets
     caption_mask = (np.arange(12) < random.integers(3, 12, rows)[:, None]).astype(np.int32)
     return Batch(
-        tokens=tokens, labels=labels, label_positions=label_positions,
+        tokens=tokens,
+        labels=labels,
+        label_positions=label_positions,
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape).copy(),
-        segment_ids=segments, row_id=np.arange(rows, dtype=np.int32),
-        images=np.zeros((0, 0, 0, 3), np.uint8), image_row=np.zeros(0, np.int32),
-        image_start=np.zeros(0, np.int32), image_mask=np.zeros(0, bool),
+        segment_ids=segments,
+        row_id=np.arange(rows, dtype=np.int32),
+        images=np.zeros((0, 0, 0, 3), np.uint8),
+        image_row=np.zeros(0, np.int32),
+        image_start=np.zeros(0, np.int32),
+        image_mask=np.zeros(0, bool),
         target=random.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8),
-        voken_row=np.arange(rows, dtype=np.int32), voken_start=starts,
-        item_id=100 + np.arange(rows, dtype=np.int32), item_mask=np.ones(rows, bool),
+        voken_row=np.arange(rows, dtype=np.int32),
+        voken_start=starts,
+        item_id=100 + np.arange(rows, dtype=np.int32),
+        item_mask=np.ones(rows, bool),
         caption_ids=random.integers(0, 62, (rows, 12)).astype(np.int32) * caption_mask,
-        caption_mask=caption_mask, has_caption=np.ones(rows, bool),
-    )  # fmt: skip
+        caption_mask=caption_mask,
+        has_caption=np.ones(rows, bool),
+    )
 
 
 def write_oracle_sources(root: Path) -> ConfigDict:

@@ -60,9 +60,10 @@ def count(text: str) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations", description=__doc__,
+        prog="python -m benchmarks.ablations",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--rows", type=words, default=list(VARIANTS), help="variants, comma separated")
     parser.add_argument("--seeds", type=seeds, default=[0], help="comma separated; all rows of one first")
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
@@ -130,8 +131,9 @@ def run_rows(rows: Sequence[Row], settings: dict[Row, Any], flags: argparse.Name
         minutes = [(time.time() - since) / 60 for since in (began, start)]
         print(
             f"row {number} of {len(rows)}: {minutes[0]:.1f} minutes, {minutes[1]:.1f} in all",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
     return failed
 
 

@@ -20,8 +20,14 @@ from benchmarks.ablations.rows import STAGE1, STAGE2, differences
 
 NOT_RUN, OTHER_SETTINGS = "not run", "not comparable"
 AGREEMENT = (
-    "agrees", "does not agree", "within noise", "none seen", "no error known", OTHER_SETTINGS, NOT_RUN,
-)  # fmt: skip
+    "agrees",
+    "does not agree",
+    "within noise",
+    "none seen",
+    "no error known",
+    OTHER_SETTINGS,
+    NOT_RUN,
+)
 """Every verdict."""
 
 
@@ -62,9 +68,13 @@ def by_seed(results: Results, claim: Claim) -> list[Measured]:
 
 
 SHARED = (
-    "run.num_steps", "optimizer.", "data.global_batch", "data.shapes_", "data.context_dropout",
+    "run.num_steps",
+    "optimizer.",
+    "data.global_batch",
+    "data.shapes_",
+    "data.context_dropout",
     "inference.guidance_scale",
-)  # fmt: skip
+)
 """Beginnings of the keys of a configuration that no variant changes; a key that is not there has its
 default."""
 

@@ -87,8 +87,19 @@ def verdicts(results: Results, claims: Sequence[paper.Claim], tally: collections
     return table(("comparison", "ours ± standard error", "paper", "verdict"), rows)
 
 
-PAIR_HEAD = ("row", "seeds", "steps", "1 object", "2", "3", "mean", "attributes", "[IMG0] emitted",
-             "caption error", "image loss")  # fmt: skip
+PAIR_HEAD = (
+    "row",
+    "seeds",
+    "steps",
+    "1 object",
+    "2",
+    "3",
+    "mean",
+    "attributes",
+    "[IMG0] emitted",
+    "caption error",
+    "image loss",
+)
 PAIR_METRICS = ("all 1", "all 2", "all 3", "all", "attributes", "emission", "caption", "image")
 
 
@@ -125,9 +136,12 @@ def native_line(results: Results) -> str:
 
 
 CURVES = {
-    "1 object, all right": ("all 1", "o-"), "2 objects": ("all 2", "o-"), "3 objects": ("all 3", "o-"),
-    "attributes": ("attributes", "s:"), "native, mean of 1 to 3": ("native", "--"),
-}  # fmt: skip
+    "1 object, all right": ("all 1", "o-"),
+    "2 objects": ("all 2", "o-"),
+    "3 objects": ("all 3", "o-"),
+    "attributes": ("attributes", "s:"),
+    "native, mean of 1 to 3": ("native", "--"),
+}
 
 
 def figure(results: Results, points: dict[str, float], axis: str, path: Path) -> str:
@@ -214,14 +228,29 @@ what the true narration of another story has: the manner without the story."""
 
 def story_section(results: Results, folder: Path, tally) -> str:
     """LoRA, prefix, without stage 1: Tables 1 and 2."""
-    metrics = ("attributes, image+text", "all right, image+text", "narration, multimodal",
-               "narration, understanding", "narration, another")  # fmt: skip
+    metrics = (
+        "attributes, image+text",
+        "all right, image+text",
+        "narration, multimodal",
+        "narration, understanding",
+        "narration, another",
+    )
     rows = []
     for variant in ("zero_shot", "lora", "prefix", "no_stage1"):
         beside = [f"{n:.2f}" for n in paper.STEPS.get(variant, ())] or ["–", "–"]
         rows.append([paper.LABELS[variant], *cells(results, variant, metrics), *beside])
-    head = ("row", "seeds", "steps", "attributes", "all right", "ROUGE-L (multimodal)",
-            "ROUGE-L (understanding)", "of another", "CLIP-I (Table 1)", "FID (Table 1)")  # fmt: skip
+    head = (
+        "row",
+        "seeds",
+        "steps",
+        "attributes",
+        "all right",
+        "ROUGE-L (multimodal)",
+        "ROUGE-L (understanding)",
+        "of another",
+        "CLIP-I (Table 1)",
+        "FID (Table 1)",
+    )
     narration = [
         [name, *(f"{number:.4f}" for number in numbers)] for name, numbers in paper.NARRATION.items()
     ]

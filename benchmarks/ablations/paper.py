@@ -14,31 +14,44 @@ from minigpt5_jax.data.stories import CONTEXTS
 from minigpt5_jax.shapes.judge_stories import TABLE_6
 
 LABELS = {
-    "plain": "MiniGPT-5 (plain)", "no_cfg": "w/o CFG dropout", "no_cap": "w/o L_CAP", "no_ldm": "w/o L_LDM",
-    "fixed_queries": "fixed queries", "decoder_only": "decoder-only", "lora": "LoRA",
-    "prefix": "prefix tuning", "no_stage1": "w/o stage 1", "zero_shot": "stage 1 only (zero-shot)",
-}  # fmt: skip
+    "plain": "MiniGPT-5 (plain)",
+    "no_cfg": "w/o CFG dropout",
+    "no_cap": "w/o L_CAP",
+    "no_ldm": "w/o L_LDM",
+    "fixed_queries": "fixed queries",
+    "decoder_only": "decoder-only",
+    "lora": "LoRA",
+    "prefix": "prefix tuning",
+    "no_stage1": "w/o stage 1",
+    "zero_shot": "stage 1 only (zero-shot)",
+}
 
 CC3M = ("CLIP-I", "CLIP-T", "IS", "FID")
 TABLE5 = {
-    "plain": (0.61, 0.22, 28.09, 31.47), "no_cfg": (0.60, 0.22, 23.41, 33.73),
-    "no_cap": (0.54, 0.16, 21.27, 40.24), "no_ldm": (0.58, 0.20, 24.79, 34.65),
-}  # fmt: skip
+    "plain": (0.61, 0.22, 28.09, 31.47),
+    "no_cfg": (0.60, 0.22, 23.41, 33.73),
+    "no_cap": (0.54, 0.16, 21.27, 40.24),
+    "no_ldm": (0.58, 0.20, 24.79, 34.65),
+}
 TABLE7 = {
-    "plain": (0.61, 0.22, 28.09, 31.47), "fixed_queries": (0.60, 0.21, 28.55, 30.56),
+    "plain": (0.61, 0.22, 28.09, 31.47),
+    "fixed_queries": (0.60, 0.21, 28.55, 30.56),
     "decoder_only": (0.58, 0.20, 24.74, 34.88),
-}  # fmt: skip
+}
 TABLE6 = {
-    "zero_shot": (0.54, 0.57, 0.57, 0.57), "prefix": (0.60, 0.63, 0.68, 0.70),
-    "lora": tuple(TABLE_6[name] for name in CONTEXTS), "no_stage1": (0.55, 0.57, 0.58, 0.58),
-}  # fmt: skip
+    "zero_shot": (0.54, 0.57, 0.57, 0.57),
+    "prefix": (0.60, 0.63, 0.68, 0.70),
+    "lora": tuple(TABLE_6[name] for name in CONTEXTS),
+    "no_stage1": (0.55, 0.57, 0.58, 0.58),
+}
 """CLIP-I on the last step of a story, by context; "w/o stage 1" is of the old Table 1."""
 STEPS = {"lora": (0.66, 366.62), "prefix": (0.65, 381.55), "no_stage1": (0.57, 420.79)}
 """CLIP-I and FID over all steps of a story: Table 1; "w/o stage 1" of the old Table 2."""
 NARRATION = {
-    "GILL": (0.3864, 0.1784, 0.1951), "MiniGPT-4": (0.6273, 0.3401, 0.3296),
+    "GILL": (0.3864, 0.1784, 0.1951),
+    "MiniGPT-4": (0.6273, 0.3401, 0.3296),
     "MiniGPT-5": (0.6315, 0.3373, 0.3263),
-}  # fmt: skip
+}
 """S-BERT, ROUGE-L and METEOR of narrations: Table 2."""
 
 
@@ -74,10 +87,13 @@ def orderings(table: Mapping[str, tuple[float, ...]], metric: str, name: str) ->
         ours, theirs = table[first][0], table[second][0]
         claims.append(
             minus(
-                f"{LABELS[first]} against {LABELS[second]}", (first, metric), (second, metric),
-                sign(round(ours - theirs, 6)), f"{name}: CLIP-I {ours:.2f} and {theirs:.2f}",
+                f"{LABELS[first]} against {LABELS[second]}",
+                (first, metric),
+                (second, metric),
+                sign(round(ours - theirs, 6)),
+                f"{name}: CLIP-I {ours:.2f} and {theirs:.2f}",
             )
-        )  # fmt: skip
+        )
     return claims
 
 
@@ -90,33 +106,62 @@ def context_claims(variants: Iterable[str], metric: str) -> list[Claim]:
             claims.append(
                 minus(
                     f"{LABELS[variant]}: {more} against {less}",
-                    (variant, metric.format(more)), (variant, metric.format(less)),
+                    (variant, metric.format(more)),
+                    (variant, metric.format(less)),
                     sign(round(values[more] - values[less], 6)),
                     f"Table 6: CLIP-I {values[more]:.2f} and {values[less]:.2f}",
                 )
-            )  # fmt: skip
+            )
     return claims
 
 
 VOKENS = {"vokens_1": 1, "vokens_2": 2, "vokens_4": 4, "plain": 8, "vokens_16": 16}
 """The paper stops at 8."""
 GUIDANCE_CLAIMS = [
-    minus("guidance 7.5 against 1", ("guidance_7.5", "all"), ("guidance_1", "all"), 1,
-          "Figure 5: better with the scale up to 10"),
-    minus("guidance 10 against 1", ("guidance_10", "all"), ("guidance_1", "all"), 1,
-          "Figure 5: better with the scale up to 10"),
-    minus("guidance 10 against 5", ("guidance_10", "all"), ("guidance_5", "all"), 1,
-          "Figure 5: better with the scale up to 10"),
-    minus("guidance 15 against 10", ("guidance_15", "all"), ("guidance_10", "all"), 0,
-          "Figure 5: beyond 10 quality (IS, FID) falls, coherence (CLIP) stays; what is right is coherence"),
-]  # fmt: skip
+    minus(
+        "guidance 7.5 against 1",
+        ("guidance_7.5", "all"),
+        ("guidance_1", "all"),
+        1,
+        "Figure 5: better with the scale up to 10",
+    ),
+    minus(
+        "guidance 10 against 1",
+        ("guidance_10", "all"),
+        ("guidance_1", "all"),
+        1,
+        "Figure 5: better with the scale up to 10",
+    ),
+    minus(
+        "guidance 10 against 5",
+        ("guidance_10", "all"),
+        ("guidance_5", "all"),
+        1,
+        "Figure 5: better with the scale up to 10",
+    ),
+    minus(
+        "guidance 15 against 10",
+        ("guidance_15", "all"),
+        ("guidance_10", "all"),
+        0,
+        "Figure 5: beyond 10 quality (IS, FID) falls, coherence (CLIP) stays; what is right is coherence",
+    ),
+]
 VOKEN_CLAIMS = [
     *(
-        minus(f"{VOKENS[more]} vokens against {VOKENS[less]}", (more, "all"), (less, "all"), 1,
-              "Figure 6: better with more vokens")
+        minus(
+            f"{VOKENS[more]} vokens against {VOKENS[less]}",
+            (more, "all"),
+            (less, "all"),
+            1,
+            "Figure 6: better with more vokens",
+        )
         for less, more in itertools.pairwise(list(VOKENS)[:4])
     ),
-    Claim("gain from 1 to 4 against gain from 4 to 8",
-          ((2.0, "vokens_4", "all"), (-1.0, "vokens_1", "all"), (-1.0, "plain", "all")), 1,
-          "Figure 6: the most between 1 and 4"),
-]  # fmt: skip
+    Claim(
+        "gain from 1 to 4 against gain from 4 to 8",
+        ((2.0, "vokens_4", "all"), (-1.0, "vokens_1", "all"), (-1.0, "plain", "all")),
+        1,
+        "Figure 6: the most between 1 and 4",
+    ),
+]

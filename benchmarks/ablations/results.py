@@ -15,9 +15,17 @@ from minigpt5_jax.data.stories import CONTEXTS
 from minigpt5_jax.shapes import world
 
 KEYS = {
-    "variant", "seed", "scale", "settings", "command", "git_revision", "machine", "seconds", "training",
+    "variant",
+    "seed",
+    "scale",
+    "settings",
+    "command",
+    "git_revision",
+    "machine",
+    "seconds",
+    "training",
     "scores",
-}  # fmt: skip
+}
 ATTRIBUTES = ("background", *world.ATTRIBUTES)
 Result = dict[str, Any]
 Results = dict[str, list[Result]]
@@ -165,16 +173,21 @@ def chance(name: str) -> Callable:
 METRICS: dict[str, Callable[[Result], Measured | None]] = {
     **{f"all {n}": pairs("all", (n,)) for n in ("1", "2", "3")},
     **{f"native {n}": pairs("all", (n,), "native") for n in ("1", "2", "3")},
-    "all": pairs("all"), "native": pairs("all", by="native"), "attributes": pairs("attributes"),
-    "emission": pairs("drawn"), "caption": held_out("caption"), "image": held_out("image"),
+    "all": pairs("all"),
+    "native": pairs("all", by="native"),
+    "attributes": pairs("attributes"),
+    "emission": pairs("drawn"),
+    "caption": held_out("caption"),
+    "image": held_out("image"),
     **{f"pictures only, {c}": stories("contexts", c, "picture_only", "together") for c in CONTEXTS},
     **{f"texture, {c}": stories("contexts", c, "picture_only", "texture") for c in CONTEXTS},
-    "chance, pictures only": chance("together"), "chance, texture": chance("texture"),
+    "chance, pictures only": chance("together"),
+    "chance, texture": chance("texture"),
     **{f"attributes, {c}": stories("contexts", c, "all_attributes", "together") for c in CONTEXTS},
     **{f"all right, {c}": stories("contexts", c, "all_attributes", "all_right") for c in CONTEXTS},
     **{f"narration, {task}": stories(task, "rouge_l") for task in ("multimodal", "understanding")},
     "narration, another": stories("multimodal", "of_another"),
-}  # fmt: skip
+}
 """Name -> how it is read from a result; None where the result does not have it."""
 
 

@@ -22,9 +22,17 @@ SCALES = {"small": "shapes"}
 """Scale -> word of ``configs/ablations.py`` that chooses its backbones."""
 
 STAGE1 = (
-    "plain", "no_cap", "no_ldm", "no_cfg", "fixed_queries", "decoder_only",
-    "vokens_1", "vokens_4", "vokens_2", "vokens_16",
-)  # fmt: skip
+    "plain",
+    "no_cap",
+    "no_ldm",
+    "no_cfg",
+    "fixed_queries",
+    "decoder_only",
+    "vokens_1",
+    "vokens_4",
+    "vokens_2",
+    "vokens_16",
+)
 """Trained on pairs, plain first: it has 8 vokens, and everything else is compared with it."""
 STAGE2 = ("lora", "prefix", "no_stage1")
 """Trained on stories; all but the last start from the plain run of their seed."""

@@ -129,8 +129,10 @@ def _write_shard(
         if error is not None:
             reasons[sample] = (example.where, f"{example.item_id}: {error}")
     good = {s: e for s, e in examples.items() if s not in reasons}
-    found = {kind: [[rows[kind][p] for p in wanted[kind](good[s])] if s in good else [] for s in samples]
-             for kind in rows}  # fmt: skip
+    found = {
+        kind: [[rows[kind][p] for p in wanted[kind](good[s])] if s in good else [] for s in samples]
+        for kind in rows
+    }
     arrays: dict[str, np.ndarray] = {"reasons": np.array(json.dumps([[s, *r] for s, r in reasons.items()]))}
     if "target" in found:
         arrays["target"] = np.array([r[0] if r else -1 for r in found["target"]], np.int32)

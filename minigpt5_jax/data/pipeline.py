@@ -270,9 +270,14 @@ def _make_plan(
             "rows (data.max_length) or fewer samples in each (data.pack)"
         )
     plan = StreamPlan(
-        length, seed=seed, shuffle=shuffle, num_epochs=num_epochs, shape=shape, row_length=spec.length,
+        length,
+        seed=seed,
+        shuffle=shuffle,
+        num_epochs=num_epochs,
+        shape=shape,
+        row_length=spec.length,
         index=packed,
-    )  # fmt: skip
+    )
     return plan, [spec]
 
 
@@ -327,13 +332,24 @@ def make_loader(
         raise DataError(f"no samples in {source.describe()}")
     encode_config.check(spec)
     plan, specs = _make_plan(
-        spec, Shape(accumulation, spec.rows, spec.pack), len(source), index, buckets,
-        seed=seed, shuffle=shuffle, num_epochs=num_epochs,
-    )  # fmt: skip
+        spec,
+        Shape(accumulation, spec.rows, spec.pack),
+        len(source),
+        index,
+        buckets,
+        seed=seed,
+        shuffle=shuffle,
+        num_epochs=num_epochs,
+    )
     reader = StepReader(
-        source, encode_config, specs, plan,
-        seed=seed, process_index=process_index, process_count=process_count,
-    )  # fmt: skip
+        source,
+        encode_config,
+        specs,
+        plan,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
     return Loader(
         source,
         reader,

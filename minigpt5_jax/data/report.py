@@ -180,11 +180,15 @@ def _bars(counts: dict[str, int]) -> str:
     if len(rows) > SHOWN:
         rows = [*rows[:SHOWN], ("others", sum(number for _, number in rows[SHOWN:]))]
     top = max((number for _, number in rows), default=1)
-    return "<table>" + "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{number:,}</td>'
-        f'<td class="bar"><div style="width:{100 * number / max(top, 1):.3g}%"></div></td></tr>\n'
-        for name, number in rows
-    ) + "</table>\n"  # fmt: skip
+    return (
+        "<table>"
+        + "".join(
+            f'<tr><td>{html.escape(name)}</td><td class="number">{number:,}</td>'
+            f'<td class="bar"><div style="width:{100 * number / max(top, 1):.3g}%"></div></td></tr>\n'
+            for name, number in rows
+        )
+        + "</table>\n"
+    )
 
 
 def _sample(source: PreparedSource, index: int) -> str:

@@ -154,9 +154,14 @@ class StoryRules:
 
     def _one(self, story: Story, step: int, task: str, wording: int, context: str = "image+text") -> Example:
         return story_example(
-            story, step, task, wording=wording, context=context,
-            prompt_set=self.prompt_set, num_vokens=self.num_vokens,
-        )  # fmt: skip
+            story,
+            step,
+            task,
+            wording=wording,
+            context=context,
+            prompt_set=self.prompt_set,
+            num_vokens=self.num_vokens,
+        )
 
     def wordings(self, story: Story, step: int, task: str) -> list[Example]:
         """The sample in every wording it may have, with its whole context."""

@@ -107,12 +107,14 @@ class PNDM(LinearMultistep):
     is taken twice, the second time with the mean of the outputs at both of its ends.
     """
 
-    _ADAMS_BASHFORTH: ClassVar = np.array([
-        [1, 0, 0, 0],
-        [3 / 2, -1 / 2, 0, 0],
-        [23 / 12, -16 / 12, 5 / 12, 0],
-        [55 / 24, -59 / 24, 37 / 24, -9 / 24],
-    ])  # fmt: skip
+    _ADAMS_BASHFORTH: ClassVar = np.array(
+        [
+            [1, 0, 0, 0],
+            [3 / 2, -1 / 2, 0, 0],
+            [23 / 12, -16 / 12, 5 / 12, 0],
+            [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+        ]
+    )
 
     def __init__(self, schedule: NoiseSchedule, num_inference_steps: int):
         ascending = schedule.inference_timesteps(num_inference_steps)

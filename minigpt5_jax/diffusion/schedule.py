@@ -126,9 +126,7 @@ class NoiseSchedule:
         return steps.astype(np.int32)
 
 
-SD21_BASE = NoiseSchedule(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-)
+SD21_BASE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 """Schedule of ``stabilityai/stable-diffusion-2-1-base``."""
 
 

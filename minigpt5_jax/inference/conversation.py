@@ -110,9 +110,7 @@ def advance(
             conversation.said.append(answer_turn(answer))
 
 
-def tell(
-    session: Session, stories: Sequence[Conversation], scenes: int, request: str = NEXT_SCENE
-) -> None:
+def tell(session: Session, stories: Sequence[Conversation], scenes: int, request: str = NEXT_SCENE) -> None:
     """Continues every story by ``scenes`` answers, each of which reads all before it."""
     for _ in range(scenes):
         advance(session, stories, lambda story: story_prompt(story, request))

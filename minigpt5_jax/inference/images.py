@@ -70,8 +70,12 @@ def make_batch_sampler(
         condition = model.condition(model.voken_states(hidden, batch.voken_row, batch.voken_start))
         latents = initial_latents(keys, model.generator.latent_shape)
         return sample_pictures(
-            model.generator, sampler, condition, negative_condition(model, cfg_negative), latents,
+            model.generator,
+            sampler,
+            condition,
+            negative_condition(model, cfg_negative),
+            latents,
             guidance_scale,
-        )  # fmt: skip
+        )
 
     return sample

@@ -58,12 +58,18 @@ class SamplingConfig:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("force_image", self.force_image in FORCE_IMAGE, f"one of {FORCE_IMAGE}"),
-            ("min_text_tokens", 0 <= self.min_text_tokens < self.max_new_tokens,
-             f"in [0, max_new_tokens={self.max_new_tokens})"),
-            ("max_images", self.max_images >= (self.force_image != "off"),
-             f"at least {int(self.force_image != 'off')} with force_image={self.force_image!r}"),
+            (
+                "min_text_tokens",
+                0 <= self.min_text_tokens < self.max_new_tokens,
+                f"in [0, max_new_tokens={self.max_new_tokens})",
+            ),
+            (
+                "max_images",
+                self.max_images >= (self.force_image != "off"),
+                f"at least {int(self.force_image != 'off')} with force_image={self.force_image!r}",
+            ),
             ("stop_sequences", all(self.stop_sequences), "sequences of at least one id"),
-        ):  # fmt: skip
+        ):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {need}")
 

@@ -196,9 +196,14 @@ class Session:
             )
         keys = jax.vmap(lambda seed: _keys(seed)[0])(seeds)
         return decode(
-            model.backbone.llm, embeds, lengths, keys, self.sampling,
-            first_voken_id=model.first_voken_id, num_vokens=model.backbone.num_vokens,
-        )  # fmt: skip
+            model.backbone.llm,
+            embeds,
+            lengths,
+            keys,
+            self.sampling,
+            first_voken_id=model.first_voken_id,
+            num_vokens=model.backbone.num_vokens,
+        )
 
     def _draw_pictures(self, params, vokens, seeds, numbers) -> jax.Array:
         model = self._template.bind(params)
@@ -206,9 +211,7 @@ class Session:
         keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
         latents = initial_latents(keys, model.generator.latent_shape)
         condition = model.condition(vokens)
-        return sample_pictures(
-            model.generator, self._sampler, condition, negative, latents, self._guidance
-        )  # fmt: skip
+        return sample_pictures(model.generator, self._sampler, condition, negative, latents, self._guidance)
 
     # -- on the host ----------------------------------------------------------------------------
 
@@ -231,14 +234,19 @@ class Session:
         if places and not self._backbone.image_tokens:
             raise refuse("has pictures, but this model has no vision tower (model.backbone.vit='none')")
         expanded = expand(
-            self.tokenizer, prompt.source, "",
-            image_tokens=self._backbone.image_tokens, max_length=self.max_length,
-        )  # fmt: skip
+            self.tokenizer,
+            prompt.source,
+            "",
+            image_tokens=self._backbone.image_tokens,
+            max_length=self.max_length,
+        )
         if expanded.dropped:
             logging.warning(
                 "prompt %d: its first %d positions are dropped, %d fit (max_length)",
-                number + 1, expanded.dropped, self.max_length,
-            )  # fmt: skip
+                number + 1,
+                expanded.dropped,
+                self.max_length,
+            )
         size, square = self._backbone.image_size, self.pad_input_square
         pictures = [prepare_picture(p, size, square=square, flip=False) for p in prompt.images]
         return _Row(prompt, expanded, [pictures[i] for i in expanded.images])

@@ -84,8 +84,9 @@ class ClipAttention(nnx.Module):
         inner = normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
 
         def linear(axes, init):
-            return Linear(width, width, axes=axes, kernel_init=init, dtype=dtype,
-                          param_dtype=param_dtype, rngs=rngs)
+            return Linear(
+                width, width, axes=axes, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
         self.q_proj = linear(("embed", heads), inner)
         self.k_proj = linear(("embed", heads), inner)
@@ -93,8 +94,9 @@ class ClipAttention(nnx.Module):
         self.out_proj = linear((heads, "embed"), normal(width**-0.5))
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        query, key, value = (split_heads(proj(x), self.num_heads)
-                             for proj in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(attention(query, key, value, mask=mask, is_causal=True))
 
 
@@ -105,10 +107,16 @@ class ClipMlp(nnx.Module):
         width, hidden = config.hidden_size, config.intermediate_size
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(width, hidden, axes=("embed", "mlp"), kernel_init=normal((2 * width) ** -0.5),
-                          **kwargs)
-        self.fc2 = Linear(hidden, width, axes=("mlp", "embed"),
-                          kernel_init=normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5), **kwargs)
+        self.fc1 = Linear(
+            width, hidden, axes=("embed", "mlp"), kernel_init=normal((2 * width) ** -0.5), **kwargs
+        )
+        self.fc2 = Linear(
+            hidden,
+            width,
+            axes=("mlp", "embed"),
+            kernel_init=normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5),
+            **kwargs,
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -137,17 +145,33 @@ class ClipTextModel(nnx.Module):
     the backward pass.
     """
 
-    def __init__(self, config: ClipTextConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-                 remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ClipTextConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.remat = config, remat
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kwargs)
-        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size,
-                                            axes=(None, "embed"), rngs=rngs, **kwargs)
-        self.layers = stack(lambda layer_rngs: ClipEncoderLayer(config, rngs=layer_rngs, **kwargs),
-                            config.num_hidden_layers, rngs)
-        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps,
-                                          dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs)
+        self.position_embedding = Embedding(
+            config.max_position_embeddings, config.hidden_size, axes=(None, "embed"), rngs=rngs, **kwargs
+        )
+        self.layers = stack(
+            lambda layer_rngs: ClipEncoderLayer(config, rngs=layer_rngs, **kwargs),
+            config.num_hidden_layers,
+            rngs,
+        )
+        self.final_layer_norm = LayerNorm(
+            config.hidden_size,
+            eps=config.layer_norm_eps,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self,

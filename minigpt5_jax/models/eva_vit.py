@@ -122,8 +122,9 @@ class EvaAttention(nnx.Module):
         self.proj = Linear(width, width, axes=(heads, "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = (split_heads(proj(x), self.num_heads)
-                             for proj in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.proj(attention(query, key, value))
 
 
@@ -162,18 +163,35 @@ class EvaVit(nnx.Module):
     each block in the backward pass.
     """
 
-    def __init__(self, config: EvaVitConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-                 remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: EvaVitConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype, self.remat = config, dtype, remat
         width = config.hidden_size
-        self.patch_embed = Conv(3, width, config.patch_size, stride=config.patch_size,
-                                axes=(None, "embed"), kernel_init=INITIALIZER, rngs=rngs, **kwargs)
+        self.patch_embed = Conv(
+            3,
+            width,
+            config.patch_size,
+            stride=config.patch_size,
+            axes=(None, "embed"),
+            kernel_init=INITIALIZER,
+            rngs=rngs,
+            **kwargs,
+        )
         self.cls_token = param(rngs, INITIALIZER, (1, 1, width), (None, None, "embed"), param_dtype)
-        self.pos_embed = param(rngs, INITIALIZER, (1, config.num_tokens, width), (None, None, "embed"),
-                               param_dtype)
-        self.blocks = stack(lambda layer_rngs: EvaBlock(config, rngs=layer_rngs, **kwargs),
-                            config.num_hidden_layers, rngs)
+        self.pos_embed = param(
+            rngs, INITIALIZER, (1, config.num_tokens, width), (None, None, "embed"), param_dtype
+        )
+        self.blocks = stack(
+            lambda layer_rngs: EvaBlock(config, rngs=layer_rngs, **kwargs), config.num_hidden_layers, rngs
+        )
 
     def __call__(self, pixels: Float[Array, "i height width 3"]) -> Float[Array, "i tokens d"]:
         """Output of the last block, CLS first, then the patches row by row.

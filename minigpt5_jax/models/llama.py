@@ -147,9 +147,15 @@ class LlamaAttention(nnx.Module):
 
         def projection(name: str, inner: int, outer: int, axes):
             return LoraLinear(
-                inner, outer, axes=axes, lora=lora if lora and name in lora.target_modules else None,
-                kernel_init=normal(config.initializer_range), dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-            )  # fmt: skip
+                inner,
+                outer,
+                axes=axes,
+                lora=lora if lora and name in lora.target_modules else None,
+                kernel_init=normal(config.initializer_range),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
         hidden = config.hidden_size
         self.q_proj = projection("q_proj", hidden, width, ("embed", ("heads", heads)))
@@ -175,9 +181,12 @@ class LlamaMlp(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         kwargs = {
-            "bias": False, "kernel_init": normal(config.initializer_range), "dtype": dtype,
-            "param_dtype": param_dtype, "rngs": rngs,
-        }  # fmt: skip
+            "bias": False,
+            "kernel_init": normal(config.initializer_range),
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(hidden, inner, axes=("embed", "mlp"), **kwargs)
         self.up_proj = Linear(hidden, inner, axes=("embed", "mlp"), **kwargs)
@@ -267,14 +276,22 @@ class Llama(nnx.Module):
         self.num_prefix = prefix.num_virtual_tokens if prefix else 0
         if prefix is not None:
             self.prefix_encoder = PrefixEncoder(
-                prefix, hidden_size=config.hidden_size, num_layers=config.num_hidden_layers,
-                num_heads=config.key_value_heads, head_dim=config.head_dim, rngs=rngs,
-            )  # fmt: skip
+                prefix,
+                hidden_size=config.hidden_size,
+                num_layers=config.num_hidden_layers,
+                num_heads=config.key_value_heads,
+                head_dim=config.head_dim,
+                rngs=rngs,
+            )
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.embed_tokens = VokenEmbedding(
-            config.vocab_size, config.hidden_size, num_new=num_new_tokens,
-            init=normal(config.initializer_range), rngs=rngs, **dtypes,
-        )  # fmt: skip
+            config.vocab_size,
+            config.hidden_size,
+            num_new=num_new_tokens,
+            init=normal(config.initializer_range),
+            rngs=rngs,
+            **dtypes,
+        )
         self.layers = stack(
             lambda r: LlamaBlock(config, lora=lora, rngs=r, **dtypes), config.num_hidden_layers, rngs
         )

@@ -61,9 +61,15 @@ class LoraLinear(Linear):
         rngs: nnx.Rngs,
     ):
         super().__init__(
-            in_features, out_features, axes=axes, bias=False, kernel_init=kernel_init,
-            dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
+            in_features,
+            out_features,
+            axes=axes,
+            bias=False,
+            kernel_init=kernel_init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.lora = lora
         if lora is not None:
             # torch's kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).

@@ -98,9 +98,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         width, hidden = config.d_model, config.dim_feedforward
         kwargs = dict(kernel_init=xavier_uniform, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.linear1 = Linear(
-            width, hidden, axes=("embed", "mlp"), bias_init=uniform_fan_in(width), **kwargs
-        )
+        self.linear1 = Linear(width, hidden, axes=("embed", "mlp"), bias_init=uniform_fan_in(width), **kwargs)
         self.linear2 = Linear(
             hidden, width, axes=("mlp", "embed"), bias_init=uniform_fan_in(hidden), **kwargs
         )
@@ -152,8 +150,9 @@ class Encoder(nnx.Module):
         self.remat = remat
         self.layers = stack(
             lambda layer_rngs: EncoderLayer(config, rngs=layer_rngs, **kwargs),
-            config.num_encoder_layers, rngs,
-        )  # fmt: skip
+            config.num_encoder_layers,
+            rngs,
+        )
         self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, rngs=rngs, **kwargs)
 
     def __call__(self, x: Float[Array, "n m d"]) -> Float[Array, "n m d"]:
@@ -168,11 +167,10 @@ class Decoder(nnx.Module):
         self.remat = remat
         self.layers = stack(
             lambda layer_rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=layer_rngs),
-            config.num_decoder_layers, rngs,
-        )  # fmt: skip
-        self.norm = LayerNorm(
-            config.d_model, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
+            config.num_decoder_layers,
+            rngs,
         )
+        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n q d"], memory: Float[Array, "n m d"]) -> Float[Array, "n q d"]:
         x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x, memory), None), remat=self.remat)
@@ -185,8 +183,16 @@ class VokenMlp(nnx.Module):
     def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
         def linear(fan_in: int, axes):
             init = uniform_fan_in(fan_in)
-            return Linear(fan_in, config.d_model, axes=axes, kernel_init=init, bias_init=init,
-                          dtype=dtype, param_dtype=param_dtype, rngs=rngs)  # fmt: skip
+            return Linear(
+                fan_in,
+                config.d_model,
+                axes=axes,
+                kernel_init=init,
+                bias_init=init,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
         self.fc1 = linear(config.llm_hidden_size, ("embed", "mlp"))
         self.fc2 = linear(config.d_model, ("mlp", "embed"))

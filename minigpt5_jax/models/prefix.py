@@ -41,11 +41,17 @@ class PrefixEncoder(nnx.Module):
         self.embedding = param(rngs, normal(1.0), (config.num_virtual_tokens, hidden_size), (None, "embed"))
         self.transform = nnx.List(
             [
-                Linear(i, o, axes=(None, None), kernel_init=uniform_fan_in(i), bias_init=uniform_fan_in(i),
-                       rngs=rngs)
+                Linear(
+                    i,
+                    o,
+                    axes=(None, None),
+                    kernel_init=uniform_fan_in(i),
+                    bias_init=uniform_fan_in(i),
+                    rngs=rngs,
+                )
                 for i, o in ((hidden_size, inner), (inner, size))
             ]
-        )  # fmt: skip
+        )
 
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values of every layer, [layers n kv_heads head_dim] each."""

@@ -92,8 +92,9 @@ class QFormerAttention(nnx.Module):
     def __init__(self, config: QFormerConfig, context_size: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)
-        kwargs = dict(kernel_init=normal(config.initializer_range), dtype=dtype, param_dtype=param_dtype,
-                      rngs=rngs)
+        kwargs = dict(
+            kernel_init=normal(config.initializer_range), dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.query = Linear(width, width, axes=("embed", heads), **kwargs)
         self.key = Linear(context_size, width, axes=("embed", heads), **kwargs)
         self.value = Linear(context_size, width, axes=("embed", heads), **kwargs)
@@ -111,8 +112,9 @@ class QFormerAttention(nnx.Module):
 class QFormerLayer(nnx.Module):
     """Self-attention, cross-attention if the layer has it, then the query feed-forward; all post-norm."""
 
-    def __init__(self, config: QFormerConfig, has_cross_attention: bool, *, dtype, param_dtype,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self, config: QFormerConfig, has_cross_attention: bool, *, dtype, param_dtype, rngs: nnx.Rngs
+    ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         dense = dict(kernel_init=normal(config.initializer_range), **kwargs)
         width, hidden = config.hidden_size, config.intermediate_size
@@ -154,17 +156,27 @@ class QFormer(nnx.Module):
     (reference, section 1.13).  ``remat`` recomputes each group of layers in the backward pass.
     """
 
-    def __init__(self, config: QFormerConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-                 remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: QFormerConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.config, self.remat = config, remat
         shape = (1, config.num_query_tokens, config.hidden_size)
-        self.query_tokens = param(rngs, normal(config.initializer_range), shape, (None, None, "embed"),
-                                  param_dtype)
-        self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps,
-                                    param_dtype=param_dtype, rngs=rngs)
+        self.query_tokens = param(
+            rngs, normal(config.initializer_range), shape, (None, None, "embed"), param_dtype
+        )
+        self.layer_norm = LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
         self.groups = stack(
             lambda group_rngs: QFormerGroup(config, dtype=dtype, param_dtype=param_dtype, rngs=group_rngs),
-            config.num_hidden_layers // config.cross_attention_frequency, rngs,
+            config.num_hidden_layers // config.cross_attention_frequency,
+            rngs,
         )
 
     def __call__(self, encoder_hidden_states: Float[Array, "i p d_enc"]) -> Float[Array, "i q d"]:
@@ -175,5 +187,6 @@ class QFormer(nnx.Module):
         """
         x = self.layer_norm(self.query_tokens[...])  # BERT's embedding norm: applied to the queries too
         x = jnp.broadcast_to(x, (encoder_hidden_states.shape[0], *x.shape[1:]))
-        return scan_layers(self.groups, x, lambda group, x, _: (group(x, encoder_hidden_states), None),
-                           remat=self.remat)[0]
+        return scan_layers(
+            self.groups, x, lambda group, x, _: (group(x, encoder_hidden_states), None), remat=self.remat
+        )[0]

@@ -245,8 +245,17 @@ class Level(nnx.Module):
       attends, down, up: whether the level has transformers, and which way it leads on.
     """
 
-    def __init__(self, config: UNetConfig, level: int, inputs: list[int], *, attends: bool,
-                 down: bool = False, up: bool = False, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        inputs: list[int],
+        *,
+        attends: bool,
+        down: bool = False,
+        up: bool = False,
+        **kwargs,
+    ):
         width = config.block_out_channels[level]
         self.resnets = nnx.List(_resnet(config, channels, width, **kwargs) for channels in inputs)
         self.attentions = nnx.List(

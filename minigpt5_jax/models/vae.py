@@ -103,14 +103,16 @@ class SpatialAttention(nnx.Module):
 class Level(nnx.Module):
     """Resnets at one resolution and, but for the last level, the step to the next one."""
 
-    def __init__(self, config: VaeConfig, channels: tuple[int, int], layers: int, *, down=False, up=False,
-                 **kwargs):  # fmt: skip
+    def __init__(
+        self, config: VaeConfig, channels: tuple[int, int], layers: int, *, down=False, up=False, **kwargs
+    ):
         first, width = channels
         self.resnets = nnx.List(
-            ResnetBlock2D(width if j else first, width, norm_num_groups=config.norm_num_groups, eps=NORM_EPS,
-                          **kwargs)
+            ResnetBlock2D(
+                width if j else first, width, norm_num_groups=config.norm_num_groups, eps=NORM_EPS, **kwargs
+            )
             for j in range(layers)
-        )  # fmt: skip
+        )
         # The encoder pads by one below and to the right only.
         self.downsamplers = nnx.List(
             Downsample2D(width, padding=((0, 1), (0, 1)), **kwargs) for _ in range(down)

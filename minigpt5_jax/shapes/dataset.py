@@ -95,9 +95,14 @@ def write_pairs(
     # One-object pictures are the same for every seed, so that they are never drawn twice.
     stamp = "one object" if max_objects == 1 else f"{max_objects} objects, seed {seed}"
     return _write(
-        directory / f"shapes_{split}.tsv", "\n".join(rows) + "\n", _truth_file(directory, split, "scenes"),
-        truth, directory / folder, files_and_scenes, stamp,
-    )  # fmt: skip
+        directory / f"shapes_{split}.tsv",
+        "\n".join(rows) + "\n",
+        _truth_file(directory, split, "scenes"),
+        truth,
+        directory / folder,
+        files_and_scenes,
+        stamp,
+    )
 
 
 def write_stories(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
@@ -123,9 +128,14 @@ def write_stories(directory: str | os.PathLike[str], split: str, count: int, see
         truth.append({"story_id": name, "picture_only": story.picture_only, "steps": told})
     _replace(directory / f"{split}_image_mapping.json", json.dumps(mapping))
     return _write(
-        directory / f"{split}_cleaned.json", json.dumps(cleaned), _truth_file(directory, split, "stories"),
-        truth, directory / f"{split}_images", pictures, f"stories, seed {seed}",
-    )  # fmt: skip
+        directory / f"{split}_cleaned.json",
+        json.dumps(cleaned),
+        _truth_file(directory, split, "stories"),
+        truth,
+        directory / f"{split}_images",
+        pictures,
+        f"stories, seed {seed}",
+    )
 
 
 def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
@@ -150,10 +160,14 @@ def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, see
         lines.append(json.dumps({"conversation_id": number, "conversation": conversation}))
         truth.append({"conversation_id": number, "turns": told})
     return _write(
-        directory / split / "conversations.json", "\n".join(lines) + "\n",
-        _truth_file(directory, split, "dialogs"), truth, directory / split, pictures,
+        directory / split / "conversations.json",
+        "\n".join(lines) + "\n",
+        _truth_file(directory, split, "dialogs"),
+        truth,
+        directory / split,
+        pictures,
         f"dialogues, seed {seed}",
-    )  # fmt: skip
+    )
 
 
 def read_scenes(directory: str | os.PathLike[str], split: str) -> list[Scene]:
@@ -204,9 +218,14 @@ def _truth_file(directory: Path, split: str, kind: str) -> Path:
 
 
 def _write(
-    table: Path, content: str, truth_file: Path, truth: Sequence[dict], folder: Path,
-    pictures: dict[str, Scene], stamp: str,
-) -> Path:  # fmt: skip
+    table: Path,
+    content: str,
+    truth_file: Path,
+    truth: Sequence[dict],
+    folder: Path,
+    pictures: dict[str, Scene],
+    stamp: str,
+) -> Path:
     """Pictures, then the truth, then the table, unless the very table is there and today's code drew it."""
     mark, stamp = folder / ".made_of", f"{stamp}, code {_code()}"
     same = mark.is_file() and mark.read_text() == stamp

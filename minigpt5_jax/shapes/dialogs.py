@@ -36,9 +36,11 @@ AFTER_PICTURE = {"edit": 0.45, "ask": 0.3, "show": 0.1, "look": 0.1, "thank": 0.
 AFTER_WORDS = {"show": 0.6, "look": 0.3, "thank": 0.1}
 
 SHOW = (
-    "show me this: {caption}.", "please draw: {caption}.", "i want to see {caption}.",
+    "show me this: {caption}.",
+    "please draw: {caption}.",
+    "i want to see {caption}.",
     "can you draw {caption}?",
-)  # fmt: skip
+)
 SHOWN = ("here it is.", "here you are.", "this is it.")
 LOOK = ("look at my picture.", "here is a picture of mine.", "what do you see here?")
 SEEN = ("i see {caption}.", "it shows {caption}.")
@@ -86,10 +88,12 @@ class Turn:
     def to_json(self) -> dict:
         """The truth of this turn; ``wants_picture`` counts for the assistant's turns."""
         return {
-            "text": self.text, "kind": self.kind, "wants_picture": self.scene is not None,
+            "text": self.text,
+            "kind": self.kind,
+            "wants_picture": self.scene is not None,
             "scene": self.scene and self.scene.to_json(),
             "answer": self.answer and {"asked": self.answer[0], "value": self.answer[1]},
-        }  # fmt: skip
+        }
 
 
 class _Talk:
@@ -157,10 +161,14 @@ class _Talk:
         item = scene.objects[self.random.integers(len(scene.objects))]
         name = "the background" if asked == "background" else self.name(scene, item)
         value = {
-            "background": BACKGROUNDS[scene.background], "count": COUNTED[len(scene.objects)],
-            "shape": SHAPES[item.shape], "colour": COLOURS[item.colour], "size": SIZES[item.size],
-            "texture": TEXTURES[item.texture], "place": PLACES[item.place],
-        }[asked]  # fmt: skip
+            "background": BACKGROUNDS[scene.background],
+            "count": COUNTED[len(scene.objects)],
+            "shape": SHAPES[item.shape],
+            "colour": COLOURS[item.colour],
+            "size": SIZES[item.size],
+            "texture": TEXTURES[item.texture],
+            "place": PLACES[item.place],
+        }[asked]
         question = choose(QUESTIONS[asked], self.random).format(name=name)
         answer = ANSWERS.get(asked, ANSWER).format(name=name, value=value)
         return Turn(question, None, "ask"), Turn(answer, None, "ask", (asked, value))

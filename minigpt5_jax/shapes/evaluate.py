@@ -126,9 +126,12 @@ def main() -> None:
 
     def run(_: list[str]) -> None:
         options = {
-            "count": count.value, "seed": seed.value, "sampler": sampler.value, "steps": steps.value,
+            "count": count.value,
+            "seed": seed.value,
+            "sampler": sampler.value,
+            "steps": steps.value,
             "guidance": guidance.value,
-        }  # fmt: skip
+        }
         folder = Path(assets.value)
         if "vae" in only.value:
             print(json.dumps({"vae": reconstruction(folder)}), flush=True)

@@ -25,18 +25,29 @@ PROVENANCE = "PROVENANCE.json"
 STORED = np.float16
 
 SCHEDULER = {  # of stabilityai/stable-diffusion-2-1-base
-    "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
-    "prediction_type": "epsilon", "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
     "trained_betas": None,
-}  # fmt: skip
+}
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    "feature_extractor": [None, None], "safety_checker": [None, None],
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
     "requires_safety_checker": False,
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +75,17 @@ class TowerFiles:
 MODEL, DIFFUSION = "model.safetensors", "diffusion_pytorch_model.safetensors"
 TOWERS = {
     "llama": TowerFiles(
-        "llm", "llama", MODEL,
+        "llm",
+        "llama",
+        MODEL,
         {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
             "torch_dtype": "float16",
         },
     ),
@@ -75,19 +93,26 @@ TOWERS = {
     "qformer": TowerFiles("qformer", "qformer", MODEL, {"model_type": "blip_2_qformer"}),
     "llama_proj": TowerFiles("llama_proj", "llama_proj", MODEL, {}),
     "text_encoder": TowerFiles(
-        "text_encoder", "sd/text_encoder", MODEL,
+        "text_encoder",
+        "sd/text_encoder",
+        MODEL,
         {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "pad_token_id": 0,
-            "attention_dropout": 0.0, "torch_dtype": "float16",
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "pad_token_id": 0,
+            "attention_dropout": 0.0,
+            "torch_dtype": "float16",
         },
         ("text_model.",),
     ),
     "unet": TowerFiles(
-        "unet", "sd/unet", DIFFUSION,
+        "unet",
+        "sd/unet",
+        DIFFUSION,
         {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"},
     ),
     "vae": TowerFiles("vae", "sd/vae", DIFFUSION, {"_class_name": "AutoencoderKL"}),
-}  # fmt: skip
+}
 
 
 def write_json(path: Path, value: Any) -> None:

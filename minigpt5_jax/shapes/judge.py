@@ -97,12 +97,18 @@ def main() -> None:
         cli.quiet()
         try:
             found = measure(
-                path.value, what.value, count=count.value, seed=generate.SEED.value,
-                batch_size=generate.BATCH_SIZE.value, step=generate.STEP.value, contexts=contexts.value,
-                narrations=narrations.value, native=native.value,
+                path.value,
+                what.value,
+                count=count.value,
+                seed=generate.SEED.value,
+                batch_size=generate.BATCH_SIZE.value,
+                step=generate.STEP.value,
+                contexts=contexts.value,
+                narrations=narrations.value,
+                native=native.value,
                 inference=cli.pairs(generate.INFERENCE.value, "inference"),
                 weights=cli.pairs(generate.WEIGHTS.value, "weights"),
-            )  # fmt: skip
+            )
         except generate.USER_ERRORS as error:
             cli.fail(str(error))
         line = json.dumps(found)

@@ -87,14 +87,17 @@ def judge_dialogs(
     for turns in asked:
         dialogs.append([_reply(truth, *next(scenes)) for _, truth in turns])
     return {
-        "count": count, "seed": seed, "turns": len(given), "cut": sum(one.dropped > 0 for one in given),
-        "placing": placing(dialogs), "pictures": pictures(dialogs), "answers": answers(dialogs),
-    }  # fmt: skip
+        "count": count,
+        "seed": seed,
+        "turns": len(given),
+        "cut": sum(one.dropped > 0 for one in given),
+        "placing": placing(dialogs),
+        "pictures": pictures(dialogs),
+        "answers": answers(dialogs),
+    }
 
 
-def read_turns(
-    run: Run, directory: Path, count: int, seed: int
-) -> list[list[tuple[Prompt, dict[str, Any]]]]:
+def read_turns(run: Run, directory: Path, count: int, seed: int) -> list[list[tuple[Prompt, dict[str, Any]]]]:
     """(prompt, truth) of every turn of the assistant, dialogue by dialogue, as MMDialog's reader has it."""
     data, vokens = run.config.data, run.config.model.backbone.num_vokens
     path = write_dialogs(directory, "held_out", count, seed)

@@ -107,9 +107,12 @@ def _beside_chance(row: dict[str, Any], *guesses: Sequence[float]) -> dict[str, 
     # where all or none of a few are right, the share's own error is 0
     error = max(row["standard_error"], math.sqrt(chance * (1 - chance) / row["count"]))
     return {
-        "chance": chance, "chance_by_texts": by_texts, "chance_by_margins": by_margins,
-        "from_chance": away / error, "near_chance": abs(away) <= 2 * error,
-    }  # fmt: skip
+        "chance": chance,
+        "chance_by_texts": by_texts,
+        "chance_by_margins": by_margins,
+        "from_chance": away / error,
+        "near_chance": abs(away) <= 2 * error,
+    }
 
 
 def _by_margins(steps: Sequence[Revealed], name: str) -> float:

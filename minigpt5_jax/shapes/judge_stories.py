@@ -110,9 +110,14 @@ def judge_stories(
             told[task] = judge_narration(writer, tales, task, prompt_set, vokens, seed)
     order = sorted(found, key=lambda context: found[context]["all_attributes"]["together"]["share"])
     return {
-        "count": count, "seed": seed, "held_out": counts.each([tale.scene.held_out for tale in tales]),
-        "contexts": found, "order": order, "table_6": TABLE_6, **told,
-    }  # fmt: skip
+        "count": count,
+        "seed": seed,
+        "held_out": counts.each([tale.scene.held_out for tale in tales]),
+        "contexts": found,
+        "order": order,
+        "table_6": TABLE_6,
+        **told,
+    }
 
 
 def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:
@@ -175,9 +180,13 @@ def judge_narration(
     prompts = []
     for number, tale in enumerate(tales):
         example = story_example(
-            tale.story, FINAL, task, wording=number % len(STORY_PROMPTS[prompt_set][task]),
-            prompt_set=prompt_set, num_vokens=num_vokens,
-        )  # fmt: skip
+            tale.story,
+            FINAL,
+            task,
+            wording=number % len(STORY_PROMPTS[prompt_set][task]),
+            prompt_set=prompt_set,
+            num_vokens=num_vokens,
+        )
         prompts.append(Prompt(example.source, example.images, counts.seed_of(seed, number)))
     answers = writer.generate(prompts, pictures=False)
     wanted = [tale.story.steps[FINAL].text for tale in tales]

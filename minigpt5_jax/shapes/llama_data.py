@@ -115,13 +115,16 @@ def empty_rows(count: int, length: int, images: int) -> Rows:
     before a filler can find them.
     """
     return {
-        "ids": np.zeros((count, length), np.int32), "nexts": np.full((count, length), IGNORE, np.int32),
-        "valid": np.zeros((count, length), np.int32), "filler": np.zeros((count, length), bool),
+        "ids": np.zeros((count, length), np.int32),
+        "nexts": np.full((count, length), IGNORE, np.int32),
+        "valid": np.zeros((count, length), np.int32),
+        "filler": np.zeros((count, length), bool),
         "asked": np.full((count, length, len(CLASSES)), UNTOLD, np.int32),
         "words": np.full((count, length, len(CLASSES)), UNTOLD, np.int32),
-        "image": np.zeros(images, np.int32), "image_row": np.full(images, count, np.int32),
+        "image": np.zeros(images, np.int32),
+        "image_row": np.full(images, count, np.int32),
         "image_start": np.zeros(images, np.int32),
-    }  # fmt: skip
+    }
 
 
 def number(tokenizer: LlamaTokenizer, sample: Sample, image_tokens: int, length: int) -> Expanded:

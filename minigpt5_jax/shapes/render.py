@@ -16,10 +16,17 @@ OVERSAMPLE = 4
 RADII = {"small": 10.0, "large": 15.0}
 PERIOD = 6.0  # of stripes and dots, in pixels
 RGB = {
-    "red": (215, 40, 45), "green": (40, 165, 65), "blue": (45, 85, 220), "yellow": (240, 210, 40),
-    "purple": (150, 55, 190), "orange": (245, 130, 30),
-    "white": (245, 245, 245), "gray": (150, 150, 150), "black": (20, 20, 20), "pink": (250, 190, 205),
-}  # fmt: skip
+    "red": (215, 40, 45),
+    "green": (40, 165, 65),
+    "blue": (45, 85, 220),
+    "yellow": (240, 210, 40),
+    "purple": (150, 55, 190),
+    "orange": (245, 130, 30),
+    "white": (245, 245, 245),
+    "gray": (150, 150, 150),
+    "black": (20, 20, 20),
+    "pink": (250, 190, 205),
+}
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:

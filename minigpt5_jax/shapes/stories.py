@@ -96,10 +96,14 @@ class Step:
         """The truth of this step, readable by people."""
         subject = self.shapes[0]
         return {
-            "text": self.text, "event": self.event, "scene": self.scene.to_json(),
-            "subject_place": PLACES[subject.item.place], "subject_told": sorted(subject.told),
-            "background_told": self.background_told, "only_pictures": list(self.revealed),
-        }  # fmt: skip
+            "text": self.text,
+            "event": self.event,
+            "scene": self.scene.to_json(),
+            "subject_place": PLACES[subject.item.place],
+            "subject_told": sorted(subject.told),
+            "background_told": self.background_told,
+            "only_pictures": list(self.revealed),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +184,10 @@ class _Teller:
         seen, name = self.somebody()
         item = seen.item
         colours = [
-            colour for colour in range(len(COLOURS))
+            colour
+            for colour in range(len(COLOURS))
             if colour != item.colour and self.allowed(item.shape, colour, item.texture)
-        ]  # fmt: skip
+        ]
         colour = int(self.random.choice(colours))
         self.put(seen, seen.now(colour=colour))
         return choose(TURNS, self.random).format(name=name, colour=COLOURS[colour])
@@ -224,10 +229,11 @@ class _Teller:
         revealed = []
         if before is not None:
             revealed = [
-                name for name in ATTRIBUTES
+                name
+                for name in ATTRIBUTES
                 if name not in subject.told
                 and getattr(subject.item, name) == getattr(before.shapes[0].item, name)
-            ]  # fmt: skip
+            ]
             revealed += ["background"] * self.picture_only
         self.steps.append(
             Step(text, event, tuple(self.shapes), self.background, not self.picture_only, tuple(revealed))

@@ -19,11 +19,22 @@ def write_llama_tokenizer(path: Path, seed: int = 0, texts: int = 2000) -> None:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus(texts, seed)), model_writer=model, model_type="bpe",
-        vocab_size=LLAMA_PIECES, byte_fallback=True, add_dummy_prefix=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0, minloglevel=1,
-    )  # fmt: skip
+        sentence_iterator=iter(corpus(texts, seed)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=LLAMA_PIECES,
+        byte_fallback=True,
+        add_dummy_prefix=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        character_coverage=1.0,
+        minloglevel=1,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
 

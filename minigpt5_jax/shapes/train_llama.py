@@ -48,9 +48,14 @@ from minigpt5_jax.shapes.train_vision import QFORMER, Look
 from minigpt5_jax.weights.maps.llama_proj import ProjectionConfig
 
 CONFIG = LlamaConfig(
-    vocab_size=LLAMA_PIECES, hidden_size=128, intermediate_size=352, num_hidden_layers=5,
-    num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
-)  # fmt: skip
+    vocab_size=LLAMA_PIECES,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    max_position_embeddings=512,
+)
 READ_WEIGHT = 1.0
 GATHERING_LAYERS = 2  # by then the last word of an object holds it
 LENGTH, PICTURES = 208, 5  # of the longest row
@@ -98,9 +103,7 @@ def with_states(made: Rows, scenes: list, look: Look) -> Rows:
     return held
 
 
-def batches(
-    tokenizer: LlamaTokenizer, kinds: Sequence[Kind], look: Look, seed: int
-) -> Callable[[int], Rows]:
+def batches(tokenizer: LlamaTokenizer, kinds: Sequence[Kind], look: Look, seed: int) -> Callable[[int], Rows]:
     """Rows of one kind after the other."""
 
     def batch(step: int) -> Rows:
@@ -144,16 +147,20 @@ def make_loss():
 
 
 def train(
-    tokenizer: LlamaTokenizer, histories: Histories, look: Look, steps: tuple[int, int], seed: int,
+    tokenizer: LlamaTokenizer,
+    histories: Histories,
+    look: Look,
+    steps: tuple[int, int],
+    seed: int,
     checkpoints: Path | None = None,
-) -> tuple[Params, Heads, float]:  # fmt: skip
+) -> tuple[Params, Heads, float]:
     """(parameters of both parts, the head, seconds); ``steps`` of gathering and of describing."""
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
         "tongue": unit_gain(template().init(key)),
         "head": init_heads(jax.random.fold_in(key, 1), CONFIG.hidden_size),
         "word_head": init_heads(jax.random.fold_in(key, 2), CONFIG.hidden_size),
-    }  # fmt: skip
+    }
     phases = (
         ("llama", kinds_of_batches(histories), steps[0], 2e-3),
         ("llama_describing", kinds_of_describing(histories), steps[1], 1.5e-3),
@@ -161,10 +168,15 @@ def train(
     total = 0.0
     for number, (name, kinds, count, rate) in enumerate(phases):
         params, seconds = fit(
-            make_loss(), params, batches(tokenizer, kinds, look, seed + number), steps=count,
-            learning_rate=rate, seed=seed + number, name=name,
+            make_loss(),
+            params,
+            batches(tokenizer, kinds, look, seed + number),
+            steps=count,
+            learning_rate=rate,
+            seed=seed + number,
+            name=name,
             checkpoint=checkpoints and checkpoints / f"{name}.npz",
-        )  # fmt: skip
+        )
         total += seconds
     return params["tongue"], params["head"], total
 

@@ -41,9 +41,14 @@ COUNT_SHARES = (0.25, 0.35, 0.4)  # of scenes with one, two, three objects
 def config(vocab_size: int, num_hidden_layers: int = 3) -> ClipTextConfig:
     """Sizes."""
     return ClipTextConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=512, num_hidden_layers=num_hidden_layers,
-        num_attention_heads=4, max_position_embeddings=POSITIONS, hidden_act="gelu",
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        hidden_act="gelu",
+    )
 
 
 def template(vocab_size: int, num_hidden_layers: int = 3) -> Template:
@@ -86,6 +91,7 @@ def batches(tokenizer: ClipTokenizer, size: int, seed: int) -> Callable[[int], d
     ``pads`` are what padding positions are asked, ``words`` what the last word of each object is: words
     must be gathered into objects before padding positions can find them.
     """
+
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((seed, step))
         scenes = draw_scenes(random, size) * 2
@@ -141,9 +147,15 @@ def train(
         "word_head": init_heads(jax.random.fold_in(key, 2), 128),
     }
     fitted, seconds = fit(
-        loss, params, batches(tokenizer, size, seed), steps=steps, learning_rate=2e-3, seed=seed,
-        name="text", checkpoint=checkpoint,
-    )  # fmt: skip
+        loss,
+        params,
+        batches(tokenizer, size, seed),
+        steps=steps,
+        learning_rate=2e-3,
+        seed=seed,
+        name="text",
+        checkpoint=checkpoint,
+    )
     return fitted["text"], fitted["head"], seconds
 
 

@@ -27,14 +27,23 @@ from minigpt5_jax.shapes.world import Scene
 
 CONFIG = UNetConfig.from_hf(
     {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [48, 96],
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [48, 96],
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "layers_per_block": 1, "attention_head_dim": [2, 4], "cross_attention_dim": 128,
-        "norm_num_groups": 8, "norm_eps": 1e-5, "use_linear_projection": True, "act_fn": "silu",
-        "flip_sin_to_cos": True, "freq_shift": 0,
+        "layers_per_block": 1,
+        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 128,
+        "norm_num_groups": 8,
+        "norm_eps": 1e-5,
+        "use_linear_projection": True,
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
     }
-)  # fmt: skip
+)
 EMPTY_SHARE = 0.1
 FEATURE_NOISE = 0.6  # largest standard deviation of noise on features of about unit variance
 SNR_RANGE = (0.1, 5.0)  # of the weights in front of the clean latents' error
@@ -110,10 +119,18 @@ def train(
         snr = SD21_BASE.snr(timesteps)
         clean = error / snr  # the error as one of the clean latents
         return (jnp.clip(snr, *SNR_RANGE) * clean).mean(), {
-            "epsilon": error.mean(), "clean": jnp.minimum(clean, 1.0).mean()
-        }  # fmt: skip
+            "epsilon": error.mean(),
+            "clean": jnp.minimum(clean, 1.0).mean(),
+        }
 
     return fit(
-        loss, tower.init(jax.random.key(seed)), batches(examples, size, seed), steps=steps,
-        learning_rate=1.5e-3, seed=seed, name="unet", ema_decay=0.995, checkpoint=checkpoint,
-    )  # fmt: skip
+        loss,
+        tower.init(jax.random.key(seed)),
+        batches(examples, size, seed),
+        steps=steps,
+        learning_rate=1.5e-3,
+        seed=seed,
+        name="unet",
+        ema_decay=0.995,
+        checkpoint=checkpoint,
+    )

@@ -19,12 +19,19 @@ from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, draw_scen
 
 CONFIG = VaeConfig.from_hf(
     {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "norm_num_groups": 4,
-        "block_out_channels": [8, 16, 32, 64], "layers_per_block": 1, "sample_size": IMAGE_SIZE,
-        "scaling_factor": 1.0, "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "block_out_channels": [8, 16, 32, 64],
+        "layers_per_block": 1,
+        "sample_size": IMAGE_SIZE,
+        "scaling_factor": 1.0,
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
-)  # fmt: skip
+)
 FILLED = 0.7  # share of places with an object; a full picture teaches more per step than a sparse one
 KL_WEIGHT = 3e-5
 OBJECT_WEIGHT = 3.0
@@ -74,9 +81,15 @@ def train(
         return error + KL_WEIGHT * kl, {"l1": error, "kl": kl}
 
     params, seconds = fit(
-        loss, template.init(jax.random.key(seed)), batches(size, seed), steps=steps, learning_rate=2e-3,
-        seed=seed, name="vae", checkpoint=checkpoints and checkpoints / "vae.npz",
-    )  # fmt: skip
+        loss,
+        template.init(jax.random.key(seed)),
+        batches(size, seed),
+        steps=steps,
+        learning_rate=2e-3,
+        seed=seed,
+        name="vae",
+        checkpoint=checkpoints and checkpoints / "vae.npz",
+    )
     params, more = train_decoder(template, params, decoder_steps, seed + 1, checkpoints=checkpoints)
     config = dataclasses.replace(CONFIG, scaling_factor=round(1.0 / spread_of_latents(template, params), 5))
     return params, config, seconds + more
@@ -109,9 +122,15 @@ def train_decoder(
         return error, {"l1": error}
 
     decoder, seconds = fit(
-        loss, decoder, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vae decoder",
+        loss,
+        decoder,
+        batches(size, seed),
+        steps=steps,
+        learning_rate=2e-3,
+        seed=seed,
+        name="vae decoder",
         checkpoint=checkpoints and checkpoints / "vae_decoder.npz",
-    )  # fmt: skip
+    )
     return {**encoder, **decoder}, seconds
 
 

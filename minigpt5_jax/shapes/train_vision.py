@@ -28,13 +28,22 @@ from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, object_of, render
 from minigpt5_jax.shapes.world import BACKGROUNDS, PLACES, SIZES, Object, Scene, draw_scene, kinds
 
 VIT = EvaVitConfig(
-    image_size=IMAGE_SIZE, patch_size=16, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+    image_size=IMAGE_SIZE,
+    patch_size=16,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=3,
     num_attention_heads=4,
-)  # fmt: skip
+)
 QFORMER = QFormerConfig(
-    hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-    cross_attention_frequency=2, encoder_hidden_size=128, num_query_tokens=8,
-)  # fmt: skip
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=256,
+    cross_attention_frequency=2,
+    encoder_hidden_size=128,
+    num_query_tokens=8,
+)
 POSITION_SPREAD = 0.5  # of what patches bring, about 1
 STATE_NOISE = 0.5  # of states of unit variance
 PIXEL_NOISE = 0.15  # largest standard deviation, of a range of -1 ... 1
@@ -114,12 +123,19 @@ def train(
 
     key = jax.random.key(seed)
     params: dict[str, Params | Heads] = {
-        "eyes": start(tower, key), "head": init_heads(jax.random.fold_in(key, 1), QFORMER.hidden_size),
-    }  # fmt: skip
+        "eyes": start(tower, key),
+        "head": init_heads(jax.random.fold_in(key, 1), QFORMER.hidden_size),
+    }
     fitted, seconds = fit(
-        loss, params, batches(size, seed), steps=steps, learning_rate=2e-3, seed=seed, name="vision",
+        loss,
+        params,
+        batches(size, seed),
+        steps=steps,
+        learning_rate=2e-3,
+        seed=seed,
+        name="vision",
         checkpoint=checkpoint,
-    )  # fmt: skip
+    )
     return fitted["eyes"], fitted["head"], seconds
 
 

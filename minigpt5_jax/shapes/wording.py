@@ -21,18 +21,29 @@ from minigpt5_jax.shapes.world import (
 )
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES, "colour": COLOURS, "size": SIZES, "texture": TEXTURES, "place": PLACES,
-}  # fmt: skip
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "size": SIZES,
+    "texture": TEXTURES,
+    "place": PLACES,
+}
 """Values of every attribute of an object."""
 
 # Wordings of each value; the first is its name.  Captions draw one of them.
 WORDS: dict[str, tuple[str, ...]] = {
-    "circle": ("circle", "disc"), "square": ("square", "box"), "cross": ("cross", "plus"),
-    "small": ("small", "tiny"), "large": ("large", "big"),
-    "solid": ("solid", "plain"), "striped": ("striped",), "dotted": ("dotted", "spotted"),
-    "top left": ("top left", "upper left"), "top right": ("top right", "upper right"),
-    "bottom left": ("bottom left", "lower left"), "bottom right": ("bottom right", "lower right"),
-}  # fmt: skip
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "cross": ("cross", "plus"),
+    "small": ("small", "tiny"),
+    "large": ("large", "big"),
+    "solid": ("solid", "plain"),
+    "striped": ("striped",),
+    "dotted": ("dotted", "spotted"),
+    "top left": ("top left", "upper left"),
+    "top right": ("top right", "upper right"),
+    "bottom left": ("bottom left", "lower left"),
+    "bottom right": ("bottom right", "lower right"),
+}
 FORMS = (
     "a {size} {texture} {colour} {shape} in the {place} on a {background} background",
     "a {background} picture with a {size} {colour} {texture} {shape} at the {place}",
@@ -70,10 +81,12 @@ def choose(forms: Sequence[str], random: np.random.Generator) -> str:
 def words_of(item: Object, random: np.random.Generator) -> dict[str, str]:
     """A wording of each attribute of an object, to be put into a form."""
     return {
-        "shape": word(SHAPES[item.shape], random), "colour": COLOURS[item.colour],
-        "size": word(SIZES[item.size], random), "texture": word(TEXTURES[item.texture], random),
+        "shape": word(SHAPES[item.shape], random),
+        "colour": COLOURS[item.colour],
+        "size": word(SIZES[item.size], random),
+        "texture": word(TEXTURES[item.texture], random),
         "place": word(PLACES[item.place], random),
-    }  # fmt: skip
+    }
 
 
 def caption(scene: Scene, random: np.random.Generator) -> str:
@@ -92,9 +105,10 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
     phrases = [choose(PHRASES, random).format(**words_of(scene.objects[i], random)) for i in order]
     joint = choose(JOINTS, random)
     return choose(SCENE_FORMS, random).format(
-        objects=joint.join(phrases[:-1]) + " and " + phrases[-1], background=background,
+        objects=joint.join(phrases[:-1]) + " and " + phrases[-1],
+        background=background,
         count=COUNTS[len(phrases) - 1],
-    )  # fmt: skip
+    )
 
 
 def describe(scene: Scene) -> str:

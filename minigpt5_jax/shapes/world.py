@@ -62,23 +62,29 @@ class Scene:
             "background": BACKGROUNDS[self.background],
             "objects": [
                 {
-                    "shape": SHAPES[o.shape], "colour": COLOURS[o.colour], "size": SIZES[o.size],
-                    "texture": TEXTURES[o.texture], "place": PLACES[o.place],
+                    "shape": SHAPES[o.shape],
+                    "colour": COLOURS[o.colour],
+                    "size": SIZES[o.size],
+                    "texture": TEXTURES[o.texture],
+                    "place": PLACES[o.place],
                 }
                 for o in self.objects
             ],
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, value: dict) -> Scene:
         """Inverse of :meth:`to_json`."""
         objects = tuple(
             Object(
-                SHAPES.index(o["shape"]), COLOURS.index(o["colour"]), SIZES.index(o["size"]),
-                TEXTURES.index(o["texture"]), PLACES.index(o["place"]),
+                SHAPES.index(o["shape"]),
+                COLOURS.index(o["colour"]),
+                SIZES.index(o["size"]),
+                TEXTURES.index(o["texture"]),
+                PLACES.index(o["place"]),
             )
             for o in value["objects"]
-        )  # fmt: skip
+        )
         return cls(BACKGROUNDS.index(value["background"]), objects)
 
 

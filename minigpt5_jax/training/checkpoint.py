@@ -194,8 +194,12 @@ class Checkpoints:
         if metrics is None:
             return None
         if self._best_metric not in metrics:
-            logging.warning("step %d: no metric %r to find the best checkpoint by; there are %s",
-                            step, self._best_metric, ", ".join(metrics))  # fmt: skip
+            logging.warning(
+                "step %d: no metric %r to find the best checkpoint by; there are %s",
+                step,
+                self._best_metric,
+                ", ".join(metrics),
+            )
             return None
         value = float(metrics[self._best_metric])
         return {self._best_metric: value} if math.isfinite(value) else None

@@ -37,8 +37,13 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300)
             f"cannot join the processes of this run ({error}); check that {COORDINATOR} is reachable from "
             "every host and that as many processes as announced were started"
         ) from error
-    logging.info("process %d of %d, %d of %d devices", jax.process_index(), jax.process_count(),
-                 jax.local_device_count(), jax.device_count())  # fmt: skip
+    logging.info(
+        "process %d of %d, %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )
     return True
 
 

@@ -18,10 +18,19 @@ from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
 # Higher-order primitives that run their body exactly once.
-_CALLS = frozenset({
-    "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2",
-    "custom_jvp_call", "custom_vjp_call", "custom_lin",
-})  # fmt: skip
+_CALLS = frozenset(
+    {
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "checkpoint",
+        "remat2",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_lin",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,6 +86,10 @@ class Loop:
         losses = self.metrics.flush()  # raises before a diverged state can be saved
         state = {**vars(self.state), **self.saved_parts}
         self.checkpoints.save(
-            step, state, self.data.state, self.meta, metrics=validated,
+            step,
+            state,
+            self.data.state,
+            self.meta,
+            metrics=validated,
             losses={"loss": losses["loss"]} if losses else None,
-        )  # fmt: skip
+        )

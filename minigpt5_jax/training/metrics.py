@@ -69,10 +69,14 @@ class Metrics:
         self._first_step = first_step
         # Without a terminal each refresh is a line in a log: make them rare.
         self._bar = tqdm(
-            total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not active,
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not active,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
-        )  # fmt: skip
+        )
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Hand in the device scalars of update ``step`` (counted from 1); reads back those of the one before.
@@ -211,7 +215,9 @@ def _open_tensorboard(directory: Path) -> Any:
     except ImportError as error:
         logging.warning(
             "no TensorBoard files: %s; metrics.jsonl is written all the same.  "
-            "To have them: pip install 'minigpt5_jax[metrics]'", error)  # fmt: skip
+            "To have them: pip install 'minigpt5_jax[metrics]'",
+            error,
+        )
         return None
     tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))

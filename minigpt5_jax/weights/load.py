@@ -20,8 +20,12 @@ from minigpt5_jax.weights.safetensors_files import SafetensorsFile
 from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.torch_files import read_torch
 
-STEMS = ("model.safetensors", "diffusion_pytorch_model.safetensors",
-         "pytorch_model.bin", "diffusion_pytorch_model.bin")  # fmt: skip
+STEMS = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
 """Files of a Hugging Face folder, the first that is there counts; each may be split, with an index."""
 
 Tensors = Mapping[str, np.ndarray]
@@ -223,8 +227,9 @@ class _Cast(Tensors):
         return len(self.source)
 
 
-def load_tower(table: Table, source: Mapping[str, np.ndarray], shapes: Mapping[str, Any],
-               dtype: Any = None) -> dict[str, np.ndarray]:
+def load_tower(
+    table: Table, source: Mapping[str, np.ndarray], shapes: Mapping[str, Any], dtype: Any = None
+) -> dict[str, np.ndarray]:
     """Parameters of one tower from foreign tensors.
 
     Args:
@@ -242,5 +247,3 @@ def load_tower(table: Table, source: Mapping[str, np.ndarray], shapes: Mapping[s
     except WeightTableError as error:
         where = getattr(source, "path", None)
         raise WeightTableError(f"{where}: {error}" if where else str(error)) from None
-
-

@@ -36,12 +36,7 @@ _ROWS_TABLE = llama.VOKEN_TABLE + Table(
         Rule(llama.HEAD + ".old", "lm_head/kernel", LINEAR),
     )
 )
-RELEASE_TABLE = (
-    MAPPER_TABLE
-    + _ROWS_TABLE.prefixed(LLAMA_PREFIX, LLM)
-    + LORA_TABLE
-    + PREFIX_TABLE
-)
+RELEASE_TABLE = MAPPER_TABLE + _ROWS_TABLE.prefixed(LLAMA_PREFIX, LLM) + LORA_TABLE + PREFIX_TABLE
 """Every name of a stage-1 or stage-2 file, tables unwrapped and cut into ``.old`` and ``.new`` rows."""
 
 

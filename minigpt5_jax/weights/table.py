@@ -216,8 +216,10 @@ class Table:
                     continue
                 stacked = params.setdefault(path, np.empty(tuple(shapes[path]), value.dtype))
                 if stacked.dtype != value.dtype:  # assigning would round in silence
-                    raise WeightTableError(f"{item.key!r} is {value.dtype}, other layers of {path!r} are "
-                                           f"{stacked.dtype}; cast the source to one dtype")
+                    raise WeightTableError(
+                        f"{item.key!r} is {value.dtype}, other layers of {path!r} are "
+                        f"{stacked.dtype}; cast the source to one dtype"
+                    )
                 stacked[item.index] = value
         return params
 

@@ -43,9 +43,7 @@ def subset(source: Tensors, names: Mapping[str, str]) -> View:
     return View(source, {new: lambda old=old: source[old] for new, old in names.items()})
 
 
-def replaced(
-    source: Tensors, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]
-) -> View:
+def replaced(source: Tensors, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> View:
     """The source with some tensors passed through a function when they are read."""
 
     def reader(name: str) -> Callable[[], np.ndarray]:

@@ -54,13 +54,17 @@ def result(variant: str, scores: dict, seed: int = 0, steps: int = 100, **settin
         settings = {"config": {"run.num_steps": steps, "data.max_length": 72 + len(variant)}, **settings}
     training = {"step": steps, "losses": {"loss": 1.0}, "validation": {"caption": 0.25, "image": 0.5}}
     return {
-        "variant": variant, "seed": seed, "scale": "small",
+        "variant": variant,
+        "seed": seed,
+        "scale": "small",
         "settings": {"assets": "a" * 64, "judge": judged, **settings},
         "command": "python -m minigpt5_jax.train" if row.trains else None,
-        "git_revision": "0123456789abcdef", "machine": "a machine",
+        "git_revision": "0123456789abcdef",
+        "machine": "a machine",
         "seconds": {"training": 60.0, "judging": 30.0},
-        "training": training if row.trains else None, "scores": scores,
-    }  # fmt: skip
+        "training": training if row.trains else None,
+        "scores": scores,
+    }
 
 
 def write(folder: Path, *results: dict) -> Path:
@@ -112,8 +116,11 @@ def test_verdicts_take_two_standard_errors(value, error, expected, said):
 
 
 def test_a_claim_is_compared_on_the_rows_that_were_run():
-    [claim] = [c for c in paper.orderings(paper.TABLE5, "all", "Table 5") if "plain" in c.terms[0]
-               and "no_cap" in c.terms[1]]  # fmt: skip
+    [claim] = [
+        c
+        for c in paper.orderings(paper.TABLE5, "all", "Table 5")
+        if "plain" in c.terms[0] and "no_cap" in c.terms[1]
+    ]
     assert claim.expected == 1 and claim.paper == "Table 5: CLIP-I 0.61 and 0.54"
     plain = result("plain", pair_scores(0.9))
     assert compare(grouped(plain), claim).verdict == "not run"
@@ -217,8 +224,10 @@ def test_the_page_says_what_was_run_and_what_was_not(read):
 
 def test_the_page_says_where_nothing_was_right_and_which_guidance_is_best(read):
     rows = [result("plain", pair_scores(0.9)), result("no_cap", pair_scores(0.0))]
-    rows += [result(name, pair_scores(s, native=n)) for name, s, n in
-             (("guidance_1", 0.5, 0.9), ("guidance_5", 0.7, 0.8), ("guidance_15", 0.6, 0.7))]  # fmt: skip
+    rows += [
+        result(name, pair_scores(s, native=n))
+        for name, s, n in (("guidance_1", 0.5, 0.9), ("guidance_5", 0.7, 0.8), ("guidance_15", 0.6, 0.7))
+    ]
     text = read(*rows)
     assert "Not one picture was all right of: w/o L_CAP. A verdict about such a row" in text
     assert "Most is right, by the means: from vokens at 5, natively at 1." in text

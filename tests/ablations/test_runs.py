@@ -51,9 +51,10 @@ def test_steps_scale_the_warm_up_and_settings_name_what_numbers_depend_on():
     assert "run.save_every" not in settings["config"]  # it changes no number
     command = work.train_command(Row("no_cap", 3), settings, Path("w"))
     assert command[-3:] == [
-        "--config.run.seed=3", f"--config.run.num_steps={options.steps}",
+        "--config.run.seed=3",
+        f"--config.run.num_steps={options.steps}",
         f"--config.optimizer.warmup_steps={fifth.optimizer.warmup_steps}",
-    ]  # fmt: skip
+    ]
     lora = rows.row_settings(Row("lora"), options, "hash")
     assert lora["from"]["run.num_steps"] == options.steps != lora["config"]["run.num_steps"]
     sweep = rows.row_settings(Row("guidance_7.5"), options, "hash")
@@ -75,17 +76,21 @@ class Machine:
         line = list(line)
         flag = lambda name: line[line.index(name) + 1]  # noqa: E731
         if line[1] == "minigpt5_jax.train":
-            folder, [steps] = Path(flag("--workdir")), [
-                int(word.partition("=")[2]) for word in line if word.startswith("--config.run.num_steps=")
-            ]  # fmt: skip
+            folder, [steps] = (
+                Path(flag("--workdir")),
+                [int(word.partition("=")[2]) for word in line if word.startswith("--config.run.num_steps=")],
+            )
             self.ran.append(("train", folder.name, line))
             if folder.name in self.fails:
                 raise RowError("ended with status 1")
             if folder.name in self.stops:
                 raise KeyboardInterrupt
             (folder / "checkpoints" / f"{steps:08d}").mkdir(parents=True, exist_ok=True)
-            lines = [{"step": 1, "loss": 2.0}, {"step": steps, "loss": 1.0, "text": 3.0},
-                     {"step": steps, "validation/caption": 0.5}]  # fmt: skip
+            lines = [
+                {"step": 1, "loss": 2.0},
+                {"step": steps, "loss": 1.0, "text": 3.0},
+                {"step": steps, "validation/caption": 0.5},
+            ]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
             return
         assert line[1] == "minigpt5_jax.shapes.judge" and list(Path(flag("--run"), "checkpoints").iterdir())
@@ -129,8 +134,10 @@ def test_a_row_is_trained_judged_and_written(tmp_path, machine, call):
     assert f"--run {tmp_path / 'work/lora_seed0'} --what stories --count 60 " in judged["lora_seed0"]
     written = json.loads((tmp_path / "shapes/plain_seed0.json").read_text())
     assert written["training"] == {
-        "step": 7, "losses": {"loss": 1.0, "text": 3.0}, "validation": {"caption": 0.5}
-    }  # fmt: skip
+        "step": 7,
+        "losses": {"loss": 1.0, "text": 3.0},
+        "validation": {"caption": 0.5},
+    }
     assert written["command"].startswith("python -m minigpt5_jax.train --config configs/ablations.py:shapes ")
     assert written["settings"]["judge"] == {"seed": 0, "pairs": 8, "native": True}
     assert json.loads((tmp_path / "shapes/guidance_3_seed0.json").read_text())["command"] is None

@@ -154,8 +154,10 @@ def test_shards(tmp_path):
     assert found.format == "cc3m_tar"
     assert [problem.text for problem in found.problems if "empty" in problem.text] == ["empty caption"] * 2
     assert [p.where for p in found.problems] == [
-        f"{tmp_path}/tars/00000.tar:00", f"{cut}", f"{tmp_path}/tars/00002.tar:20"
-    ]  # fmt: skip
+        f"{tmp_path}/tars/00000.tar:00",
+        f"{cut}",
+        f"{tmp_path}/tars/00002.tar:20",
+    ]
     assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == before  # nothing is written
 
 

@@ -36,8 +36,15 @@ def test_what_each_turn_is_written_after(loader):
     rules = DialogRules(loader)
     seen = {i: [n for n in range(9) if f"t{n}" in rules.example(dialog, i).source] for i in range(1, 9)}
     assert seen == {
-        1: [0], 2: [0, 1], 3: [0, 1, 2], 4: [2, 3], 5: [2, 3, 4], 6: [4, 5], 7: [4, 5, 6], 8: [6, 7],
-    }  # fmt: skip
+        1: [0],
+        2: [0, 1],
+        3: [0, 1, 2],
+        4: [2, 3],
+        5: [2, 3, 4],
+        6: [4, 5],
+        7: [4, 5, 6],
+        8: [6, 7],
+    }
     for i in range(1, 9):
         source = rules.example(dialog, i).source
         assert source.endswith("###Assistant:" if i % 2 else "###Human:")
@@ -143,9 +150,45 @@ def test_what_is_not_used_is_said(loader):
 # ▁Give ▁the ▁following ▁images ▁in ▁< Img > ImageContent </ Img > ▁format . ▁You ▁will ▁be ▁able ▁to ▁see
 # ▁the ▁images ▁once ▁I ▁provide ▁it ▁to ▁you . ▁Please ▁generate ▁con ve r s at i on
 SHARED = [
-    400, 277, 412, 306, 360, 327, 274, 981, 413, 304, 274, 981, 407, 984, 337, 339, 322, 338, 279, 396, 277,
-    306, 401, 382, 410, 387, 279, 397, 984, 406, 313, 888, 351, 965, 962, 275, 956, 278,
-]  # fmt: skip
+    400,
+    277,
+    412,
+    306,
+    360,
+    327,
+    274,
+    981,
+    413,
+    304,
+    274,
+    981,
+    407,
+    984,
+    337,
+    339,
+    322,
+    338,
+    279,
+    396,
+    277,
+    306,
+    401,
+    382,
+    410,
+    387,
+    279,
+    397,
+    984,
+    406,
+    313,
+    888,
+    351,
+    965,
+    962,
+    275,
+    956,
+    278,
+]
 # s ▁with ▁a p p r op ri ate ▁images . ▁### Human :
 HEAD = [*SHARED, 962, 303, 301, 971, 971, 965, 467, 350, 285, 306, 984, 835, 310, 977]
 # ▁with ▁a p p r op ri ate ▁image .### Human :
@@ -172,26 +215,39 @@ DIALOG = turns(("we went", "0"), "a dog", "the lake", ("we went", "3"), ("a dog"
     "turn, source, target, source_ids, text_ids, voken",
     [
         (
-            1, f"###Human: we went {IMG} ###Assistant:", "a dog ###",
-            [*HEAD, *WENT, *PICTURE, *ASSISTANT], DOG, None,
+            1,
+            f"###Human: we went {IMG} ###Assistant:",
+            "a dog ###",
+            [*HEAD, *WENT, *PICTURE, *ASSISTANT],
+            DOG,
+            None,
         ),
         (
-            2, f"###Human: we went {IMG} ###Assistant: a dog ###Human:", "the lake ###",
-            [*HEAD, *WENT, *PICTURE, *ASSISTANT, *DOG, *HUMAN], LAKE, None,
+            2,
+            f"###Human: we went {IMG} ###Assistant: a dog ###Human:",
+            "the lake ###",
+            [*HEAD, *WENT, *PICTURE, *ASSISTANT, *DOG, *HUMAN],
+            LAKE,
+            None,
         ),
         (
-            3, f"###Human: we went {IMG} ###Assistant: a dog ###Human: the lake ###Assistant:",
+            3,
+            f"###Human: we went {IMG} ###Assistant: a dog ###Human: the lake ###Assistant:",
             f"we went {SPELT}",
-            [*HEAD, *WENT, *PICTURE, *ASSISTANT, *DOG, *HUMAN, *LAKE, *ASSISTANT], WENT,
+            [*HEAD, *WENT, *PICTURE, *ASSISTANT, *DOG, *HUMAN, *LAKE, *ASSISTANT],
+            WENT,
             1 + 52 + 2 + (7 + 31) + 3 + 2 + 3 + 2 + 3 + 2,
         ),
         (
-            4, f"###Human: the lake ###Assistant: we went {IMG} ###Human:", f"a dog {SPELT}",
-            [*HEAD, *LAKE, *ASSISTANT, *WENT, *PICTURE, *HUMAN], DOG,
+            4,
+            f"###Human: the lake ###Assistant: we went {IMG} ###Human:",
+            f"a dog {SPELT}",
+            [*HEAD, *LAKE, *ASSISTANT, *WENT, *PICTURE, *HUMAN],
+            DOG,
             1 + 52 + 2 + 3 + 2 + (7 + 31) + 3 + 2,
         ),
     ],
-)  # fmt: skip
+)
 def test_golden_head(check_golden, turn, source, target, source_ids, text_ids, voken):
     got = DialogRules("head").example(DIALOG, turn)
     target_ids = text_ids + ([835] if voken is None else VOKENS)
@@ -203,22 +259,31 @@ def test_golden_head(check_golden, turn, source, target, source_ids, text_ids, v
     "turn, source, target, source_ids, text_ids, voken",
     [
         (
-            1, f"###Human: we went {IMG}\n###Assistant:", "a dog ###",
-            [*RELEASE, *WENT, *PICTURE, *LINE_ASSISTANT], DOG, None,
+            1,
+            f"###Human: we went {IMG}\n###Assistant:",
+            "a dog ###",
+            [*RELEASE, *WENT, *PICTURE, *LINE_ASSISTANT],
+            DOG,
+            None,
         ),
         (
-            3, f"###Human: we went {IMG}\n###Assistant: a dog\n###Human: the lake\n###Assistant:",
+            3,
+            f"###Human: we went {IMG}\n###Assistant: a dog\n###Human: the lake\n###Assistant:",
             f"we went {SPELT}",
-            [*RELEASE, *WENT, *PICTURE, *LINE_ASSISTANT, *DOG, *LINE_HUMAN, *LAKE, *LINE_ASSISTANT], WENT,
+            [*RELEASE, *WENT, *PICTURE, *LINE_ASSISTANT, *DOG, *LINE_HUMAN, *LAKE, *LINE_ASSISTANT],
+            WENT,
             1 + 50 + 2 + (7 + 31) + 4 + 2 + 4 + 2 + 4 + 2,
         ),
         (
-            4, f"###Human: the lake\n###Assistant: we went {IMG}\n###Human:", f"a dog {SPELT}",
-            [*RELEASE, *LAKE, *LINE_ASSISTANT, *WENT, *PICTURE, *LINE_HUMAN], DOG,
+            4,
+            f"###Human: the lake\n###Assistant: we went {IMG}\n###Human:",
+            f"a dog {SPELT}",
+            [*RELEASE, *LAKE, *LINE_ASSISTANT, *WENT, *PICTURE, *LINE_HUMAN],
+            DOG,
             1 + 50 + 2 + 4 + 2 + (7 + 31) + 4 + 2,
         ),
     ],
-)  # fmt: skip
+)
 def test_golden_release(check_golden, turn, source, target, source_ids, text_ids, voken):
     got = DialogRules("release").example(DIALOG, turn)
     target_ids = text_ids + ([835] if voken is None else VOKENS)

@@ -62,9 +62,16 @@ def pairs(folder):
 
 def spec_of(source, **changes):
     values = dict(
-        pictures=picture_fingerprint(source), samples=len(source), towers={"vae": "v" * 64}, target=(2, 2, 6),
-        image=None, target_size=8, image_size=4, dtype="float32", shard_samples=4,
-    )  # fmt: skip
+        pictures=picture_fingerprint(source),
+        samples=len(source),
+        towers={"vae": "v" * 64},
+        target=(2, 2, 6),
+        image=None,
+        target_size=8,
+        image_size=4,
+        dtype="float32",
+        shard_samples=4,
+    )
     return FeatureSpec(**(values | changes))
 
 
@@ -96,9 +103,12 @@ def test_a_samples_features_are_those_of_its_picture(folder, pairs):
 def test_a_picture_of_two_samples_is_stored_once(folder, pairs):
     calls = []
     write_features(
-        folder / "store", pairs, spec_of(pairs, shard_samples=100),
-        {"target": lambda x: calls.append(len(x)) or pooled(x)}, batch_size=2,
-    )  # fmt: skip
+        folder / "store",
+        pairs,
+        spec_of(pairs, shard_samples=100),
+        {"target": lambda x: calls.append(len(x)) or pooled(x)},
+        batch_size=2,
+    )
     assert np.load(folder / "store" / "00000.target.npy").shape == (ROWS - 1, 2, 2, 6)
     assert set(calls) == {2} and len(calls) == 4  # every call has the one compiled size
 
@@ -296,9 +306,11 @@ def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params
 def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, tiny_batch):
     vit = dataclasses.replace(EvaVitConfig.from_eva(oracle_configs["eva_vit"]), num_hidden_layers=1)
     qformer = QFormerConfig.from_hf(
-        oracle_configs["qformer_bert"] | {"num_hidden_layers": 1}, encoder_hidden_size=vit.hidden_size,
-        num_query_tokens=4, cross_attention_frequency=1,
-    )  # fmt: skip
+        oracle_configs["qformer_bert"] | {"num_hidden_layers": 1},
+        encoder_hidden_size=vit.hidden_size,
+        num_query_tokens=4,
+        cross_attention_frequency=1,
+    )
     llm = LlamaConfig.from_hf(oracle_configs["llama"] | {"num_hidden_layers": 1})
     template = Template.of(lambda rngs: MiniGPT4(llm=llm, vit=vit, qformer=qformer, rngs=rngs))
     random = np.random.default_rng(1)
@@ -311,9 +323,12 @@ def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, t
         0, 256, (2, vit.image_size, vit.image_size, 3), dtype=np.uint8
     )
     batch = dataclasses.replace(
-        tiny_batch(rows=2), images=pictures, image_row=np.array([0, 1]), image_start=np.array([2, 5]),
+        tiny_batch(rows=2),
+        images=pictures,
+        image_row=np.array([0, 1]),
+        image_start=np.array([2, 5]),
         image_mask=np.array([True, True]),
-    )  # fmt: skip
+    )
     batch = jax.tree.map(jnp.asarray, batch)
     want = embed(batch)
     ready = dataclasses.replace(

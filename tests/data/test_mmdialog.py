@@ -102,9 +102,14 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     source = read(path)
     assert [source[i].item_id for i in range(len(source))] == ["1_1-mm", "3_1-mm", "5_1-mm", "7_1-mm"]
     assert source.counts == {
-        "over 50 tokens": 1, "missing picture": 1, "further pictures of a turn": 1, "empty text": 1,
-        "fewer than two turns": 2, "bad picture": 1, "file name as text": 1,
-    }  # fmt: skip
+        "over 50 tokens": 1,
+        "missing picture": 1,
+        "further pictures of a turn": 1,
+        "empty text": 1,
+        "fewer than two turns": 2,
+        "bad picture": 1,
+        "file name as text": 1,
+    }
     (missing,) = source.remarks["missing picture"]
     assert str(missing) == f"{path}:2: turn 1: picture gone is missing; the dialogue ends before it"
     assert source.describe().endswith(
@@ -117,8 +122,11 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     assert "over 50 tokens" not in test.counts and len(test) == len(source) + 2
     release = MMDialogSource(path, loader="release")
     assert release.counts == {
-        "over 20 words": 1, "missing picture": 1, "further pictures of a turn": 1, "fewer than two turns": 2,
-    }  # fmt: skip
+        "over 20 words": 1,
+        "missing picture": 1,
+        "further pictures of a turn": 1,
+        "fewer than two turns": 2,
+    }
     assert read(path, bad_media_ids=[1]).counts["bad picture"] == 1
 
 
@@ -224,9 +232,15 @@ def test_from_lines_to_batches(tmp_path, oracle_dir):
         sizes = measure(source, llama, image_tokens=2)
         assert len(source) == 5 and sizes.images.tolist() == [1, 1, 2, 0, 1]
         spec = BatchSpec(
-            rows=5, length=int(sizes.lengths.max()), items=5, images=10, targets=40,
-            image_size=8, target_size=8, image_tokens=2,
-        )  # fmt: skip
+            rows=5,
+            length=int(sizes.lengths.max()),
+            items=5,
+            images=10,
+            targets=40,
+            image_size=8,
+            target_size=8,
+            image_tokens=2,
+        )
         batches = make_loader(
             source, config, spec, global_batch=5, shuffle=False, num_epochs=1, error_budget=2, prefetch=0
         )

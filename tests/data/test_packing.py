@@ -40,13 +40,26 @@ def batch(source, oracle_dir, pack):
     tokenizer = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
     config = EncodeConfig(tokenizer, ClipTokenizer(oracle_dir / "tokenizer_clip", 12))
     spec = BatchSpec(
-        rows=6 // pack, length=28 * pack, items=6, images=0, targets=3, image_size=0, target_size=16,
-        caption_length=12, pack=pack,
-    )  # fmt: skip
+        rows=6 // pack,
+        length=28 * pack,
+        items=6,
+        images=0,
+        targets=3,
+        image_size=0,
+        target_size=16,
+        caption_length=12,
+        pack=pack,
+    )
     loader = make_loader(
-        source, config, spec, global_batch=6, shuffle=False, num_epochs=1, prefetch=0,
+        source,
+        config,
+        spec,
+        global_batch=6,
+        shuffle=False,
+        num_epochs=1,
+        prefetch=0,
         index=measure(source, tokenizer, 32),
-    )  # fmt: skip
+    )
     made = next(loader)
     loader.close()
     return made

@@ -86,8 +86,10 @@ def test_palette_and_transparency_are_read_without_the_transparency():
     same(load_picture(encoded(alpha)), noise(8, 8))
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     same(load_picture(encoded(grey.convert("LA"))), grey.convert("RGB"))
-    same(load_picture(encoded(grey.point(lambda x: 255 * (x > 30)).convert("1"))), np.asarray(
-        grey.point(lambda x: 255 * (x > 30)).convert("RGB")))  # fmt: skip
+    same(
+        load_picture(encoded(grey.point(lambda x: 255 * (x > 30)).convert("1"))),
+        np.asarray(grey.point(lambda x: 255 * (x > 30)).convert("RGB")),
+    )
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG"])

@@ -236,9 +236,16 @@ def test_processes_share_the_budget(table, config):
     source = Cc3mSource(table, training=False)
     for budget, allowed in ((4, 2), (3, 2), (0, 0)):
         loader = make_loader(
-            source, config, spec(2), global_batch=2, shuffle=False, num_epochs=1, error_budget=budget,
-            process_index=1, process_count=2,
-        )  # fmt: skip
+            source,
+            config,
+            spec(2),
+            global_batch=2,
+            shuffle=False,
+            num_epochs=1,
+            error_budget=budget,
+            process_index=1,
+            process_count=2,
+        )
         with pytest.raises(DataError, match=f"the error budget allows {allowed}"):
             list(loader)  # rows 1, 3, 5, 7 are all of the second process
 
@@ -342,11 +349,18 @@ def test_planned_rows_resume_on_another_process_and_worker_count(ragged, config,
     for start, count in ((1, 2), (4, 1)):
         parts = [
             run(
-                ragged, config, steps=7 - start, start=start, process_index=p, process_count=count,
-                worker_count=count - 1, prefetch=1, **layout(name),
+                ragged,
+                config,
+                steps=7 - start,
+                start=start,
+                process_index=p,
+                process_count=count,
+                worker_count=count - 1,
+                prefetch=1,
+                **layout(name),
             )
             for p in range(count)
-        ]  # fmt: skip
+        ]
         for step in range(7 - start):
             assert_equal(join([part[step] for part in parts]), straight[start + step])
 

@@ -37,8 +37,12 @@ def test_thirteen_samples_in_training_and_five_in_testing():
 
 def test_tasks_by_name_go_before_the_mode():
     assert story_samples(3, training=False, tasks=("understanding", "gen")) == [
-        (0, "gen"), (1, "gen"), (1, "understanding"), (2, "gen"), (2, "understanding"),
-    ]  # fmt: skip
+        (0, "gen"),
+        (1, "gen"),
+        (1, "understanding"),
+        (2, "gen"),
+        (2, "understanding"),
+    ]
     assert story_samples(2, training=True, tasks=["multimodal"]) == [(1, "multimodal")]
     with pytest.raises(DataError, match="some of gen, multimodal, understanding; got gen, draw"):
         story_tasks(True, ("gen", "draw"))
@@ -50,8 +54,12 @@ def test_names_and_pictures_of_every_sample():
     rules = StoryRules()
     got = [rules.example(STORY, *sample) for sample in rules.samples(5)]
     assert [example.item_id for example in got[:5]] == [
-        "77_0-gen", "77_1-gen", "77_1-multimodal", "77_1-understanding", "77_2-gen",
-    ]  # fmt: skip
+        "77_0-gen",
+        "77_1-gen",
+        "77_1-multimodal",
+        "77_1-understanding",
+        "77_2-gen",
+    ]
     assert got[-1].item_id == "77_4-understanding" and got[-1].where == "f.json: story 77"
     assert {example.task for example in got} == {f"story-{task}" for task in TASKS}
     for (step, task), example in zip(rules.samples(5), got):
@@ -120,8 +128,10 @@ def test_a_share_of_contexts_is_thinned():
     assert first == [StoryRules().example(STORY, 0, "gen", epoch) for epoch in range(9)]
     # Rows are planned for the whole context: nothing that is drawn is longer.
     for sample in rules.samples(5):
-        sizes = [(len(source + target), source.count("<ImageHere>")) for source, target in
-                 rules.texts(STORY, *sample)]  # fmt: skip
+        sizes = [
+            (len(source + target), source.count("<ImageHere>"))
+            for source, target in rules.texts(STORY, *sample)
+        ]
         for got in (rules.example(STORY, *sample, epoch) for epoch in range(9)):
             assert len(got.images) == got.source.count("<ImageHere>") <= max(count for _, count in sizes)
             assert len(got.source + got.target) <= max(size for size, _ in sizes)
@@ -144,9 +154,45 @@ def test_texts_are_taken_as_they_are_written():
 # ▁see ▁the ▁images ▁once ▁I ▁provide ▁it ▁to ▁you . ▁Please ▁understanding ▁images ▁and ▁generate ▁story;
 # its full stop joins the turn mark: .### Human :
 SYSTEM = [
-    400, 277, 412, 306, 360, 327, 274, 981, 413, 304, 274, 981, 407, 984, 337, 339, 322, 338, 279, 396, 277,
-    306, 401, 382, 410, 387, 279, 397, 984, 406, 415, 306, 395, 313, 402, 334, 310, 977,
-]  # fmt: skip
+    400,
+    277,
+    412,
+    306,
+    360,
+    327,
+    274,
+    981,
+    413,
+    304,
+    274,
+    981,
+    407,
+    984,
+    337,
+    339,
+    322,
+    338,
+    279,
+    396,
+    277,
+    306,
+    401,
+    382,
+    410,
+    387,
+    279,
+    397,
+    984,
+    406,
+    415,
+    306,
+    395,
+    313,
+    402,
+    334,
+    310,
+    977,
+]
 PICTURE = [1008, 367, 274, 981]  # <ImageHere> ▁</ Img >
 OPEN = [980, 274, 981]  # < Img > behind a space and full stop
 WENT, GLUED_WENT = [508, 822, 581], [524, 822, 581]  # ▁we ▁went ▁.  and, glued to "Human:", we ▁went ▁.
@@ -189,26 +235,39 @@ SPELT = "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7] ###"
     "prompt_set, step, wording, words, ids, voken",
     [
         (
-            "head", 0, 0, " Generate an image with the scene description: we went .",
-            [*GENERATE_AN, *WENT], 1 + 38 + 11 + 3,
+            "head",
+            0,
+            0,
+            " Generate an image with the scene description: we went .",
+            [*GENERATE_AN, *WENT],
+            1 + 38 + 11 + 3,
         ),
         (
-            "head", 1, 0,
+            "head",
+            1,
+            0,
             f"we went .{IMG}\n Generate an image with the scene description: a dog .",
-            [*ONE, *GENERATE_AN, *DOG], 1 + 38 + (11 + 31) + 11 + 3,
+            [*ONE, *GENERATE_AN, *DOG],
+            1 + 38 + (11 + 31) + 11 + 3,
         ),
         (
-            "head", 2, 1,
+            "head",
+            2,
+            1,
             f"we went .{IMG}a dog .{IMG}\n the scene description: the lake .",
-            [*TWO, *SCENE, *LAKE], 1 + 38 + (21 + 2 * 31) + 7 + 3,
+            [*TWO, *SCENE, *LAKE],
+            1 + 38 + (21 + 2 * 31) + 7 + 3,
         ),
         (
-            "release", 1, 0,
+            "release",
+            1,
+            0,
             f"we went .{IMG}\n Generate a image with the scene description: a dog .",
-            [*ONE, *GENERATE_A, *DOG], 1 + 38 + (11 + 31) + 11 + 3,
+            [*ONE, *GENERATE_A, *DOG],
+            1 + 38 + (11 + 31) + 11 + 3,
         ),
     ],
-)  # fmt: skip
+)
 def test_golden_gen(check_golden, prompt_set, step, wording, words, ids, voken):
     got = story_example(STORY, step, "gen", wording=wording, prompt_set=prompt_set)
     source, source_ids = f"{SYSTEM_TEXT}{words} ###Assistant:", [*SYSTEM, *ids, *ASSISTANT]
@@ -219,19 +278,34 @@ def test_golden_gen(check_golden, prompt_set, step, wording, words, ids, voken):
     "step, wording, words, text, ids, text_ids, voken",
     [
         (
-            1, 0, f"we went .{IMG}\n Tell me the next scene with image.", "a dog .",
-            [*ONE, *TELL], DOG, 1 + 38 + (11 + 31) + 8 + 3 + 3,
+            1,
+            0,
+            f"we went .{IMG}\n Tell me the next scene with image.",
+            "a dog .",
+            [*ONE, *TELL],
+            DOG,
+            1 + 38 + (11 + 31) + 8 + 3 + 3,
         ),
         (
-            1, 1, f"we went .{IMG}\n Generate the next scene with image.", "a dog .",
-            [*ONE, *NEXT], DOG, 1 + 38 + (11 + 31) + 7 + 3 + 3,
+            1,
+            1,
+            f"we went .{IMG}\n Generate the next scene with image.",
+            "a dog .",
+            [*ONE, *NEXT],
+            DOG,
+            1 + 38 + (11 + 31) + 7 + 3 + 3,
         ),
         (
-            2, 2, f"we went .{IMG}a dog .{IMG}\n What should happen then?", "the lake .",
-            [*TWO, *WHAT], LAKE, 1 + 38 + (21 + 2 * 31) + 5 + 3 + 3,
+            2,
+            2,
+            f"we went .{IMG}a dog .{IMG}\n What should happen then?",
+            "the lake .",
+            [*TWO, *WHAT],
+            LAKE,
+            1 + 38 + (21 + 2 * 31) + 5 + 3 + 3,
         ),
     ],
-)  # fmt: skip
+)
 def test_golden_multimodal(check_golden, step, wording, words, text, ids, text_ids, voken):
     got = story_example(STORY, step, "multimodal", wording=wording)
     check_golden(
@@ -249,19 +323,31 @@ def test_golden_multimodal(check_golden, step, wording, words, text, ids, text_i
     "step, wording, words, text, ids, text_ids",
     [
         (
-            1, 0, f"we went .{IMG}\n Tell me the next scene description by this image: {IMG}", "a dog .",
-            [*ONE, *TELL_BY], [301, 806, 581, 835],
+            1,
+            0,
+            f"we went .{IMG}\n Tell me the next scene description by this image: {IMG}",
+            "a dog .",
+            [*ONE, *TELL_BY],
+            [301, 806, 581, 835],
         ),
         (
-            1, 1, f"we went .{IMG}\n What happen in the next scene image: {IMG}", "a dog .",
-            [*ONE, *WHAT_IN], [301, 806, 581, 835],
+            1,
+            1,
+            f"we went .{IMG}\n What happen in the next scene image: {IMG}",
+            "a dog .",
+            [*ONE, *WHAT_IN],
+            [301, 806, 581, 835],
         ),
         (
-            2, 1, f"we went .{IMG}a dog .{IMG}\n What happen in the next scene image: {IMG}", "the lake .",
-            [*TWO, *WHAT_IN], [277, 650, 581, 835],
+            2,
+            1,
+            f"we went .{IMG}a dog .{IMG}\n What happen in the next scene image: {IMG}",
+            "the lake .",
+            [*TWO, *WHAT_IN],
+            [277, 650, 581, 835],
         ),
     ],
-)  # fmt: skip
+)
 def test_golden_understanding(check_golden, step, wording, words, text, ids, text_ids):
     got = story_example(STORY, step, "understanding", wording=wording)
     source, source_ids = f"{SYSTEM_TEXT}{words} ###Assistant:", [*SYSTEM, *ids, *ASSISTANT]

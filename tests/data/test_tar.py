@@ -124,12 +124,20 @@ def test_the_places_are_tarfiles(shards):
 
 def test_missing_members_are_samples_that_cannot_be_fetched(tmp_path):
     files = [f for f in members(0, 3) if f[0] not in ("000000000.txt", "000000001.jpg")]
-    files += [("000000003.jpg", jpeg(3)), ("000000003.txt", b"caf\xe9"), ("000000004.jpg", jpeg(4)),
-              ("000000004.txt", b" . ")]  # fmt: skip
+    files += [
+        ("000000003.jpg", jpeg(3)),
+        ("000000003.txt", b"caf\xe9"),
+        ("000000004.jpg", jpeg(4)),
+        ("000000004.txt", b" . "),
+    ]
     source = Cc3mTarSource(write_tar(tmp_path / "00000.tar", files), training=False)
     assert len(source) == 5 and source[2].caption == "a dog, number 2"
-    reasons = {0: "no caption (.txt)", 1: "no picture", 3: "caption is not UTF-8 (byte 0xe9)",
-               4: "empty caption"}  # fmt: skip
+    reasons = {
+        0: "no caption (.txt)",
+        1: "no picture",
+        3: "caption is not UTF-8 (byte 0xe9)",
+        4: "empty caption",
+    }
     for index, reason in reasons.items():
         with pytest.raises(SampleError) as caught:
             source[index]

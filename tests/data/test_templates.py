@@ -148,10 +148,12 @@ RELEASE = "S.###Human: one\n###Assistant: two\n###Human: three\n###Assistant:"
         ("S.###Human: \n first step ###Assistant:", []),
         ("S.###Human: the scene description: we left ###Assistant:", []),
         ("a bare caption", []),
-        (f"S.###Human:we left{IMAGE}\n What happen in the next scene image: {IMAGE} ###Assistant:",
-         [f"we left{IMAGE}\n"]),
+        (
+            f"S.###Human:we left{IMAGE}\n What happen in the next scene image: {IMAGE} ###Assistant:",
+            [f"we left{IMAGE}\n"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_history_is_found_turn_by_turn_and_step_by_step(source, want):
     assert [source[start:stop] for start, stop in templates.history_spans(source)] == want
 
@@ -159,16 +161,22 @@ def test_history_is_found_turn_by_turn_and_step_by_step(source, want):
 @pytest.mark.parametrize(
     "source, left",
     [
-        (STORY, [
-            f"S.###Human:we swam{IMAGE}\n Tell me the next scene with image. ###Assistant:",
-            "S.###Human: Tell me the next scene with image. ###Assistant:",
-        ]),
-        (TALK, [
-            f"S. ###Assistant: two ###Human: three {IMAGE} ###Assistant:",
-            f"S. ###Human: three {IMAGE} ###Assistant:",
-        ]),
+        (
+            STORY,
+            [
+                f"S.###Human:we swam{IMAGE}\n Tell me the next scene with image. ###Assistant:",
+                "S.###Human: Tell me the next scene with image. ###Assistant:",
+            ],
+        ),
+        (
+            TALK,
+            [
+                f"S. ###Assistant: two ###Human: three {IMAGE} ###Assistant:",
+                f"S. ###Human: three {IMAGE} ###Assistant:",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_long_histories_lose_whole_turns_from_the_left(tokenizer, source, left):
     def expanded(words, length=999, **kwargs):
         target = target_text("we went", draws=True)

@@ -46,9 +46,13 @@ def test_samples(tmp_path):
     assert isinstance(training, Source) and (len(training), len(test)) == (13 + 4, 5 + 2)
     assert ids(test) == ["7_0-gen", "7_1-gen", "7_2-gen", "7_3-gen", "7_4-gen", "12_0-gen", "12_1-gen"]
     assert ids(training)[11:] == [
-        "7_4-multimodal", "7_4-understanding",
-        "12_0-gen", "12_1-gen", "12_1-multimodal", "12_1-understanding",
-    ]  # fmt: skip
+        "7_4-multimodal",
+        "7_4-understanding",
+        "12_0-gen",
+        "12_1-gen",
+        "12_1-multimodal",
+        "12_1-understanding",
+    ]
     last = training[16]
     pictures = [str(tmp_path / f"val_images/{n:09d}.jpg") for n in (5, 6)]
     assert last.images == tuple(pictures) and last.target_image is None
@@ -68,8 +72,9 @@ def test_tasks_and_wordings(tmp_path):
     source = VistSource(path, prompt_set="release")
     texts = source.texts(1)
     assert [("Generate a image" in words, answer[:6]) for words, answer in texts] == [
-        (True, "[IMG0]"), (False, "[IMG0]"),
-    ]  # fmt: skip
+        (True, "[IMG0]"),
+        (False, "[IMG0]"),
+    ]
     assert {source.example(1, epoch).source for epoch in range(20)} == {words for words, _ in texts}
     for bad in ({"prompt_set": "new"}, {"tasks": ("draw",)}):
         with pytest.raises(DataError, match="new|draw"):

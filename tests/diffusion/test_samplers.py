@@ -13,8 +13,11 @@ from minigpt5_jax.diffusion.samplers import DDIM, PNDM, DPMSolverPlusPlus, guide
 from minigpt5_jax.diffusion.schedule import SD21_BASE, NoiseSchedule
 
 FIELDS = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-    timestep_spacing="leading"
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    timestep_spacing="leading",
 )
 THEIRS = {
     "pndm": lambda **kw: PNDMScheduler(skip_prk_steps=True, **kw),

@@ -50,11 +50,19 @@ def test_from_hf_reads_the_recorded_scheduler(oracle_configs):
     assert schedule == SD21_BASE and hash(schedule) == hash(SD21_BASE)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("prediction_type", "v_prediction"), ("beta_schedule", "squaredcos_cap_v2"), ("clip_sample", True),
-    ("trained_betas", [0.1]), ("rescale_betas_zero_snr", True), ("thresholding", True),
-    ("timestep_spacing", "log"), ("beta_end", 1.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("prediction_type", "v_prediction"),
+        ("beta_schedule", "squaredcos_cap_v2"),
+        ("clip_sample", True),
+        ("trained_betas", [0.1]),
+        ("rescale_betas_zero_snr", True),
+        ("thresholding", True),
+        ("timestep_spacing", "log"),
+        ("beta_end", 1.5),
+    ],
+)
 def test_what_is_not_implemented_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         NoiseSchedule.from_hf(HF_FIELDS | {field: value})

@@ -52,10 +52,18 @@ def test_scores_equal_transformers(penalty, temperature, top_k, top_p):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"top_p": 0.0}, {"temperature": 0.0}, {"force_image": "last"}, {"max_new_tokens": 0}, {"top_k": -1},
-     {"force_image": "first", "max_images": 0}, {"min_text_tokens": 256}, {"stop_sequences": ((),)},
-     {"repetition_penalty": 0.0}],
-)  # fmt: skip
+    [
+        {"top_p": 0.0},
+        {"temperature": 0.0},
+        {"force_image": "last"},
+        {"max_new_tokens": 0},
+        {"top_k": -1},
+        {"force_image": "first", "max_images": 0},
+        {"min_text_tokens": 256},
+        {"stop_sequences": ((),)},
+        {"repetition_penalty": 0.0},
+    ],
+)
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)) if len(wrong) == 1 else "max_images"):
         SamplingConfig(**wrong)
@@ -212,9 +220,13 @@ def test_oracle_forced_generation(oracle_weights, oracle_configs, oracle_cases):
     case = {k.removeprefix("s1/i1_forced/"): v for k, v in oracle_cases.items() if "s1/i1_forced/" in k}
     want = case["out/sequences"][0]
     settings = SamplingConfig(
-        max_new_tokens=int(case["in/max_new_tokens"]), do_sample=False, force_image="first",
-        eos_ids=(1,), dummy_token_id=int(want[0]), ban_inner_vokens=False,
-    )  # fmt: skip
+        max_new_tokens=int(case["in/max_new_tokens"]),
+        do_sample=False,
+        force_image="first",
+        eos_ids=(1,),
+        dummy_token_id=int(want[0]),
+        ban_inner_vokens=False,
+    )
     prompt = jnp.asarray(case["mid/prompt_embeds_llm"])
 
     @compiled
@@ -244,9 +256,15 @@ def test_oracle_forced_generation(oracle_weights, oracle_configs, oracle_cases):
 
 
 SAMPLED = SamplingConfig(
-    max_new_tokens=10, max_images=2, top_k=0, top_p=1.0, temperature=2.0, repetition_penalty=1.1,
-    eos_ids=(2, 7), stop_sequences=((5,), (11, 12)),
-)  # fmt: skip
+    max_new_tokens=10,
+    max_images=2,
+    top_k=0,
+    top_p=1.0,
+    temperature=2.0,
+    repetition_penalty=1.1,
+    eos_ids=(2, 7),
+    stop_sequences=((5,), (11, 12)),
+)
 PROMPTS = ((4, 9, 30, 3, 22, 17, 35), (8, 8), (33, 20, 21, 22, 39), (6,), (13, 38, 9, 25), (31, 19, 4))
 
 

@@ -38,10 +38,14 @@ class Reader(html.parser.HTMLParser):
 
 
 ENTRIES = [
-    Entry(["a <b>red</b> & \"blue\" circle", picture(0)], ["then\nthis", picture(1), "and", picture(2)],
-          seed=7, notes="<i>held out</i>"),
+    Entry(
+        ['a <b>red</b> & "blue" circle', picture(0)],
+        ["then\nthis", picture(1), "and", picture(2)],
+        seed=7,
+        notes="<i>held out</i>",
+    ),
     Entry(["# 1. *plain*"], ["- no [link](x) <script>alert(1)</script>"]),
-]  # fmt: skip
+]
 
 
 def test_page_holds_every_text_and_picture(tmp_path):
@@ -49,13 +53,23 @@ def test_page_holds_every_text_and_picture(tmp_path):
     assert index == tmp_path / "page" / "index.html"
     page = Reader(index.read_text(encoding="utf-8"))
     text = "".join(page.data)
-    for expected in ('a <b>red</b> & "blue" circle', "then\nthis", "seed 7 · <i>held out</i>", "Title <1>",
-                     "pndm & co", "50", "# 1. *plain*", "<script>alert(1)</script>"):  # fmt: skip
+    for expected in (
+        'a <b>red</b> & "blue" circle',
+        "then\nthis",
+        "seed 7 · <i>held out</i>",
+        "Title <1>",
+        "pndm & co",
+        "50",
+        "# 1. *plain*",
+        "<script>alert(1)</script>",
+    ):
         assert expected in text
     assert not page.tags & {"b", "i", "script", "link"}
     assert page.sources == [
-        "pictures/001-prompt-1.png", "pictures/001-output-1.png", "pictures/001-output-2.png",
-    ]  # fmt: skip
+        "pictures/001-prompt-1.png",
+        "pictures/001-output-1.png",
+        "pictures/001-output-2.png",
+    ]
     for source, seed in zip(page.sources, (0, 1, 2)):
         np.testing.assert_array_equal(np.asarray(Image.open(index.parent / source)), picture(seed))
 
@@ -64,7 +78,7 @@ def test_markdown_shows_the_same_and_nothing_acts_as_markup(tmp_path):
     write_page(tmp_path, "T", ENTRIES, {"a_b": 1})
     text = (tmp_path / "index.md").read_text(encoding="utf-8")
     assert "![output picture](pictures/001-output-2.png)" in text
-    assert "a &lt;b&gt;red&lt;/b&gt; &amp; \"blue\" circle" in text
+    assert 'a &lt;b&gt;red&lt;/b&gt; &amp; "blue" circle' in text
     assert "then  \nthis" in text
     assert "\\# 1. \\*plain\\*" in text
     assert "\\- no \\[link\\](x) &lt;script&gt;" in text
@@ -97,10 +111,14 @@ def test_a_file_in_the_way_and_an_empty_page_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("bad, found", [
-    (np.zeros((4, 4, 3), np.float32), "float32"), (np.zeros((4, 4, 4), np.uint8), r"\[4, 4, 4\]"),
-    (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, found",
+    [
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 4), np.uint8), r"\[4, 4, 4\]"),
+        (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
+    ],
+)
 def test_other_arrays_are_not_pictures(bad, found):
     with pytest.raises(ValueError, match=found):
         Entry([], [bad])

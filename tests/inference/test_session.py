@@ -48,36 +48,60 @@ def make_small_template(configs, *, sees=True):
     qformer = dataclasses.replace(
         QFormerConfig.from_hf(
             configs["qformer_bert"],
-            encoder_hidden_size=16, num_query_tokens=4, cross_attention_frequency=2,
+            encoder_hidden_size=16,
+            num_query_tokens=4,
+            cross_attention_frequency=2,
         ),
-        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+    )
     text = dataclasses.replace(
         ClipTextConfig.from_hf(configs["sd_text_encoder"]), vocab_size=64, max_position_embeddings=12
     )
     blocks = {"block_out_channels": [16, 32], "attention_head_dim": [2, 4], "layers_per_block": 1}
     unet = UNetConfig.from_hf(
-        configs["unet"] | blocks
-        | {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-           "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
-    )  # fmt: skip
+        configs["unet"]
+        | blocks
+        | {
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        }
+    )
     vae = VaeConfig.from_hf(
         configs["vae"]
-        | {"block_out_channels": [8, 8], "layers_per_block": 1,
-           "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    )  # fmt: skip
+        | {
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+        }
+    )
     mapper = MapperConfig(
-        llm_hidden_size=32, d_model=32, nhead=4, num_encoder_layers=1, num_decoder_layers=1,
-        dim_feedforward=64, num_queries=12,
-    )  # fmt: skip
+        llm_hidden_size=32,
+        d_model=32,
+        nhead=4,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        dim_feedforward=64,
+        num_queries=12,
+    )
     return make_template(
         ("minigpt4", {"llm": llm, **({"vit": vit, "qformer": qformer} if sees else {}), "num_vokens": 8}),
         ("encoder_decoder", {"config": mapper}),
-        ("stable_diffusion",
-         {"unet": unet, "vae": vae, "text_encoder": text, "image_size": 16,
-          "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
-          "empty_caption_ids": (62, 63) + (0,) * 10}),
-    )  # fmt: skip
+        (
+            "stable_diffusion",
+            {
+                "unet": unet,
+                "vae": vae,
+                "text_encoder": text,
+                "image_size": 16,
+                "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
+                "empty_caption_ids": (62, 63) + (0,) * 10,
+            },
+        ),
+    )
 
 
 @pytest.fixture(scope="module")

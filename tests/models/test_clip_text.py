@@ -17,8 +17,17 @@ from minigpt5_jax.models.common import Template
 from minigpt5_jax.weights.maps import clip_text as maps
 from minigpt5_jax.weights.table import WeightTableError
 
-HF = dict(vocab_size=40, hidden_size=24, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-          max_position_embeddings=9, eos_token_id=39, bos_token_id=38, pad_token_id=0)
+HF = dict(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=9,
+    eos_token_id=39,
+    bos_token_id=38,
+    pad_token_id=0,
+)
 
 
 def template_of(config: ClipTextConfig, **kwargs) -> Template:

@@ -47,13 +47,20 @@ class TorchMapper(torch.nn.Module):
         first, second = torch.nn.Linear(c.llm_hidden_size, c.d_model), torch.nn.Linear(c.d_model, c.d_model)
         self.fc = torch.nn.Sequential(first, torch.nn.GELU(), second)
         layer = torch.nn.TransformerEncoderLayer(
-            c.d_model, c.nhead, c.dim_feedforward, dropout=0.0, layer_norm_eps=c.layer_norm_eps,
-            norm_first=True, batch_first=True,
-        )  # fmt: skip
+            c.d_model,
+            c.nhead,
+            c.dim_feedforward,
+            dropout=0.0,
+            layer_norm_eps=c.layer_norm_eps,
+            norm_first=True,
+            batch_first=True,
+        )
         self.llm_to_t2i_mapping = torch.nn.TransformerEncoder(
-            layer, c.num_layers, torch.nn.LayerNorm(c.d_model, eps=c.layer_norm_eps),
+            layer,
+            c.num_layers,
+            torch.nn.LayerNorm(c.d_model, eps=c.layer_norm_eps),
             enable_nested_tensor=False,
-        )  # fmt: skip
+        )
         self.queries = c.num_queries
 
     def forward(self, vokens):

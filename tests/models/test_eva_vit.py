@@ -16,8 +16,14 @@ from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVit, EvaVitConfig
 from minigpt5_jax.weights.maps import eva_vit as maps
 from minigpt5_jax.weights.table import Table, WeightTableError
 
-HF = dict(hidden_size=24, intermediate_size=104, num_hidden_layers=3, num_attention_heads=3, image_size=12,
-          patch_size=4)
+HF = dict(
+    hidden_size=24,
+    intermediate_size=104,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    image_size=12,
+    patch_size=4,
+)
 
 
 def template_of(config: EvaVitConfig, **kwargs) -> Template:
@@ -65,7 +71,8 @@ def test_forward_and_gradients_match_transformers(hf):
         return (out * weight).sum(), out
 
     (grads, pixel_grad), ours = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
-        jax.tree.map(jnp.asarray, params), jnp.asarray(pixels))
+        jax.tree.map(jnp.asarray, params), jnp.asarray(pixels)
+    )
     assert_close(ours, theirs.detach())
     assert_close(pixel_grad, inputs.grad.permute(0, 2, 3, 1))
     tensors = {k: p.grad.numpy() for k, p in model.named_parameters() if p.grad is not None}
@@ -86,8 +93,9 @@ def test_tables_are_inverse_and_agree(hf):
     table = maps.table(EvaVitConfig.from_hf(HF))
     eva = table.to_source(params)
     assert eva["blocks.2.attn.qkv.weight"].shape == (72, 24)
-    np.testing.assert_array_equal(eva["blocks.2.attn.qkv.weight"],
-                                  source["encoder.layers.2.self_attn.qkv.weight"])
+    np.testing.assert_array_equal(
+        eva["blocks.2.attn.qkv.weight"], source["encoder.layers.2.self_attn.qkv.weight"]
+    )
     back = load(template, table, eva)
     assert back.keys() == params.keys()
     assert all(np.array_equal(back[k], params[k]) for k in params)
@@ -128,7 +136,8 @@ def test_full_size_parameter_count():
     shapes = template_of(EVA_VIT_G).shapes
     assert sum(math.prod(s.shape) for s in shapes.values()) == 985_894_528
     assert EVA_VIT_G == EvaVitConfig.from_eva(
-        dict(img_size=224, patch_size=14, mlp_ratio=4.3637, embed_dim=1408, depth=39, num_heads=16))
+        dict(img_size=224, patch_size=14, mlp_ratio=4.3637, embed_dim=1408, depth=39, num_heads=16)
+    )
 
 
 def test_dtype_remat_and_errors(hf):
@@ -141,7 +150,12 @@ def test_dtype_remat_and_errors(hf):
     assert jnp.abs(out - exact).max() < 0.05 * jnp.abs(exact).max()
     with pytest.raises(ValueError, match="image_size=12"):
         half(jnp.zeros((1, 16, 16, 3)))
-    for field, value in {"qkv_bias": False, "attention_dropout": 0.1, "hidden_act": "swish",
-                         "num_attention_heads": 5, "image_size": 13}.items():
+    for field, value in {
+        "qkv_bias": False,
+        "attention_dropout": 0.1,
+        "hidden_act": "swish",
+        "num_attention_heads": 5,
+        "image_size": 13,
+    }.items():
         with pytest.raises(ValueError, match=field):
             EvaVitConfig.from_hf({**HF, field: value})

@@ -42,8 +42,11 @@ def hf_llama(kv_heads: int) -> transformers.LlamaForCausalLM:
     """Random transformers model over V + n rows; norms perturbed, so that none is the identity."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **HF | {"vocab_size": HF["vocab_size"] + NEW}, num_key_value_heads=kv_heads, rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="eager",
+        **HF | {"vocab_size": HF["vocab_size"] + NEW},
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        attn_implementation="eager",
     )
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -119,8 +122,9 @@ def test_values_and_gradients_match_transformers(kv_heads):
     assert_close(ours[real], logits.detach().numpy()[real])
     assert np.isfinite(ours).all()
     assert_close(embeds_gradient, inputs.grad)
-    theirs = numpy_of({n: torch.zeros_like(p) if p.grad is None else p.grad
-                       for n, p in model.named_parameters()})
+    theirs = numpy_of(
+        {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    )
     for path, want in load(template, theirs).items():
         if not path.startswith("embed_tokens"):  # fed by embeddings: the tables take no part
             assert_close(gradients[path], want)
@@ -297,9 +301,7 @@ def test_cached_pieces_equal_one_call(tiny):
 
 
 def test_bf16_keeps_residual_and_new_rows_fp32():
-    template = template_of(
-        LlamaConfig(**HF), lora=LoraConfig(), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16
-    )
+    template = template_of(LlamaConfig(**HF), lora=LoraConfig(), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     for path, shape in template.shapes.items():
         own = "voken" in path or "lora_" in path
         assert shape.dtype == (jnp.float32 if own else jnp.bfloat16), path
@@ -330,10 +332,16 @@ def test_new_rows_start_at_the_mean_and_lora_at_zero(tiny_lora):
     spread = np.abs(fresh["layers/self_attn/q_proj/lora_a"])
     assert 0.9 * bound < spread.max() <= bound
     filled = init_voken_rows(fresh)
-    assert_close(filled["embed_tokens/voken"],
-                 np.broadcast_to(fresh["embed_tokens/embedding"].mean(0), (NEW, HF["hidden_size"])), 1e-6)
-    assert_close(filled["lm_head/voken"],
-                 np.broadcast_to(fresh["lm_head/kernel"].mean(1), (NEW, HF["hidden_size"])), 1e-6)
+    assert_close(
+        filled["embed_tokens/voken"],
+        np.broadcast_to(fresh["embed_tokens/embedding"].mean(0), (NEW, HF["hidden_size"])),
+        1e-6,
+    )
+    assert_close(
+        filled["lm_head/voken"],
+        np.broadcast_to(fresh["lm_head/kernel"].mean(1), (NEW, HF["hidden_size"])),
+        1e-6,
+    )
 
 
 def test_full_size_parameter_counts():

@@ -15,8 +15,15 @@ from minigpt5_jax.models.mapper import MINIGPT5_MAPPER, FeatureMapper, MapperCon
 from minigpt5_jax.weights.maps.mapper import TABLE
 from minigpt5_jax.weights.table import WeightTableError
 
-TINY = MapperConfig(llm_hidden_size=20, d_model=24, nhead=4, num_encoder_layers=2, num_decoder_layers=3,
-                    dim_feedforward=40, num_queries=5)  # fmt: skip
+TINY = MapperConfig(
+    llm_hidden_size=20,
+    d_model=24,
+    nhead=4,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+    dim_feedforward=40,
+    num_queries=5,
+)
 
 
 def template_of(config: MapperConfig, **kwargs) -> Template:
@@ -42,9 +49,16 @@ class TorchMapper(torch.nn.Module):
         first, second = torch.nn.Linear(c.llm_hidden_size, c.d_model), torch.nn.Linear(c.d_model, c.d_model)
         self.fc = torch.nn.Sequential(first, torch.nn.GELU(), second)
         self.llm_to_t2i_mapping = torch.nn.Transformer(
-            c.d_model, c.nhead, c.num_encoder_layers, c.num_decoder_layers, c.dim_feedforward, dropout=0.0,
-            layer_norm_eps=c.layer_norm_eps, norm_first=True, batch_first=True,
-        )  # fmt: skip
+            c.d_model,
+            c.nhead,
+            c.num_encoder_layers,
+            c.num_decoder_layers,
+            c.dim_feedforward,
+            dropout=0.0,
+            layer_norm_eps=c.layer_norm_eps,
+            norm_first=True,
+            batch_first=True,
+        )
         self.t2i_decoder_prompt = torch.nn.Parameter(torch.randn(1, c.num_queries, c.d_model))
 
     def forward(self, vokens):

@@ -15,9 +15,13 @@ from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.weights.maps.llama import TABLE
 
 CONFIG = LlamaConfig(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
     num_key_value_heads=2,
-)  # fmt: skip
+)
 PREFIX = PrefixConfig(num_virtual_tokens=3, encoder_hidden_size=16)
 
 
@@ -26,10 +30,15 @@ def models():
     params = template.init(jax.random.key(0))
     hf = LlamaForCausalLM(
         HfConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attn_implementation="eager",
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attn_implementation="eager",
         )
-    ).eval()  # fmt: skip
+    ).eval()
     known = {p: np.asarray(v) for p, v in params.items() if "voken" not in p and "prefix" not in p}
     hf.load_state_dict({key: torch.tensor(value) for key, value in TABLE.to_source(known).items()})
     return template, params, hf
@@ -54,9 +63,11 @@ def test_states_equal_transformers_with_past_key_values():
         cache.update(key, value, layer)
     with torch.no_grad():
         want = hf.model(
-            inputs_embeds=torch.tensor(embeds), past_key_values=cache, attention_mask=torch.ones(1, 10),
+            inputs_embeds=torch.tensor(embeds),
+            past_key_values=cache,
+            attention_mask=torch.ones(1, 10),
             position_ids=torch.arange(3, 10)[None],
-        ).last_hidden_state.numpy()  # fmt: skip
+        ).last_hidden_state.numpy()
     positions = jnp.arange(7)[None]
     got = template.bind(params)(
         jnp.asarray(embeds), positions=positions, segment_ids=jnp.ones((1, 7), jnp.int32)
@@ -78,9 +89,11 @@ def test_decoding_in_pieces_equals_the_whole_sequence():
     cache, parts = model.init_cache(2, 7), []
     for start, stop in ((0, 4), (4, 5), (5, 7)):
         part, cache = model.decode(
-            embeds[:, start:stop], positions=positions[:, start:stop],
-            valid=jnp.ones((2, stop - start), bool), cache=cache,
-        )  # fmt: skip
+            embeds[:, start:stop],
+            positions=positions[:, start:stop],
+            valid=jnp.ones((2, stop - start), bool),
+            cache=cache,
+        )
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 

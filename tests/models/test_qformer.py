@@ -16,8 +16,9 @@ from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormer, QFormerConfig
 from minigpt5_jax.weights.maps import qformer as maps
 from minigpt5_jax.weights.table import Table, WeightTableError
 
-HF = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3,
-          encoder_hidden_size=20)
+HF = dict(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3, encoder_hidden_size=20
+)
 
 
 def template_of(config: QFormerConfig, **kwargs) -> Template:
@@ -66,7 +67,8 @@ def test_forward_and_gradients_match_transformers(frequency):
         return (out * weight).sum(), out
 
     (grads, image_grad), ours = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
-        jax.tree.map(jnp.asarray, params), jnp.asarray(image))
+        jax.tree.map(jnp.asarray, params), jnp.asarray(image)
+    )
     assert_close(ours, theirs.detach())
     assert_close(image_grad, inputs.grad)
     tensors = {"qformer." + k: p.grad.numpy() for k, p in model.named_parameters()}
@@ -83,8 +85,11 @@ def test_forward_and_gradients_match_transformers(frequency):
 
 def test_original_checkpoint_imports_completely(oracle_weights, oracle_configs):
     prefix = "model."
-    source = {k.removeprefix(prefix): v for k, v in oracle_weights.items()
-              if k.startswith(("model.Qformer.", "model.query_tokens"))}
+    source = {
+        k.removeprefix(prefix): v
+        for k, v in oracle_weights.items()
+        if k.startswith(("model.Qformer.", "model.query_tokens"))
+    }
     config = QFormerConfig.from_hf(
         oracle_configs["qformer_bert"],
         encoder_hidden_size=oracle_configs["eva_vit"]["embed_dim"],
@@ -100,9 +105,13 @@ def test_original_checkpoint_imports_completely(oracle_weights, oracle_configs):
     assert all(np.array_equal(again[k], source[k]) for k in again)
 
     # LAVIS's file has the text branch too; anything else is an error that names it.
-    text = ["Qformer.bert.encoder.layer.1.intermediate.dense.weight", "Qformer.cls.predictions.bias",
-            "Qformer.bert.encoder.layer.0.output.LayerNorm.bias", "t5_proj.weight",
-            "Qformer.bert.embeddings.word_embeddings.weight"]
+    text = [
+        "Qformer.bert.encoder.layer.1.intermediate.dense.weight",
+        "Qformer.cls.predictions.bias",
+        "Qformer.bert.encoder.layer.0.output.LayerNorm.bias",
+        "t5_proj.weight",
+        "Qformer.bert.embeddings.word_embeddings.weight",
+    ]
     load(template, table, {**source, **{name: np.zeros(3) for name in text}})
     stray = "Qformer.bert.encoder.layer.1.crossattention.self.key.bias"  # layer 1 has none
     with pytest.raises(WeightTableError, match=stray.replace(".", r"\.")):
@@ -126,7 +135,11 @@ def test_dtype_remat_and_errors():
     out = template_of(config, dtype=jnp.bfloat16, remat=True).bind(params)(image.astype(jnp.bfloat16))
     assert out.dtype == jnp.float32
     assert 0 < jnp.abs(out - exact).max() < 0.1
-    for field, value in {"num_hidden_layers": 3, "num_attention_heads": 5, "hidden_act": "swish",
-                         "position_embedding_type": "relative_key"}.items():
+    for field, value in {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 5,
+        "hidden_act": "swish",
+        "position_embedding_type": "relative_key",
+    }.items():
         with pytest.raises(ValueError, match=field):
             QFormerConfig.from_hf({**HF, field: value})

@@ -18,18 +18,28 @@ from minigpt5_jax.weights.maps.unet import TABLE
 from minigpt5_jax.weights.table import WeightTableError
 
 SMALL = dict(
-    sample_size=8, block_out_channels=[8, 16], layers_per_block=1, attention_head_dim=[2, 4],
+    sample_size=8,
+    block_out_channels=[8, 16],
+    layers_per_block=1,
+    attention_head_dim=[2, 4],
     down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
     up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-    cross_attention_dim=12, norm_num_groups=4, use_linear_projection=True,
-)  # fmt: skip
+    cross_attention_dim=12,
+    norm_num_groups=4,
+    use_linear_projection=True,
+)
 # The order of block types turned round, another width at every level, sines first.
 ODD = SMALL | dict(
-    block_out_channels=[8, 16, 24], attention_head_dim=4, layers_per_block=2, in_channels=5,
+    block_out_channels=[8, 16, 24],
+    attention_head_dim=4,
+    layers_per_block=2,
+    in_channels=5,
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-3,
-)  # fmt: skip
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    norm_eps=1e-3,
+)
 
 
 def diffusers_unet(config: dict) -> diffusers.UNet2DConditionModel:
@@ -139,14 +149,29 @@ def test_full_size_parameter_count():
 
 def test_preset_is_the_published_configuration():
     published = dict(
-        _class_name="UNet2DConditionModel", act_fn="silu", attention_head_dim=[5, 10, 20, 20],
-        block_out_channels=[320, 640, 1280, 1280], center_input_sample=False, cross_attention_dim=1024,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], downsample_padding=1,
-        dual_cross_attention=False, flip_sin_to_cos=True, freq_shift=0, in_channels=4, layers_per_block=2,
-        mid_block_scale_factor=1, norm_eps=1e-5, norm_num_groups=32, num_class_embeds=None,
-        only_cross_attention=False, out_channels=4, sample_size=64,
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, use_linear_projection=True,
-    )  # fmt: skip
+        _class_name="UNet2DConditionModel",
+        act_fn="silu",
+        attention_head_dim=[5, 10, 20, 20],
+        block_out_channels=[320, 640, 1280, 1280],
+        center_input_sample=False,
+        cross_attention_dim=1024,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        downsample_padding=1,
+        dual_cross_attention=False,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        in_channels=4,
+        layers_per_block=2,
+        mid_block_scale_factor=1,
+        norm_eps=1e-5,
+        norm_num_groups=32,
+        num_class_embeds=None,
+        only_cross_attention=False,
+        out_channels=4,
+        sample_size=64,
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        use_linear_projection=True,
+    )
     assert UNetConfig.from_hf(published) == SD21_UNET
 
 
@@ -174,14 +199,27 @@ def test_bf16_compute_returns_float32_close_to_float32_compute():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("use_linear_projection", False), ("class_embed_type", "timestep"), ("num_class_embeds", 10),
-     ("addition_embed_type", "text"), ("act_fn", "gelu"), ("only_cross_attention", True),
-     ("dual_cross_attention", True), ("transformer_layers_per_block", 2), ("encoder_hid_dim", 8),
-     ("resnet_time_scale_shift", "scale_shift"), ("time_embedding_type", "fourier"),
-     ("num_attention_heads", 4), ("mid_block_type", None), ("layers_per_block", [1, 1]),
-     ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]), ("up_block_types", ["UpBlock2D"]),
-     ("attention_head_dim", [2]), ("attention_head_dim", 3)],
-)  # fmt: skip
+    [
+        ("use_linear_projection", False),
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 10),
+        ("addition_embed_type", "text"),
+        ("act_fn", "gelu"),
+        ("only_cross_attention", True),
+        ("dual_cross_attention", True),
+        ("transformer_layers_per_block", 2),
+        ("encoder_hid_dim", 8),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("time_embedding_type", "fourier"),
+        ("num_attention_heads", 4),
+        ("mid_block_type", None),
+        ("layers_per_block", [1, 1]),
+        ("down_block_types", ["DownBlock2D", "AttnDownBlock2D"]),
+        ("up_block_types", ["UpBlock2D"]),
+        ("attention_head_dim", [2]),
+        ("attention_head_dim", 3),
+    ],
+)
 def test_unimplemented_configurations_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         UNetConfig.from_hf(SMALL | {field: value})

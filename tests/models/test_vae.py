@@ -21,10 +21,13 @@ from minigpt5_jax.weights.table import WeightTableError
 
 def hf_config(widths: tuple[int, ...], layers: int) -> dict:
     return dict(
-        block_out_channels=widths, layers_per_block=layers, norm_num_groups=4, sample_size=16,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        norm_num_groups=4,
+        sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
-    )  # fmt: skip
+    )
 
 
 CONFIGS = [hf_config((8, 16), 1), hf_config((8, 16, 24, 24), 2)]
@@ -167,21 +170,35 @@ def test_full_size_counts():
 
 def test_preset_is_the_published_configuration():
     published = dict(
-        _class_name="AutoencoderKL", _diffusers_version="0.8.0", act_fn="silu", sample_size=768,
-        block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, in_channels=3, out_channels=3, latent_channels=4,
-        layers_per_block=2, norm_num_groups=32,
-    )  # fmt: skip
+        _class_name="AutoencoderKL",
+        _diffusers_version="0.8.0",
+        act_fn="silu",
+        sample_size=768,
+        block_out_channels=[128, 256, 512, 512],
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        layers_per_block=2,
+        norm_num_groups=32,
+    )
     assert VaeConfig.from_hf(published) == SD21_VAE
     assert SD21_VAE.scaling_factor == 0.18215 and SD21_VAE.downsampling == 8
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("act_fn", "gelu"), ("mid_block_add_attention", False), ("use_quant_conv", False),
-     ("shift_factor", 0.1), ("latents_mean", [0.0]), ("down_block_types", ["AttnDownEncoderBlock2D"]),
-     ("up_block_types", ["AttnUpDecoderBlock2D"])],
-)  # fmt: skip
+    [
+        ("act_fn", "gelu"),
+        ("mid_block_add_attention", False),
+        ("use_quant_conv", False),
+        ("shift_factor", 0.1),
+        ("latents_mean", [0.0]),
+        ("down_block_types", ["AttnDownEncoderBlock2D"]),
+        ("up_block_types", ["AttnUpDecoderBlock2D"]),
+    ],
+)
 def test_unimplemented_configurations_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         VaeConfig.from_hf(CONFIGS[0] | {field: value})

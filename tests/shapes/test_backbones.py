@@ -58,9 +58,11 @@ def test_other_libraries_read_the_same_files():
     import transformers
 
     kinds = {
-        "llama": transformers.LlamaForCausalLM, "text_encoder": transformers.CLIPTextModel,
-        "unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-    }  # fmt: skip
+        "llama": transformers.LlamaForCausalLM,
+        "text_encoder": transformers.CLIPTextModel,
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+    }
     models = {}
     for name, kind in kinds.items():
         models[name], info = kind.from_pretrained(

@@ -57,9 +57,14 @@ def tiny_config(tmp_path_factory):
     """``make(sees=False) -> configuration`` of a random model, its weights in files, on data of scenes."""
     made = tiny.write_oracle_sources(tmp_path_factory.mktemp("weights"))
     made.data.update(
-        format="shapes", shapes_train=8, shapes_validation=8, global_batch=8, worker_count=0,
-        max_length=64, flip_mode="off",
-    )  # fmt: skip
+        format="shapes",
+        shapes_train=8,
+        shapes_validation=8,
+        global_batch=8,
+        worker_count=0,
+        max_length=64,
+        flip_mode="off",
+    )
     made.inference.update(sampler="ddim", num_inference_steps=1, max_new_tokens=4, force_image="first")
 
     def make(sees=False):
@@ -149,9 +154,11 @@ def test_empty_prompts_of_a_file_are_named(mode, line, message, only_described, 
 def test_more_pictures_than_there_are_positions(only_described, tmp_path, no_weights):
     with pytest.raises(ConfigError, match=r"max_length=64 .* 500 pictures\) exceed .*'s \d+ positions"):
         command(
-            checkpoint=str(only_described), prompt=["a red circle"], inference=["max_images=500"],
+            checkpoint=str(only_described),
+            prompt=["a red circle"],
+            inference=["max_images=500"],
             output=str(tmp_path / "page"),
-        )  # fmt: skip
+        )
 
 
 # -- stories ----------------------------------------------------------------------------------------
@@ -210,9 +217,12 @@ def test_a_story_goes_on_from_any_length_and_forgets_its_oldest(stage1, uneven, 
     (tmp_path / "in.jsonl").write_text("\n".join(Path(line).read_text() for line in lines))
     with caplog.at_level("WARNING"):
         page = command(
-            "story", checkpoint=str(stage1), jsonl=str(tmp_path / "in.jsonl"), scenes=2,
+            "story",
+            checkpoint=str(stage1),
+            jsonl=str(tmp_path / "in.jsonl"),
+            scenes=2,
             output=str(tmp_path / "page"),
-        ).read_text()  # fmt: skip
+        ).read_text()
     told = list(map(json.loads, (tmp_path / "page/conversations.jsonl").read_text().splitlines()))
     assert [line["id"] for line in told] == ["short", "long"]
     drawn = [
@@ -278,8 +288,10 @@ def assets(tmp_path, monkeypatch):
     """A copy of the language model's files as the package has them."""
     folder = tmp_path / "assets"
     shutil.copytree(files.ASSETS / "llama", folder / "llama")
-    hashes = {f"llama/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
-              for path in (folder / "llama").iterdir()}  # fmt: skip
+    hashes = {
+        f"llama/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / "llama").iterdir()
+    }
     (folder / files.PROVENANCE).write_text(json.dumps({"sha256": hashes}))
     monkeypatch.setattr(frozen_sources, "ASSETS", folder)
     return folder

@@ -37,9 +37,11 @@ def assets(tmp_path_factory):
 def test_eyes_and_projection_are_those_of_the_backbone(assets):
     _, tongue = train_llama.read(assets)
     eyes = train_vision.read_eyes(assets)
-    whole = Template.of(lambda rngs: MiniGPT4(
-        llm=train_llama.CONFIG, vit=train_vision.VIT, qformer=train_vision.QFORMER, rngs=rngs
-    ))  # fmt: skip
+    whole = Template.of(
+        lambda rngs: MiniGPT4(
+            llm=train_llama.CONFIG, vit=train_vision.VIT, qformer=train_vision.QFORMER, rngs=rngs
+        )
+    )
     assert whole.shapes.keys() == (tongue | eyes).keys()
     pictures = render([draw_scene(np.random.default_rng(i), count=2) for i in range(3)])
     theirs = jax.jit(lambda p, x: whole.bind(p).project(whole.bind(p).image_states(x)))(

@@ -144,11 +144,12 @@ def test_the_vae_never_sees_a_held_out_kind():
 def test_batches_are_functions_of_the_step(clip, llama, histories):
     look = lambda pictures: np.zeros((len(pictures), IMAGE_TOKENS, 128), np.float32)  # noqa: E731
     made = {
-        "vae": train_vae.batches(2, seed=0), "text": train_text.batches(clip, 2, seed=0),
+        "vae": train_vae.batches(2, seed=0),
+        "text": train_text.batches(clip, 2, seed=0),
         "vision": train_vision.batches(2, seed=0),
         "gathering": train_llama.batches(llama, data.kinds_of_batches(histories), look, seed=0),
         "describing": train_llama.batches(llama, data.kinds_of_describing(histories), look, seed=0),
-    }  # fmt: skip
+    }
     for name, batch in made.items():  # steps of one kind: kinds take turns of 4 and 5
         first, again, other = (jax.tree.leaves(batch(step)) for step in (5, 5, 25))
         assert all((a == b).all() for a, b in zip(first, again, strict=True)), name
@@ -188,8 +189,13 @@ def test_contexts_keep_padding_positions_and_have_empty_ones():
         features += np.array([number[id(scene)] for scene in chosen], np.float32)[:, None, None]
         return features, np.broadcast_to(np.arange(77) < 16, (len(chosen), 77)).astype(np.int32)
 
-    moments = np.concatenate([np.broadcast_to(np.arange(count)[:, None, None, None], (count, 8, 8, 4)),
-                              np.full((count, 8, 8, 4), -60.0)], -1).astype(np.float32)  # fmt: skip
+    moments = np.concatenate(
+        [
+            np.broadcast_to(np.arange(count)[:, None, None, None], (count, 8, 8, 4)),
+            np.full((count, 8, 8, 4), -60.0),
+        ],
+        -1,
+    ).astype(np.float32)
     examples = train_unet.Examples(scenes, moments, encode, np.full((77, width), -9.0, np.float32))
     batch = train_unet.batches(examples, 400, seed=0)(0)
     scene, context = batch["latents"][:, 0, 0, 0], batch["context"]

@@ -29,9 +29,14 @@ loaded.loader.exec_module(module)
 def config(name: str):
     made = module.get_config()
     made.run.update(
-        workdir=str(folder / name), num_steps=6, log_every=1, eval_every=0, grid_every=0, save_every=3,
+        workdir=str(folder / name),
+        num_steps=6,
+        log_every=1,
+        eval_every=0,
+        grid_every=0,
+        save_every=3,
         compile_cache=str(folder / "cache"),
-    )  # fmt: skip
+    )
     made.data.update(global_batch=4, max_length=40, shapes_train=24, shapes_validation=4, accumulation=2)
     made.loss.cfg_dropout = 0.5
     made.optimizer.warmup_steps = 2

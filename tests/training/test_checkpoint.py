@@ -54,8 +54,10 @@ def make_state(mesh_, seed=0):
 
 def assert_same(a, b):
     def bits(tree):
-        leaves = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-                  for x in jax.tree.leaves(tree)]  # fmt: skip
+        leaves = [
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            for x in jax.tree.leaves(tree)
+        ]
         return [np.asarray(x) for x in leaves]
 
     assert jax.tree.structure(a) == jax.tree.structure(b)
@@ -65,8 +67,11 @@ def assert_same(a, b):
 
 
 def meta(**changes):
-    config = {"model": {"mapper": {"name": "encoder_decoder", "d_model": 8}, "remat": False},
-              "optimizer": {"lr_mapper": 1e-3}, "tuning": {"rules": (("a", "b"),)}}  # fmt: skip
+    config = {
+        "model": {"mapper": {"name": "encoder_decoder", "d_model": 8}, "remat": False},
+        "optimizer": {"lr_mapper": 1e-3},
+        "tuning": {"rules": (("a", "b"),)},
+    }
     described = describe_run(config, tokenizer={"sha256": "aa", "num_vokens": 8}, frozen={"vae": "bb"})
     return {**described, **changes}
 
@@ -223,8 +228,10 @@ def test_check_compatible_names_every_differing_key_with_both_values():
     saved = meta()
     check_compatible(saved, meta())
     other = meta(tokenizer={"sha256": "cc", "num_vokens": 8}, frozen={"vae": "bb", "unet": "dd"})
-    other["config"] = {**saved["config"], "model": {"mapper": {"name": "encoder_decoder", "d_model": 16},
-                                                    "remat": True}}  # fmt: skip
+    other["config"] = {
+        **saved["config"],
+        "model": {"mapper": {"name": "encoder_decoder", "d_model": 16}, "remat": True},
+    }
     with pytest.raises(CheckpointError) as error:
         check_compatible(saved, other)
     message = str(error.value)

@@ -23,12 +23,21 @@ def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {
-        "run.num_steps": steps, "run.log_every": 1, "run.eval_every": 0,
-        "run.save_every": 2, "run.grid_every": 4, "run.compile_cache": cache, "data.global_batch": 4,
-        "data.shapes_train": 24, "data.shapes_validation": 4, "data.buckets": (28, 40),
-        "data.max_length": 40, "data.index_cache": cache, "optimizer.warmup_steps": 1,
+        "run.num_steps": steps,
+        "run.log_every": 1,
+        "run.eval_every": 0,
+        "run.save_every": 2,
+        "run.grid_every": 4,
+        "run.compile_cache": cache,
+        "data.global_batch": 4,
+        "data.shapes_train": 24,
+        "data.shapes_validation": 4,
+        "data.buckets": (28, 40),
+        "data.max_length": 40,
+        "data.index_cache": cache,
+        "optimizer.warmup_steps": 1,
         "inference.num_inference_steps": 2,
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "minigpt5_jax.train", "--config", "configs/shapes_stage1.py"]
     command += [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
     flags = (
@@ -39,11 +48,15 @@ def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
     joined = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": str(count)} if count > 1 else {}
     workers = [
         subprocess.Popen(
-            command, cwd=ROOT, stdout=-1, stderr=-1, text=True,
+            command,
+            cwd=ROOT,
+            stdout=-1,
+            stderr=-1,
+            text=True,
             env=base | joined | ({"PROCESS_ID": str(rank)} if joined else {}),
         )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
     try:
         for worker in workers:
             _, err = worker.communicate(timeout=400)

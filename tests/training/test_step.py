@@ -168,9 +168,11 @@ def test_what_does_not_divide_is_an_error_with_the_numbers(tiny_batch):
 def test_draws_depend_on_key_and_item_only(tiny_template):
     info = DrawInfo.of(tiny_template)
     settings = {
-        "latent_shape": info.latent_shape, "num_train_timesteps": info.num_train_timesteps,
-        "cfg_dropout": 0.5, "lora_dropout": True,
-    }  # fmt: skip
+        "latent_shape": info.latent_shape,
+        "num_train_timesteps": info.num_train_timesteps,
+        "cfg_dropout": 0.5,
+        "lora_dropout": True,
+    }
     ids = jnp.array([7, 11, 400])
     whole = Draws.from_key(jax.random.key(0), ids, ids, **settings)
     part = Draws.from_key(jax.random.key(0), ids[2:], ids[2:], **settings)

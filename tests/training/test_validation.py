@@ -33,9 +33,13 @@ def losses(tiny_template, tiny_params):
     @jax.jit
     def run(batch, timesteps):
         draws = Draws.from_key(
-            jax.random.key(1), batch.item_id, batch.row_id, latent_shape=info.latent_shape,
-            num_train_timesteps=info.num_train_timesteps, cfg_dropout=0.0,
-        )  # fmt: skip
+            jax.random.key(1),
+            batch.item_id,
+            batch.row_id,
+            latent_shape=info.latent_shape,
+            num_train_timesteps=info.num_train_timesteps,
+            cfg_dropout=0.0,
+        )
         draws = dataclasses.replace(draws, timesteps=timesteps)
         found, more = tiny_template.bind(tiny_params).losses(batch, draws, IMAGE_ONLY)
         return {**found, **more}
@@ -128,9 +132,14 @@ def test_a_run_shows_itself(tmp_path, monkeypatch, capfd):
     config = tiny.write_oracle_sources(tmp_path / "weights")
     config.model.backbone.update(vit="none", qformer="none")
     config.data.update(
-        format="shapes", shapes_train=16, shapes_validation=8, global_batch=8, worker_count=0,
-        max_length=200, flip_mode="off",
-    )  # fmt: skip
+        format="shapes",
+        shapes_train=16,
+        shapes_validation=8,
+        global_batch=8,
+        worker_count=0,
+        max_length=200,
+        flip_mode="off",
+    )
     config.run.update(workdir=str(tmp_path / "run"), num_steps=2, log_every=1, eval_every=2, grid_every=2)
     config.inference.update(sampler="ddim", num_inference_steps=2)
     config.optimizer.warmup_steps = 1

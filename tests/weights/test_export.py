@@ -28,8 +28,12 @@ ROOT = Path(__file__).parents[2]
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "minigpt5_jax.export", *arguments],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
 
 
 def test_the_command_says_what_it_wrote(run_folder, tmp_path):

@@ -135,9 +135,17 @@ def test_the_way_there_and_back_changes_no_bit(folder, run_of):
 def test_the_example_as_a_command(folder, run_folder, tmp_path):
     export_torch(run_folder("stage1"), tmp_path / "llm", to="transformers")
     command = [
-        sys.executable, "example.py", "--language_model", str(tmp_path / "llm"), "--prompt", "a red circle",
-        "--output", str(tmp_path / "a.png"), "--steps", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "example.py",
+        "--language_model",
+        str(tmp_path / "llm"),
+        "--prompt",
+        "a red circle",
+        "--output",
+        str(tmp_path / "a.png"),
+        "--steps",
+        "2",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "a.png").size == (64, 64)

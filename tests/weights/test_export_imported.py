@@ -13,16 +13,20 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("names, newest", [(["b1.ckpt"], "b1.ckpt"), (["b1.ckpt", "a2.ckpt"], "a2.ckpt"),
-                                           (["a2.ckpt", "b1.ckpt"], "a2.ckpt")])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, newest",
+    [(["b1.ckpt"], "b1.ckpt"), (["b1.ckpt", "a2.ckpt"], "a2.ckpt"), (["a2.ckpt", "b1.ckpt"], "a2.ckpt")],
+)
 def test_the_newest_file_speaks(names, newest):
     config = get_config()
     config.run.init_from = "b1.ckpt" if len(names) > 1 else ""
     meta = {"imported": {"files": {name: FILES[name] for name in names}}}
     about = FILES[newest]
     assert training_progress(config, meta, 70) == {
-        "hyper_parameters": about["hyper_parameters"], "epoch": about["epoch"], "step": about["global_step"],
-    }  # fmt: skip
+        "hyper_parameters": about["hyper_parameters"],
+        "epoch": about["epoch"],
+        "step": about["global_step"],
+    }
 
 
 def test_a_run_of_ours_speaks_for_itself():

@@ -99,7 +99,8 @@ def test_the_names_are_the_originals(exported, kind, stage, names):
     assert state.keys() == names
     assert {value.dtype for value in state.values()} == {torch.float32}
     shapes = {
-        "t2i_decoder_prompt": (1, 77, 128), "fc.0.weight": (128, 128),
+        "t2i_decoder_prompt": (1, 77, 128),
+        "fc.0.weight": (128, 128),
         "llm_to_t2i_mapping.encoder.layers.1.self_attn.in_proj_weight": (384, 128),
         "llm_to_t2i_mapping.decoder.layers.0.linear1.weight": (512, 128),
         f"{PEFT}model.layers.3.self_attn.q_proj.lora_A.default.weight": (8, 128),
@@ -108,7 +109,7 @@ def test_the_names_are_the_originals(exported, kind, stage, names):
         "model.prefix_encoder.transform.0.weight": (16, 128),
         "model.prefix_encoder.transform.2.weight": (2 * LAYERS * 128, 16),
         **dict.fromkeys(PLAIN | WRAPPED, (WORDS + 9, 128)),
-    }  # fmt: skip
+    }
     assert all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state)
 
 
@@ -133,9 +134,16 @@ def test_full_size_files_have_131_and_254_tensors():
 def test_the_container_is_one_that_lightning_reads(exported):
     container = torch.load(exported("stage1"), map_location="cpu", weights_only=True)
     assert set(container) == {
-        "epoch", "global_step", "pytorch-lightning_version", "state_dict", "callbacks", "optimizer_states",
-        "lr_schedulers", "hparams_name", "hyper_parameters",
-    }  # fmt: skip
+        "epoch",
+        "global_step",
+        "pytorch-lightning_version",
+        "state_dict",
+        "callbacks",
+        "optimizer_states",
+        "lr_schedulers",
+        "hparams_name",
+        "hyper_parameters",
+    }
     assert (container["epoch"], container["global_step"], container["hparams_name"]) == (0, 7, "kwargs")
     assert container["callbacks"] == {} and container["optimizer_states"] == []
     hyper = container["hyper_parameters"]
@@ -153,18 +161,31 @@ class Original(nn.Module):
         body = {k: v for k, v in pretrained.state_dict().items() if v.shape == llama.state_dict()[k].shape}
         assert len(llama.load_state_dict(body, strict=False).missing_keys) == 2, "the two tables"
         if lora:
-            llama = peft.get_peft_model(llama, peft.LoraConfig(
-                r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"],
-                task_type="CAUSAL_LM", modules_to_save=["lm_head", "embed_tokens"],
-            ))  # fmt: skip
+            llama = peft.get_peft_model(
+                llama,
+                peft.LoraConfig(
+                    r=8,
+                    lora_alpha=16,
+                    lora_dropout=0.05,
+                    target_modules=["q_proj", "v_proj"],
+                    task_type="CAUSAL_LM",
+                    modules_to_save=["lm_head", "embed_tokens"],
+                ),
+            )
         self.model = nn.Module()
         self.model.llama_model = llama
         width = sizes.d_model
         self.fc = nn.Sequential(nn.Linear(sizes.llm_hidden_size, width), nn.GELU(), nn.Linear(width, width))
         self.llm_to_t2i_mapping = nn.Transformer(
-            width, sizes.nhead, sizes.num_encoder_layers, sizes.num_decoder_layers, sizes.dim_feedforward,
-            dropout=0.0, norm_first=True, batch_first=True,
-        )  # fmt: skip
+            width,
+            sizes.nhead,
+            sizes.num_encoder_layers,
+            sizes.num_decoder_layers,
+            sizes.dim_feedforward,
+            dropout=0.0,
+            norm_first=True,
+            batch_first=True,
+        )
         self.t2i_decoder_prompt = nn.Parameter(torch.zeros(1, sizes.num_queries, width))
         self.lora = lora
         self.eval()

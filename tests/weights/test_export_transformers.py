@@ -82,9 +82,13 @@ def test_the_adapter_holds_what_peft_saves(exported, tmp_path):
     """Names and shapes as ``peft`` itself writes them."""
     base = transformers.AutoModelForCausalLM.from_pretrained(exported("lora", merge=False))
     config = peft.LoraConfig(
-        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
         modules_to_save=["lm_head", "embed_tokens"],
-    )  # fmt: skip
+    )
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
     theirs = open_weights(tmp_path / "adapter_model.safetensors")
     ours = open_weights(exported("lora", "peft") / "adapter_model.safetensors")
@@ -107,8 +111,11 @@ def test_the_way_there_and_back_changes_no_bit(exported, run_of):
     assert all(np.array_equal(again[path], params[path]) for path in plain)
 
     adapter = open_weights(exported("lora", "peft") / "adapter_model.safetensors")
-    named = {k.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): v
-             for k, v in adapter.items() if ".lora_" in k}  # fmt: skip
+    named = {
+        k.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): v
+        for k, v in adapter.items()
+        if ".lora_" in k
+    }
     factors = maps.lora_table().to_params(named, {p: v.shape for p, v in params.items() if "/lora_" in p})
     assert len(factors) == 4 and all(np.array_equal(factors[path], params[path]) for path in factors)
 

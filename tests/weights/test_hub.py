@@ -76,10 +76,17 @@ def test_a_look_at_the_cache_fetches_nothing(cache, monkeypatch):
 
 def test_only_what_is_wanted_is_asked_for(cache, monkeypatch):
     published = [
-        "config.json", "model.safetensors", "README.md", "tokenizer.model", "pytorch_model.bin",
-        "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors", "bin/config.json", "bin/pytorch_model.bin",
-    ]  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "tokenizer.model",
+        "pytorch_model.bin",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "bin/config.json",
+        "bin/pytorch_model.bin",
+    ]
     snapshot = put(cache, "org/model")
 
     def download(repository, allow_patterns, ignore_patterns, local_files_only):

@@ -40,7 +40,8 @@ def write_shards(folder, name="model.safetensors.index.json"):
 
 def same(left, right) -> bool:
     return left.keys() == right.keys() and all(
-        left[k].dtype == right[k].dtype and np.array_equal(left[k], right[k]) for k in right)
+        left[k].dtype == right[k].dtype and np.array_equal(left[k], right[k]) for k in right
+    )
 
 
 def test_every_layout_gives_the_same_tensors(tmp_path):
@@ -60,12 +61,22 @@ def test_every_layout_gives_the_same_tensors(tmp_path):
 
 
 def test_dtypes_are_those_of_the_file_and_torch_agrees(tmp_path):
-    mixed = {"a": torch.randn(3, 2, dtype=torch.bfloat16), "b": torch.randn(4, dtype=torch.float16),
-             "c": torch.randn(2), "d": torch.arange(3), "e": torch.tensor(2.5)}
+    mixed = {
+        "a": torch.randn(3, 2, dtype=torch.bfloat16),
+        "b": torch.randn(4, dtype=torch.float16),
+        "c": torch.randn(2),
+        "d": torch.arange(3),
+        "e": torch.tensor(2.5),
+    }
     torch_save(mixed, tmp_path / "torch.safetensors")
     source = open_weights(tmp_path / "torch.safetensors")
-    assert [source[k].dtype for k in "abcde"] == [ml_dtypes.bfloat16, np.float16, np.float32, np.int64,
-                                                  np.float32]
+    assert [source[k].dtype for k in "abcde"] == [
+        ml_dtypes.bfloat16,
+        np.float16,
+        np.float32,
+        np.int64,
+        np.float32,
+    ]
     save_safetensors(tmp_path / "ours.safetensors", dict(source))
     again = torch_load(tmp_path / "ours.safetensors")
     assert all(torch.equal(again[k], mixed[k]) and again[k].dtype == mixed[k].dtype for k in mixed)
@@ -79,8 +90,7 @@ def test_load_tower_stacks_and_casts_floating_leaves_only(tmp_path):
     np.testing.assert_array_equal(params["layers/fc/kernel"][1], tensors()["l.1.fc.weight"].T)
     half = load_tower(TABLE, source, SHAPES, dtype=jnp.bfloat16)
     assert half["layers/fc/bias"].dtype == ml_dtypes.bfloat16 and half["ids"].dtype == np.int64
-    np.testing.assert_array_equal(half["layers/fc/bias"],
-                                  params["layers/fc/bias"].astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(half["layers/fc/bias"], params["layers/fc/bias"].astype(ml_dtypes.bfloat16))
     wide = load_tower(TABLE, tensors(ml_dtypes.bfloat16), SHAPES, dtype=np.float32)
     assert wide["layers/fc/kernel"].dtype == np.float32
 
@@ -135,8 +145,10 @@ def test_a_header_length_that_begins_like_another_format(tmp_path, start):
 
 def test_tensors_that_are_not_aligned(tmp_path):
     """Nothing in the format says that they are."""
-    header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
-              "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}}  # fmt: skip
+    header = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+    }
     text = json.dumps(header).encode()
     content = len(text).to_bytes(8, "little") + text + b"\x01" + np.float32([7, 8]).tobytes()
     (tmp_path / "x.safetensors").write_bytes(content)

@@ -38,8 +38,11 @@ def shapes(stage1):
 
 def lora_shapes(rank=RANK):
     path = "backbone/llm/layers/self_attn/{}/lora_{}"
-    return {path.format(name, leaf): (LAYERS, WIDTH, rank) if leaf == "a" else (LAYERS, rank, WIDTH)
-            for name in ("q_proj", "v_proj") for leaf in "ab"}  # fmt: skip
+    return {
+        path.format(name, leaf): (LAYERS, WIDTH, rank) if leaf == "a" else (LAYERS, rank, WIDTH)
+        for name in ("q_proj", "v_proj")
+        for leaf in "ab"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +112,13 @@ def test_a_prefix_in_place_of_lora(stage1, stage2, shapes):
         "model.prefix_encoder.transform.2.weight": random.standard_normal((288, 16)),
         "model.prefix_encoder.transform.2.bias": random.standard_normal(288),
     }
-    more = {"embedding": (5, WIDTH), "transform/0/kernel": (WIDTH, 16), "transform/0/bias": (16,),
-            "transform/1/kernel": (16, 288), "transform/1/bias": (288,)}  # fmt: skip
+    more = {
+        "embedding": (5, WIDTH),
+        "transform/0/kernel": (WIDTH, 16),
+        "transform/0/bias": (16,),
+        "transform/1/kernel": (16, 288),
+        "transform/1/bias": (288,),
+    }
     wanted = shapes | {f"backbone/llm/prefix_encoder/{name}": shape for name, shape in more.items()}
     params = read(stage1, tensors | prefix, wanted).params
     kernel = prefix["model.prefix_encoder.transform.2.weight"].T.astype(np.float32)
@@ -119,8 +127,9 @@ def test_a_prefix_in_place_of_lora(stage1, stage2, shapes):
 
 def test_the_decay_of_the_old_rows_is_measured(stage1):
     old = {TABLES[llama.EMBED]: stage1[EMBED][:1000], TABLES[llama.HEAD]: stage1[HEAD][:1000].T}
-    shrunk = stage1 | {key: np.concatenate([0.99 * stage1[key][:1000], stage1[key][1000:]])
-                       for key in (EMBED, HEAD)}  # fmt: skip
+    shrunk = stage1 | {
+        key: np.concatenate([0.99 * stage1[key][:1000], stage1[key][1000:]]) for key in (EMBED, HEAD)
+    }
     decay = compare_rows(shrunk, None, 1000, old.__getitem__)
     assert all(abs(factor - 0.99) < 1e-5 and rest < 1e-5 for factor, rest in decay.values())
     other = {path: np.random.default_rng(0).permutation(value) for path, value in old.items()}
@@ -140,8 +149,12 @@ def test_files_that_do_not_belong_together(stage1, stage2, shapes):
     refused(stage1, stage1, shapes, "neither LoRA nor prefix")
     refused(stage1, stage2, shapes, "the configuration has none.*lora_rank=0.*stage2_vist")
     refused(stage1, None, both, "lora_rank.*files have none: give the stage-2 file")
-    refused(stage1, stage2, shapes | lora_shapes(4),
-            "LoRA of rank 2 in the file, rank 4 in the configuration.*lora_rank=2")  # fmt: skip
+    refused(
+        stage1,
+        stage2,
+        shapes | lora_shapes(4),
+        "LoRA of rank 2 in the file, rank 4 in the configuration.*lora_rank=2",
+    )
     for key in ("llm_to_t2i_mapping.decoder.norm.bias", f"{PEFT}lm_head.modules_to_save.default.weight"):
         rest = {k: v for k, v in stage2.items() if k != key}
         plain = key if "norm" in key else HEAD
@@ -150,8 +163,13 @@ def test_files_that_do_not_belong_together(stage1, stage2, shapes):
     refused(stage1, twice, both, f"stage 2 file holds both '{PEFT}.* and '{EMBED}'")
     part = {k: v for k, v in stage1.items() if not k.startswith("fc.")}
     refused(part, None, shapes, "'mapper/fc/fc1/kernel' is written by no.*(.|\n)*without the stage-1 file")
-    refused(stage1, None, shapes, r"V = 1009 rows, so \[IMG0\] is id 1000; the language model has 1001",
-            vocab_size=1001)  # fmt: skip
+    refused(
+        stage1,
+        None,
+        shapes,
+        r"V = 1009 rows, so \[IMG0\] is id 1000; the language model has 1001",
+        vocab_size=1001,
+    )
     refused(stage1, None, shapes, r"tokenizer whose entry 32000 is \[PAD\]", vocab_size=999)
     wide = shapes | {f"backbone/llm/{name}/voken": (9, 64) for name in ("embed_tokens", "lm_head")}
     refused(stage1, None, wide, "width 48, this one has 64")

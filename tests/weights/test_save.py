@@ -23,11 +23,15 @@ from minigpt5_jax.weights.view import View
 def tensors() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
-        "flag": np.array([True, False, True]), "w": rng.standard_normal((5, 4)).astype(np.float32),
-        "odd": rng.standard_normal(3).astype(ml_dtypes.bfloat16), "ids": np.arange(4, dtype=np.int64),
-        "half": rng.standard_normal((2, 4)).astype(np.float16), "scalar": np.float32(2.5),
-        "transposed": rng.standard_normal((3, 4)).T, "none": np.zeros((0, 3), np.float32),
-    }  # fmt: skip
+        "flag": np.array([True, False, True]),
+        "w": rng.standard_normal((5, 4)).astype(np.float32),
+        "odd": rng.standard_normal(3).astype(ml_dtypes.bfloat16),
+        "ids": np.arange(4, dtype=np.int64),
+        "half": rng.standard_normal((2, 4)).astype(np.float16),
+        "scalar": np.float32(2.5),
+        "transposed": rng.standard_normal((3, 4)).T,
+        "none": np.zeros((0, 3), np.float32),
+    }
 
 
 def test_every_reader_gives_back_what_was_written(tmp_path):

@@ -39,13 +39,15 @@ def sizes(oracle_configs):
         "llm": LlamaConfig.from_hf(c["llama"]),
         "vit": vit,
         "qformer": QFormerConfig.from_hf(
-            c["qformer_bert"], encoder_hidden_size=vit.hidden_size, num_query_tokens=c["num_query_token"],
+            c["qformer_bert"],
+            encoder_hidden_size=vit.hidden_size,
+            num_query_tokens=c["num_query_token"],
             cross_attention_frequency=c["cross_attention_freq"],
         ),
         "unet": UNetConfig.from_hf(c["unet"]),
         "vae": VaeConfig.from_hf(c["vae"]),
         "text_encoder": ClipTextConfig.from_hf(c["sd_text_encoder"]),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,16 @@ def files(oracle_weights):
         "vit": part(oracle_weights, {"model.visual_encoder.": ""}),
         "qformer": part(
             oracle_weights,
-            {"model.Qformer.": "Qformer.", "model.query_tokens": "query_tokens",
-             "model.ln_vision": "ln_vision"},
+            {
+                "model.Qformer.": "Qformer.",
+                "model.query_tokens": "query_tokens",
+                "model.ln_vision": "ln_vision",
+            },
         ),
         "unet": part(oracle_weights, {"unet.": ""}),
         "vae": part(oracle_weights, {"vae.": ""}),
         "text_encoder": part(oracle_weights, {"sd_text_encoder.": ""}),
-    }  # fmt: skip
+    }
 
 
 def params_of(name, source, sizes):
@@ -86,10 +91,18 @@ def assert_same(ours, theirs):
 
 def test_the_40th_block_and_the_head_of_eva_are_left_out_with_their_reasons(files, sizes):
     depth = sizes["vit"].num_hidden_layers
-    block = {k.replace("blocks.0.", f"blocks.{depth}."): v
-             for k, v in files["vit"].items() if k.startswith("blocks.0.")}  # fmt: skip
-    extra = {**block, "norm.weight": np.ones(56), "norm.bias": np.zeros(56), "head.weight": np.ones((2, 56)),
-             "head.bias": np.ones(2)}  # fmt: skip
+    block = {
+        k.replace("blocks.0.", f"blocks.{depth}."): v
+        for k, v in files["vit"].items()
+        if k.startswith("blocks.0.")
+    }
+    extra = {
+        **block,
+        "norm.weight": np.ones(56),
+        "norm.bias": np.zeros(56),
+        "head.weight": np.ones((2, 56)),
+        "head.bias": np.ones(2),
+    }
     params, coverage = params_of("vit", {**files["vit"], **extra}, sizes["vit"])
     assert_same(params, params_of("vit", files["vit"], sizes["vit"])[0])
     assert coverage.ignored.keys() == extra.keys()
@@ -116,13 +129,20 @@ def test_a_grid_that_is_not_square_is_refused(files, sizes):
 def blip2_in_hugging_face_names(files, sizes, oracle_weights):
     """The oracle's vision side under the names of ``Blip2Model``, with parts of its language model."""
     vit, qformer = TOWERS["vit"], TOWERS["qformer"]
-    tensors = {f"vision_model.{k}": v for k, v in eva_vit.HF_TABLE.to_source(
-        load_tower(eva_vit.table(sizes["vit"]), files["vit"], vit.shapes(sizes["vit"]))).items()}  # fmt: skip
+    tensors = {
+        f"vision_model.{k}": v
+        for k, v in eva_vit.HF_TABLE.to_source(
+            load_tower(eva_vit.table(sizes["vit"]), files["vit"], vit.shapes(sizes["vit"]))
+        ).items()
+    }
     params = params_of("qformer", files["qformer"], sizes["qformer"])[0]
     table = qformer.table(["qformer.layernorm.weight"], sizes["qformer"])
     tensors |= table.to_source(params)
-    return {**tensors, "language_projection.weight": np.ones((4, 4)),
-            "language_model.shared.weight": np.ones((3, 3))}  # fmt: skip
+    return {
+        **tensors,
+        "language_projection.weight": np.ones((4, 4)),
+        "language_model.shared.weight": np.ones((3, 3)),
+    }
 
 
 def test_blip2_in_hugging_face_form_gives_the_same_vision_tower_and_qformer(files, sizes, oracle_weights):
@@ -136,9 +156,13 @@ def test_blip2_in_hugging_face_form_gives_the_same_vision_tower_and_qformer(file
 
 
 def test_blip2_in_lavis_names_may_hold_the_vision_tower_too(files, sizes):
-    whole = {**files["qformer"], **{f"visual_encoder.{k}": v for k, v in files["vit"].items()},
-             "t5_proj.weight": np.ones((2, 2)), "Qformer.cls.predictions.bias": np.ones(3),
-             "Qformer.bert.embeddings.word_embeddings.weight": np.ones((3, 3))}  # fmt: skip
+    whole = {
+        **files["qformer"],
+        **{f"visual_encoder.{k}": v for k, v in files["vit"].items()},
+        "t5_proj.weight": np.ones((2, 2)),
+        "Qformer.cls.predictions.bias": np.ones(3),
+        "Qformer.bert.embeddings.word_embeddings.weight": np.ones((3, 3)),
+    }
     for name in ("vit", "qformer"):
         ours, coverage = params_of(name, whole, sizes[name])
         assert_same(ours, params_of(name, files[name], sizes[name])[0])
@@ -147,10 +171,15 @@ def test_blip2_in_lavis_names_may_hold_the_vision_tower_too(files, sizes):
 
 def test_sizes_come_from_blip2s_own_config(tmp_path, oracle_configs, sizes):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({
-        "vision_config": vars(sizes["vit"]), "num_query_tokens": oracle_configs["num_query_token"],
-        "qformer_config": {**oracle_configs["qformer_bert"], "cross_attention_frequency": 2},
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "vision_config": vars(sizes["vit"]),
+                "num_query_tokens": oracle_configs["num_query_token"],
+                "qformer_config": {**oracle_configs["qformer_bert"], "cross_attention_frequency": 2},
+            }
+        )
+    )
     assert importer.read_sizes("vit", path) == sizes["vit"]
     assert importer.read_sizes("qformer", path) == sizes["qformer"]
     path.write_text('{"vision_config": {"qkv_bias": false}}')
@@ -172,8 +201,9 @@ def llama_folder(tmp_path, oracle_dir, oracle_configs):
 
 def with_pad_row(tensors):
     """Vicuna v0 as its delta gives it: one row more."""
-    return {k: np.concatenate([v, v[:1]]) if k in (llama.EMBED, llama.HEAD) else v
-            for k, v in tensors.items()}  # fmt: skip
+    return {
+        k: np.concatenate([v, v[:1]]) if k in (llama.EMBED, llama.HEAD) else v for k, v in tensors.items()
+    }
 
 
 def test_the_pad_row_of_vicuna_v0_is_taken_off_and_said(files, llama_folder, tmp_path, oracle_configs):
@@ -241,9 +271,10 @@ def single_file(files, sizes):
     by the rules of the diffusers project's conversion, written out here by hand for these sizes."""
     tensors = {}
     for name, table in (
-        ("unet", ldm.unet(sizes["unet"])), ("vae", ldm.vae(sizes["vae"])),
+        ("unet", ldm.unet(sizes["unet"])),
+        ("vae", ldm.vae(sizes["vae"])),
         ("text_encoder", ldm.text_encoder(sizes["text_encoder"])),
-    ):  # fmt: skip
+    ):
         source = {
             "text_model." + k if name == "text_encoder" and not k.startswith("text_model.") else k: v
             for k, v in files[name].items()
@@ -256,9 +287,12 @@ def single_file(files, sizes):
         f"{ldm.TEXT}transformer.resblocks.{last}.ln_1.weight": np.ones(width, np.float32),
         f"{ldm.TEXT}text_projection": np.ones((width, width), np.float32),
         f"{ldm.TEXT}logit_scale": np.ones((), np.float32),
-        "betas": np.ones(1000), "alphas_cumprod": np.ones(1000), "sqrt_recipm1_alphas_cumprod": np.ones(1000),
-        "model_ema.decay": np.ones(()), "posterior_log_variance_clipped": np.ones(1000),
-    }  # fmt: skip
+        "betas": np.ones(1000),
+        "alphas_cumprod": np.ones(1000),
+        "sqrt_recipm1_alphas_cumprod": np.ones(1000),
+        "model_ema.decay": np.ones(()),
+        "posterior_log_variance_clipped": np.ones(1000),
+    }
 
 
 @pytest.mark.slow  # importing diffusers takes most of it
@@ -369,6 +403,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with rewrite.new_folder(target) as folder:
         assert list(folder.iterdir()) == []
     assert target.is_dir() and not (tmp_path / "out.partial").exists()
-    with pytest.raises(FileExistsError, match="delete it or choose another --output"), \
-            rewrite.new_folder(target):  # fmt: skip
+    with (
+        pytest.raises(FileExistsError, match="delete it or choose another --output"),
+        rewrite.new_folder(target),
+    ):
         pass

@@ -31,22 +31,33 @@ TABLE = Table(
         Rule("embed.weight", "embed/embedding"),
         Rule("head.weight", "head/kernel", LINEAR),
         Rule("conv.weight", "conv/kernel", CONV),
-        Rule("layers.{i}.qkv.weight", ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"),
-             split(3, LINEAR)),
+        Rule(
+            "layers.{i}.qkv.weight",
+            ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"),
+            split(3, LINEAR),
+        ),
         Rule("layers.{i}.norm.weight", "layers/norm/scale"),
     ),
     ignored={"ids": "a buffer"},
 )
 SHAPES = {
-    "embed/embedding": (16, 8), "head/kernel": (8, 16), "conv/kernel": (3, 3, 8, 4),
-    "layers/q/kernel": (4, 8, 16), "layers/k/kernel": (4, 8, 16), "layers/v/kernel": (4, 8, 16),
+    "embed/embedding": (16, 8),
+    "head/kernel": (8, 16),
+    "conv/kernel": (3, 3, 8, 4),
+    "layers/q/kernel": (4, 8, 16),
+    "layers/k/kernel": (4, 8, 16),
+    "layers/v/kernel": (4, 8, 16),
     "layers/norm/scale": (4, 8),
-}  # fmt: skip
+}
 SPECS = {
-    "embed/embedding": P("tensor"), "head/kernel": P(None, "tensor"), "conv/kernel": P(None, None, "fsdp"),
-    "layers/q/kernel": P(None, None, "tensor"), "layers/k/kernel": P(None, "fsdp", "tensor"),
-    "layers/v/kernel": P("data"), "layers/norm/scale": P(),
-}  # fmt: skip
+    "embed/embedding": P("tensor"),
+    "head/kernel": P(None, "tensor"),
+    "conv/kernel": P(None, None, "fsdp"),
+    "layers/q/kernel": P(None, None, "tensor"),
+    "layers/k/kernel": P(None, "fsdp", "tensor"),
+    "layers/v/kernel": P("data"),
+    "layers/norm/scale": P(),
+}
 
 
 def make_source(dtype=np.float32) -> dict[str, np.ndarray]:

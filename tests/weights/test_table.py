@@ -26,8 +26,11 @@ TABLE = Table(
         Rule("h.{2i}.w.weight", "pairs/even/kernel", LINEAR),
         Rule("h.{2i+1}.w.weight", "pairs/odd/kernel", LINEAR),
         Rule("down.{i}.norm.{j}.weight", "down_{i}/norms/scale"),
-        Rule("layers.{i}.qkv.weight", ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"),
-             split(3, LINEAR)),
+        Rule(
+            "layers.{i}.qkv.weight",
+            ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"),
+            split(3, LINEAR),
+        ),
     ),
     ignored={r".*\.inv_freq": "a buffer"},
 )
@@ -43,10 +46,16 @@ def make_source() -> dict[str, np.ndarray]:
 
 
 SHAPES = {
-    "embed/embedding": (5, 3), "conv/kernel": (2, 1, 3, 4), "point/kernel": (3, 4),
-    "pairs/even/kernel": (2, 3, 2), "pairs/odd/kernel": (2, 3, 2),
-    "down_0/norms/scale": (3, 2), "down_1/norms/scale": (3, 2),
-    "layers/q/kernel": (2, 3, 2), "layers/k/kernel": (2, 3, 2), "layers/v/kernel": (2, 3, 2),
+    "embed/embedding": (5, 3),
+    "conv/kernel": (2, 1, 3, 4),
+    "point/kernel": (3, 4),
+    "pairs/even/kernel": (2, 3, 2),
+    "pairs/odd/kernel": (2, 3, 2),
+    "down_0/norms/scale": (3, 2),
+    "down_1/norms/scale": (3, 2),
+    "layers/q/kernel": (2, 3, 2),
+    "layers/k/kernel": (2, 3, 2),
+    "layers/v/kernel": (2, 3, 2),
 }
 
 
@@ -92,8 +101,12 @@ def test_prefix_and_sum():
 
 def test_rule_helpers_name_weight_and_bias():
     table = Table(linear_rules("a.fc", "fc") + norm_rules("a.norm", "norm"))
-    source = {"a.fc.weight": np.ones((2, 3)), "a.fc.bias": np.ones(2), "a.norm.weight": np.ones(2),
-              "a.norm.bias": np.zeros(2)}
+    source = {
+        "a.fc.weight": np.ones((2, 3)),
+        "a.fc.bias": np.ones(2),
+        "a.norm.weight": np.ones(2),
+        "a.norm.bias": np.zeros(2),
+    }
     shapes = {"fc/kernel": (3, 2), "fc/bias": (2,), "norm/scale": (2,), "norm/bias": (2,)}
     assert table.to_params(source, shapes).keys() == shapes.keys()
 

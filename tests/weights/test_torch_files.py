@@ -22,12 +22,19 @@ def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     base = torch.randn(4, 6)
     return {
-        "half": torch.randn(3, 5).half(), "brain": torch.randn(2, 3, dtype=torch.bfloat16), "single": base,
-        "double": torch.randn(2, dtype=torch.float64), "ids": torch.arange(7), "flag": torch.tensor([True]),
-        "byte": torch.arange(3, dtype=torch.uint8), "transposed": base.T, "part": base[1:3, ::2],
-        "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3),
+        "half": torch.randn(3, 5).half(),
+        "brain": torch.randn(2, 3, dtype=torch.bfloat16),
+        "single": base,
+        "double": torch.randn(2, dtype=torch.float64),
+        "ids": torch.arange(7),
+        "flag": torch.tensor([True]),
+        "byte": torch.arange(3, dtype=torch.uint8),
+        "transposed": base.T,
+        "part": base[1:3, ::2],
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
         "parameter": torch.nn.Parameter(torch.randn(2)),
-    }  # fmt: skip
+    }
 
 
 def as_numpy(value: torch.Tensor) -> np.ndarray:
@@ -63,13 +70,19 @@ def test_state_dict_of_a_module_with_shared_storage(tmp_path, options):
 
 def test_lightning_container(tmp_path, oracle_dir):
     content = {
-        "epoch": 1, "global_step": 9000, "pytorch-lightning_version": "2.0.9",
-        "state_dict": {"fc.0.bias": torch.ones(2)}, "hparams_name": "kwargs",
+        "epoch": 1,
+        "global_step": 9000,
+        "pytorch-lightning_version": "2.0.9",
+        "state_dict": {"fc.0.bias": torch.ones(2)},
+        "hparams_name": "kwargs",
         "hyper_parameters": {"learning_rate": 2e-5, "gpus": (0, 1), "args": argparse.Namespace(stage=1)},
         "callbacks": {"ModelCheckpoint": {"best": torch.tensor(0.5), "dirpath": "out", "seen": {1, 2}}},
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}}], "size": torch.Size((2, 3)),
-        "device": torch.device("cuda", 1), "dtype": torch.float16, "raw": b"\x00\xff",
-    }  # fmt: skip
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}}],
+        "size": torch.Size((2, 3)),
+        "device": torch.device("cuda", 1),
+        "dtype": torch.float16,
+        "raw": b"\x00\xff",
+    }
     torch.save(content, tmp_path / "x.ckpt")
     held = open_container(tmp_path / "x.ckpt")
     assert held["epoch"] == 1 and held["hyper_parameters"]["learning_rate"] == 2e-5
@@ -219,7 +232,9 @@ def test_folders_with_bin_files(tmp_path, stem):
     index = tmp_path / f"{stem}.index.json"
     index.write_text('{"weight_map": {"a": "1.bin", "b": "2.bin"}}')
     assert {name: value.tolist() for name, value in open_weights(tmp_path).items()} == {
-        "a": [1, 1], "b": [0, 0]}  # fmt: skip
+        "a": [1, 1],
+        "b": [0, 0],
+    }
     (tmp_path / "2.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 shards, 1 of them missing: .*2\.bin"):
         open_weights(tmp_path)

@@ -58,9 +58,15 @@ class MiniGPT4(nnx.Module):
         self.dtype = dtype
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.llm = Llama(
-            llm, num_new_tokens=num_vokens + 1, lora=lora, prefix=prefix, decay_tables=decay_tables,
-            remat=remat, rngs=rngs, **dtypes,
-        )  # fmt: skip
+            llm,
+            num_new_tokens=num_vokens + 1,
+            lora=lora,
+            prefix=prefix,
+            decay_tables=decay_tables,
+            remat=remat,
+            rngs=rngs,
+            **dtypes,
+        )
         self.image_tokens = qformer.num_query_tokens if qformer else 0
         self.image_size = vit.image_size if vit else 0
         if vit is not None and qformer is not None:

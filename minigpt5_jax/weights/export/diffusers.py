@@ -35,12 +35,16 @@ def configs(model: Trained) -> dict[str, dict[str, Any]]:
     vae = describe("vae", model.sizes["vae"])
     levels = len(vae["block_out_channels"])
     vae |= {
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }  # fmt: skip
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
     text = {
-        "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "attention_dropout": 0.0,
-        **dataclasses.asdict(model.sizes["text_encoder"]), **model.caption_ids,
-    }  # fmt: skip
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "attention_dropout": 0.0,
+        **dataclasses.asdict(model.sizes["text_encoder"]),
+        **model.caption_ids,
+    }
     return {"unet": describe("unet", model.sizes["unet"]), "vae": vae, "text_encoder": text}
 
 

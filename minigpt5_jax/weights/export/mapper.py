@@ -45,7 +45,11 @@ def write(model: Trained, folder: Path, *, dtype: Any = None) -> int:
     shape = {"num_vokens": num_vokens, "voken_state_shift": model.voken_state_shift}
     write_json(folder / "config.json", {**dataclasses.asdict(sizes), **shape})
     shutil.copyfile(Path(__file__).with_name(module), folder / MODULE)
-    text = README.format(num_vokens=num_vokens, width=sizes.llm_hidden_size, num_queries=sizes.num_queries,
-                         d_model=sizes.d_model)  # fmt: skip
+    text = README.format(
+        num_vokens=num_vokens,
+        width=sizes.llm_hidden_size,
+        num_queries=sizes.num_queries,
+        d_model=sizes.d_model,
+    )
     (folder / "README.md").write_text(text)
     return len(values)

@@ -37,11 +37,18 @@ def config(model: Trained) -> dict[str, Any]:
     lora = model.lora
     assert lora is not None
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-        "base_model_name_or_path": model.llm_source, "r": lora.r, "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout, "target_modules": list(lora.target_modules), "bias": "none",
-        "fan_in_fan_out": False, "modules_to_save": ["embed_tokens", "lm_head"],
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": model.llm_source,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(lora.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    }
 
 
 def write(model: Trained, folder: Path, *, dtype: Any = None) -> int:

@@ -35,14 +35,23 @@ def write(tokens: Tokens, max_length: int, folder: Path) -> None:
     fast.save(str(folder / "tokenizer.json"))
     shutil.copyfile(tokens.model_file, folder / "tokenizer.model")
     special = {
-        "bos_token": pieces.id_to_piece(tokens.bos_id), "eos_token": pieces.id_to_piece(pieces.eos_id()),
-        "unk_token": pieces.id_to_piece(pieces.unk_id()), "pad_token": pieces.id_to_piece(pieces.eos_id()),
-    }  # fmt: skip
+        "bos_token": pieces.id_to_piece(tokens.bos_id),
+        "eos_token": pieces.id_to_piece(pieces.eos_id()),
+        "unk_token": pieces.id_to_piece(pieces.unk_id()),
+        "pad_token": pieces.id_to_piece(pieces.eos_id()),
+    }
     write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **special,
-        "padding_side": "right", "clean_up_tokenization_spaces": False, "legacy": True,
-    })  # fmt: skip
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            **special,
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+        },
+    )
 
 
 def _added(tokens: Tokens, count: int) -> dict[int, Any]:

@@ -36,9 +36,14 @@ class FeatureMapper(nn.Module):
         self.num_queries, self.num_vokens, self.voken_state_shift = num_queries, num_vokens, voken_state_shift
         self.fc = nn.Sequential(nn.Linear(llm_hidden_size, d_model), nn.GELU(), nn.Linear(d_model, d_model))
         layer = nn.TransformerEncoderLayer(
-            d_model, nhead, dim_feedforward, dropout=0.0, layer_norm_eps=layer_norm_eps, batch_first=True,
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout=0.0,
+            layer_norm_eps=layer_norm_eps,
+            batch_first=True,
             norm_first=True,
-        )  # fmt: skip
+        )
         with warnings.catch_warnings():  # pre-norm layers have no nested-tensor path; none is wanted
             warnings.simplefilter("ignore", UserWarning)
             norm = nn.LayerNorm(d_model, eps=layer_norm_eps)

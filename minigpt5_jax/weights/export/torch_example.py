@@ -55,9 +55,13 @@ def main():
     mapper = FeatureMapper.from_folder(HERE / "mapper")
     states = voken_states(options.language_model, options.prompt, mapper)
     [picture] = draw(
-        pipeline, mapper, states, num_inference_steps=options.steps, guidance_scale=options.guidance_scale,
+        pipeline,
+        mapper,
+        states,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
         generator=torch.Generator().manual_seed(options.seed),
-    )  # fmt: skip
+    )
     picture.save(options.output)
     print(options.output)
 

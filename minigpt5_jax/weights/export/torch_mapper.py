@@ -39,9 +39,16 @@ class FeatureMapper(nn.Module):
         with warnings.catch_warnings():  # pre-norm layers have no nested-tensor path; none is wanted
             warnings.simplefilter("ignore", UserWarning)
             self.llm_to_t2i_mapping = nn.Transformer(
-                d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward,
-                dropout=0.0, layer_norm_eps=layer_norm_eps, batch_first=True, norm_first=True,
-            )  # fmt: skip
+                d_model,
+                nhead,
+                num_encoder_layers,
+                num_decoder_layers,
+                dim_feedforward,
+                dropout=0.0,
+                layer_norm_eps=layer_norm_eps,
+                batch_first=True,
+                norm_first=True,
+            )
         self.t2i_decoder_prompt = nn.Parameter(torch.zeros(1, num_queries, d_model))
 
     @classmethod

@@ -49,13 +49,21 @@ def config(model: Trained, dtype: str) -> dict[str, Any]:
     """``config.json``: the sizes, the vocabulary with its new rows, the tokenizer's ids."""
     tokens, sizes = model.tokens, dataclasses.asdict(model.sizes["llm"])
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **sizes,
         "num_key_value_heads": model.sizes["llm"].key_value_heads,
-        "vocab_size": tokens.first_id + len(tokens.added), "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "use_cache": True,
-        "bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_ids[0], "pad_token_id": tokens.eos_ids[0],
+        "vocab_size": tokens.first_id + len(tokens.added),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": tokens.bos_id,
+        "eos_token_id": tokens.eos_ids[0],
+        "pad_token_id": tokens.eos_ids[0],
         "torch_dtype": dtype,
-    }  # fmt: skip
+    }
 
 
 def generation_config(model: Trained) -> dict[str, Any]:

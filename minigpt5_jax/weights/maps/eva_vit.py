@@ -75,8 +75,11 @@ HF_TABLE = Table(
         *norm_rules(_HF_LAYER + "layer_norm1", "blocks/norm1"),
         *norm_rules(_HF_LAYER + "layer_norm2", "blocks/norm2"),
         Rule(_HF_LAYER + "self_attn.qkv.weight", _QKV_KERNELS, split(3, LINEAR)),
-        Rule(_HF_LAYER + "self_attn.qkv.bias", ("blocks/attn/q_proj/bias", "blocks/attn/v_proj/bias"),
-             _FUSED_BIAS),
+        Rule(
+            _HF_LAYER + "self_attn.qkv.bias",
+            ("blocks/attn/q_proj/bias", "blocks/attn/v_proj/bias"),
+            _FUSED_BIAS,
+        ),
         *linear_rules(_HF_LAYER + "self_attn.projection", "blocks/attn/proj"),
         *linear_rules(_HF_LAYER + "mlp.fc1", "blocks/mlp/fc1"),
         *linear_rules(_HF_LAYER + "mlp.fc2", "blocks/mlp/fc2"),

@@ -36,9 +36,13 @@ def _both(source: str, target: str) -> tuple[Rule, Rule]:
 
 def _resnet(source: str, target: str) -> Iterator[Rule]:
     names = {
-        "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-        "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-    }  # fmt: skip
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }
     for old, new in names.items():
         yield from _both(f"{source}.{old}", f"{target}.{new}")
 
@@ -127,9 +131,12 @@ def _text_rules() -> Iterator[Rule]:
         heads = tuple(f"{new}.self_attn.{part}_proj.{name}" for part in "qkv")
         yield Rule(f"{old}.attn.in_proj_{name}", heads, split(3))
     names = {
-        "attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-    }  # fmt: skip
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     for source, target in names.items():
         yield from _both(f"{old}.{source}", f"{new}.{target}")
 

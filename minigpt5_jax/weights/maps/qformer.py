@@ -12,8 +12,11 @@ _HF = "qformer."
 
 
 def _attention(source: str, inner: str, target: str) -> list[Rule]:
-    rules = [rule for name in ("query", "key", "value")
-             for rule in linear_rules(f"{source}.{inner}.{name}", f"{target}/{name}")]
+    rules = [
+        rule
+        for name in ("query", "key", "value")
+        for rule in linear_rules(f"{source}.{inner}.{name}", f"{target}/{name}")
+    ]
     rules += linear_rules(f"{source}.output.dense", f"{target}/output")
     rules += norm_rules(f"{source}.output.LayerNorm", f"{target}/layer_norm")
     return rules
