@@ -35,12 +35,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
-from minigpt5_jax.data.feature_writer import write_features
-from minigpt5_jax.data.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
-from minigpt5_jax.data.pipeline import make_loader
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.prepare.feature_writer import write_features
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
 ASSETS = Path(__file__).parents[1] / "minigpt5_jax" / "shapes" / "assets"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

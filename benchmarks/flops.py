@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextModel
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVit
-from minigpt5_jax.models.llama import VICUNA_7B, Llama
-from minigpt5_jax.models.mapper import MINIGPT5_MAPPER, FeatureMapper
-from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormer
-from minigpt5_jax.models.unet import SD21_UNET, UNet2DConditionModel
-from minigpt5_jax.models.vae import SD21_VAE, AutoencoderKL
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.clip_text.model import SD21_TEXT, ClipTextModel
+from minigpt5_jax.models.eva_vit.model import EVA_VIT_G, EvaVit
+from minigpt5_jax.models.llama.model import VICUNA_7B, Llama
+from minigpt5_jax.models.mapper.model import MINIGPT5_MAPPER, FeatureMapper
+from minigpt5_jax.models.qformer.model import BLIP2_QFORMER, QFormer
+from minigpt5_jax.models.unet.model import SD21_UNET, UNet2DConditionModel
+from minigpt5_jax.models.vae.model import SD21_VAE, AutoencoderKL
 from minigpt5_jax.training.flops import count_flops
 
 Shape = jax.ShapeDtypeStruct

@@ -111,9 +111,9 @@ def make(folder: Path, layers: int) -> dict[str, Any]:
 
 def convert(folder: Path, layers: int) -> dict[str, Any]:
     """The shards as safetensors, every value looked at; then the shards are deleted."""
-    from minigpt5_jax.models.llama import VICUNA_7B
-    from minigpt5_jax.weights.load import open_weights
-    from minigpt5_jax.weights.rewrite import write_tower
+    from minigpt5_jax.models.llama.model import VICUNA_7B
+    from minigpt5_jax.weights.foreign.rewrite import write_tower
+    from minigpt5_jax.weights.formats.load import open_weights
 
     result: dict[str, Any] = {}
     sizes = dataclasses.replace(VICUNA_7B, num_hidden_layers=layers)
@@ -129,15 +129,14 @@ def load(folder: Path, layers: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from minigpt5_jax.models.llama import VICUNA_7B
-    from minigpt5_jax.weights.load import open_weights
-    from minigpt5_jax.weights.maps import llama
+    from minigpt5_jax.models.llama import weights as llama
+    from minigpt5_jax.models.llama.model import VICUNA_7B
+    from minigpt5_jax.weights.formats.load import open_weights
     from minigpt5_jax.weights.stream import stream_tower
-    from minigpt5_jax.weights.towers import TOWERS
 
     sizes = dataclasses.replace(VICUNA_7B, num_hidden_layers=layers)
     targets = {
-        path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in TOWERS["llm"].shapes(sizes).items()
+        path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in llama.TOWER.shapes(sizes).items()
     }
     jax.devices()
     result: dict[str, Any] = {}

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.vae import AutoencoderKL
-from minigpt5_jax.shapes import files, train_vae
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.vae.model import AutoencoderKL
+from minigpt5_jax.shapes import files
+from minigpt5_jax.shapes.backbones import train_vae
 from minigpt5_jax.shapes.oracle import score, spoilt
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import draw_scene

@@ -38,8 +38,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from minigpt5_jax import tuning
 from minigpt5_jax.config import ConfigError, apply_variant, choose, use_prefix
+from minigpt5_jax.parts.contracts import FROZEN
 
 
 def no_cfg(config: ConfigDict) -> None:
@@ -61,7 +61,7 @@ def no_ldm(config: ConfigDict) -> None:
 
 def fixed_queries(config: ConfigDict) -> None:
     """Frozen in stage 1; in stage 2 they are frozen anyway."""
-    config.tuning.rules = tuning.STAGE1_FIXED_QUERIES
+    config.tuning.rules = ((r"mapper/queries", FROZEN),)
 
 
 def decoder_only(config: ConfigDict) -> None:
@@ -86,7 +86,7 @@ def lora(config: ConfigDict) -> None:
 
 def no_stage1(config: ConfigDict) -> None:
     """What stage 2 freezes was never trained, so it trains here (not stated in the papers)."""
-    config.tuning.rules = tuning.STAGE2_NO_STAGE1
+    config.tuning.rules = ((r"mapper/.*", "mapper"),)
 
 
 VARIANTS = {

@@ -1,6 +1,6 @@
 """The small world's backbones, trained from nothing and written into the package.
 
-    python -m minigpt5_jax.pretrain --config configs/shapes_backbones.py
+    python -m minigpt5_jax.shapes.backbones.pretrain --config configs/shapes_backbones.py
 
 Data: made up as it is needed; stories and dialogues for the language model are written to ``work`` first.
 Not a configuration of the model: its keys are those below.

@@ -6,7 +6,8 @@ Public names, imported when first used:
 - ``MiniGPT5``: the composite module; backbone, mapper and generator with their losses.
 - ``Batch``: the contract between data and model.
 - ``TrainState``: what training changes.
-- ``load_run``: a trained model from its checkpoint.
+- ``open_run``: a trained run, weights not yet read; ``load_run``: the model of one, with its weights.
+- ``Session``: a model ready to answer; ``Prompt``: what to answer.
 - ``load_pretrained``: a model from pretrained weights and released checkpoints.
 - ``export_torch``: a trained model as PyTorch files.
 
@@ -23,8 +24,11 @@ _PUBLIC = {
     "MiniGPT5": "minigpt5_jax.minigpt5",
     "Batch": "minigpt5_jax.batch",
     "TrainState": "minigpt5_jax.training.state",
-    "load_run": "minigpt5_jax.restore",
-    "load_pretrained": "minigpt5_jax.pretrained",
+    "open_run": "minigpt5_jax.wiring.restore",
+    "load_run": "minigpt5_jax.wiring.restore",
+    "Session": "minigpt5_jax.inference.session",
+    "Prompt": "minigpt5_jax.inference.session",
+    "load_pretrained": "minigpt5_jax.wiring.pretrained",
     "export_torch": "minigpt5_jax.export",
 }
 __all__ = list(_PUBLIC)

@@ -23,25 +23,64 @@ HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configurat
 LIST_KEYS = "--help_config lists every key"
 
 
-def run(main: Callable[[ConfigDict], Any], *, errors: Sequence[type[Exception]] = ()) -> None:
-    """``main(config)`` with the configuration of the command line, validated.
+def run(main: Callable[[ConfigDict], Any]) -> None:
+    """``main(config)`` with the configuration of the command line, validated; errors as :func:`guarded`."""
 
-    An exception of ``errors``, or one that says what is wrong with the configuration, ends the program
-    with its message and status 1; any other keeps its traceback.
-    """
-
-    def guarded(_: Sequence[str]) -> None:
-        quiet()
-        try:
-            config = load()
-            if HELP_CONFIG.value:
-                print(describe(config))
-                return
+    def command() -> None:
+        config = load()
+        if HELP_CONFIG.value:
+            print(describe(config))
+        else:
             main(config)
-        except (ConfigError, *errors) as error:
-            fail(str(error))
 
-    app.run(guarded, flags_parser=parse)
+    app.run(lambda _: guarded(command), flags_parser=parse)
+
+
+def guarded(command: Callable[[], Any], stopped: str = "stopped") -> None:
+    """Run a command: what is wrong with its input ends the program with one message and status 1.
+
+    Args:
+      stopped: what Ctrl-C says.
+
+    Any exception that is not one of :func:`user_errors` keeps its traceback.
+    """
+    quiet()
+    try:
+        command()
+    except KeyboardInterrupt:
+        fail(stopped)
+    except Exception as error:
+        if not isinstance(error, user_errors()):
+            raise
+        fail(str(error))
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """The exceptions whose messages are for users."""
+    # Imported when one is to be told: they bring JAX along, which many commands do without.
+    from minigpt5_jax.data.errors import DataError
+    from minigpt5_jax.evaluation.verify import VerificationError
+    from minigpt5_jax.training.distributed import DistributedError
+    from minigpt5_jax.training.metrics import TrainingDiverged
+    from minigpt5_jax.training.provenance import CheckpointError
+    from minigpt5_jax.training.sharding import ShardingError
+    from minigpt5_jax.weights.errors import WeightFileError
+    from minigpt5_jax.weights.export.model import ExportError
+    from minigpt5_jax.weights.table import WeightTableError
+
+    return (
+        ConfigError,
+        DataError,
+        VerificationError,
+        DistributedError,
+        TrainingDiverged,
+        CheckpointError,
+        ShardingError,
+        WeightFileError,
+        ExportError,
+        WeightTableError,
+        OSError,
+    )
 
 
 def quiet() -> None:

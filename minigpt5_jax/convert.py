@@ -16,6 +16,7 @@ Every tensor of a file is used or named with the reason why not; the table of bo
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,25 +24,18 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
-from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.frozen_sources import check_scheduler
-from minigpt5_jax.pretrained import import_release, save_imported
-from minigpt5_jax.profiles import PROFILES
-from minigpt5_jax.training.provenance import CheckpointError
-from minigpt5_jax.verify import VerificationError, verify
-from minigpt5_jax.weights import rewrite
-from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.hub import resolve
-from minigpt5_jax.weights.importer import Coverage, open_source, read_sizes
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.release import ROWS
-from minigpt5_jax.weights.sources import STABLE_DIFFUSION
-from minigpt5_jax.weights.table import WeightTableError
-from minigpt5_jax.weights_plan import make_plan
+from minigpt5_jax.config import PROFILES, ConfigError
+from minigpt5_jax.evaluation.verify import verify
+from minigpt5_jax.parts.contracts import ConvertOptions, Origin, shipped
+from minigpt5_jax.weights.check import Coverage
+from minigpt5_jax.weights.foreign.release import ROWS
+from minigpt5_jax.weights.foreign.rewrite import new_folder
+from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
+from minigpt5_jax.wiring.pretrained import import_release, save_imported
+from minigpt5_jax.wiring.weights_plan import make_plan
 
-SINGLE = ("vit", "qformer", "llama_proj")
-COMMANDS = ("plan", "llm", *SINGLE, "stable_diffusion", "minigpt5", "verify")
+OTHERS = ("plan", "minigpt5", "verify")
+"""Commands besides those that rewrite what a part is made of."""
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
 SIZES = flags.DEFINE_string(
@@ -64,61 +58,29 @@ TABLE_ROWS = flags.DEFINE_enum(
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "verify: a run's --workdir, or its checkpoints folder.")
 SAVED_WEIGHTS = flags.DEFINE_multi_string("weights", [], "verify: NAME=PATH where a source moved.")
 
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    CheckpointError,
-    WeightFileError,
-    WeightTableError,
-    VerificationError,
-    OSError,
-)
+
+def origins() -> dict[str, Origin]:
+    """Command -> what it converts, of every part that ships."""
+    return {
+        use.origin.command: use.origin
+        for part in shipped()
+        for use in part.uses.values()
+        if use.origin.convert is not None
+    }
 
 
-def convert_source(name: str, given: str, output: Path) -> list[Coverage]:
+def convert_source(origin: Origin, given: str, output: Path, options: ConvertOptions) -> list[Coverage]:
     """Rewrite a published source as a folder.
 
     Args:
-      name: as under ``config.weights``.  given: file, folder or Hugging Face id.
+      origin: what it is.  given: file, folder or Hugging Face id.
 
     Raises:
       WeightFileError, WeightTableError, FileExistsError: as their messages say; no folder is left then.
     """
-    source = resolve(given, STABLE_DIFFUSION.include) if name == "stable_diffusion" else resolve(given)
-    with rewrite.new_folder(output) as folder:
-        if name == "llm":
-            if SIZES.value is None:
-                rewrite.require_preset("llm", read_sizes("llm", source / "config.json"))
-            weights = open_source("llm", source)
-            return [rewrite.write_llm(weights, source, folder, keep_rows=KEEP_ROWS.value)]
-        if name == "stable_diffusion":
-            return _diffusion(source, folder)
-        sizes = read_sizes(name, _sizes_file(source))
-        if SIZES.value is None:
-            rewrite.require_preset(name, sizes)
-        return [rewrite.write_tower(name, open_source(name, source), sizes, folder)]
-
-
-def _sizes_file(source: Path) -> Path | None:
-    """The config.json with the sizes of a source; None for the preset."""
-    if SIZES.value not in (None, "source"):
-        return Path(SIZES.value)
-    beside = source / "config.json" if source.is_dir() else source.parent / "config.json"
-    if SIZES.value == "source" or (source.is_dir() and beside.is_file()):
-        return beside
-    return None
-
-
-def _diffusion(source: Path, folder: Path) -> list[Coverage]:
-    if source.is_dir():
-        check_scheduler(source / "scheduler/scheduler_config.json")
-        return rewrite.write_diffusers(source, folder, any_size=SIZES.value is not None)
-    if TOKENIZER.value is None:
-        raise ConfigError("one file holds no tokenizer: give --tokenizer FOLDER (vocab.json, merges.txt)")
-    torch = source.suffix != ".safetensors"
-    weights = open_weights(source, "state_dict" if torch else None)
-    sizes = Path(SIZES.value) if SIZES.value not in (None, "source") else None
-    return rewrite.write_single_file(weights, Path(TOKENIZER.value), folder, sizes)
+    source = resolve(given, origin.include or PATTERNS)
+    with new_folder(output) as folder:
+        return origin.convert(source, folder, options)
 
 
 def convert_release() -> Path:
@@ -142,37 +104,41 @@ def convert_release() -> Path:
     for coverage in imported.release.coverage:
         print(coverage)
     first, data = imported.release.vocab_size, config.data
-    rows = first + config.model.backbone.num_vokens + 1
+    rows = first + imported.run.spec.backbone.num_vokens + 1
     print(f"V = {rows}, [IMG0] is id {first}; BOS {data.bos_id}, prompts {data.prompt_set!r}")
     for path, (factor, rest) in imported.release.decay.items():
         print(f"old rows of {path}: {factor:.5f} times those of weights.llm, {rest:.2%} left over")
     return save_imported(imported, config.run.workdir)
 
 
+def run(command: str | None, given: str | None) -> None:
+    """One command."""
+    known = origins()
+    if command == "plan":
+        print(make_plan(cli.load()))
+    elif command == "minigpt5":
+        print(f"written: {convert_release()}")
+    elif command == "verify":
+        if not CHECKPOINT.value:
+            raise ConfigError("give a run: --checkpoint DIR")
+        print(verify(CHECKPOINT.value, weights=cli.pairs(SAVED_WEIGHTS.value, "weights")))
+    elif command not in known:
+        raise ConfigError(f"give one of {', '.join((*known, *OTHERS))}, not {command!r}")
+    else:
+        if not (given and OUTPUT.value):
+            raise ConfigError(f"give what to read and where to write: {command} PATH --output DIR")
+        output = Path(OUTPUT.value).expanduser()
+        options = ConvertOptions(SIZES.value, KEEP_ROWS.value, TOKENIZER.value)
+        print(*convert_source(known[command], given, output, options), f"written: {output}", sep="\n")
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    cli.quiet()
     command, given = [*argv[1:], None, None][:2]
-    try:
-        if command not in COMMANDS:
-            raise ConfigError(f"give one of {', '.join(COMMANDS)}, not {command!r}")
-        if command == "plan":
-            print(make_plan(cli.load()))
-        elif command == "minigpt5":
-            print(f"written: {convert_release()}")
-        elif command == "verify":
-            if not CHECKPOINT.value:
-                raise ConfigError("give a run: --checkpoint DIR")
-            print(verify(CHECKPOINT.value, weights=cli.pairs(SAVED_WEIGHTS.value, "weights")))
-        else:
-            if not (given and OUTPUT.value):
-                raise ConfigError(f"give what to read and where to write: {command} PATH --output DIR")
-            output = Path(OUTPUT.value).expanduser()
-            print(*convert_source(command, given, output), f"written: {output}", sep="\n")
-    except USER_ERRORS as error:
-        cli.fail(str(error))
-    except KeyboardInterrupt:
-        cli.fail("stopped; what was half written does not count, the same command begins anew")
+    cli.guarded(
+        functools.partial(run, command, given),
+        "stopped; what was half written does not count, the same command starts over",
+    )
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from ml_collections import ConfigDict
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.sources import Cc3mSource
+from minigpt5_jax.evaluation.held_out import watchers
+from minigpt5_jax.evaluation.shapes.pairs import native_pictures, shares, voken_pictures
 from minigpt5_jax.inference.page import Entry, write_page
-from minigpt5_jax.restore import load_run
 from minigpt5_jax.shapes.dataset import read_scenes
-from minigpt5_jax.shapes.judge_pairs import native_pictures, shares, voken_pictures
-from minigpt5_jax.train import USER_ERRORS, make_loop
+from minigpt5_jax.wiring.restore import load_run
+from minigpt5_jax.wiring.training import make_loop
 
 PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.", lower_bound=1)
 MARK = ".demo"  # tells a folder of ours
@@ -71,7 +72,7 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     """Everything; returns the summary."""
     start, workdir = time.time(), claim(config)
     cli.set_compile_cache(config)
-    validation = make_loop(config).run()
+    validation = make_loop(config, watchers).run()
     trained = time.time() - start
 
     run = load_run(workdir)
@@ -110,4 +111,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, errors=USER_ERRORS)
+    cli.run(main)

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,57 +29,16 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from minigpt5_jax import cli
-from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.trained import read_trained
-from minigpt5_jax.training.provenance import CheckpointError
-from minigpt5_jax.weights.export import diffusers, mapper, minigpt5, peft, transformers
+from minigpt5_jax.parts.contracts import Export, shipped
 from minigpt5_jax.weights.export.model import ExportError
-from minigpt5_jax.weights.load import WeightFileError
-from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.wiring.export_view import formats_of, read_exportable
+from minigpt5_jax.wiring.restore import open_run
 
 DTYPES = ("float32", "bfloat16", "float16")
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    CheckpointError,
-    ExportError,
-    WeightFileError,
-    WeightTableError,
-    OSError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
-    """A way out.
-
-    Attributes:
-      write: (model, folder or file to fill, options) -> number of tensors.
-      sources: what it reads, by names under ``config.weights``.
-      options: of those :func:`export_torch` knows, the ones it takes.
-      suffix: of the one file it writes; '' for a folder.
-    """
-
-    write: Callable[..., int]
-    sources: tuple[str, ...]
-    options: tuple[str, ...]
-    suffix: str = ""
-
-
-GENERATOR = ("unet", "vae", "text_encoder", "clip_tokenizer", "scheduler")
-FORMATS: dict[str, Format] = {
-    "minigpt5": Format(minigpt5.write, ("llm",), ("stage",), ".ckpt"),
-    "peft": Format(peft.write, ("llm",), ("dtype",)),
-    "transformers": Format(transformers.write, ("llm", "tokenizer"), ("dtype", "merge")),
-    "mapper": Format(mapper.write, (), ("dtype",)),
-    "diffusers": Format(diffusers.write, GENERATOR, ("dtype",)),
-    "safetensors": Format(mapper.write, (), ("dtype",)),  # another name of "mapper"
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
+class ExportResult:
     """What an export wrote.
 
     Attributes:
@@ -106,15 +65,15 @@ def export_torch(
     dtype: str | None = None,
     merge: bool | None = None,
     stage: int | None = None,
-) -> Written:
+) -> ExportResult:
     """Write a trained model for PyTorch.
 
     Args:
       checkpoint: a run's workdir or its ``checkpoints`` folder.
       output: file (``minigpt5``) or folder to make; it must not exist.
-      to: format, one of ``FORMATS``.
+      to: format, one of those of the model's parts (``Part.exports``).
       step: which checkpoint; the newest by default.
-      weights: source paths that differ from those of the run (``{"llm": "/models/vicuna"}``).
+      weights: source paths that differ from those of the run, by their names under ``config.weights``.
       dtype: of floating tensors; by default float32 for what was trained and the run's
         ``model.param_dtype`` for whole towers.  Not for ``minigpt5``, which is float32.
       merge: ``transformers``: fold LoRA into the projections (the default).
@@ -126,7 +85,8 @@ def export_torch(
       ConfigError: a source of pretrained weights is missing.
       FileExistsError: ``output`` is there.
     """
-    format_ = _choose(to, Path(output).expanduser())
+    run = open_run(checkpoint, step=step, weights=weights)
+    format_ = _choose(to, Path(output).expanduser(), formats_of(run.config))
     options = {"dtype": _dtype(dtype), "merge": merge, "stage": stage}
     given = {name: value for name, value in options.items() if value is not None}
     if refused := [name for name in given if name not in format_.options]:
@@ -134,19 +94,22 @@ def export_torch(
         raise ExportError(f"format {to!r} has no option {refused[0]!r}; it takes {takes}")
     path = Path(output).expanduser().absolute()
     with _new(path, format_) as place:
-        model = read_trained(checkpoint, format_.sources, step, weights)
-        tensors = format_.write(model, place, **given)
+        tensors = format_.write(read_exportable(run, format_.needs), place, **given)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     folder = path.parent if path.is_file() else path
-    return Written(path, tensors, {str(file.relative_to(folder)): file.stat().st_size for file in files})
+    return ExportResult(path, tensors, {str(file.relative_to(folder)): file.stat().st_size for file in files})
 
 
-def _choose(to: str, path: Path) -> Format:
-    if to not in FORMATS:
-        raise ExportError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
-    if FORMATS[to].suffix and path.suffix != FORMATS[to].suffix:
-        raise ExportError(f"{to!r} writes one file: give --output NAME{FORMATS[to].suffix}, not {path}")
-    return FORMATS[to]
+def _choose(to: str, path: Path, formats: Mapping[str, Export]) -> Export:
+    if to not in formats:
+        elsewhere = [part.name for part in shipped() if to in part.exports]
+        known = f"known for this model: {', '.join(formats) or 'none'}"
+        if elsewhere:
+            raise ExportError(f"this model has no format {to!r} ({', '.join(elsewhere)} has); {known}")
+        raise ExportError(f"unknown format {to!r}; {known}")
+    if formats[to].suffix and path.suffix != formats[to].suffix:
+        raise ExportError(f"{to!r} writes one file: give --output NAME{formats[to].suffix}, not {path}")
+    return formats[to]
 
 
 def _dtype(name: str | None) -> Any:
@@ -156,7 +119,7 @@ def _dtype(name: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def _new(path: Path, format_: Format) -> Iterator[Path]:
+def _new(path: Path, format_: Export) -> Iterator[Path]:
     """A place to write to that gets the name ``path`` when all is written, or vanishes."""
     if path.exists():
         raise FileExistsError(f"{path} is already there; delete it or choose another --output")
@@ -174,7 +137,7 @@ def _new(path: Path, format_: Format) -> Iterator[Path]:
 def define_flags() -> None:
     """The flags of this command."""
     flags.DEFINE_string("checkpoint", None, "a run's --workdir, or its checkpoints folder", required=True)
-    flags.DEFINE_string("to", None, f"format: {', '.join(FORMATS)}", required=True)
+    flags.DEFINE_string("to", None, "format, see above", required=True)
     flags.DEFINE_string("output", None, "file (minigpt5) or folder to make", required=True)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default")
     flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved")
@@ -185,26 +148,25 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Export, or say what is wrong in a line."""
-    cli.quiet()
     flag = flags.FLAGS
     if len(argv) > 1:
         cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
-    try:
-        weights = cli.pairs(flag.weights, "weights")
+
+    def command() -> None:
         print(
             export_torch(
                 flag.checkpoint,
                 flag.output,
                 to=flag.to,
                 step=flag.step,
-                weights=weights,
+                weights=cli.pairs(flag.weights, "weights"),
                 dtype=flag.dtype,
                 merge=flag.merge,
                 stage=int(flag.stage) if flag.stage else None,
             )
         )
-    except USER_ERRORS as error:
-        cli.fail(str(error))
+
+    cli.guarded(command)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """MiniGPT-5: backbone + mapper + generator, its losses, and the random draws of a step.
 
 The composite wires the three parts and turns a batch into ``{loss name: (sum, count)}``; it knows
-their protocols only (:mod:`minigpt5_jax.parts.base`).  Reference sections 2.4, 3.
+their protocols only (:mod:`minigpt5_jax.parts.contracts`).  Reference sections 2.4, 3.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.parts.base import BACKBONES, GENERATORS, MAPPERS, lookup
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.parts.contracts import find
 
 IGNORE = -100
 SNR_BINS = 4  # equal ranges of timesteps, from high to low signal, in which the image loss is reported
 SumCount = tuple[jax.Array, jax.Array]
+Made = tuple[str, Mapping[str, Any]]
+"""Name of a part and keyword arguments of its module."""
 
 
 @jax.tree_util.register_dataclass
@@ -77,20 +79,18 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """How the losses are put together (reference 3.1 and quirks Q2, Q8).
+    """How the losses are put together (reference 3.1, Q8).
 
     Attributes:
       weights: loss name -> weight; a loss without a weight is not computed.
       caption_target_on_drop: ``"empty"`` (the empty string's features, as the original) or ``"skip"``
         (a dropped item leaves the caption mean).
-      voken_state_shift: 1 reads the states that predict the vokens (the original), 0 those on them.
     """
 
     weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"text": 0.01, "image": 1.0, "caption": 0.1}
     )
     caption_target_on_drop: str = "empty"
-    voken_state_shift: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +106,20 @@ class MiniGPT5(nnx.Module):
     """The composite.  Parameters live under ``backbone/``, ``mapper/`` and ``generator/``.
 
     Args:
-      backbone, mapper, generator: ``(registered name, keyword arguments)`` of each part.
+      backbone, mapper, generator: ``(name, keyword arguments of the module)`` of each part.
     """
 
     def __init__(
         self,
         *,
-        backbone: tuple[str, Mapping[str, Any]],
-        mapper: tuple[str, Mapping[str, Any]],
-        generator: tuple[str, Mapping[str, Any]],
+        backbone: Made,
+        mapper: Made,
+        generator: Made,
         rngs: nnx.Rngs,
     ):
-        self.backbone = lookup(BACKBONES, backbone[0], "backbone")(**backbone[1], rngs=rngs)
-        self.mapper = lookup(MAPPERS, mapper[0], "mapper")(**mapper[1], rngs=rngs)
-        self.generator = lookup(GENERATORS, generator[0], "generator")(**generator[1], rngs=rngs)
+        self.backbone = find("backbone", backbone[0]).module(**backbone[1], rngs=rngs)
+        self.mapper = find("mapper", mapper[0]).module(**mapper[1], rngs=rngs)
+        self.generator = find("generator", generator[0]).module(**generator[1], rngs=rngs)
 
     @property
     def first_voken_id(self) -> int:
@@ -127,10 +127,10 @@ class MiniGPT5(nnx.Module):
         return self.backbone.vocab_size
 
     def voken_states(
-        self, hidden: Float[Array, "b t d"], row: Int[Array, " m"], start: Int[Array, " m"], shift: int = 1
+        self, hidden: Float[Array, "b t d"], row: Int[Array, " m"], start: Int[Array, " m"]
     ) -> Float[Array, "m n d"]:
         """The n hidden states that feed the mapper, for each target picture (reference 2.4)."""
-        columns = start[:, None] - shift + jnp.arange(self.backbone.num_vokens)
+        columns = start[:, None] - self.backbone.voken_state_shift + jnp.arange(self.backbone.num_vokens)
         return hidden[row[:, None], columns].astype(jnp.float32)
 
     def condition(
@@ -155,7 +155,7 @@ class MiniGPT5(nnx.Module):
     def outputs(self, batch: Batch, draws: Draws, options: LossOptions) -> Outputs:
         """Run backbone and mapper on a batch."""
         hidden = self.backbone.hidden(self.backbone.embed(batch), batch, draws.dropout_keys)
-        vokens = self.voken_states(hidden, batch.voken_row, batch.voken_start, options.voken_state_shift)
+        vokens = self.voken_states(hidden, batch.voken_row, batch.voken_start)
         return Outputs(hidden, self.condition(vokens, draws.cfg_drop), draws)
 
     def losses(
@@ -255,11 +255,7 @@ def loss_counts(batch: Batch, draws: Draws, options: LossOptions) -> dict[str, j
     return {name: counts[name].sum().astype(jnp.float32) for name in options.weights}
 
 
-def make_template(
-    backbone: tuple[str, Mapping[str, Any]],
-    mapper: tuple[str, Mapping[str, Any]],
-    generator: tuple[str, Mapping[str, Any]],
-) -> Template:
+def make_template(backbone: Made, mapper: Made, generator: Made) -> Template:
     """The composite's template: shapes, logical axes and ``bind``; nothing is allocated."""
     return Template.of(
         lambda rngs: MiniGPT5(backbone=backbone, mapper=mapper, generator=generator, rngs=rngs)

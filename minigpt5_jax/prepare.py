@@ -20,18 +20,15 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
-from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.builders.run import SPLITS, prepare
-from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import UNITS, Raw
-from minigpt5_jax.data.check import check
-from minigpt5_jax.data.checks.files import READERS
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.report import write_report
+from minigpt5_jax.data.prepare.builders.run import SPLITS, prepare
+from minigpt5_jax.data.prepare.builders.shards import Job
+from minigpt5_jax.data.prepare.builders.units import UNITS, Raw
+from minigpt5_jax.data.prepare.check import check
+from minigpt5_jax.data.prepare.checks.files import READERS
+from minigpt5_jax.data.prepare.report import write_report
 from minigpt5_jax.data.sources.prepared import PreparedSource
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
-from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 USAGE = (
     f"python -m minigpt5_jax.prepare {{{'|'.join(UNITS)}}} --input FILE --output FOLDER, or check PATH, "
@@ -106,10 +103,10 @@ def run_check(path: str) -> None:
 def run_features() -> None:
     """Makes the feature store of a configuration's training samples."""
     # JAX and the model are not needed to check or to prepare data.
-    from minigpt5_jax.build import tower_sizes
-    from minigpt5_jax.features import prepare_features
-    from minigpt5_jax.inputs import open_sources
     from minigpt5_jax.training.distributed import initialize
+    from minigpt5_jax.wiring.features import prepare_features
+    from minigpt5_jax.wiring.inputs import open_sources
+    from minigpt5_jax.wiring.model import tower_sizes
 
     if flags.FLAGS.output is None:
         raise DataError("--output (a folder for the features) is needed")
@@ -122,20 +119,15 @@ def run_features() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """``prepare DATASET``, ``prepare check PATH`` or ``prepare features``."""
-    cli.quiet()
-    try:
-        if len(argv) == 2 and argv[1] in UNITS:
-            run_prepare(argv[1])
-        elif len(argv) == 3 and argv[1] == "check":
-            run_check(argv[2])
-        elif len(argv) == 2 and argv[1] == "features":
-            run_features()
-        else:
-            cli.fail(f"usage: {USAGE}\n--help lists the flags")
-    except (DataError, ConfigError, WeightFileError, WeightTableError) as error:
-        cli.fail(str(error))
-    except KeyboardInterrupt:
-        cli.fail("stopped; a preparation continues when the same command is given again")
+    if len(argv) == 2 and argv[1] in UNITS:
+        command = functools.partial(run_prepare, argv[1])
+    elif len(argv) == 3 and argv[1] == "check":
+        command = functools.partial(run_check, argv[2])
+    elif len(argv) == 2 and argv[1] == "features":
+        command = run_features
+    else:
+        cli.fail(f"usage: {USAGE}\n--help lists the flags")
+    cli.guarded(command, "stopped; a preparation continues when the same command is given again")
 
 
 def define_flags() -> None:

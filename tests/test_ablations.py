@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from minigpt5_jax.build import ModelSpec, build, step_options
 from minigpt5_jax.config import ConfigError, choose, get_config, validate
-from minigpt5_jax.tuning import FROZEN, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, trainable_paths
+from minigpt5_jax.wiring.model import ModelSpec, build, step_options
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = {
@@ -41,7 +41,7 @@ CHANGES = {
     "vokens_4": {"model.backbone.num_vokens": 4},
     "vokens_8": {},
     "lora": {},
-    "prefix": {"model.backbone.lora_rank": 0, "model.backbone.prefix_tokens": 5, "tuning.rules": None},
+    "prefix": {"model.backbone.lora_rank": 0, "model.backbone.prefix_tokens": 5},
     "no_stage1": {"tuning.rules": None},
 }
 

@@ -16,21 +16,21 @@ import torch
 from huggingface_hub import constants
 from ml_collections import ConfigDict
 
-from minigpt5_jax import build as building
-from minigpt5_jax import frozen_sources, inputs
-from minigpt5_jax.build import ModelSpec, build, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, choose, get_config
-from minigpt5_jax.frozen_sources import check_sources
-from minigpt5_jax.models.eva_vit import EvaVitConfig
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama.weights import split_tables
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
-from minigpt5_jax.tuning import FROZEN, STAGE2_LORA, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, trainable_paths
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.maps.llama import split_tables
-from minigpt5_jax.weights.rewrite import SCHEDULER
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.weights.foreign.rewrite import SCHEDULER
+from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors
 from minigpt5_jax.weights.table import WeightTableError
-from minigpt5_jax.weights_plan import make_plan, source_status
+from minigpt5_jax.wiring import inputs
+from minigpt5_jax.wiring import model as building
+from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
+from minigpt5_jax.wiring.weight_paths import check_sources, uses_of
+from minigpt5_jax.wiring.weights_plan import make_plan, source_status
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def test_full_size_totals_are_the_references(name, lora, trainable):
 
 
 def test_options_of_the_step_come_from_the_configuration():
-    stage1, stage2 = (building.step_options(run_file(name)) for name in ("stage1", "stage2_vist"))
+    stage1, stage2 = (building.build(run_file(name)).options for name in ("stage1", "stage2_vist"))
     assert stage1.loss.weights == {"text": 0.01, "image": 1.0, "caption": 0.1}
     assert stage2.loss.weights == {"text": 0.01, "image": 1.0}
     assert (stage1.lora_dropout, stage2.lora_dropout) == (False, True)
@@ -101,8 +101,8 @@ def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):
     config.weights.vit = str(tmp_path / "no_such.safetensors")
     with pytest.raises(ConfigError) as error:
         check_sources(config)
-    for name, way in frozen_sources.HOW_TO_GET.items():
-        assert f"weights.{name}: " in str(error.value) and way in str(error.value)
+    for name, (_, use) in uses_of(config).items():
+        assert f"weights.{name}: " in str(error.value) and use.get in str(error.value)
     assert "no_such.safetensors does not exist" in str(error.value) and "--dry_run" in str(error.value)
     config.model.backbone.update(vit="none", qformer="none")  # what cannot see needs no eyes
     config.weights.update(llm=str(tmp_path), tokenizer=str(tmp_path))
@@ -193,7 +193,7 @@ def test_a_preset_is_compared_with_the_file_beside_the_source(tmp_path, name, fi
         place.write_text(json.dumps(SCHEDULER if name == "scheduler" else {}))
         check_sources(config)
     place.write_text(json.dumps(values))
-    part, tower = frozen_sources.PRESETS[name][0].split(".")
+    part, tower = uses_of(config)[name][0], name
     with pytest.raises(ConfigError, match=f"{file} does not fit(.|\n)*{told}(.|\n)*{part}.{tower}=source"):
         check_sources(config)
     assert not source_status(config, name, str(place.parent), None)[0]
@@ -213,7 +213,7 @@ def test_parts_and_sizes_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="d_model=512.*width 1024"):
         build(config)
     config = get_config()
-    config.tuning.rules = STAGE2_LORA  # without LoRA these would freeze in silence
+    config.tuning.stage = "stage2"  # without LoRA these would freeze in silence
     with pytest.raises(ValueError, match="match no parameter.*lora"):
         build(config)
     config = get_config()
@@ -227,7 +227,7 @@ def test_parts_and_sizes_that_do_not_fit_are_refused(tmp_path):
     config.data.max_images = 2
     config.model.backbone.update(vit="none", qformer="none")
     with pytest.raises(ConfigError, match="max_images=2.*cannot see"):
-        inputs.batch_spec(config, building.tower_sizes(config), 2)
+        inputs.batch_spec(config, building.build(config), 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_files_of_pytorch_are_read_as_they_are_published(sources, spec, frozen, 
 
 def test_weights_arrive_sharded(sources, spec):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh)
+    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     for path, value in load_frozen(sources, spec, shardings).items():
         assert value.sharding == shardings[path], path
     path = "backbone/llm/layers/mlp/gate_proj/kernel"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from minigpt5_jax.build import build, load_frozen
-from minigpt5_jax.weights.load import open_weights
+from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.wiring.model import build, load_frozen
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("llm", "vit", "qformer", "llama_proj", "stable_diffusion")
@@ -178,7 +178,7 @@ def test_the_plan_says_what_is_missing_and_what_fits(world):
         assert text in before, text
     code, after, _ = results["plan after"]
     assert code == 0 and "Everything that this configuration needs is on disk and fits." in after
-    assert "30 tensors fit, 0 ignored" in after and "another tokenizer than LLaMA's own" in after
+    assert "30 tensors fit, 0 ignored" in after and "another file than LLaMA's own tokenizer" in after
     assert "To fetch" not in after
 
 
@@ -191,7 +191,7 @@ def test_the_plan_says_what_is_missing_and_what_fits(world):
         ("v", "predicts v; MiniGPT-5 uses the 512-pixel stable-diffusion-2-1-base"),
         ("hub", "hf download no-such-org/no-such-model --local-dir"),
         ("absent", "no file or folder"),
-        ("unknown", "give one of plan, llm, vit, qformer, llama_proj, stable_diffusion, minigpt5, verify"),
+        ("unknown", "give one of llm, vit, qformer, llama_proj, stable_diffusion, plan, minigpt5, verify"),
         ("no output", "give what to read and where to write"),
         ("one file", "one file holds no tokenizer: give --tokenizer FOLDER"),
         ("no stage 1", "give the stage-1 file: --stage1 FILE"),

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
+from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.pipeline import make_loader
-from minigpt5_jax.features import open_features, prepare_features, with_features
-from minigpt5_jax.inputs import batch_spec, encode_config, open_sources, placer
 from minigpt5_jax.training.sharding import make_mesh
+from minigpt5_jax.wiring.features import open_features, prepare_features, with_features
+from minigpt5_jax.wiring.inputs import batch_spec, encode_config, make_batch_sharder, open_sources
+from minigpt5_jax.wiring.model import build
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def spec(config):
 
 @pytest.fixture(scope="module")
 def source(config, spec):
-    return open_sources(config, spec.towers)[0]
+    return open_sources(config, spec.sizes)[0]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def folder(config, source):
 
 def test_moments_on_the_devices_are_those_of_the_pictures(config, spec, source, folder):
     ready = open_features(config, spec, source, folder)
-    shapes = batch_spec(config, spec.towers, 8)
-    words = encode_config(config, spec.towers, training=True)
-    place = placer(make_mesh(4, 1, 2), 1)
+    shapes = batch_spec(config, spec, 8)
+    words = encode_config(config, spec.sizes, training=True)
+    place = make_batch_sharder(make_mesh(4, 1, 2), 1)
     plain = next(make_loader(source, words, shapes, global_batch=8))
     batch = place(next(make_loader(ready, words, with_features(shapes, ready.features), global_batch=8)))
     side = config.model.generator.image_size // 8
@@ -63,7 +63,7 @@ def test_moments_on_the_devices_are_those_of_the_pictures(config, spec, source, 
 
 def prepare_once(config, spec, pictures):
     """Moments straight from the tower."""
-    from minigpt5_jax.build import load_frozen
+    from minigpt5_jax.wiring.model import load_frozen
 
     params = load_frozen(config, spec, only=("vae",))
 
@@ -91,15 +91,15 @@ def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
     fewer = config.copy_and_resolve_references()
     fewer.data.instruction_every = 2
     with pytest.raises(DataError, match="(?s)does not belong to this run.*pictures: stored '.*', now '"):
-        open_features(fewer, spec, open_sources(fewer, spec.towers)[0], folder)
+        open_features(fewer, spec, open_sources(fewer, spec.sizes)[0], folder)
     reworded = config.copy_and_resolve_references()
     reworded.run.seed = 7  # another order, other wordings, other scenes
     reworded.data.update(format="cc3m", train=f"{config.run.workdir}/data/shapes_train.tsv")
-    assert len(open_features(reworded, spec, open_sources(reworded, spec.towers)[0], folder)) == len(source)
+    assert len(open_features(reworded, spec, open_sources(reworded, spec.sizes)[0], folder)) == len(source)
 
 
 def test_another_vae_is_refused(config, spec, source, folder, monkeypatch):
-    import minigpt5_jax.features as room
+    import minigpt5_jax.wiring.features as room
 
     load = room.load_frozen
 
@@ -115,7 +115,7 @@ def test_another_vae_is_refused(config, spec, source, folder, monkeypatch):
 
 def test_features_of_input_pictures_only_where_the_batch_reads_any(config, spec, source, folder):
     ready = open_features(config, spec, source, folder)
-    shapes = batch_spec(config, spec.towers, 8)
+    shapes = batch_spec(config, spec, 8)
     assert with_features(shapes, ready.features).image_states is None
     both = dataclasses.replace(ready.features, image=(32, 768))
     assert with_features(dataclasses.replace(shapes, images=8), both).image_states == (32, 768)

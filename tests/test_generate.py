@@ -13,14 +13,17 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from minigpt5_jax import generate
-from minigpt5_jax.build import build, initial_trainable, load_frozen
 from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.inference.prompts import text_prompt
-from minigpt5_jax.inputs import encode_config
+from minigpt5_jax.inference.session import Generation
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
-from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.training.tuning import FROZEN
+from minigpt5_jax.wiring import generation, restore
+from minigpt5_jax.wiring.inputs import encode_config
+from minigpt5_jax.wiring.model import build, initial_trainable, load_frozen
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_stage1.py"
 
@@ -51,7 +54,7 @@ def checkpoint(tmp_path_factory):
     fresh = initial_trainable(config, model, frozen)
     trainable = {path: value for path, value in fresh.items() if model.labels[path] != FROZEN}
     inherited = {path: value for path, value in fresh.items() if model.labels[path] == FROZEN}
-    encode = encode_config(config, model.towers, training=True)
+    encode = encode_config(config, model.sizes, training=True)
     meta = describe_run(
         config.to_dict(),
         tokenizer={"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()},
@@ -106,7 +109,7 @@ def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
     ],
 )
 def test_refused_before_weights_are_read(values, error, message, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "load_run", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(restore, "load_frozen", lambda *_, **__: pytest.fail("weights were read"))
     given = {"checkpoint": str(checkpoint), "prompt": ["a dog"], "output": str(tmp_path / "page"), **values}
     with pytest.raises(error, match=message):
         command(**given)
@@ -117,8 +120,8 @@ def test_a_page_shows_a_prompt_with_its_pictures_in_place(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (3, 2), "red").save(path)
     prompt = text_prompt("before <ImageHere> behind", [str(path)], dialog=True)
-    answer = generate.Generation((), "", (2,), prompt.source, 1, dropped=4)
-    entry = generate.entry(prompt, answer)
+    answer = Generation((), "", (2,), prompt.source, 1, dropped=4)
+    entry = generation.entry(prompt, answer, IMAGE)
     assert [type(part) for part in entry.prompt] == [str, np.ndarray, str]
     assert entry.prompt[1].shape == (2, 3, 3) and entry.prompt[2].startswith("behind")
     assert entry.output == ["(nothing)"] and "4 positions" in entry.notes
@@ -158,7 +161,7 @@ def test_a_dialogue_is_answered_turn_by_turn_and_can_be_read_again(checkpoint, t
     ],
 )
 def test_conversations_that_cannot_be_had(mode, values, error, message, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "load_run", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(restore, "load_frozen", lambda *_, **__: pytest.fail("weights were read"))
     given = {"jsonl": records(tmp_path / "s.jsonl", ("user", "hello")), "checkpoint": str(checkpoint)}
     with pytest.raises(error, match=message):
         command(mode, output=str(tmp_path / "page"), **(given | values))

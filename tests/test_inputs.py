@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from minigpt5_jax import inputs
-from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
 from minigpt5_jax.shapes.dataset import read_scenes
+from minigpt5_jax.wiring import inputs
+from minigpt5_jax.wiring.model import build
 
 
 def jpeg() -> bytes:
@@ -84,7 +84,7 @@ def test_a_format_opens_its_source(name, config, tmp_path):
     path = write(tmp_path)
     config.data.update(format=name, train=str(path), validation=str(path))
     spec = build(validate(config))
-    train, held_out = inputs.open_sources(config, spec.towers)
+    train, held_out = inputs.open_sources(config, spec.sizes)
     assert len(train) == count
     assert [held_out[i].item_id for i in range(len(held_out))] == held_out_ids
     assert inputs.data_identity(config, train)["samples"] == count
@@ -101,17 +101,17 @@ def test_every_format_has_a_case():
 def test_the_small_world_is_drawn_once_and_read_by_the_readers_of_the_real_data(config, name, reader, of_two):
     config.data.update(format=name, shapes_train=2, shapes_validation=1, instruction_every=0)
     spec = build(validate(config))
-    train, held_out = inputs.open_sources(config, spec.towers)
+    train, held_out = inputs.open_sources(config, spec.sizes)
     assert type(train) is type(held_out) is reader and len(train) == (of_two or len(train)) > len(held_out)
     files = {path: path.stat().st_mtime_ns for path in Path(config.run.workdir).rglob("*.*g")}
-    again, _ = inputs.open_sources(config, spec.towers)
+    again, _ = inputs.open_sources(config, spec.sizes)
     assert again.fingerprint() == train.fingerprint() != held_out.fingerprint()
     assert files == {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_scenes_have_as_many_objects_as_are_asked_for(config):
     config.data.update(format="shapes", shapes_train=20, shapes_validation=1, shapes_max_objects=3)
-    inputs.open_sources(config, build(validate(config)).towers)
+    inputs.open_sources(config, build(validate(config)).sizes)
     scenes = read_scenes(Path(config.run.workdir) / "data", "train")
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3}
     config.data.shapes_max_objects = 4
@@ -122,10 +122,10 @@ def test_scenes_have_as_many_objects_as_are_asked_for(config):
 def test_release_wording_and_loader_reach_the_sources(config, tmp_path):
     path = write_mmdialog(tmp_path)
     config.data.update(format="mmdialog", train=str(path), dialog_loader="release")
-    source, held_out = inputs.open_sources(config, build(validate(config)).towers)
+    source, held_out = inputs.open_sources(config, build(validate(config)).sizes)
     assert held_out is None and source[0].item_id == "mmdialog3_1"
     config.data.update(format="vist", train=str(write_vist(tmp_path)), tasks=("gen",), prompt_set="release")
-    source, _ = inputs.open_sources(config, build(config).towers)
+    source, _ = inputs.open_sources(config, build(config).sizes)
     assert len(source) == 2
     assert any("Generate a image" in words for words, _ in source.texts(0))
 
@@ -133,7 +133,7 @@ def test_release_wording_and_loader_reach_the_sources(config, tmp_path):
 def test_contexts_are_thinned_in_training_alone(config, tmp_path):
     path = str(write_vist(tmp_path))
     config.data.update(format="vist", train=path, validation=path, tasks=("gen",), context_dropout=1.0)
-    train, held_out = inputs.open_sources(config, build(validate(config)).towers)
+    train, held_out = inputs.open_sources(config, build(validate(config)).sizes)
     counts = {(len(x.images), x.source.count("step 0")) for x in (train.example(1, n) for n in range(20))}
     assert counts == {(1, 0), (0, 1)}
     whole = {(len(x.images), x.source.count("step 0")) for x in (held_out.example(1, n) for n in range(20))}
@@ -145,25 +145,25 @@ def test_contexts_are_thinned_in_training_alone(config, tmp_path):
 
 def test_training_data_must_be_given(config):
     with pytest.raises(ConfigError, match=r"--config.data.train=PATH \(data.format=cc3m\)"):
-        inputs.open_sources(config, build(config).towers)
+        inputs.open_sources(config, build(config).sizes)
 
 
 def test_rows_longer_than_the_language_model_are_refused(config):
     config.data.max_length = 513
     with pytest.raises(ConfigError, match="data.max_length=513 exceeds the language model's 512 positions"):
-        inputs.batch_spec(config, build(config).towers, 1)
+        inputs.batch_spec(config, build(config), 1)
 
 
 def test_an_unknown_task_is_one_clear_error(config, tmp_path):
     config.data.update(format="vist", train=str(write_vist(tmp_path)), tasks=("drawing",))
     with pytest.raises(DataError, match="some of gen, multimodal, understanding; got drawing"):
-        inputs.open_sources(config, build(config).towers)
+        inputs.open_sources(config, build(config).sizes)
 
 
 def test_buckets_and_packing_are_planned_from_an_index_kept_in_the_cache(config, tmp_path):
     config.data.update(format="cc3m", train=str(write_cc3m(tmp_path)), max_length=64, buckets=(40, 64))
     spec = build(validate(config))
-    source, _ = inputs.open_sources(config, spec.towers)
+    source, _ = inputs.open_sources(config, spec.sizes)
     loader = inputs.open_loader(config, spec, source, training=True)
     shapes = {next(loader).tokens.shape for _ in range(4)}
     loader.close()

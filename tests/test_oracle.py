@@ -14,24 +14,29 @@ import optax
 import pytest
 import torch
 
+import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.tokenizer import ClipTokenizer
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.minigpt5 import Draws, LossOptions, make_template
-from minigpt5_jax.models.clip_text import ClipTextConfig
-from minigpt5_jax.models.common import Params, Template
-from minigpt5_jax.models.eva_vit import EvaVitConfig
-from minigpt5_jax.models.llama import LlamaConfig
-from minigpt5_jax.models.mapper import MapperConfig
-from minigpt5_jax.models.qformer import QFormerConfig
-from minigpt5_jax.models.unet import UNetConfig
-from minigpt5_jax.models.vae import VaeConfig, sample_posterior
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.clip_text.model import ClipTextConfig
+from minigpt5_jax.models.common import Params
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama.model import LlamaConfig
+from minigpt5_jax.models.mapper.model import MapperConfig
+from minigpt5_jax.models.qformer.model import QFormerConfig
+from minigpt5_jax.models.unet.model import UNetConfig
+from minigpt5_jax.models.vae.model import VaeConfig, sample_posterior
+from minigpt5_jax.training import tuning
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step
-from minigpt5_jax.tuning import FROZEN, STAGE1, TABLE_DECAY, label_parameters, trainable_paths
-from minigpt5_jax.weights.maps import minigpt5 as maps
+from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
+from minigpt5_jax.weights.foreign import minigpt5 as maps
 from minigpt5_jax.weights.table import Table, WeightTableError
+
+TABLE_DECAY = f"backbone/llm{tuning.TABLE_DECAY}"
 
 FORWARD, GRADIENT = 2e-6, 3e-5  # what the README of the oracle promises ("about")
 UNET = 4e-6  # the deepest tower: the order in which a processor sums moves it by as much as that
@@ -149,7 +154,7 @@ def case(oracle_dir, oracle_configs, oracle_weights, oracle_cases) -> Case:
 
 @pytest.fixture(scope="module")
 def labels(case) -> dict[str, str]:
-    return label_parameters(case.template.shapes, STAGE1)
+    return label_parameters(case.template.shapes, tiny.rules("stage1"))
 
 
 def trainables_of(case: Case, group: str) -> dict[str, np.ndarray]:
@@ -157,7 +162,7 @@ def trainables_of(case: Case, group: str) -> dict[str, np.ndarray]:
     source = {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
     source = {name: value for name, value in source.items() if name not in ("lr", "loss")}
     shapes = {path: s.shape for path, s in case.template.shapes.items()}
-    paths = set(trainable_paths(label_parameters(shapes, STAGE1))) - {TABLE_DECAY}
+    paths = set(trainable_paths(label_parameters(shapes, tiny.rules("stage1")))) - {TABLE_DECAY}
     return maps.stage1_to_params(source, {path: shapes[path] for path in paths})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.report import length_facts
+from minigpt5_jax.data.prepare.report import length_facts
 from minigpt5_jax.data.sources import PreparedSource
 
 ROOT = Path(__file__).parents[1]

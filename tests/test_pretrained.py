@@ -16,22 +16,24 @@ from ml_collections import ConfigDict
 
 import tiny
 from minigpt5_jax import export_torch, load_pretrained, load_run
-from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, use_stage2
-from minigpt5_jax.diffusion.samplers import guided, make_sampler
+from minigpt5_jax.diffusion.samplers import guided
 from minigpt5_jax.inference.decode import decode
 from minigpt5_jax.inference.sampling import SamplingConfig
-from minigpt5_jax.models.eva_vit import EvaVitConfig
-from minigpt5_jax.pretrained import default_config, import_release, save_imported
-from minigpt5_jax.restore import inherit, open_checkpoints
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama import weights as llama
+from minigpt5_jax.training import tuning
 from minigpt5_jax.training.provenance import CheckpointError
-from minigpt5_jax.tuning import TABLE_DECAY
+from minigpt5_jax.weights.check import COVERAGE_FILE
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.importer import COVERAGE_FILE
-from minigpt5_jax.weights.maps import llama
-from minigpt5_jax.weights.maps import minigpt5 as maps
-from minigpt5_jax.weights.release import TABLES
+from minigpt5_jax.weights.foreign import minigpt5 as maps
+from minigpt5_jax.weights.foreign.release import TABLES
 from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.pretrained import default_config, import_release, save_imported
+from minigpt5_jax.wiring.restore import open_checkpoints, warm_start
+
+TABLE_DECAY = f"backbone/llm{tuning.TABLE_DECAY}"
 
 ROOT = Path(__file__).parents[1]
 RANK = 2
@@ -122,7 +124,7 @@ def released(sources, oracle_dir):
 def test_whole_model_from_the_originals_files_is_the_originals(released, oracle_configs, oracle_weights):
     run = released
     vit = EvaVitConfig.from_eva(oracle_configs["eva_vit"])
-    table = maps.table(vit, run.spec.towers.qformer)
+    table = maps.table(vit, run.spec.sizes["qformer"])
     want = table.to_params(
         maps.split_rows(oracle_weights), {path: s.shape for path, s in run.spec.template.shapes.items()}
     )
@@ -146,7 +148,7 @@ def test_it_answers_and_draws_as_the_original_did(released, oracle_cases):
         dummy_token_id=dummy,
         ban_inner_vokens=False,
     )
-    sampler = make_sampler("pndm", released.spec.towers.schedule, 5)
+    sampler = released.spec.generator.make_sampler("pndm", 5)
 
     @jax.jit
     def run(params, ids, noise, keys):
@@ -258,14 +260,14 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
     frozen = {p: v for p, v in run.params.items() if p not in fresh}
     shardings = {p: v.sharding for p, v in run.params.items()}
     tokenizer = meta["tokenizer"]
-    moved = inherit(tmp_path, fresh, frozen, run.spec, shardings, tokenizer, second.weights.to_dict())
+    moved = warm_start(tmp_path, fresh, frozen, run.spec, shardings, tokenizer, second.weights.to_dict())
     assert moved.keys() == fresh.keys() | set(TABLES.values())
     other = {**frozen, "generator/vae/quant_conv/bias": frozen["generator/vae/quant_conv/bias"] + 1}
-    with pytest.raises(CheckpointError, match="stood on other weights"):
-        inherit(tmp_path, fresh, other, run.spec, shardings, tokenizer, second.weights.to_dict())
+    with pytest.raises(CheckpointError, match="trained with different frozen weights"):
+        warm_start(tmp_path, fresh, other, run.spec, shardings, tokenizer, second.weights.to_dict())
     with pytest.raises(CheckpointError, match=r"tokenizer\.llm\.bos_id"):
-        bos = {**tokenizer, "llm": {**tokenizer["llm"], "bos_id": 2}}
-        inherit(tmp_path, fresh, frozen, run.spec, shardings, bos, second.weights.to_dict())
+        bos = {**tokenizer, "backbone": {**tokenizer["backbone"], "bos_id": 2}}
+        warm_start(tmp_path, fresh, frozen, run.spec, shardings, bos, second.weights.to_dict())
 
 
 def test_a_checkpoint_folder_and_bad_arguments(sources, oracle_dir, tmp_path, tuned):

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from minigpt5_jax import profiles
-from minigpt5_jax.config import ConfigError, apply_variant, get_config, keys_of, validate, value_at
+from minigpt5_jax.config import ConfigError, apply_variant, get_config, keys_of, profiles, validate, value_at
 
 # Q-numbers whose flag a profile or the run file decides, not compat=original: the code generations
 # (Q21, Q26), rates of the paper's stages (Q14), explicit paths (Q29).

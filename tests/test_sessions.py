@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minigpt5_jax.config import get_config
-from minigpt5_jax.sessions import override
+from minigpt5_jax.wiring.session import override
 
 
 def test_settings_keep_their_types():

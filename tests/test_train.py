@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from minigpt5_jax.build import build
 from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.shapes.dataset import write_pairs
-from minigpt5_jax.train import make_loop, parameter_table
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.sharding import ShardingError
+from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.training import make_loop, parameter_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -12,16 +12,15 @@ import pytest
 import torch
 
 import tiny
-from minigpt5_jax.build import build, load_frozen, tokenizer_identity
 from minigpt5_jax.config import validate
 from minigpt5_jax.export import export_torch
 from minigpt5_jax.inference.session import Prompt
-from minigpt5_jax.restore import load_run, not_pretrained
-from minigpt5_jax.sessions import make_session
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
-from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.weights.export.model import ExportError
+from minigpt5_jax.wiring.model import build, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.restore import load_run, not_pretrained
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +56,7 @@ def saved(request, tmp_path_factory):
         parts["inherited" if spec.labels[path] == FROZEN else "trainable"][path] = jnp.asarray(value)
     meta = describe_run(
         config.to_dict(),
-        tokenizer=tokenizer_identity(config, spec.towers),
+        tokenizer=tokenizer_identity(config, spec.sizes),
         frozen=hash_parameters({**load_frozen(config, spec), **parts["inherited"]}),
     )
     checkpoints = Checkpoints(folder / "run" / "checkpoints")
@@ -81,7 +80,7 @@ def test_it_comes_back_as_it_was_saved(saved, run):
 
 @pytest.mark.slow
 def test_it_draws(run):
-    [answer] = make_session(run, batch_size=1).generate([Prompt("a red circle", seed=1)])
+    [answer] = run.session(batch_size=1).generate([Prompt("a red circle", seed=1)])
     assert len(answer.pictures) == 1 and answer.pictures[0].shape == (64, 64, 3)
 
 

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.config import get_config, use_shapes_backbones
-from minigpt5_jax.pretrained import load_pretrained
-from minigpt5_jax.restore import Run
-from minigpt5_jax.verify import TEXT, Report, VerificationError, problems_of, verify, verify_run
+from minigpt5_jax.evaluation.verify import TEXT, Report, VerificationError, problems_of, verify, verify_run
+from minigpt5_jax.wiring.pretrained import load_pretrained
+from minigpt5_jax.wiring.restore import LoadedModel
 
 LLM = "backbone/llm/"
 
 
 @pytest.fixture(scope="module")
-def untrained() -> Run:
+def untrained() -> LoadedModel:
     return load_pretrained(config=use_shapes_backbones(get_config()))
 
 
 @pytest.fixture(scope="module")
-def drawing(untrained) -> Run:
+def drawing(untrained) -> LoadedModel:
     """A model that draws: voken rows of their own, [IMG0]'s output row along the state behind the prompt."""
     params, tokenizer = dict(untrained.params), untrained.tokenizer
     ids = np.asarray([[tokenizer.bos_id, *tokenizer.encode(TEXT)]], np.int32)

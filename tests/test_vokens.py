@@ -10,10 +10,10 @@ import pytest
 
 import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, collate, encode
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.templates import IGNORE, target_text
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate, encode
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.text.templates import IGNORE, target_text
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.inference.sampling import SamplingConfig
@@ -22,7 +22,7 @@ from minigpt5_jax.minigpt5 import LossOptions
 from minigpt5_jax.training.optimizer import make_optimizer
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step
-from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
 V, END = 1000, "###"  # of the oracle's tokenizer
 CAPTIONS = ("a red dog", "the lake near the sea", "a dog")
@@ -93,7 +93,7 @@ def model(request, oracle_dir, pictures):
 
 def test_a_train_step(model):
     count, template, params, batch, _ = model
-    labels = label_parameters(template.shapes, STAGE1)
+    labels = label_parameters(template.shapes, tiny.rules("stage1"))
     trainable = {path: jnp.array(params[path]) for path in labels if labels[path] != FROZEN}
     frozen = {path: value for path, value in params.items() if labels[path] == FROZEN}
     rates = {group: optax.constant_schedule(1e-2) for group in ("llm", "mapper")}

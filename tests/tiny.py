@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -16,14 +17,16 @@ from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import get_config
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.minigpt5 import make_template
-from minigpt5_jax.models.clip_text import ClipTextConfig
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.decoder_only_mapper import DecoderOnlyMapperConfig
-from minigpt5_jax.models.eva_vit import EvaVitConfig
-from minigpt5_jax.models.llama import LlamaConfig
-from minigpt5_jax.models.mapper import MapperConfig
-from minigpt5_jax.models.unet import UNetConfig
-from minigpt5_jax.models.vae import VaeConfig
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.clip_text.model import ClipTextConfig
+from minigpt5_jax.models.decoder_only_mapper.model import DecoderOnlyMapperConfig
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama.model import LlamaConfig
+from minigpt5_jax.models.mapper.model import MapperConfig
+from minigpt5_jax.models.unet.model import UNetConfig
+from minigpt5_jax.models.vae.model import VaeConfig
+from minigpt5_jax.parts.contracts import Part, find
+from minigpt5_jax.training.tuning import Rules, rules_of
 
 ORACLE = Path(__file__).parent / "oracle"
 
@@ -75,21 +78,34 @@ def make_tiny_template(
         "encoder_decoder": MapperConfig(num_encoder_layers=1, num_decoder_layers=1, **sizes),
         "decoder_only": DecoderOnlyMapperConfig(num_layers=2, **sizes),
     }
+    generator = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text,
+        "image_size": 16,
+        "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
+        "empty_caption_ids": (caption_vocab_size - 2, caption_vocab_size - 1) + (0,) * 10,
+    }
     return make_template(
-        ("minigpt4", {"llm": llm, "num_vokens": num_vokens}),
-        (mapper, {"config": mappers[mapper]}),
-        (
-            "stable_diffusion",
-            {
-                "unet": unet,
-                "vae": vae,
-                "text_encoder": text,
-                "image_size": 16,
-                "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
-                "empty_caption_ids": (caption_vocab_size - 2, caption_vocab_size - 1) + (0,) * 10,
-            },
-        ),
+        backbone=("minigpt4", {"llm": llm, "num_vokens": num_vokens}),
+        mapper=(mapper, {"config": mappers[mapper]}),
+        generator=("stable_diffusion", generator),
     )
+
+
+def rules(stage: str, mapper: str = "encoder_decoder") -> Rules:
+    """Tuning patterns of a model of the papers' parts."""
+    return rules_of(parts(mapper), stage)
+
+
+def sharding(mapper: str = "encoder_decoder") -> list[tuple[str, Mapping[str, str]]]:
+    """Sharding rules of a model of the papers' parts."""
+    return [(part.prefix + start, axes) for part in parts(mapper) for start, axes in part.sharding.items()]
+
+
+def parts(mapper: str = "encoder_decoder") -> tuple[Part, Part, Part]:
+    """Backbone, mapper and generator of the papers."""
+    return find("backbone", "minigpt4"), find("mapper", mapper), find("generator", "stable_diffusion")
 
 
 def make_tiny_params(template: Template) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ from benchmarks.ablations.compare import AGREEMENT, Compared, compare
 from benchmarks.ablations.plots import Curve, draw
 from benchmarks.ablations.results import METRICS, Estimate, Result, Results, estimate, read_results
 from benchmarks.ablations.rows import GUIDANCE, SCALES, VARIANTS, RowError
-from minigpt5_jax.data.stories import CONTEXTS
+from minigpt5_jax.data.samples.stories import CONTEXTS
 
 Cell = str
 NOTES = """\

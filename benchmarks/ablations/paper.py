@@ -10,8 +10,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 
-from minigpt5_jax.data.stories import CONTEXTS
-from minigpt5_jax.shapes.judge_stories import TABLE_6
+from minigpt5_jax.data.samples.stories import CONTEXTS
+from minigpt5_jax.evaluation.shapes.stories import TABLE_6
 
 LABELS = {
     "plain": "MiniGPT-5 (plain)",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.rows import Row, RowError, differences
-from minigpt5_jax.data.stories import CONTEXTS
+from minigpt5_jax.data.samples.stories import CONTEXTS
 from minigpt5_jax.shapes import world
 
 KEYS = {

@@ -163,7 +163,14 @@ def run_row(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> di
 def judge_command(row: Row, settings: dict[str, Any], work: Path) -> list[str]:
     """The judge's command line for the row's run (everything behind the interpreter)."""
     run, asked = row if row.trains else row.need, settings["judge"]
-    command = ["-m", "minigpt5_jax.shapes.judge", "--run", str(work / run.name), "--what", row.judged]
+    command = [
+        "-m",
+        "minigpt5_jax.evaluation.shapes",
+        "--run",
+        str(work / run.name),
+        "--what",
+        row.judged,
+    ]
     command += ["--count", str(asked[row.judged]), "--seed", str(asked["seed"])]
     if "guidance" in asked:
         command += ["--inference", f"guidance_scale={asked['guidance']}"]

@@ -14,13 +14,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from minigpt5_jax.data.prompts import STORY_PROMPTS, dialog_source, story_source
-from minigpt5_jax.data.templates import IMAGE
-from minigpt5_jax.data.transforms import Picture
+from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
 from minigpt5_jax.inference.session import Generation, Prompt, Session
-
-NEXT_SCENE = STORY_PROMPTS["head"]["multimodal"][0]
-SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,9 +26,9 @@ class Said:
     role: str
     parts: tuple["str | Drawn", ...]
 
-    def spelt(self) -> list[str]:
+    def texts(self, style: PromptStyle) -> list[str]:
         """Its texts, and a placeholder for each picture."""
-        return [part if isinstance(part, str) else IMAGE for part in self.parts]
+        return [part if isinstance(part, str) else style.image for part in self.parts]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,18 +74,21 @@ def answer_turn(answer: Generation) -> Said:
     return Said("assistant", parts)
 
 
-def story_prompt(conversation: Conversation, request: str = NEXT_SCENE) -> Prompt:
+def story_prompt(conversation: Conversation, request: str = "", style: PromptStyle = VICUNA_V0) -> Prompt:
     """Everything told so far and the request for the next scene, as stage 2 trains it (reference 5.3)."""
     said = conversation.said
-    source = story_source([text for turn in said for text in turn.spelt()], request)
+    before = [text for turn in said for text in turn.texts(style)]
+    source = style.story(before, request or style.next_scene)
     return Prompt(source, _pictures(said), conversation.next_seed())
 
 
-def dialog_prompt(conversation: Conversation, window: int | None = None) -> Prompt:
+def dialog_prompt(
+    conversation: Conversation, window: int | None = None, style: PromptStyle = VICUNA_V0
+) -> Prompt:
     """The last ``window`` turns (None for all) and the opening of the assistant's (reference 5.4)."""
     said = conversation.said if window is None else conversation.said[-window:]
-    spoken = [(SPEAKERS[turn.role], " ".join(turn.spelt())) for turn in said]
-    return Prompt(dialog_source(conversation.system, spoken), _pictures(said), conversation.next_seed())
+    spoken = [(style.speakers[turn.role], " ".join(turn.texts(style))) for turn in said]
+    return Prompt(style.dialog(conversation.system, spoken), _pictures(said), conversation.next_seed())
 
 
 def _pictures(said: Sequence[Said]) -> tuple[Picture, ...]:
@@ -110,10 +109,10 @@ def advance(
             conversation.said.append(answer_turn(answer))
 
 
-def tell(session: Session, stories: Sequence[Conversation], scenes: int, request: str = NEXT_SCENE) -> None:
+def tell(session: Session, stories: Sequence[Conversation], scenes: int, request: str = "") -> None:
     """Continues every story by ``scenes`` answers, each of which reads all before it."""
     for _ in range(scenes):
-        advance(session, stories, lambda story: story_prompt(story, request))
+        advance(session, stories, lambda story: story_prompt(story, request, session.style))
 
 
 def chat(
@@ -140,4 +139,4 @@ def chat(
                     asked.append(dialog)
                     break
         if asked:
-            advance(session, asked, lambda dialog: dialog_prompt(dialog, window))
+            advance(session, asked, lambda dialog: dialog_prompt(dialog, window, session.style))

@@ -24,7 +24,7 @@ _LENGTH, _EOS, _STOP = range(3)
 
 @runtime_checkable
 class CachedModel(Protocol):
-    """What decoding needs of a language model; :class:`minigpt5_jax.models.llama.Llama` has it."""
+    """What decoding needs of a language model; :class:`minigpt5_jax.models.llama.model.Llama` has it."""
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """i32[b s] -> [b s d]."""

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.diffusion.samplers import Denoise, Sampler, guided
+from minigpt5_jax.diffusion.samplers import Sampler, guided
 from minigpt5_jax.minigpt5 import MiniGPT5
-from minigpt5_jax.models.common import Params, Template
-from minigpt5_jax.parts.generators.stable_diffusion import StableDiffusion
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.common import Params
+from minigpt5_jax.parts.contracts import Generator
 
 
 def initial_latents(keys: Key[Array, " m"], latent_shape: tuple[int, int, int]) -> Float[Array, "m h w c"]:
@@ -21,7 +22,7 @@ def initial_latents(keys: Key[Array, " m"], latent_shape: tuple[int, int, int]) 
 
 
 def sample_pictures(
-    generator: StableDiffusion,
+    generator: Generator,
     sampler: Sampler,
     condition: Float[Array, "m q c"],
     negative: Float[Array, "#m q c"],
@@ -34,17 +35,11 @@ def sample_pictures(
     batch.  At ``guidance_scale=1`` the negative is not evaluated at all.
     """
 
-    def predict(context: jax.Array) -> Denoise:
-        def denoise(noisy: jax.Array, timestep: jax.Array) -> jax.Array:
-            return generator.predict_noise(noisy, jnp.full(noisy.shape[:1], timestep, jnp.int32), context)
-
-        return denoise
-
     if guidance_scale == 1.0:
-        denoise = predict(condition)
+        denoise = generator.denoiser(condition)
     else:
         both = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
-        denoise = guided(predict(both), guidance_scale)
+        denoise = guided(generator.denoiser(both), guidance_scale)
     return generator.decode(sampler.sample(denoise, latents))
 
 

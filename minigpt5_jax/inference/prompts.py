@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minigpt5_jax.data import templates
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.prompts import DIALOG_SYSTEM, dialog_source
-from minigpt5_jax.data.records import parse_record, prompt_of
-from minigpt5_jax.data.tokenizer import IMAGE_TOKEN
+from minigpt5_jax.data.samples.records import parse_record, prompt_of
+from minigpt5_jax.data.text import templates
+from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
+from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 from minigpt5_jax.inference.session import Prompt
 
 
-def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
+def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: PromptStyle = VICUNA_V0) -> Prompt:
     """A prompt from what a user typed.
 
     Args:
       text: with ``<ImageHere>`` where each of ``images`` belongs; without any they stand before it.
       dialog: as the user's turn of a dialogue; otherwise as a caption, cleaned as in training.
+      style: how the language model is spoken to.
 
     Raises:
       DataError: nothing is left of the text, or it holds what has a meaning of its own in prompts.
@@ -32,12 +33,12 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool) -> Prompt:
         return Prompt(caption)
     if not text.strip() and not images:
         raise DataError(f"prompt {text!r} is empty")
-    if templates.END in text:
-        raise DataError(f"prompt {text!r} contains {templates.END}, which ends a turn")
-    spelt = text.replace(templates.IMAGE, IMAGE_TOKEN).replace(IMAGE_TOKEN, templates.IMAGE)
+    if style.end in text:
+        raise DataError(f"prompt {text!r} contains {style.end}, which ends a turn")
+    spelt = text.replace(style.image, IMAGE_TOKEN).replace(IMAGE_TOKEN, style.image)
     if IMAGE_TOKEN not in text:
-        spelt = " ".join([*[templates.IMAGE] * len(images), text]).strip()
-    return Prompt(dialog_source(DIALOG_SYSTEM, [("Human", spelt)]), tuple(images))
+        spelt = " ".join([*[style.image] * len(images), text]).strip()
+    return Prompt(style.dialog(style.dialog_system, [(style.speakers["user"], spelt)]), tuple(images))
 
 
 def file_prompts(path: str | Path) -> list[Prompt]:

@@ -11,14 +11,15 @@ import numpy as np
 from absl import logging
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.templates import END, Expanded, expand
-from minigpt5_jax.data.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LlamaTokenizer
-from minigpt5_jax.data.transforms import Picture, prepare_picture
+from minigpt5_jax.data.images import Picture, prepare_picture
+from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
+from minigpt5_jax.data.text.templates import Expanded, expand
+from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LanguageTokenizer
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.decode import DecodeResult, decode
 from minigpt5_jax.inference.images import initial_latents, negative_condition, sample_pictures
 from minigpt5_jax.inference.sampling import SamplingConfig
-from minigpt5_jax.models.common import Template
+from minigpt5_jax.models.abstract import Template
 
 LENGTH_BUCKET = 32  # prompts are padded to a multiple of it, so that few programs are compiled
 CFG_NEGATIVES = ("voken_zero", "empty_prompt")
@@ -30,7 +31,7 @@ class Prompt:
 
     Attributes:
       source: text as the model reads it, ``<ImageHere>`` once for each of ``images``
-        (:mod:`minigpt5_jax.data.templates` writes it).
+        (:mod:`minigpt5_jax.data.text.templates` writes it).
       images: input pictures, paths or encoded bytes.
       seed: of this answer's draws, 0 ... 2**32 - 1; the answer depends on nothing else in the batch.
     """
@@ -65,14 +66,14 @@ class Generation:
         return tuple(part for part in self.parts if not isinstance(part, str))
 
 
-def stop_sequences(tokenizer: LlamaTokenizer) -> tuple[tuple[int, ...], ...]:
-    """Every way this tokenizer spells the ``###`` that ends a text: on its own, and glued to a word.
+def stop_sequences(tokenizer: LanguageTokenizer, end: str = VICUNA_V0.end) -> tuple[tuple[int, ...], ...]:
+    """Every way this tokenizer spells the ``end`` of a text: on its own, and glued to a word.
 
     ``((835,), (2277, 29937))`` for stock LLaMA, as in the original (Q37).
     """
-    found = {tuple(tokenizer.encode(END)): None}  # a dict keeps their order
+    found = {tuple(tokenizer.encode(end)): None}  # a dict keeps their order
     for word in ("a", "."):
-        before, whole = tokenizer.encode(word), tokenizer.encode(word + END)
+        before, whole = tokenizer.encode(word), tokenizer.encode(word + end)
         if whole[: len(before)] == before:
             found[tuple(whole[len(before) :])] = None
     return tuple(found)
@@ -96,6 +97,7 @@ class Session:
     Args:
       template: abstract composite.  params: all of its parameters.
       tokenizer: of the language model.
+      style: how the language model is spoken to.
       sampling: rules for text; None takes the defaults with this tokenizer's :func:`stop_sequences`.
       sampler: of pictures (:func:`minigpt5_jax.diffusion.samplers.make_sampler`).
       guidance_scale: of pictures.
@@ -108,13 +110,16 @@ class Session:
       ValueError: a setting is out of range.
     """
 
+    style: PromptStyle = VICUNA_V0
+
     def __init__(
         self,
         template: Template,
         params: Mapping[str, Any],
-        tokenizer: LlamaTokenizer,
+        tokenizer: LanguageTokenizer,
         *,
         sampler: Sampler,
+        style: PromptStyle = VICUNA_V0,
         sampling: SamplingConfig | None = None,
         guidance_scale: float = 7.5,
         cfg_negative: str = "voken_zero",
@@ -127,7 +132,8 @@ class Session:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
-        self.sampling = sampling or SamplingConfig(stop_sequences=stop_sequences(tokenizer))
+        self.style = style
+        self.sampling = sampling or SamplingConfig(stop_sequences=stop_sequences(tokenizer, style.end))
         self.pad_input_square = pad_input_square
         self._template, self._params = template, params
         self._sampler, self._guidance, self._negative = sampler, guidance_scale, cfg_negative
@@ -188,15 +194,10 @@ class Session:
 
     def _write_rows(self, params, tokens, lengths, images, image_row, image_start, seeds) -> DecodeResult:
         model = self._template.bind(params)
-        embeds = model.backbone.llm.embed(tokens)
-        if images.shape[0]:
-            mask = image_row < tokens.shape[0]
-            embeds = model.backbone.place_images(
-                embeds, model.backbone.image_states(images), image_row, image_start, mask
-            )
+        embeds = model.backbone.prompt(tokens, images, image_row, image_start)
         keys = jax.vmap(lambda seed: _keys(seed)[0])(seeds)
         return decode(
-            model.backbone.llm,
+            model.backbone.decoder,
             embeds,
             lengths,
             keys,
@@ -232,7 +233,7 @@ class Session:
         if places != len(prompt.images):
             raise refuse(f"has {places} {IMAGE_TOKEN} for {len(prompt.images)} pictures")
         if places and not self._backbone.image_tokens:
-            raise refuse("has pictures, but this model has no vision tower (model.backbone.vit='none')")
+            raise refuse("has pictures, but this model has no vision tower")
         expanded = expand(
             self.tokenizer,
             prompt.source,
@@ -314,7 +315,7 @@ class Session:
         """Text of ids without control tokens, stray vokens and the ``###`` of its end."""
         ends = {self.tokenizer.bos_id, self.tokenizer.eos_id, *self.sampling.eos_ids}
         text = self.tokenizer.decode([i for i in ids if i not in ends])
-        return SPECIAL_PATTERN.sub("", text).replace(END, "").strip()
+        return SPECIAL_PATTERN.sub("", text).replace(self.style.end, "").strip()
 
     def _batches(self, rows: list[Any]) -> list[list[Any]]:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

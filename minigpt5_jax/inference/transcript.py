@@ -1,7 +1,7 @@
 """Conversations from JSONL records and back: what story and chat generation read and write.
 
-The form is that of one's own training data (:mod:`minigpt5_jax.data.records`), so what a model told can be
-read, continued, evaluated or trained on as any other data.
+The form is that of users' training data (:mod:`minigpt5_jax.data.samples.records`), so what a model told can
+be read, continued, evaluated or trained on as any other data.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.records import ImagePart, Record, parse_record
-from minigpt5_jax.data.transforms import load_picture
+from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.samples.records import ImagePart, Record, parse_record
 from minigpt5_jax.inference.conversation import Conversation, Drawn, Said
 from minigpt5_jax.inference.page import Entry, Part
 

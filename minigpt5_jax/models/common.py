@@ -1,10 +1,7 @@
-"""Layers every tower is built from, and the bridge between NNX modules and flat parameter dicts.
+"""Layers every tower is built from.
 
-A tower is an ``nnx.Module`` that holds nothing but ``nnx.Param``s.  Outside its own file it is
-seen as two things: a *template* (graph definition, paths, shapes and logical axes, made without
-allocating anything) and a flat dict ``{"layers/self_attn/q_proj/kernel": array}``.  JAX
-transformations work on the dict; ``Template.bind`` turns it back into a callable module while
-tracing, so no NNX bookkeeping is left on the hot path.
+A tower is an ``nnx.Module`` that holds nothing but ``nnx.Param``s; :mod:`minigpt5_jax.models.abstract` is how
+the rest of the program sees it.
 
 Layout conventions (those of Flax): dense kernels ``[in, out]``, convolution kernels HWIO,
 activations NHWC / ``[batch, length, width]``.
@@ -12,9 +9,8 @@ activations NHWC / ``[batch, length, width]``.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -324,55 +320,3 @@ def scan_layers(
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)
-
-
-# ---------------------------------------------------------------------------------------------
-# Modules as flat parameter dicts
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """A module without its arrays: what JAX code needs to know about a tower or the whole model.
-
-    Attributes:
-      shapes: path -> ``jax.ShapeDtypeStruct`` of every parameter.
-      axes: path -> logical axes of every parameter, one entry per dimension.
-    """
-
-    make: Callable[[nnx.Rngs], nnx.Module]
-    graphdef: Any
-    paths: tuple[tuple[Any, ...], ...]
-    shapes: dict[str, jax.ShapeDtypeStruct]
-    axes: dict[str, tuple[Axis, ...]]
-
-    @classmethod
-    def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Template:
-        """Build the template of ``make(rngs)`` abstractly (nothing is allocated)."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(constructor_rngs(jax.random.key(0)))))
-        flat = nnx.to_flat_state(state)
-        names = {path: "/".join(map(str, path)) for path, _ in flat}
-        shapes = {names[p]: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in flat}
-        axes = {names[p]: v.get_metadata("axes") for p, v in flat}
-        return cls(make, graphdef, tuple(names), shapes, axes)
-
-    def init(self, key: jax.Array) -> Params:
-        """Random parameters, initialised in one compiled call."""
-
-        def init(key):
-            return to_flat(self.make(constructor_rngs(key)))
-
-        if isinstance(key, jax.core.Tracer):  # inside the caller's jit, whose options then hold
-            return init(key)
-        # It runs once, so compiling is all it costs: unoptimised code is ready four times sooner.
-        return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})(key)
-
-    def bind(self, params: Mapping[str, Any]) -> nnx.Module:
-        """The callable module over ``params``; cheap while tracing, KeyError on a missing path."""
-        leaves = [(path, params["/".join(map(str, path))]) for path in self.paths]
-        return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
-
-
-def to_flat(module: nnx.Module) -> Params:
-    """Parameters of a live module as a flat dict."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in flat}

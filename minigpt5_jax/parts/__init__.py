@@ -1,3 +1,1 @@
-"""Backbones, mappers and generators; importing this package fills the registries."""
-
-from minigpt5_jax.parts import backbones, generators, mappers  # noqa: F401
+"""Backbones, mappers and generators; each is one file that ends in its record, ``PART``."""

@@ -13,30 +13,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.clip_text.weights import TOWER as TEXT_ENCODER
+from minigpt5_jax.models.common import Params
+from minigpt5_jax.models.eva_vit.weights import TOWER as EVA_VIT
+from minigpt5_jax.models.llama.weights import TOWER as LLAMA
+from minigpt5_jax.models.llama_proj.weights import TOWER as LLAMA_PROJ
+from minigpt5_jax.models.qformer.weights import TOWER as QFORMER
+from minigpt5_jax.models.tower import Tower
+from minigpt5_jax.models.unet.weights import TOWER as UNET
+from minigpt5_jax.models.vae.weights import TOWER as VAE
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.load import load_tower, open_weights
-from minigpt5_jax.weights.save import save_safetensors
-from minigpt5_jax.weights.towers import TOWERS as SOURCES
-from minigpt5_jax.weights.towers import Tower
+from minigpt5_jax.weights.foreign.rewrite import SCHEDULER
+from minigpt5_jax.weights.formats.load import load_tower, open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 PROVENANCE = "PROVENANCE.json"
 STORED = np.float16
 
-SCHEDULER = {  # of stabilityai/stable-diffusion-2-1-base
-    "_class_name": "PNDMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "scheduler": ["diffusers", "PNDMScheduler"],
@@ -55,29 +50,19 @@ class TowerFiles:
     """Where a tower lies and how.
 
     Attributes:
-      source: its name under ``config.weights``, by which sizes and tables are found.
-      folder, file: of the weights.  extra: what its ``config.json`` says besides its sizes.
-      like: keys by which a tower that has several tables knows the names that are written.
+      tower: sizes and tables, the same as of the full-size tower.  folder: of the weights.
+      extra: what its ``config.json`` says besides its sizes.
     """
 
-    source: str
+    tower: Tower
     folder: str
-    file: str
     extra: Mapping[str, Any]
-    like: tuple[str, ...] = ()
-
-    @property
-    def tower(self) -> Tower:
-        """Sizes and tables, the same as of the full-size tower."""
-        return SOURCES[self.source]
 
 
-MODEL, DIFFUSION = "model.safetensors", "diffusion_pytorch_model.safetensors"
 TOWERS = {
     "llama": TowerFiles(
-        "llm",
+        LLAMA,
         "llama",
-        MODEL,
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -89,13 +74,12 @@ TOWERS = {
             "torch_dtype": "float16",
         },
     ),
-    "vit": TowerFiles("vit", "eva_vit", MODEL, {"model_type": "blip_2_vision_model"}),
-    "qformer": TowerFiles("qformer", "qformer", MODEL, {"model_type": "blip_2_qformer"}),
-    "llama_proj": TowerFiles("llama_proj", "llama_proj", MODEL, {}),
+    "vit": TowerFiles(EVA_VIT, "eva_vit", {"model_type": "blip_2_vision_model"}),
+    "qformer": TowerFiles(QFORMER, "qformer", {"model_type": "blip_2_qformer"}),
+    "llama_proj": TowerFiles(LLAMA_PROJ, "llama_proj", {}),
     "text_encoder": TowerFiles(
-        "text_encoder",
+        TEXT_ENCODER,
         "sd/text_encoder",
-        MODEL,
         {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
@@ -103,40 +87,29 @@ TOWERS = {
             "attention_dropout": 0.0,
             "torch_dtype": "float16",
         },
-        ("text_model.",),
     ),
     "unet": TowerFiles(
-        "unet",
+        UNET,
         "sd/unet",
-        DIFFUSION,
         {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"},
     ),
-    "vae": TowerFiles("vae", "sd/vae", DIFFUSION, {"_class_name": "AutoencoderKL"}),
+    "vae": TowerFiles(VAE, "sd/vae", {"_class_name": "AutoencoderKL"}),
 }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a closing line end; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_tower(assets: Path, name: str, params: Params, config: Any) -> None:
     """Configuration and weights of one tower, rows of new tokens left out."""
     files = TOWERS[name]
-    values = {**files.extra, **dataclasses.asdict(config)}
+    values = files.extra | dataclasses.asdict(config)
     if name == "text_encoder":  # the tokenizer's last two
         values |= {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
     if name == "vae":
-        levels = len(config.block_out_channels)
-        values |= {
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
+        values |= files.tower.describe(config)
     write_json(assets / files.folder / "config.json", values)
     kept = {path: np.asarray(v, STORED) for path, v in params.items() if not path.endswith("/voken")}
-    source = files.tower.table(files.like, config).to_source(kept)
-    save_safetensors(assets / files.folder / files.file, source, {"format": "pt"})
+    like = (files.tower.bare_prefix,)  # by which a tower with two tables knows the names that are written
+    source = files.tower.table(like, config).to_source(kept)
+    save_safetensors(assets / files.folder / files.tower.file, source, {"format": "pt"})
 
 
 def write_scheduler(assets: Path) -> None:
@@ -153,8 +126,10 @@ def read_config(assets: Path, name: str) -> Any:
     """
     path = assets / TOWERS[name].folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: train that part first (python -m minigpt5_jax.pretrain)")
-    return TOWERS[name].tower.from_hf(json.loads(path.read_text()))
+        raise FileNotFoundError(
+            f"{path} is missing: train that part first (python -m minigpt5_jax.shapes.backbones.pretrain)"
+        )
+    return TOWERS[name].tower.read_sizes(path)
 
 
 def read_tower(assets: Path, name: str, template: Template | None = None) -> Params:
@@ -202,7 +177,7 @@ def genuine(assets: Path, name: str) -> Path:
 
 _AGAIN = (
     "reinstall minigpt5_jax, or train it again with "
-    "`python -m minigpt5_jax.pretrain --config configs/shapes_backbones.py`"
+    "`python -m minigpt5_jax.shapes.backbones.pretrain --config configs/shapes_backbones.py`"
 )
 
 

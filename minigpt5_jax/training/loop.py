@@ -55,7 +55,7 @@ class Loop:
                     self.state, values = self.train_step(self.state, self.frozen, batch)
                     self.metrics.push(step, values)
                     last, validated = step == self.num_steps, None
-                    if self.validate and (due(step, self.eval_every) or last):
+                    if self.validate and (due(step, self.eval_every) or (last and self.eval_every)):
                         results = validated = self._validate(step)
                     if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
                         with self.metrics.paused():

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from minigpt5_jax.tuning import FROZEN, TABLE_DECAY
+from minigpt5_jax.training.tuning import FROZEN, TABLE_DECAY
 
 
 def linear_warmup_decay(learning_rate: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
@@ -64,9 +64,10 @@ def make_optimizer(
     }
     transforms[FROZEN] = optax.set_to_zero()
     names = dict(labels)
-    if (group := names.get(TABLE_DECAY, FROZEN)) != FROZEN:
-        names[TABLE_DECAY] = TABLE_DECAY
-        transforms[TABLE_DECAY] = shrink_tables(schedules[group], weight_decay)
+    for path, group in labels.items():
+        if path.endswith(TABLE_DECAY) and group != FROZEN:
+            names[path] = path
+            transforms[path] = shrink_tables(schedules[group], weight_decay)
     optimizer = optax.partition(transforms, names)
     if grad_clip is None:
         return optimizer

@@ -6,8 +6,8 @@ import collections
 from collections.abc import Callable
 
 from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.batches.pipeline import Loader
 from minigpt5_jax.data.errors import Skip
-from minigpt5_jax.data.pipeline import Loader
 
 
 class DevicePrefetch:

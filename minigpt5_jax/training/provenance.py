@@ -58,15 +58,24 @@ def bundle(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Meta:
     All of it follows from configuration and tokenizer; it is written out for readers of other programs.
     """
     known: Meta = {}
-    if backbone := config.get("model", {}).get("backbone"):
-        tuned = backbone.get("lora_rank") or backbone.get("prefix_tokens") or config["run"].get("init_from")
-        known["stage"] = 2 if tuned else 1
+    if "backbone" in config.get("model", {}):
+        known["stage"] = stage_of(config)
     if data := config.get("data"):
         known |= {name: data[name] for name in ("bos_id", "prompt_set") if name in data}
-    if words := tokenizer.get("llm"):
+    if words := tokenizer.get("backbone"):
         first, count = words["vocab_size"], words["num_vokens"]
         known |= {"voken_ids": list(range(first, first + count)), "image_id": first + count}
     return known
+
+
+def stage_of(config: Mapping[str, Any]) -> int:
+    """1 for a run on captions, 2 for one that tunes the language model or started from another run.
+
+    Checkpoints of versions without ``tuning.stage`` are told by their LoRA or prefix.
+    """
+    backbone = config["model"]["backbone"]
+    tuned = backbone.get("lora_rank") or backbone.get("prefix_tokens") or config["run"].get("init_from")
+    return 2 if tuned or config.get("tuning", {}).get("stage") == "stage2" else 1
 
 
 def plain(tree: Any) -> Any:

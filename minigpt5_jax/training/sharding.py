@@ -21,16 +21,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 ITEMS = ("data", "fsdp", "tensor")  # pictures cost most and need no model axis: spread over all
 
-Rules = Mapping[str, str | None]
-TOWER_RULES: tuple[tuple[str, Rules], ...] = (
-    # The language model: tensor parallel.  Never sharded over fsdp while frozen: gathering it every
-    # step costs more than the step (reference performance.md section 4.10).
-    ("backbone/llm/", {"heads": "tensor", "mlp": "tensor", "vocab": "tensor"}),
-    # The mapper trains, so its weights and moments are spread ZeRO-style.
-    ("mapper/", {"mlp": "fsdp"}),
-    # ViT, Q-Former, UNet, VAE, text encoder: data parallel (a UNet level has 5 heads, the Q-Former 12).
-    ("", {}),
-)
+Rules = Sequence[tuple[str, Mapping[str, str]]]
+"""(Start of a path, logical axis -> mesh axis): the first match decides; what none matches is replicated.
+The parts of a model say them (``Part.sharding``)."""
 
 
 class ShardingError(ValueError):
@@ -62,14 +55,16 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def partition_spec(path: str, shape: Sequence[int], axes: Sequence[Axis], mesh: Mesh) -> P:
+def partition_spec(
+    path: str, shape: Sequence[int], axes: Sequence[Axis], mesh: Mesh, tower_rules: Rules
+) -> P:
     """Where one parameter's dimensions go.
 
     Raises:
       ShardingError: if a sharded dimension (or the heads fused in it) does not divide, or two
         dimensions want the same mesh axis.
     """
-    rules = next(rules for prefix, rules in TOWER_RULES if path.startswith(prefix))
+    rules = next((rules for prefix, rules in tower_rules if path.startswith(prefix)), {})
     spec: list[str | None] = []
     for size, axis in zip(shape, axes, strict=True):
         name, units = axis if isinstance(axis, tuple) else (axis, size)
@@ -89,11 +84,14 @@ def partition_spec(path: str, shape: Sequence[int], axes: Sequence[Axis], mesh: 
 
 
 def parameter_shardings(
-    shapes: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, Sequence[Axis]], mesh: Mesh
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    axes: Mapping[str, Sequence[Axis]],
+    mesh: Mesh,
+    rules: Rules = (),
 ) -> dict[str, NamedSharding]:
     """Sharding of every parameter of a template; errors as :func:`partition_spec`."""
     return {
-        path: NamedSharding(mesh, partition_spec(path, s.shape, axes[path], mesh))
+        path: NamedSharding(mesh, partition_spec(path, s.shape, axes[path], mesh, rules))
         for path, s in shapes.items()
     }
 

@@ -14,7 +14,8 @@ import optax
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import Draws, LossOptions, SumCount, loss_counts
-from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.optimizer import with_frozen_masked
 from minigpt5_jax.training.state import TrainState
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import Draws, LossOptions, MiniGPT5, SumCount, caption_loss, text_loss
-from minigpt5_jax.models.common import Params, Template
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.step import DrawInfo, means
 
 NOISE_LEVELS = (100, 300, 500, 700)

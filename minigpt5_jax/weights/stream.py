@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from minigpt5_jax.weights.load import count_non_finite, is_floating
+from minigpt5_jax.weights.formats.load import count_non_finite, is_floating
 from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
 
 IN_PLACE = 64 * 2**20

@@ -55,7 +55,7 @@ def replaced(source: Tensors, changes: Mapping[str, Callable[[np.ndarray], np.nd
 
 
 def rename(table: Table, source: Tensors) -> View:
-    """The source under the names a table of names gives (:mod:`minigpt5_jax.weights.maps.ldm`).
+    """The source under the names a table of names gives (:mod:`minigpt5_jax.weights.foreign.ldm`).
 
     Raises:
       WeightTableError: naming source keys that no rule consumes, and names that two keys give.

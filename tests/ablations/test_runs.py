@@ -93,7 +93,9 @@ class Machine:
             ]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
             return
-        assert line[1] == "minigpt5_jax.shapes.judge" and list(Path(flag("--run"), "checkpoints").iterdir())
+        assert line[1] == "minigpt5_jax.evaluation.shapes" and list(
+            Path(flag("--run"), "checkpoints").iterdir()
+        )
         self.ran.append(("judge", Path(flag("--out")).parent.name, line))
         Path(flag("--out")).write_text(json.dumps({"result": {}, "step": 7}))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from minigpt5_jax.data.templates import IGNORE, expand
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.data.text.templates import IGNORE, expand
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 IMAGE_ID = 1008  # of the tiny tokenizer
 

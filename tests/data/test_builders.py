@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.builders.run import prepare
-from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import Raw, encode_picture
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prepare.builders.run import prepare
+from minigpt5_jax.data.prepare.builders.shards import Job
+from minigpt5_jax.data.prepare.builders.units import Raw, encode_picture
 from minigpt5_jax.data.sources import PreparedSource
 
 ROOT = Path(__file__).parents[2]
@@ -138,8 +138,8 @@ def test_a_part_is_made_again_when_what_it_left_out_can_be_read(tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from minigpt5_jax.data.builders import shards
-from minigpt5_jax.data.builders.run import prepare
+from minigpt5_jax.data.prepare.builders import shards
+from minigpt5_jax.data.prepare.builders.run import prepare
 
 read = shards.encode_picture
 def slow(picture, letterbox):
@@ -271,7 +271,7 @@ def test_more_than_ten_shards_of_unequal_length(tmp_path):
 
 def test_a_shard_may_be_written_again(tmp_path):
     """Beam repeats a shard whose worker failed after it was written."""
-    from minigpt5_jax.data.builders.tfds_builders import PartsWriter, tfds
+    from minigpt5_jax.data.prepare.builders.tfds_builders import PartsWriter, tfds
 
     job = Job.plan(Raw("cc3m", str(cc3m(tmp_path / "raw", rows=3))), tmp_path / "out")
     job.parts.mkdir(parents=True)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.builders.run import prepare
-from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import Raw
-from minigpt5_jax.data.check import Findings, check
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.data.prepare.builders.run import prepare
+from minigpt5_jax.data.prepare.builders.shards import Job
+from minigpt5_jax.data.prepare.builders.units import Raw
+from minigpt5_jax.data.prepare.check import Findings, check
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 ASSETS = Path(__file__).parents[2] / "minigpt5_jax/shapes/assets"
 
@@ -105,7 +105,7 @@ def test_a_table_without_its_columns(tmp_path, header, missing):
 
 
 def test_a_failed_picture_is_named_wherever_it_is_used(tmp_path, monkeypatch):
-    from minigpt5_jax.data import check as module
+    from minigpt5_jax.data.prepare import check as module
 
     monkeypatch.setattr(module, "BATCH", 2)
     path = table(tmp_path, *(f"row {i}\t{name}.jpg" for i, name in enumerate("axbxcxx")))

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, collate, empty_arrays, encode
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate, empty_arrays, encode
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.templates import IGNORE, IMAGE, target_text
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.data.transforms import draw_flips, prepare_picture
+from minigpt5_jax.data.images import draw_flips, prepare_picture
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.text.templates import IGNORE, IMAGE, target_text
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
 SPEC = BatchSpec(
     rows=3, length=40, items=3, images=6, targets=8, image_size=16, target_size=24, image_tokens=3

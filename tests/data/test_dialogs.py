@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from minigpt5_jax.data.dialogs import BAD_MEDIA_IDS, LOADERS, Dialog, DialogRules, DialogTurn
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.samples.dialogs import BAD_MEDIA_IDS, LOADERS, Dialog, DialogRules, DialogTurn
 
 
 def turns(*items):

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Ready
-from minigpt5_jax.data.feature_writer import write_features
-from minigpt5_jax.data.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
-from minigpt5_jax.data.pipeline import make_loader
+from minigpt5_jax.data.images import prepare_picture
+from minigpt5_jax.data.prepare.feature_writer import write_features
+from minigpt5_jax.data.samples.example import Ready
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.data.transforms import prepare_picture
+from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import Draws, LossOptions
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.eva_vit import EvaVitConfig
-from minigpt5_jax.models.llama import LlamaConfig
-from minigpt5_jax.models.qformer import QFormerConfig
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama.model import LlamaConfig
+from minigpt5_jax.models.qformer.model import QFormerConfig
 from minigpt5_jax.parts.backbones.minigpt4 import MiniGPT4
 
 ROWS, BROKEN = 7, 4

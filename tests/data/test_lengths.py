@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minigpt5_jax.data import lengths
+from minigpt5_jax.data.batches import lengths
+from minigpt5_jax.data.batches.lengths import length_index, measure
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.lengths import length_index, measure
-from minigpt5_jax.data.templates import IMAGE, expand, target_text
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.data.text.templates import IMAGE, expand, target_text
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 
 class Words:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.lengths import measure
+from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.lengths import measure
-from minigpt5_jax.data.pipeline import make_loader
 from minigpt5_jax.data.sources import MMDialogSource, Source
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
 
 def turn(text, *media):

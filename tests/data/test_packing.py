@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 import tiny
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
-from minigpt5_jax.data.lengths import measure
-from minigpt5_jax.data.pipeline import make_loader
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.lengths import measure
+from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.sources import Cc3mSource
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import LossOptions
 from minigpt5_jax.training.step import DrawInfo, StepOptions, accumulate_gradients, make_draws
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data import transforms
+from minigpt5_jax.data import images as transforms
 from minigpt5_jax.data.errors import SampleError
-from minigpt5_jax.data.transforms import load_picture, prepare_picture
+from minigpt5_jax.data.images import load_picture, prepare_picture
 
 
 def noise(width, height, seed=0):

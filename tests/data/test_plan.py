@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
+from minigpt5_jax.data.batches.lengths import LengthIndex
+from minigpt5_jax.data.batches.plan import NOBODY, BucketPlan, Shape, StreamPlan, crowded_share, pack
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.lengths import LengthIndex
-from minigpt5_jax.data.plan import NOBODY, BucketPlan, Shape, StreamPlan, crowded_share, pack
 
 
 def index_of(n, seed=0, low=5, high=60):

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.builders.run import prepare
-from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import Raw
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.prepare.builders.run import prepare
+from minigpt5_jax.data.prepare.builders.shards import Job
+from minigpt5_jax.data.prepare.builders.units import Raw
+from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.sources import (
     Cc3mSource,
     Cc3mTarSource,
@@ -297,9 +297,9 @@ def test_fingerprint_follows_content_and_settings(tmp_path):
 
 WRITE = """
 import sys
-from minigpt5_jax.data.builders.run import prepare
-from minigpt5_jax.data.builders.shards import Job
-from minigpt5_jax.data.builders.units import Raw
+from minigpt5_jax.data.prepare.builders.run import prepare
+from minigpt5_jax.data.prepare.builders.shards import Job
+from minigpt5_jax.data.prepare.builders.units import Raw
 for dataset, path in zip(sys.argv[2::2], sys.argv[3::2]):
     prepare(Job.plan(Raw(dataset, path), f"{sys.argv[1]}/{dataset}"), show_progress=False)
 print(sorted({"tensorflow", "torch", "apache_beam"} & set(sys.modules)))

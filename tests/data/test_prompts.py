@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from minigpt5_jax.data import prompts
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.pairs import Pair, PairRules
-from minigpt5_jax.data.templates import IMAGE
+from minigpt5_jax.data.samples.pairs import Pair, PairRules
+from minigpt5_jax.data.text import prompts
+from minigpt5_jax.data.text.templates import IMAGE
 
 IMAGES_FIRST = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once "

@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 
-from minigpt5_jax.data import prompts, records
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.samples import records
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source, TextLines
-from minigpt5_jax.data.tokenizer import voken_text
+from minigpt5_jax.data.text import prompts
+from minigpt5_jax.data.text.tokenizer import voken_text
 
 
 def write_tsv(folder, rows, header="caption\timage_path", end="\n"):

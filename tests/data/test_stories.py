@@ -6,10 +6,8 @@ import os
 
 import pytest
 
-from minigpt5_jax.data import prompts
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.sources import VistSource
-from minigpt5_jax.data.stories import (
+from minigpt5_jax.data.samples.stories import (
     TASKS,
     Step,
     Story,
@@ -18,8 +16,10 @@ from minigpt5_jax.data.stories import (
     story_samples,
     story_tasks,
 )
-from minigpt5_jax.data.templates import expand
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.data.sources import VistSource
+from minigpt5_jax.data.text import prompts
+from minigpt5_jax.data.text.templates import expand
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 TEXTS = ["we went .", "a dog .", "the lake .", "a dog ran .", "the end ."]
 STORY = Story("77", tuple(Step(text, f"{n}.jpg", n) for n, text in enumerate(TEXTS)), "f.json: story 77")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data import tar_index
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.sources import tar_index
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
 from minigpt5_jax.data.sources.tar import Cc3mTarSource
-from minigpt5_jax.data.transforms import load_picture
 
 
 def jpeg(seed):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minigpt5_jax.data import prompts, templates
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.templates import IGNORE, IMAGE, clean_caption, expand, label_ids, target_text
-from minigpt5_jax.data.tokenizer import LlamaTokenizer, voken_text
+from minigpt5_jax.data.text import prompts, templates
+from minigpt5_jax.data.text.templates import IGNORE, IMAGE, clean_caption, expand, label_ids, target_text
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer, voken_text
 
 VOKENS = list(range(1000, 1008))
 NO = [IGNORE]

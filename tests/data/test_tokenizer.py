@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer, voken_text
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer, voken_text
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ GOLDEN = {
     reason="set MINIGPT5_LLAMA_TOKENIZER=/path/to/stock/tokenizer.model to check the golden ids",
 )
 def test_stock_llama_golden_ids():
-    from minigpt5_jax.data.templates import expand
+    from minigpt5_jax.data.text.templates import expand
 
     stock = LlamaTokenizer(os.environ["MINIGPT5_LLAMA_TOKENIZER"])
     for text, ids in GOLDEN.items():

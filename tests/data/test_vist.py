@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.lengths import measure
+from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.lengths import measure
-from minigpt5_jax.data.pipeline import make_loader
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import Source, VistSource
-from minigpt5_jax.data.stories import StoryRules
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
 
 def steps(story, count=5, start=0):

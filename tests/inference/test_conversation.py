@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.prompts import DIALOG_SYSTEM, STORY_SYSTEM
-from minigpt5_jax.data.records import parse_record
-from minigpt5_jax.data.templates import IMAGE
-from minigpt5_jax.data.transforms import load_picture
+from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.samples.records import parse_record
+from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM, STORY_SYSTEM
+from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, encode_png, tell
 from minigpt5_jax.inference.page import write_page
 from minigpt5_jax.inference.session import Generation, Session

@@ -15,9 +15,9 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from minigpt5_jax.inference.decode import FINISH_REASONS, DecodeResult, decode
 from minigpt5_jax.inference.sampling import SamplingConfig, process
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.llama import Llama, LlamaConfig
-from minigpt5_jax.weights.maps import llama as llama_map
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.llama import weights as llama_map
+from minigpt5_jax.models.llama.model import Llama, LlamaConfig
 
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 N = 8

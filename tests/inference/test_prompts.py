@@ -7,8 +7,8 @@ import json
 import pytest
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.prompts import DIALOG_SYSTEM
-from minigpt5_jax.data.templates import IMAGE
+from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM
+from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.inference.prompts import file_prompts, text_prompt
 
 

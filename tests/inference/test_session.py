@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.templates import IMAGE
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.data.text.templates import IMAGE
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, tell
@@ -21,13 +21,13 @@ from minigpt5_jax.inference.images import initial_latents, sample_pictures
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import Prompt, Session, _keys, stop_sequences
 from minigpt5_jax.minigpt5 import make_template
-from minigpt5_jax.models.clip_text import ClipTextConfig
-from minigpt5_jax.models.eva_vit import EvaVitConfig
-from minigpt5_jax.models.llama import LlamaConfig
-from minigpt5_jax.models.mapper import MapperConfig
-from minigpt5_jax.models.qformer import QFormerConfig
-from minigpt5_jax.models.unet import UNetConfig
-from minigpt5_jax.models.vae import VaeConfig
+from minigpt5_jax.models.clip_text.model import ClipTextConfig
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama.model import LlamaConfig
+from minigpt5_jax.models.mapper.model import MapperConfig
+from minigpt5_jax.models.qformer.model import QFormerConfig
+from minigpt5_jax.models.unet.model import UNetConfig
+from minigpt5_jax.models.vae.model import VaeConfig
 
 IMG0 = 1000
 # Compiling is most of the time here: unoptimised code is ready sooner.

@@ -12,9 +12,9 @@ import torch
 from transformers import CLIPTextConfig as HfConfig
 from transformers import CLIPTextModel as HfModel
 
-from minigpt5_jax.models.clip_text import SD21_TEXT, ClipTextConfig, ClipTextModel
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.weights.maps import clip_text as maps
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.clip_text import weights as maps
+from minigpt5_jax.models.clip_text.model import SD21_TEXT, ClipTextConfig, ClipTextModel
 from minigpt5_jax.weights.table import WeightTableError
 
 HF = dict(

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.decoder_only_mapper import (
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.decoder_only_mapper.model import (
     DECODER_ONLY_MAPPER,
     DecoderOnlyMapper,
     DecoderOnlyMapperConfig,
 )
-from minigpt5_jax.weights.maps.decoder_only_mapper import TABLE
+from minigpt5_jax.models.decoder_only_mapper.weights import TABLE
 from minigpt5_jax.weights.table import WeightTableError
 
 TINY = DecoderOnlyMapperConfig(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import Blip2VisionConfig, Blip2VisionModel
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.eva_vit import EVA_VIT_G, EvaVit, EvaVitConfig
-from minigpt5_jax.weights.maps import eva_vit as maps
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.eva_vit import weights as maps
+from minigpt5_jax.models.eva_vit.model import EVA_VIT_G, EvaVit, EvaVitConfig
 from minigpt5_jax.weights.table import Table, WeightTableError
 
 HF = dict(

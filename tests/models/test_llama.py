@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.llama import VICUNA_7B, Llama, LlamaConfig, LoraConfig, init_voken_rows
-from minigpt5_jax.weights.maps import llama as maps
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.llama import weights as maps
+from minigpt5_jax.models.llama.model import VICUNA_7B, Llama, LlamaConfig, LoraConfig, init_voken_rows
 from minigpt5_jax.weights.table import WeightTableError
 
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

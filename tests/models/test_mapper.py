@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.mapper import MINIGPT5_MAPPER, FeatureMapper, MapperConfig
-from minigpt5_jax.weights.maps.mapper import TABLE
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.mapper.model import MINIGPT5_MAPPER, FeatureMapper, MapperConfig
+from minigpt5_jax.models.mapper.weights import TABLE
 from minigpt5_jax.weights.table import WeightTableError
 
 TINY = MapperConfig(

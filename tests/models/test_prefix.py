@@ -9,10 +9,10 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaConfig as HfConfig
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.llama import VICUNA_7B, Llama, LlamaConfig
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.llama.model import VICUNA_7B, Llama, LlamaConfig
+from minigpt5_jax.models.llama.weights import TABLE
 from minigpt5_jax.models.prefix import PrefixConfig
-from minigpt5_jax.weights.maps.llama import TABLE
 
 CONFIG = LlamaConfig(
     vocab_size=40,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.qformer import BLIP2_QFORMER, QFormer, QFormerConfig
-from minigpt5_jax.weights.maps import qformer as maps
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.qformer import weights as maps
+from minigpt5_jax.models.qformer.model import BLIP2_QFORMER, QFormer, QFormerConfig
 from minigpt5_jax.weights.table import Table, WeightTableError
 
 HF = dict(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.unet import SD21_UNET, UNet2DConditionModel, UNetConfig, timestep_embedding
-from minigpt5_jax.weights.maps.unet import TABLE
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.unet.model import SD21_UNET, UNet2DConditionModel, UNetConfig, timestep_embedding
+from minigpt5_jax.models.unet.weights import TABLE
 from minigpt5_jax.weights.table import WeightTableError
 
 SMALL = dict(

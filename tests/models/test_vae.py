@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.vae import SD21_VAE, AutoencoderKL, VaeConfig, sample_posterior
-from minigpt5_jax.weights.maps.vae import TABLE, rename_legacy
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.vae.model import SD21_VAE, AutoencoderKL, VaeConfig, sample_posterior
+from minigpt5_jax.models.vae.weights import TABLE, rename_legacy
 from minigpt5_jax.weights.table import WeightTableError
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import tiny
-from minigpt5_jax.build import build
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
-from minigpt5_jax.restore import Run
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
+from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.restore import LoadedModel
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +27,4 @@ def seeing_run(tmp_path_factory, oracle_dir):
 
     params = {path: leaf(path, s.shape) for path, s in spec.template.shapes.items()}
     tokenizer = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
-    return Run(config, spec, params, tokenizer, 3)
+    return LoadedModel(config, spec, params, tokenizer, 3)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.shapes import evaluate, files, train_text
-from minigpt5_jax.shapes.texts import instruction
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.shapes import files
+from minigpt5_jax.shapes.backbones import evaluate, train_text
+from minigpt5_jax.shapes.backbones.texts import instruction
 from minigpt5_jax.shapes.wording import caption
 from minigpt5_jax.shapes.world import draw_scene
 
@@ -100,5 +101,5 @@ def test_native_pictures_are_right():
 
 
 def test_a_missing_tower_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="minigpt5_jax.pretrain"):
+    with pytest.raises(FileNotFoundError, match="minigpt5_jax.shapes.backbones.pretrain"):
         files.read_config(tmp_path, "vae")

@@ -15,19 +15,23 @@ from absl import flags
 from absl.testing import flagsaver
 
 import tiny
-from minigpt5_jax import frozen_sources, generate, train
-from minigpt5_jax.build import build, initial_trainable, load_frozen, tokenizer_identity
-from minigpt5_jax.config import ConfigError, use_prefix, validate
-from minigpt5_jax.data.collate import BatchSpec, EncodeConfig, encode
+from minigpt5_jax import generate
+from minigpt5_jax.config import ConfigError, get_config, use_prefix, validate
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, encode
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import VistSource
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.dataset import write_stories
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
-from minigpt5_jax.tuning import FROZEN, STAGE2_LORA
+from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.wiring import restore, weight_paths
+from minigpt5_jax.wiring import training as train
+from minigpt5_jax.wiring.model import build, initial_trainable, load_frozen, tokenizer_identity
+
+USES = {name: use for name, (_, use) in weight_paths.uses_of(get_config()).items()}
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = "a plaid 猫 zeppelin on a rötes background"
@@ -83,7 +87,7 @@ def stage1(tiny_config, tmp_path_factory):
     spec = build(config)
     frozen = load_frozen(config, spec)
     fresh = initial_trainable(config, spec, frozen)
-    tokenizer = tokenizer_identity(config, spec.towers)
+    tokenizer = tokenizer_identity(config, spec.sizes)
     meta = describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hash_parameters(frozen))
     trainable = {path: value for path, value in fresh.items() if spec.labels[path] != FROZEN}
     return save(tmp_path_factory.mktemp("stage1"), meta, trainable)
@@ -130,7 +134,7 @@ def test_words_outside_the_world_and_too_many_of_them_still_give_a_picture(stage
 @pytest.fixture
 def no_weights(monkeypatch):
     """Whatever is refused, is refused before weights are read."""
-    for module, name in ((generate, "load_run"), (train, "load_frozen")):
+    for module, name in ((restore, "load_frozen"), (train, "load_frozen")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were read"))
 
 
@@ -238,7 +242,7 @@ def test_a_story_goes_on_from_any_length_and_forgets_its_oldest(stage1, uneven, 
 
 def lora(config):
     config.model.backbone.lora_rank = 4
-    config.tuning.rules = STAGE2_LORA
+    config.tuning.stage = "stage2"
 
 
 def prefix(config):
@@ -293,13 +297,13 @@ def assets(tmp_path, monkeypatch):
         for path in (folder / "llama").iterdir()
     }
     (folder / files.PROVENANCE).write_text(json.dumps({"sha256": hashes}))
-    monkeypatch.setattr(frozen_sources, "ASSETS", folder)
+    monkeypatch.setattr(weight_paths, "ASSETS", folder)
     return folder
 
 
 def test_unaltered_files_pass(assets):
-    assert frozen_sources.source_path("llm", "shapes") == assets / "llama"
-    assert frozen_sources.source_path("tokenizer", "shapes") == assets / "llama/tokenizer.model"
+    assert weight_paths.source_path(USES["llm"], "shapes") == assets / "llama"
+    assert weight_paths.source_path(USES["tokenizer"], "shapes") == assets / "llama/tokenizer.model"
 
 
 def test_an_altered_file_is_named_with_both_hashes(assets, tiny_config, tmp_path):
@@ -314,17 +318,17 @@ def test_an_altered_file_is_named_with_both_hashes(assets, tiny_config, tmp_path
     config.run.workdir = str(tmp_path / "run")
     message = f"{file} is altered: its SHA-256 is {found}, .* has {known}; reinstall .*shapes_backbones.py"
     with pytest.raises(WeightFileError, match=message):
-        frozen_sources.source_path("llm", "shapes")
+        weight_paths.source_path(USES["llm"], "shapes")
     with pytest.raises(ConfigError, match=message):  # as a user sees it
         train.make_loop(validate(config))
     assert not (tmp_path / "run").exists()
-    assert frozen_sources.source_path("tokenizer", "shapes"), "that file is not altered"
+    assert weight_paths.source_path(USES["tokenizer"], "shapes"), "that file is not altered"
 
 
 @pytest.mark.parametrize("name", ["llama/config.json", "llama/tokenizer.model", files.PROVENANCE])
 def test_a_missing_file_is_named(name, assets):
     (assets / name).unlink()
     with pytest.raises(WeightFileError, match=f"{assets / name} is missing(.|\n)*reinstall"):
-        frozen_sources.source_path("llm", "shapes")
+        weight_paths.source_path(USES["llm"], "shapes")
     with pytest.raises(WeightFileError, match="sd/unet is missing|PROVENANCE.json is missing"):
-        frozen_sources.source_path("unet", "shapes")
+        weight_paths.source_path(USES["unet"], "shapes")

@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.shapes import judge, judge_counts
-from minigpt5_jax.shapes.judge_dialogs import judge_dialogs
-from minigpt5_jax.shapes.judge_stories import judge_stories
+from minigpt5_jax.evaluation.shapes import counts as judge_counts
+from minigpt5_jax.evaluation.shapes import judge
+from minigpt5_jax.evaluation.shapes.dialogs import judge_dialogs
+from minigpt5_jax.evaluation.shapes.stories import judge_stories
 from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.wiring.session import override
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,11 +56,17 @@ def test_an_untrained_run_is_judged_from_end_to_end(seeing_run, monkeypatch):
 @pytest.mark.parametrize("what", judge.WHAT)
 def test_each_judge_is_called_with_what_was_asked(what, seeing_run, monkeypatch):
     calls, fake = [], copy(seeing_run)
-    monkeypatch.setattr(judge, "load_run", lambda path, **settings: calls.append((path, settings)) or fake)
+
+    def opened(path, **settings):
+        calls.append((path, settings))
+        override(fake.config, settings["inference"])
+        return Mock(load=lambda: fake)
+
+    monkeypatch.setattr(judge, "open_run", opened)
     monkeypatch.setattr(judge, f"judge_{what}", lambda run, **settings: calls.append(settings) or {"n": 1})
     asked = {"count": 7, "seed": 2, "step": 4, "inference": {"guidance_scale": "3"}, "native": False}
     found = judge.measure("runs/a", what, **asked)
-    assert calls[0] == ("runs/a", {"step": 4, "weights": None})
+    assert calls[0] == ("runs/a", {"step": 4, "weights": None, "inference": {"guidance_scale": "3"}})
     stories = {"contexts": judge.CONTEXTS, "narrations": judge.NARRATIONS}
     more = {"stories": stories, "pairs": {"native": False}}
     assert calls[1] == {"count": 7, "seed": 2, "batch_size": 32, **more.get(what, {})}
@@ -76,7 +85,15 @@ def test_what_cannot_be_measured_is_refused_before_weights_are_read(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_ends_with_one_line(tmp_path):
-    command = [sys.executable, "-m", "minigpt5_jax.shapes.judge", "--run", str(tmp_path), "--what", "dialogs"]
+    command = [
+        sys.executable,
+        "-m",
+        "minigpt5_jax.evaluation.shapes",
+        "--run",
+        str(tmp_path),
+        "--what",
+        "dialogs",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: no complete checkpoint in")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.shapes import judge_counts as counts
+from minigpt5_jax.evaluation.shapes import counts
 from minigpt5_jax.shapes.world import Object, make_scene
 
 STAR = Object(shape=3, colour=1, size=0, texture=2, place=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from minigpt5_jax.evaluation.shapes import counts as judge_counts
+from minigpt5_jax.evaluation.shapes import dialogs as judge_dialogs
 from minigpt5_jax.inference.session import Generation, Session
-from minigpt5_jax.shapes import judge_counts, judge_dialogs
 from minigpt5_jax.shapes.dataset import draw_dialogs
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import make_scene

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from minigpt5_jax.evaluation.shapes import pairs as judging
 from minigpt5_jax.inference.session import Generation, Session
-from minigpt5_jax.shapes import judge_pairs as judging
-from minigpt5_jax.shapes.evaluate import held_out_captions
+from minigpt5_jax.shapes.backbones.evaluate import held_out_captions
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import ATTRIBUTES
+from minigpt5_jax.wiring.restore import LoadedModel
 
 
 class Painter(Session):
@@ -29,7 +30,7 @@ class Painter(Session):
 def test_what_is_drawn_rightly_counts_and_what_is_not_drawn_is_wrong(monkeypatch, seeing_run, objects):
     scenes, captions = held_out_captions(12, 5, objects)
     painter = Painter(scenes[:9], captions[:9])
-    monkeypatch.setattr(judging, "make_session", lambda run, batch_size: painter)
+    monkeypatch.setattr(LoadedModel, "session", lambda run, batch_size: painter)
     found = judging.judge_pairs(seeing_run, count=12, objects=(objects,), seed=5, native=False)
     expected = {name: 9 / 12 for name in ("all", "background", *ATTRIBUTES, "drawn")}
     assert found == {str(objects): {"count": 12, "vokens": pytest.approx(expected)}}
@@ -39,7 +40,7 @@ def test_what_is_drawn_rightly_counts_and_what_is_not_drawn_is_wrong(monkeypatch
 def test_each_number_of_objects_is_counted_apart(monkeypatch, seeing_run):
     (one, one_captions), (three, three_captions) = (held_out_captions(6, 5, n) for n in (1, 3))
     painter = Painter(one + three[:2], one_captions + three_captions[:2])
-    monkeypatch.setattr(judging, "make_session", lambda run, batch_size: painter)
+    monkeypatch.setattr(LoadedModel, "session", lambda run, batch_size: painter)
     found = judging.judge_pairs(seeing_run, count=6, objects=(1, 3), seed=5, native=False)
     assert {n: row["vokens"]["all"] for n, row in found.items()} == pytest.approx({"1": 1.0, "3": 2 / 6})
 
@@ -47,7 +48,7 @@ def test_each_number_of_objects_is_counted_apart(monkeypatch, seeing_run):
 def test_another_scenes_picture_is_wrong(monkeypatch, seeing_run):
     scenes, captions = held_out_captions(12, 0, 2)
     painter = Painter(scenes[1:] + scenes[:1], captions)
-    monkeypatch.setattr(judging, "make_session", lambda run, batch_size: painter)
+    monkeypatch.setattr(LoadedModel, "session", lambda run, batch_size: painter)
     found = judging.judge_pairs(seeing_run, count=12, objects=(2,), native=False)["2"]["vokens"]
     assert found["drawn"] == 1.0 and found["all"] == 0.0 and found["background"] < 1.0
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.prompts import STORY_PROMPTS
-from minigpt5_jax.data.stories import Step, Story, story_example
+from minigpt5_jax.data.samples.stories import Step, Story, story_example
+from minigpt5_jax.data.text.prompts import STORY_PROMPTS
+from minigpt5_jax.evaluation.shapes import counts as judge_counts
+from minigpt5_jax.evaluation.shapes import stories as judge_stories
+from minigpt5_jax.evaluation.shapes.revealed import Revealed, picture_only_shares
 from minigpt5_jax.inference.session import Generation, Session
-from minigpt5_jax.shapes import judge_counts, judge_stories
 from minigpt5_jax.shapes.dataset import draw_stories
-from minigpt5_jax.shapes.judge_revealed import Revealed, picture_only_shares
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import Object, Scene, draw_scene, make_scene
+from minigpt5_jax.wiring.model import ModelSpec
 
 SYSTEM = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I "
@@ -235,12 +238,12 @@ def test_chance_by_margins_minds_how_often_values_are():
 def test_what_cannot_be_judged_is_refused(seeing_run, monkeypatch):
     with pytest.raises(ConfigError, match="unknown picture; known: none, text, image, image"):
         judge_stories.judge_stories(seeing_run, count=2, contexts=["none", "picture"])
-    wide = dataclasses.replace(seeing_run, config=seeing_run.config.copy_and_resolve_references())
-    wide.config.model.generator.image_size = 128
+    wide = dataclasses.replace(seeing_run, spec=Mock(spec=ModelSpec, generator=Mock(image_size=128)))
     with pytest.raises(ConfigError, match="64 pixels, this run draws 128"):
         judge_stories.judge_stories(wide, count=2)
-    towers = dataclasses.replace(seeing_run.spec.towers, vit=None, qformer=None)
-    blind = dataclasses.replace(seeing_run, spec=dataclasses.replace(seeing_run.spec, towers=towers))
+    blind = dataclasses.replace(
+        seeing_run, spec=Mock(spec=ModelSpec, backbone=Mock(image_tokens=0), generator=Mock(image_size=64))
+    )
     with pytest.raises(ConfigError, match="no vision tower"):
         judge_stories.judge_stories(blind, count=2)
     for name in ("rouge_score", "rouge_score.rouge_scorer"):

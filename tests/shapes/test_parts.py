@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from minigpt5_jax import pretrain
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
-from minigpt5_jax.models.common import Template
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
+from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.parts.backbones.minigpt4 import MiniGPT4
-from minigpt5_jax.shapes import describe, train_llama, train_vision
+from minigpt5_jax.shapes.backbones import describe, pretrain, train_llama, train_vision
+from minigpt5_jax.shapes.backbones.tokenizers import write_llama_tokenizer
 from minigpt5_jax.shapes.render import render
-from minigpt5_jax.shapes.tokenizers import write_llama_tokenizer
 from minigpt5_jax.shapes.wording import understand
 from minigpt5_jax.shapes.world import Object, Scene, draw_scene
 

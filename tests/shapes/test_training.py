@@ -7,15 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt5_jax.data.templates import IGNORE
-from minigpt5_jax.data.tokenizer import ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.shapes import llama_data as data
-from minigpt5_jax.shapes import train_llama, train_text, train_unet, train_vae, train_vision
-from minigpt5_jax.shapes.fields import CLASSES, UNTOLD, ask, by_turns, fields_of_place, labels, scenes_of
-from minigpt5_jax.shapes.fit import fit
-from minigpt5_jax.shapes.heads import init_heads, read, read_loss
+from minigpt5_jax.data.text.templates import IGNORE
+from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
+from minigpt5_jax.shapes.backbones import llama_data as data
+from minigpt5_jax.shapes.backbones import train_llama, train_text, train_unet, train_vae, train_vision
+from minigpt5_jax.shapes.backbones.fields import (
+    CLASSES,
+    UNTOLD,
+    ask,
+    by_turns,
+    fields_of_place,
+    labels,
+    scenes_of,
+)
+from minigpt5_jax.shapes.backbones.fit import fit
+from minigpt5_jax.shapes.backbones.heads import init_heads, read, read_loss
+from minigpt5_jax.shapes.backbones.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from minigpt5_jax.shapes.render import object_of
-from minigpt5_jax.shapes.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 from minigpt5_jax.shapes.wording import understand
 from minigpt5_jax.shapes.world import HELD_OUT, Object, Scene, draw_scene
 
@@ -67,7 +75,7 @@ def test_fit_finds_a_minimum_and_repeats_itself():
 
 def test_a_stopped_fit_gives_what_an_undisturbed_one_gives(tmp_path, monkeypatch):
     whole, _ = minimise(20)
-    monkeypatch.setattr("minigpt5_jax.shapes.fit.SAVE_EVERY", -1.0)  # every step
+    monkeypatch.setattr("minigpt5_jax.shapes.backbones.fit.SAVE_EVERY", -1.0)  # every step
     calls = []
 
     def stop(step):

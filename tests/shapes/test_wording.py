@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minigpt5_jax.data.templates import clean_caption
+from minigpt5_jax.data.text.templates import clean_caption
 from minigpt5_jax.shapes.wording import caption, caption_words, describe, ends_of_objects, understand
 from minigpt5_jax.shapes.world import Object, Scene, draw_scene
 

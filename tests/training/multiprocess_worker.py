@@ -25,14 +25,14 @@ from minigpt5_jax.training.optimizer import make_optimizer
 from minigpt5_jax.training.sharding import batch_shardings, make_mesh, parameter_shardings
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step
-from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
 if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, rank, initialization_timeout=60)
 template = tiny.make_tiny_template()
-labels = label_parameters(template.shapes, STAGE1)
+labels = label_parameters(template.shapes, tiny.rules("stage1"))
 mesh = make_mesh(data=2, fsdp=2)
-shardings = parameter_shardings(template.shapes, template.axes, mesh)
+shardings = parameter_shardings(template.shapes, template.axes, mesh, tiny.sharding())
 
 
 def place(array, sharding):

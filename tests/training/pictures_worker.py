@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 import tiny
-from minigpt5_jax.inputs import placer
+from minigpt5_jax.evaluation.held_out import HeldOutPictures
 from minigpt5_jax.training.sharding import make_mesh
-from minigpt5_jax.watch import HeldOutPictures
+from minigpt5_jax.wiring.inputs import make_batch_sharder
 
 if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, rank, initialization_timeout=60)
@@ -31,7 +31,7 @@ batch = dataclasses.replace(
 )
 mine = slice(rank * 8 // count, (rank + 1) * 8 // count)
 mesh = make_mesh(data=4)
-placed = placer(mesh, 1)(jax.tree.map(lambda x: x[mine], batch))
+placed = make_batch_sharder(mesh, 1)(jax.tree.map(lambda x: x[mine], batch))
 
 
 def draw(params, batch, keys):

@@ -17,8 +17,8 @@ import numpy as np
 
 from minigpt5_jax.cli import set_compile_cache
 from minigpt5_jax.config import validate
-from minigpt5_jax.train import make_loop
 from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.wiring.training import make_loop
 
 folder = Path(sys.argv[1])
 loaded = importlib.util.spec_from_file_location("run_file", ROOT / "configs" / "shapes_stage1.py")

@@ -15,9 +15,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from minigpt5_jax.config import validate
-from minigpt5_jax.restore import load_run
-from minigpt5_jax.train import make_loop
-from minigpt5_jax.tuning import STAGE2_LORA
+from minigpt5_jax.wiring.restore import load_run
+from minigpt5_jax.wiring.training import make_loop
 
 folder = Path(sys.argv[1])
 loaded = importlib.util.spec_from_file_location("run_file", ROOT / "configs" / "shapes_stage1.py")
@@ -42,7 +41,7 @@ def second(steps: int):
     made.run.init_from = str(folder / "one")
     made.loss.caption = 0.0
     made.model.backbone.lora_rank = 4
-    made.tuning.rules = STAGE2_LORA
+    made.tuning.stage = "stage2"
     return validate(made)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import tiny
 from minigpt5_jax.minigpt5 import LossOptions, loss_counts
 from minigpt5_jax.training.flops import count_flops
 from minigpt5_jax.training.step import (
@@ -15,7 +16,7 @@ from minigpt5_jax.training.step import (
     loss_and_diagnostics,
     make_draws,
 )
-from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
 OPTIONS = StepOptions(LossOptions())
 
@@ -23,7 +24,7 @@ OPTIONS = StepOptions(LossOptions())
 @pytest.fixture(scope="module")
 def flops(tiny_template, tiny_batch):
     """FLOPs of forward, of the step's gradients, and of gradients of every leaf."""
-    labels = label_parameters(tiny_template.shapes, STAGE1)
+    labels = label_parameters(tiny_template.shapes, tiny.rules("stage1"))
     shapes = tiny_template.shapes
     trainable = {path: shape for path, shape in shapes.items() if labels[path] != FROZEN}
     frozen = {path: shape for path, shape in shapes.items() if labels[path] == FROZEN}

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+import tiny
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import Draws, LossOptions
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
@@ -33,14 +34,14 @@ from minigpt5_jax.training.step import (
     make_draws,
     make_train_step,
 )
-from minigpt5_jax.tuning import FROZEN, STAGE1, label_parameters, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
 
 OPTIONS = StepOptions(LossOptions(), cfg_dropout=0.3)
 
 
 @pytest.fixture(scope="module")
 def labels(tiny_template):
-    return label_parameters(tiny_template.shapes, STAGE1)
+    return label_parameters(tiny_template.shapes, tiny.rules("stage1"))
 
 
 def split(params, labels):
@@ -119,7 +120,7 @@ def assert_close(got, want, tolerance=1e-5):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
 def test_every_mesh_gives_the_single_device_loss_and_gradients(tiny_template, task, shape):
     mesh = make_mesh(*shape)
-    shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh)
+    shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh, tiny.sharding())
     # at least the language model's matrices are really cut where a tensor axis exists
     if shape[2] > 1:
         query = "backbone/llm/layers/self_attn/q_proj/kernel"
@@ -137,7 +138,7 @@ def test_every_mesh_gives_the_single_device_loss_and_gradients(tiny_template, ta
 def test_state_shardings_follow_their_parameter(tiny_template, labels):
     mesh = make_mesh(2, 2, 2)
     optimizer = make_optimizer(labels, constant_rates(labels))
-    shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh)
+    shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh, tiny.sharding())
     state = jax.eval_shape(
         lambda: init_state(
             {p: jnp.zeros(tiny_template.shapes[p].shape) for p in trainable_paths(labels)},
@@ -160,7 +161,7 @@ def test_what_does_not_divide_is_an_error_with_the_numbers(tiny_batch):
         make_mesh(data=3)
     mesh = make_mesh(1, 1, 8)
     with pytest.raises(ShardingError, match=r"4 heads.*'tensor' of 8"):
-        partition_spec("backbone/llm/q", (32, 32), ("embed", ("heads", 4)), mesh)
+        partition_spec("backbone/llm/q", (32, 32), ("embed", ("heads", 4)), mesh, tiny.sharding())
     with pytest.raises(ShardingError, match=r"tokens has 6 entries.*8 devices"):
         batch_shardings(tiny_batch(6), make_mesh(8, 1, 1))
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import tiny
-from minigpt5_jax import watch
 from minigpt5_jax.config import get_config, validate
+from minigpt5_jax.evaluation import held_out as watch
 from minigpt5_jax.minigpt5 import Draws, LossOptions
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import Object, Scene
-from minigpt5_jax.train import make_loop
 from minigpt5_jax.training.sharding import make_mesh
 from minigpt5_jax.training.step import DrawInfo, means
 from minigpt5_jax.training.validation import make_validation_step
+from minigpt5_jax.wiring.training import make_loop
 
 IMAGE_ONLY = LossOptions({"image": 1.0})
 BINS = ("image_t0_249", "image_t250_499", "image_t500_749", "image_t750_999")

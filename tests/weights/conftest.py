@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minigpt5_jax.build import ModelSpec, build, load_frozen, tokenizer_identity
 from minigpt5_jax.config import use_prefix, use_stage2, validate
-from minigpt5_jax.restore import Run, load_run, not_pretrained
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
-from minigpt5_jax.tuning import FROZEN
+from minigpt5_jax.training.tuning import FROZEN
+from minigpt5_jax.wiring.model import ModelSpec, build, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.restore import LoadedModel, load_run, not_pretrained
 
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes_stage1.py"
 
@@ -62,7 +62,7 @@ def make_run(folder: Path, kind: str) -> Path:
     inherited = {path: value for path, value in values.items() if spec.labels[path] == FROZEN}
     meta = describe_run(
         config.to_dict(),
-        tokenizer=tokenizer_identity(config, spec.towers),
+        tokenizer=tokenizer_identity(config, spec.sizes),
         frozen=hash_parameters({**frozen, **inherited}),
     )
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -85,11 +85,11 @@ def run_folder(tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def run_of(run_folder) -> Callable[[str], Run]:
+def run_of(run_folder) -> Callable[[str], LoadedModel]:
     """The same run, loaded."""
-    loaded: dict[str, Run] = {}
+    loaded: dict[str, LoadedModel] = {}
 
-    def get(kind: str) -> Run:
+    def get(kind: str) -> LoadedModel:
         if kind not in loaded:
             loaded[kind] = load_run(run_folder(kind))
         return loaded[kind]
@@ -98,11 +98,11 @@ def run_of(run_folder) -> Callable[[str], Run]:
 
 
 @pytest.fixture(scope="session")
-def hidden_of() -> Callable[[Run, list[int]], tuple[np.ndarray, np.ndarray]]:
+def hidden_of() -> Callable[[LoadedModel, list[int]], tuple[np.ndarray, np.ndarray]]:
     """``hidden_of(run, ids)``: final states [t d] and logits [t V] of one row."""
     import jax
 
-    def get(run: Run, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def get(run: LoadedModel, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         @jax.jit
         def forward(params, tokens):
             llm = run.spec.template.bind(params).backbone.llm
@@ -117,11 +117,11 @@ def hidden_of() -> Callable[[Run, list[int]], tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture(scope="session")
-def condition_of() -> Callable[[Run, np.ndarray], np.ndarray]:
+def condition_of() -> Callable[[LoadedModel, np.ndarray], np.ndarray]:
     """``condition_of(run, states)``: the mapper's output."""
     import jax
 
-    def get(run: Run, states: np.ndarray) -> np.ndarray:
+    def get(run: LoadedModel, states: np.ndarray) -> np.ndarray:
         forward = jax.jit(lambda params, x: run.spec.template.bind(params).condition(x))
         return np.asarray(forward(run.params, jnp.asarray(states)))
 

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 import minigpt5_jax
-from minigpt5_jax.config import ConfigError
+from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.export import FORMATS, export_torch
+from minigpt5_jax.export import export_torch
 from minigpt5_jax.shapes.files import ASSETS
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.weights.export.model import ExportError, PretrainedTower
-from minigpt5_jax.weights.load import WeightFileError, open_weights
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.weights.formats.load import WeightFileError, open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors
+from minigpt5_jax.wiring.export_view import formats_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,13 +52,14 @@ def test_the_command_says_what_is_wrong(run_folder, tmp_path):
     given = ("--checkpoint", str(run_folder("stage1")), "--output", str(tmp_path / "out"))
     done = command(*given, "--to", "onnx")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: unknown format 'onnx'; known: {', '.join(FORMATS)}\n"
+    known = ", ".join(formats_of(get_config()))
+    assert done.stderr == f"error: unknown format 'onnx'; known for this model: {known}\n"
     done = command(*given[:3], str(tmp_path / ("a" * 300)), "--to", "mapper")  # of the file system
     assert done.returncode == 1 and done.stderr.startswith("error: [Errno 36] File name too long")
 
 
 def test_safetensors_is_another_name_of_mapper():
-    assert FORMATS["safetensors"] == FORMATS["mapper"]
+    assert formats_of(get_config())["safetensors"].write == formats_of(get_config())["mapper"].write
 
 
 def test_it_is_public():
@@ -67,7 +69,11 @@ def test_it_is_public():
 @pytest.mark.parametrize(
     "values, error, message",
     [
-        ({"to": "onnx"}, ExportError, "known: minigpt5, peft, transformers, mapper, diffusers"),
+        (
+            {"to": "onnx"},
+            ExportError,
+            "known for this model: minigpt5, peft, transformers, mapper, safetensors, diffusers",
+        ),
         ({"dtype": "int8"}, ExportError, "float32, bfloat16, float16"),
         ({"to": "minigpt5", "dtype": "float32", "output": "a.ckpt"}, ExportError, "no option 'dtype'"),
         ({"merge": False}, ExportError, "no option 'merge'; it takes dtype"),
@@ -125,7 +131,7 @@ def test_other_pretrained_weights_are_refused(run_folder, tmp_path):
 
 def test_other_words_are_refused(run_folder, oracle_dir, tmp_path):
     given = {"tokenizer": str(oracle_dir / "tokenizer_llama")}
-    with pytest.raises((CheckpointError, DataError), match=r"pieces|tokenizer.llm"):
+    with pytest.raises((CheckpointError, DataError), match=r"pieces|tokenizer.backbone"):
         export_torch(run_folder("stage1"), tmp_path / "out", to="transformers", weights=given)
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minigpt5_jax.diffusion.samplers import guided, make_sampler
+from minigpt5_jax.diffusion.samplers import guided
 from minigpt5_jax.export import export_torch
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.towers import TOWERS
+from minigpt5_jax.weights.foreign.rewrite import TOWERS
+from minigpt5_jax.weights.formats.load import open_weights
 
 STEPS, GUIDANCE = 5, 3.0
 
@@ -96,7 +96,7 @@ def test_one_step_and_the_other_towers(pipeline, drawn, run_of, condition_of):
 @pytest.mark.parametrize("name", ["pndm", "ddim"])
 def test_a_whole_generation(pipeline, example, drawn, run_of, condition_of, name):
     run, (states, start, mapper) = run_of("stage1"), drawn
-    sampler = make_sampler(name, run.spec.towers.schedule, STEPS)
+    sampler = run.spec.generator.make_sampler(name, STEPS)
     condition = condition_of(run, states.numpy())
     negative = condition_of(run, np.zeros((1, 8, 128), np.float32))
 
@@ -122,7 +122,7 @@ def test_a_whole_generation(pipeline, example, drawn, run_of, condition_of, name
 def test_the_way_there_and_back_changes_no_bit(folder, run_of):
     run = run_of("stage1")
     for name in ("unet", "vae", "text_encoder"):
-        prefix, sizes = f"generator/{name}/", getattr(run.spec.towers, name)
+        prefix, sizes = f"generator/{name}/", run.spec.sizes[name]
         params = {k.removeprefix(prefix): v for k, v in run.params.items() if k.startswith(prefix)}
         source = open_weights(folder / name)
         table = TOWERS[name].table(source, sizes)

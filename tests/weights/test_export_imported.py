@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minigpt5_jax.config import get_config
-from minigpt5_jax.trained import training_progress
+from minigpt5_jax.wiring.export_view import training_progress
 
 FILES = {
     "b1.ckpt": {"epoch": 4, "global_step": 70, "hyper_parameters": {"real_batch_size": 48}},

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minigpt5_jax.export import export_torch
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.maps import mapper as maps
+from minigpt5_jax.models.mapper import weights as maps
+from minigpt5_jax.weights.formats.load import open_weights
 
 
 @pytest.fixture(scope="module")

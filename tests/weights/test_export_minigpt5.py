@@ -13,13 +13,13 @@ import transformers
 from torch import nn
 
 from minigpt5_jax.export import export_torch
-from minigpt5_jax.models.common import Template
-from minigpt5_jax.models.mapper import FeatureMapper, MapperConfig
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.mapper.model import FeatureMapper, MapperConfig
 from minigpt5_jax.shapes.files import ASSETS, read_config
 from minigpt5_jax.weights.export import minigpt5
 from minigpt5_jax.weights.export.model import ExportError
-from minigpt5_jax.weights.maps import minigpt5 as maps
-from minigpt5_jax.weights.release import read_release
+from minigpt5_jax.weights.foreign import minigpt5 as maps
+from minigpt5_jax.weights.foreign.release import read_release
 
 LLAMA = read_config(ASSETS, "llama")
 WORDS, LAYERS = LLAMA.vocab_size, LLAMA.num_hidden_layers
@@ -251,18 +251,18 @@ def test_stage_2_of_a_run_that_has_none(run_folder, tmp_path):
 
 def test_what_the_original_never_saves_is_refused(run_folder, monkeypatch, tmp_path):
     """A run that trained the UNet as well: silently leaving it out would be another model."""
-    from minigpt5_jax import trained
+    from minigpt5_jax.wiring import export_view as trained
 
-    read_trained = trained.read_trained
+    read_exportable = trained.read_exportable
 
     def with_unet(*args):
-        model = read_trained(*args)
+        model = read_exportable(*args)
         extra = {"generator/unet/conv_in/bias": np.zeros(48, np.float32)}
         return dataclasses.replace(
             model, params={**model.params, **extra}, trainable=model.trainable | frozenset(extra)
         )
 
-    monkeypatch.setattr("minigpt5_jax.export.read_trained", with_unet)
+    monkeypatch.setattr("minigpt5_jax.export.read_exportable", with_unet)
     with pytest.raises(ExportError, match="generator/unet/conv_in/bias"):
         export_torch(run_folder("stage1"), tmp_path / "a.ckpt", to="minigpt5")
 

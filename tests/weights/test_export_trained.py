@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from minigpt5_jax.export import export_torch
-from minigpt5_jax.restore import load_run
 from minigpt5_jax.shapes.files import ASSETS, read_config
+from minigpt5_jax.wiring.restore import load_run
 
 WORKER = Path(__file__).parents[1] / "training" / "stage2_worker.py"
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-from minigpt5_jax.data.tokenizer import LlamaTokenizer
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.export import export_torch
+from minigpt5_jax.models.llama import weights as maps
 from minigpt5_jax.shapes.files import ASSETS, read_config
 from minigpt5_jax.weights.export import tokenizer as files
 from minigpt5_jax.weights.export.model import ExportError, Tokens
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.maps import llama as maps
+from minigpt5_jax.weights.formats.load import open_weights
 
 WORDS = read_config(ASSETS, "llama").vocab_size
 IDS = [1, 261, 424, 443, *range(WORDS, WORDS + 8), 269]

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.hub import resolve
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.weights.formats.hub import resolve
+from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from safetensors.torch import load_file as torch_load
 from safetensors.torch import save_file as torch_save
 
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.load import count_non_finite, load_tower, open_weights
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.weights.formats.load import count_non_finite, load_tower, open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors
 from minigpt5_jax.weights.table import Rule, Table, WeightTableError, linear_rules
 
 TABLE = Table((*linear_rules("l.{i}.fc", "layers/fc"), Rule("ids", "ids")))

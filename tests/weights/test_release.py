@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.maps import llama
-from minigpt5_jax.weights.maps.minigpt5 import LLAMA_PREFIX
-from minigpt5_jax.weights.release import TABLES, compare_rows, read_release
+from minigpt5_jax.models.llama import weights as llama
+from minigpt5_jax.weights.foreign.minigpt5 import LLAMA_PREFIX
+from minigpt5_jax.weights.foreign.release import TABLES, compare_rows, read_release
+from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.table import WeightTableError
 
 PEFT = LLAMA_PREFIX + "base_model.model."
@@ -24,7 +24,7 @@ def stage1(oracle_dir):
 @pytest.fixture(scope="module")
 def shapes(stage1):
     """What a stage-1 model takes from training."""
-    from minigpt5_jax.weights.maps.mapper import TABLE
+    from minigpt5_jax.models.mapper.weights import TABLE
 
     found = {}
     for key, value in stage1.items():

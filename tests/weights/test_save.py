@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file as torch_load
 
-from minigpt5_jax.weights.load import open_weights
-from minigpt5_jax.weights.save import save_safetensors, save_sharded
+from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors, save_sharded
 from minigpt5_jax.weights.view import View
 
 
@@ -100,7 +100,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
 WRITER = """
 import sys, time
 import numpy as np
-from minigpt5_jax.weights.save import save_safetensors, save_sharded
+from minigpt5_jax.weights.formats.save import save_safetensors, save_sharded
 from minigpt5_jax.weights.view import View
 
 def slow(name):

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt5_jax.models.clip_text import ClipTextConfig
-from minigpt5_jax.models.eva_vit import EvaVitConfig
-from minigpt5_jax.models.llama import LlamaConfig
-from minigpt5_jax.models.qformer import QFormerConfig
-from minigpt5_jax.models.unet import UNetConfig
-from minigpt5_jax.models.vae import VaeConfig
-from minigpt5_jax.weights import importer, rewrite
-from minigpt5_jax.weights.load import WeightFileError, load_tower, open_weights
-from minigpt5_jax.weights.maps import eva_vit, ldm, llama
+from minigpt5_jax.models.clip_text.model import ClipTextConfig
+from minigpt5_jax.models.eva_vit import weights as eva_vit
+from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama import weights as llama
+from minigpt5_jax.models.llama.model import LlamaConfig
+from minigpt5_jax.models.qformer.model import QFormerConfig
+from minigpt5_jax.models.unet.model import UNetConfig
+from minigpt5_jax.models.vae.model import VaeConfig
+from minigpt5_jax.weights import check as importer
+from minigpt5_jax.weights.foreign import ldm, rewrite
+from minigpt5_jax.weights.foreign.rewrite import TOWERS
+from minigpt5_jax.weights.formats.load import WeightFileError, load_tower, open_weights
 from minigpt5_jax.weights.table import WeightTableError
-from minigpt5_jax.weights.towers import TOWERS
 
 
 def part(weights, prefixes):
@@ -71,8 +73,12 @@ def files(oracle_weights):
     }
 
 
+def examine(name, source, sizes):
+    return importer.examine(name, TOWERS[name], source, sizes, others=TOWERS)
+
+
 def params_of(name, source, sizes):
-    view, coverage = importer.examine(name, source, sizes)
+    view, coverage = examine(name, source, sizes)
     tower = TOWERS[name]
     adapted = tower.adapt(view, sizes)
     params = load_tower(tower.table(adapted, sizes), adapted, tower.shapes(sizes))
@@ -121,7 +127,7 @@ def test_another_grid_is_resized_as_torch_does(old, new):
 
 def test_a_grid_that_is_not_square_is_refused(files, sizes):
     source = {**files["vit"], "pos_embed": np.zeros((1, 1 + 250, 56), np.float32)}
-    view, _ = importer.examine("vit", source, sizes["vit"])
+    view, _ = examine("vit", source, sizes["vit"])
     with pytest.raises(WeightTableError, match="250 patches: no square grid"):
         view["pos_embed"]
 
@@ -180,11 +186,11 @@ def test_sizes_come_from_blip2s_own_config(tmp_path, oracle_configs, sizes):
             }
         )
     )
-    assert importer.read_sizes("vit", path) == sizes["vit"]
-    assert importer.read_sizes("qformer", path) == sizes["qformer"]
+    assert TOWERS["vit"].read_sizes(path) == sizes["vit"]
+    assert TOWERS["qformer"].read_sizes(path) == sizes["qformer"]
     path.write_text('{"vision_config": {"qkv_bias": false}}')
     with pytest.raises(WeightFileError, match="qkv_bias=False is not implemented"):
-        importer.read_sizes("vit", path)
+        TOWERS["vit"].read_sizes(path)
 
 
 # -- the language model ---------------------------------------------------------------------------
@@ -234,8 +240,8 @@ def test_other_vicunas_and_sizes_are_refused(files, llama_folder, tmp_path, orac
         with pytest.raises(WeightFileError, match=match):
             rewrite.write_llm(files["llm"], llama_folder, tmp_path / "out")
     with pytest.raises(WeightTableError, match="hidden_size is 5120, not 4096(.|\n)*LLaMA-13B in place"):
-        rewrite.require_preset("llm", LlamaConfig(hidden_size=5120, num_attention_heads=40))
-    rewrite.require_preset("llm", LlamaConfig(vocab_size=32001))
+        rewrite.require_preset("llm", TOWERS["llm"], LlamaConfig(hidden_size=5120, num_attention_heads=40))
+    rewrite.require_preset("llm", TOWERS["llm"], LlamaConfig(vocab_size=32001))
     (llama_folder / "tokenizer.model").unlink()
     with pytest.raises(WeightFileError, match=r"no tokenizer\.model"):
         rewrite.write_llm(files["llm"], llama_folder, tmp_path / "out")
@@ -330,7 +336,7 @@ def test_single_file_becomes_a_diffusers_folder(files, sizes, oracle_dir, oracle
     for name in ("unet", "vae", "text_encoder"):
         written = dict(open_weights(tmp_path / "sd" / name))
         assert_same(params_of(name, written, sizes[name])[0], params_of(name, files[name], sizes[name])[0])
-        assert importer.read_sizes(name, tmp_path / "sd" / name / "config.json") == sizes[name]
+        assert TOWERS[name].read_sizes(tmp_path / "sd" / name / "config.json") == sizes[name]
     assert (tmp_path / "sd/tokenizer/vocab.json").is_file()
     with pytest.raises(WeightTableError, match="'extra' belongs to no part"):
         rewrite.write_single_file({**tensors, "extra": np.ones(1)}, oracle_dir / "tokenizer_clip", tmp_path)
@@ -349,7 +355,7 @@ def test_old_attention_names_of_the_vae_are_read(files, sizes):
                 value = value[:, :, None, None] if value.ndim == 2 else value
         source[key] = value
     assert source.keys() != files["vae"].keys()
-    view, _ = importer.examine("vae", source, sizes["vae"])
+    view, _ = examine("vae", source, sizes["vae"])
     assert_same(dict(view), files["vae"])
 
 
@@ -361,7 +367,7 @@ def test_bad_tensors_are_named(files, sizes):
 
     def read(changes, drop=()):
         changed = {k: v for k, v in {**source, **changes}.items() if k not in drop}
-        view, _ = importer.examine("unet", changed, sizes["unet"])
+        view, _ = examine("unet", changed, sizes["unet"])
         return dict(view)
 
     with pytest.raises(WeightTableError, match=r"'conv_in\.scale' is consumed by no rule"):
@@ -389,7 +395,7 @@ def test_the_likely_cause_is_named(files, sizes):
         ("vit", files["qformer"], r"a file for weights\.qformer"),
     ):
         with pytest.raises(WeightTableError, match=f"likely cause:.*{cause}"):
-            importer.examine(name, source, TOWERS[name].preset)
+            examine(name, source, TOWERS[name].preset)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

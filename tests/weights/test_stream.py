@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.training.sharding import make_mesh
 from minigpt5_jax.weights import stream
-from minigpt5_jax.weights.load import load_tower, open_weights
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.weights.formats.load import load_tower, open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors
 from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import CONV, LINEAR, Rule, Table, WeightTableError, split
 from minigpt5_jax.weights.view import View

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.load import open_container, open_weights
+from minigpt5_jax.weights.formats.load import open_container, open_weights
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 

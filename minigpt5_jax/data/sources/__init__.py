@@ -1,4 +1,4 @@
-"""Data on disk as random-access sequences of :class:`~minigpt5_jax.data.example.Example`."""
+"""Data on disk as random-access sequences of :class:`~minigpt5_jax.data.samples.example.Example`."""
 
 from minigpt5_jax.data.sources.base import Source, TextLines
 from minigpt5_jax.data.sources.cc3m import Cc3mSource

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.example import Example
+from minigpt5_jax.data.samples.example import Example
 
 
 @runtime_checkable

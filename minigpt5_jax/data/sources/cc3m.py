@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.pairs import Pair, PairRules
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.pairs import Pair, PairRules
 from minigpt5_jax.data.sources.base import TextLines
 
 

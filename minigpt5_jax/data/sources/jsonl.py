@@ -1,4 +1,4 @@
-"""JSONL of one's own: pairs, stories and dialogues in the schema of :mod:`~minigpt5_jax.data.records`."""
+"""Users' JSONL: pairs, stories and dialogues in the schema of :mod:`minigpt5_jax.data.samples.records`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.records import Record, parse_record, to_example
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.records import Record, parse_record, to_example
 from minigpt5_jax.data.sources.base import TextLines
 
 
 class JsonlSource:
     """Pairs, stories and dialogues of one's own, one JSON object a line in the schema of
-    :mod:`~minigpt5_jax.data.records`.
+    :mod:`~minigpt5_jax.data.samples.records`.
 
     Every assistant turn is a sample: the turns before it are read, it is written.
 

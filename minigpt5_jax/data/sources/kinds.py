@@ -12,13 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from minigpt5_jax.data.dialogs import Dialog, DialogRules, DialogTurn
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.pairs import Pair, PairRules
-from minigpt5_jax.data.records import Record, parse_record, to_example
-from minigpt5_jax.data.stories import Step, Story, StoryRules
-from minigpt5_jax.data.transforms import Picture
+from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.samples.dialogs import Dialog, DialogRules, DialogTurn
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.pairs import Pair, PairRules
+from minigpt5_jax.data.samples.records import Record, parse_record, to_example
+from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
 
 Fields = dict[str, Any]
 LOST = b""  # stands for a picture that the dialogue has lost

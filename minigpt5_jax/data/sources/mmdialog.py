@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minigpt5_jax.data.dialogs import BAD_MEDIA_IDS, Dialog, DialogRules, DialogTurn, Remark
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.fields import Fields
+from minigpt5_jax.data.samples.dialogs import BAD_MEDIA_IDS, Dialog, DialogRules, DialogTurn, Remark
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.fields import Fields
 from minigpt5_jax.data.sources.base import TextLines
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class MMDialogSource:
 
     A line is ``{"conversation_id": number, "conversation": [{"turn": [{"__TEXT__": text}, {"__MEDIA__":
     id}]}, ...]}``; other keys are ignored.  The picture of an id is ``{id}.jpg``.  Every turn but the first
-    is a sample, up to one that the rules of :class:`~minigpt5_jax.data.dialogs.DialogRules` end the
+    is a sample, up to one that the rules of :class:`~minigpt5_jax.data.samples.dialogs.DialogRules` end the
     conversation at.  A line that breaks the form, or that repeats a conversation id, counts as one sample
     that cannot be fetched.
 

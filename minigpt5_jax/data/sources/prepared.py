@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from minigpt5_jax.data.dialogs import BAD_MEDIA_IDS, DialogRules
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.pairs import PairRules
+from minigpt5_jax.data.samples.dialogs import BAD_MEDIA_IDS, DialogRules
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources.base import TextLines
 from minigpt5_jax.data.sources.kinds import DialogKind, Fields, Kind, PairKind, RecordKind, StoryKind
-from minigpt5_jax.data.stories import StoryRules
 
 METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"
 
@@ -41,7 +41,7 @@ class PreparedSource:
       max_tokens, max_words, bad_media_ids: dialogues: where they end, as for
         :class:`~minigpt5_jax.data.sources.mmdialog.MMDialogSource`.
       num_vokens: vokens of one picture.
-      context_dropout: stories: see :class:`~minigpt5_jax.data.stories.StoryRules`.
+      context_dropout: stories: see :class:`~minigpt5_jax.data.samples.stories.StoryRules`.
 
     Raises:
       DataError: there is no finished data set, it lacks files, or a setting is unknown.

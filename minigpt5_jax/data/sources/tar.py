@@ -1,4 +1,4 @@
-"""CC3M in tar shards as img2dataset writes them: the samples of :mod:`~minigpt5_jax.data.pairs`."""
+"""CC3M in tar shards as img2dataset writes them: the samples of :mod:`~minigpt5_jax.data.samples.pairs`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.pairs import Pair, PairRules
-from minigpt5_jax.data.tar_index import load_indices
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.pairs import Pair, PairRules
+from minigpt5_jax.data.sources.tar_index import load_indices
 
 PICTURE, TEXT = 0, 1  # columns of an index
 

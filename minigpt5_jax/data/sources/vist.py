@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.example import Example
-from minigpt5_jax.data.fields import Fields
-from minigpt5_jax.data.stories import Step, Story, StoryRules
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.fields import Fields
+from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
 
 STEPS = 5  # of a story as VIST was published
 
@@ -39,7 +39,7 @@ class VistSource:
       resample_prompts: draw wordings and contexts anew each epoch; False keeps the first draw (quirk Q24).
       num_vokens: vokens of one picture.
       context_dropout: share of samples that read texts or pictures only of the steps before; see
-        :class:`~minigpt5_jax.data.stories.StoryRules`.
+        :class:`~minigpt5_jax.data.samples.stories.StoryRules`.
 
     Raises:
       DataError: a file or the folder is missing, no JSON, not of this form as a whole, or names a story or

@@ -1,3 +1,1 @@
-"""Backbones: pictures and text -> hidden states."""
-
-from minigpt5_jax.parts.backbones import minigpt4  # noqa: F401
+"""Backbones: images and text -> hidden states."""

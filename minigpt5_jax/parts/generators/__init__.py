@@ -1,3 +1,1 @@
-"""Generators: condition -> loss or picture."""
-
-from minigpt5_jax.parts.generators import stable_diffusion  # noqa: F401
+"""Generators: condition -> loss or image."""

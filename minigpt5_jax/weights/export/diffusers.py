@@ -2,85 +2,79 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from minigpt5_jax.weights.export import mapper
-from minigpt5_jax.weights.export.model import PretrainedTower, Trained, cast
-from minigpt5_jax.weights.maps import clip_text
-from minigpt5_jax.weights.rewrite import DIFFUSERS_FILE, SCHEDULER, describe, write_json
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.models.tower import Tower
+from minigpt5_jax.weights.export.model import ExportableModel, PretrainedTower, cast
+from minigpt5_jax.weights.foreign.rewrite import describe
+from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 from minigpt5_jax.weights.view import View
 
 EXAMPLE = Path(__file__).with_name("torch_example.py")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "safety_checker": [None, None],
-    "requires_safety_checker": False,
-}
+TOKENIZER = ["transformers", "CLIPTokenizer"]
+ABSENT = ("feature_extractor", "image_encoder", "safety_checker")
+"""Parts that diffusers' pipelines may have and ours have not."""
 
 
-def configs(model: Trained) -> dict[str, dict[str, Any]]:
-    """``config.json`` of each tower."""
-    vae = describe("vae", model.sizes["vae"])
-    levels = len(vae["block_out_channels"])
-    vae |= {
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-    text = {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "attention_dropout": 0.0,
-        **dataclasses.asdict(model.sizes["text_encoder"]),
-        **model.caption_ids,
-    }
-    return {"unet": describe("unet", model.sizes["unet"]), "vae": vae, "text_encoder": text}
+@runtime_checkable
+class Files(Protocol):
+    """What is asked of a generator's files (:class:`minigpt5_jax.parts.contracts.Use`)."""
+
+    tower: Tower | None
+    subfolder: str
 
 
-def write(model: Trained, folder: Path, *, dtype: Any = None) -> int:
-    """A folder that ``StableDiffusionPipeline.from_pretrained`` loads, ``mapper/`` and ``example.py``.
+def write(
+    model: ExportableModel, folder: Path, *, uses: Mapping[str, Files], pipeline: str, dtype: Any = None
+) -> int:
+    """A folder that ``DiffusionPipeline.from_pretrained`` loads, ``mapper/`` and ``example.py``.
 
     Args:
+      uses: the generator's files by their names under ``config.weights``.
+      pipeline: class of diffusers that the folder is for.
       dtype: of all tensors; by default that of the frozen ones (the mapper's is float32).
 
     Returns:
       number of tensors.
     """
-    count = 0
-    for name, values in configs(model).items():
-        file = "model.safetensors" if name == "text_encoder" else DIFFUSERS_FILE
-        named = _published(name, model.towers[name], dtype)
-        save_safetensors(folder / name / file, named, {"format": "pt"})
-        write_json(folder / name / "config.json", values)
-        count += len(named)
-    for name in ("scheduler", "tokenizer", "mapper"):
-        (folder / name).mkdir()
-    write_json(folder / "scheduler/scheduler_config.json", {**SCHEDULER, **model.scheduler})
-    for name in TOKENIZER_FILES:
-        if (model.clip_tokenizer / name).is_file():
-            shutil.copyfile(model.clip_tokenizer / name, folder / "tokenizer" / name)
-    count += mapper.write(model, folder / "mapper", dtype=dtype)
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    count, index = 0, {"_class_name": pipeline, "requires_safety_checker": False}
+    for name, use in uses.items():
+        inner, tower = folder / use.subfolder, use.tower
+        inner.mkdir()
+        if tower is None:
+            _copy_tokenizer(model.paths[name], inner)
+            index[use.subfolder] = TOKENIZER
+            continue
+        values = describe(tower, model.sizes[name])
+        if tower.library == "transformers":  # special ids of captions
+            values |= model.caption_ids
+        write_json(inner / tower.config_file, values)
+        index[use.subfolder] = [tower.library, tower.class_name]
+        if name in model.towers:
+            named = _published(tower, model.towers[name], dtype)
+            save_safetensors(inner / tower.file, named, {"format": "pt"})
+            count += len(named)
+    (folder / "mapper").mkdir()
+    count += model.writers["mapper"](model, folder / "mapper", dtype=dtype)
+    write_json(folder / "model_index.json", index | {name: [None, None] for name in ABSENT})
     shutil.copyfile(EXAMPLE, folder / "example.py")
     return count
 
 
-def _published(name: str, tower: PretrainedTower, dtype: Any) -> View:
-    """A tower's tensors under the names of published files; transformers 5 drops ``text_model.`` from the
-    text encoder's."""
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _published(tower: Tower, tensors: PretrainedTower, dtype: Any) -> View:
+    """A tower's tensors under the names of published files, whose start some sources leave out."""
     readers = {}
-    for key in tower:
-        bare = name == "text_encoder" and not key.startswith(clip_text.PREFIX)
-        readers[clip_text.PREFIX + key if bare else key] = lambda key=key: cast(tower[key], dtype)
-    return View(tower, readers)
+    for key in tensors:
+        name = key if key.startswith(tower.bare_prefix) else tower.bare_prefix + key
+        readers[name] = lambda key=key: cast(tensors[key], dtype)
+    return View(tensors, readers)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt5_jax.weights.export.model import LLM, TABLE_DECAY, ExportError, Trained
-from minigpt5_jax.weights.maps import llama
-from minigpt5_jax.weights.maps.minigpt5 import trained_to_source
+from minigpt5_jax.models.llama import weights as llama
+from minigpt5_jax.weights.export.model import ExportError, LanguageModel
+from minigpt5_jax.weights.foreign.minigpt5 import LLM, trained_to_source
 from minigpt5_jax.weights.table import WeightTableError
 
 LIGHTNING_VERSION = "2.0.9"  # the format of the original's requirements; newer ones migrate it
@@ -16,7 +16,7 @@ ROWS = (f"{LLM}embed_tokens/voken", f"{LLM}lm_head/voken")
 STAGES = (1, 2)
 
 
-def state_dict(model: Trained, stage: int | None = None) -> dict[str, np.ndarray]:
+def state_dict(llm: LanguageModel, stage: int | None = None) -> dict[str, np.ndarray]:
     """What the original would have saved of this run, fp32.
 
     Args:
@@ -28,20 +28,20 @@ def state_dict(model: Trained, stage: int | None = None) -> dict[str, np.ndarray
       ExportError: stage 2 of a run without LoRA and without a prefix, or parameters the original has no
         name for.
     """
-    tuned = {path for path in model.params if "/lora_" in path or "/prefix_encoder/" in path}
+    tuned = {path for path in llm.model.params if "/lora_" in path or "/prefix_encoder/" in path}
     if stage == 2 and not tuned:
         raise ExportError(
             "this run has neither LoRA nor a prefix, so it has no stage-2 file; export it as stage 1"
         )
-    mapper = {path for path in model.params if path.startswith("mapper/")}
+    mapper = {path for path in llm.model.params if path.startswith("mapper/")}
     kept = {path for path in mapper if not path.startswith(("mapper/fc/", "mapper/queries"))}
-    own = set(model.trainable) | (set() if tuned else mapper)  # with queries that were fixed
+    own = set(llm.model.trainable) | (set() if tuned else mapper)  # with queries that were fixed
     chosen = {None: own, 1: mapper, 2: tuned | kept}[stage] | set(ROWS)
     try:
         return trained_to_source(
-            {path: model.params[path] for path in sorted(chosen - {TABLE_DECAY})},
-            model.old_rows(llama.EMBED),
-            model.old_rows(llama.HEAD).T,
+            {path: llm.model.params[path] for path in sorted(chosen - {llm.table_decay})},
+            llm.old_rows(llama.EMBED),
+            llm.old_rows(llama.HEAD).T,
         )
     except WeightTableError as error:
         raise ExportError(
@@ -50,7 +50,7 @@ def state_dict(model: Trained, stage: int | None = None) -> dict[str, np.ndarray
         ) from None
 
 
-def write(model: Trained, path: Path, *, stage: int | None = None) -> int:
+def write(llm: LanguageModel, path: Path, *, stage: int | None = None) -> int:
     """A Lightning ``.ckpt`` that the original loads, and that ``torch.load`` reads with ``weights_only``.
 
     Args:
@@ -69,10 +69,10 @@ def write(model: Trained, path: Path, *, stage: int | None = None) -> int:
             "a Lightning checkpoint is written by torch, which is not installed: install "
             "minigpt5_jax[torch]; the other formats do without it"
         ) from None
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state_dict(model, stage).items()}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state_dict(llm, stage).items()}
     container = {
-        "epoch": model.epoch,
-        "global_step": model.step,
+        "epoch": llm.model.epoch,
+        "global_step": llm.model.step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
         "state_dict": tensors,
         # No "loops": with an empty one Lightning's Trainer.predict fails, without it all of it loads (7.5).
@@ -80,7 +80,7 @@ def write(model: Trained, path: Path, *, stage: int | None = None) -> int:
         "optimizer_states": [],
         "lr_schedulers": [],
         "hparams_name": "kwargs",
-        "hyper_parameters": dict(model.hyper_parameters),
+        "hyper_parameters": dict(llm.model.hyper_parameters),
     }
     torch.save(container, path)
     return len(tensors)

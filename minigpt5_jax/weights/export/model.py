@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.models.lora import LoraConfig
 from minigpt5_jax.models.prefix import PrefixConfig
-from minigpt5_jax.weights.load import is_floating
-from minigpt5_jax.weights.maps import llama
+from minigpt5_jax.weights.formats.load import is_floating
 from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
 from minigpt5_jax.weights.view import Tensors
 
-LLM = "backbone/llm/"
-TABLE_DECAY = f"{LLM}table_decay"
-LLM_TABLES = {llama.EMBED: "embed_tokens", llama.HEAD: "lm_head"}
+WORD_TABLES = {llama.EMBED: "embed_tokens", llama.HEAD: "lm_head"}
 """The two tables of words under Hugging Face's names, and their modules here."""
 
 
@@ -110,58 +108,87 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class ExportableModel:
     """A trained model for export.
 
     Attributes:
       params: path -> value of everything that comes from training and from no pretrained file.
       trainable: which of them the last stage trained.
       towers: pretrained towers (those the format needs) by their names under ``config.weights``.
-      sizes: of every tower and of the mapper, by the same names.
-      lora, prefix: how the language model was tuned in stage 2.
-      num_vokens: of a picture.  tokens: of the language model.
-      clip_tokenizer: folder of the generator's tokenizer.
-      scheduler: noise schedule in Hugging Face field names.
+      sizes: of every tower, by the same names.  paths: where the needed files are.  given: every source as
+        the configuration has it.
+      made: kind of part -> keyword arguments that its module was made with.
+      num_vokens: of an image.  tokens: of the language model, where the format needs them.
       caption_ids: special ids of the generator's tokenizer in Hugging Face field names.
       voken_state_shift: 1 if the states before the vokens feed the mapper, 0 for those on them.
       dtype: of frozen weights.  step: updates done.  epoch: as the original counts it, 0 for runs of ours.
       hyper_parameters: of the run, under the original's names; an imported release keeps its own.
-      llm_source: where the language model came from, as the configuration has it.
+      writers: format -> how the parts of this model write it, for formats that hold others.
     """
 
     params: Mapping[str, np.ndarray]
     trainable: frozenset[str]
     towers: Mapping[str, PretrainedTower]
     sizes: Mapping[str, Any]
-    lora: LoraConfig | None
-    prefix: PrefixConfig | None
+    paths: Mapping[str, Path]
+    given: Mapping[str, str]
+    made: Mapping[str, Mapping[str, Any]]
     num_vokens: int
     tokens: Tokens | None
-    clip_tokenizer: Path | None
-    scheduler: Mapping[str, Any]
     caption_ids: Mapping[str, int]
     voken_state_shift: int
     dtype: np.dtype
     step: int
     hyper_parameters: Mapping[str, Any]
-    llm_source: str
+    writers: Mapping[str, Callable[..., int]]
     epoch: int = 0
-
-    def table(self, key: str, dtype: Any = np.float32) -> np.ndarray:
-        """A table of words under its Hugging Face name: old rows, then new ones, [V + n, d]."""
-        new = self.params[f"{LLM}{LLM_TABLES[key]}/voken"]
-        return np.concatenate([self.old_rows(key, dtype), new.astype(dtype)])
-
-    def old_rows(self, key: str, dtype: Any = np.float32) -> np.ndarray:
-        """The same without the new rows, as weight decay left them (Q3)."""
-        rows, decay = self.towers["llm"][key], self.params.get(TABLE_DECAY)
-        if decay is not None:
-            rows = rows.astype(np.float32) * (1 - np.float32(decay))
-        return rows.astype(dtype, copy=False)
 
     def below(self, prefix: str) -> dict[str, np.ndarray]:
         """Trained parameters below ``prefix``, without it."""
         return {k.removeprefix(prefix): v for k, v in self.params.items() if k.startswith(prefix)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The LLaMA of an exportable model.
+
+    Attributes:
+      model: the whole.  source: its name under ``config.weights``.  at: start of its paths.
+      lora, prefix: how it was tuned in stage 2.
+    """
+
+    model: ExportableModel
+    source: str
+    at: str
+    lora: LoraConfig | None = None
+    prefix: PrefixConfig | None = None
+
+    @property
+    def tower(self) -> PretrainedTower:
+        """Its pretrained tensors."""
+        return self.model.towers[self.source]
+
+    @property
+    def sizes(self) -> Any:
+        """Its sizes."""
+        return self.model.sizes[self.source]
+
+    @property
+    def table_decay(self) -> str:
+        """Path of the share that weight decay took off its frozen tables, where a run has one (Q3)."""
+        return f"{self.at}table_decay"
+
+    def table(self, key: str, dtype: Any = np.float32) -> np.ndarray:
+        """A table of words under its Hugging Face name: old rows, then new ones, [V + n, d]."""
+        new = self.model.params[f"{self.at}{WORD_TABLES[key]}/voken"]
+        return np.concatenate([self.old_rows(key, dtype), new.astype(dtype)])
+
+    def old_rows(self, key: str, dtype: Any = np.float32) -> np.ndarray:
+        """The same without the new rows, as weight decay left them (Q3)."""
+        rows, decay = self.tower[key], self.model.params.get(self.table_decay)
+        if decay is not None:
+            rows = rows.astype(np.float32) * (1 - np.float32(decay))
+        return rows.astype(dtype, copy=False)
 
 
 def cast(value: np.ndarray, dtype: Any) -> np.ndarray:

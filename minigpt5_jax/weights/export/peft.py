@@ -7,40 +7,39 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.weights.export.model import LLM, LLM_TABLES, ExportError, Trained, cast
-from minigpt5_jax.weights.maps import llama
-from minigpt5_jax.weights.rewrite import write_json
-from minigpt5_jax.weights.save import save_safetensors
+from minigpt5_jax.models.llama import weights as llama
+from minigpt5_jax.weights.export.model import WORD_TABLES, ExportError, LanguageModel, cast
+from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 
 PREFIX = "base_model.model."
 
 
-def tensors(model: Trained) -> dict[str, np.ndarray]:
+def tensors(llm: LanguageModel) -> dict[str, np.ndarray]:
     """LoRA factors and both whole tables, under the names ``peft`` saves, fp32.
 
     Raises:
       ExportError: the run has no LoRA.
     """
-    if model.lora is None:
+    if llm.lora is None:
         raise ExportError(
             "this run has no LoRA, so there is no adapter: export the language model with its new rows as "
-            "'transformers'" + (", a prefix as 'minigpt5'" if model.prefix else "")
+            "'transformers'" + (", a prefix as 'minigpt5'" if llm.prefix else "")
         )
-    factors = {path: value for path, value in model.below(LLM).items() if "/lora_" in path}
-    named = llama.lora_table(model.lora.target_modules).to_source(factors)
+    factors = {path: value for path, value in llm.model.below(llm.at).items() if "/lora_" in path}
+    named = llama.lora_table(llm.lora.target_modules).to_source(factors)
     found = {key.replace(".default.", "."): np.asarray(value, np.float32) for key, value in named.items()}
-    return found | {PREFIX + key: model.table(key) for key in LLM_TABLES}
+    return found | {PREFIX + key: llm.table(key) for key in WORD_TABLES}
 
 
-def config(model: Trained) -> dict[str, Any]:
+def config(llm: LanguageModel) -> dict[str, Any]:
     """``adapter_config.json`` (reference 4.3)."""
-    lora = model.lora
+    lora = llm.lora
     assert lora is not None
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "base_model_name_or_path": model.llm_source,
+        "base_model_name_or_path": llm.model.given[llm.source],
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
@@ -51,7 +50,7 @@ def config(model: Trained) -> dict[str, Any]:
     }
 
 
-def write(model: Trained, folder: Path, *, dtype: Any = None) -> int:
+def write(llm: LanguageModel, folder: Path, *, dtype: Any = None) -> int:
     """``adapter_config.json`` and ``adapter_model.safetensors``.
 
     The base model's tables must have V + n rows before the adapter is loaded
@@ -63,7 +62,7 @@ def write(model: Trained, folder: Path, *, dtype: Any = None) -> int:
     Raises:
       ExportError: the run has no LoRA.
     """
-    values = {name: cast(value, dtype) for name, value in tensors(model).items()}
+    values = {name: cast(value, dtype) for name, value in tensors(llm).items()}
     save_safetensors(folder / "adapter_model.safetensors", values, {"format": "pt"})
-    write_json(folder / "adapter_config.json", config(model))
+    write_json(folder / "adapter_config.json", config(llm))
     return len(values)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.weights.export.model import Tokens
-from minigpt5_jax.weights.rewrite import write_json
+from minigpt5_jax.weights.formats.save import write_json
 
 SPACE = "\u2581"  # sentencepiece's mark of a word's start
 

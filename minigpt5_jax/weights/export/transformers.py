@@ -2,62 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.weights.export import tokenizer
-from minigpt5_jax.weights.export.model import LLM, LLM_TABLES, ExportError, Trained, cast
-from minigpt5_jax.weights.rewrite import write_json
-from minigpt5_jax.weights.save import save_sharded
+from minigpt5_jax.weights.export.model import WORD_TABLES, ExportError, LanguageModel, cast
+from minigpt5_jax.weights.formats.save import save_sharded, write_json
 from minigpt5_jax.weights.view import View
 
 _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)\.weight")
 
 
-def merged(model: Trained, key: str, value: np.ndarray) -> np.ndarray:
+def merged(llm: LanguageModel, key: str, value: np.ndarray) -> np.ndarray:
     """A projection [out, in] with its low-rank update: ``W + lora_alpha / r * B A`` (reference 7.5), fp32;
     any other tensor as it is."""
     found = _ATTENTION.fullmatch(key)
-    if model.lora is None or found is None or found[2] not in model.lora.target_modules:
+    if llm.lora is None or found is None or found[2] not in llm.lora.target_modules:
         return value
-    layer, path = int(found[1]), f"{LLM}layers/self_attn/{found[2]}"
-    down, up = (np.asarray(model.params[f"{path}/lora_{x}"][layer], np.float32) for x in "ab")
-    return value.astype(np.float32) + np.float32(model.lora.scale) * (down @ up).T
+    layer, path = int(found[1]), f"{llm.at}layers/self_attn/{found[2]}"
+    down, up = (np.asarray(llm.model.params[f"{path}/lora_{x}"][layer], np.float32) for x in "ab")
+    return value.astype(np.float32) + np.float32(llm.lora.scale) * (down @ up).T
 
 
-def tensors(model: Trained, *, merge: bool, dtype: Any) -> View:
+def tensors(llm: LanguageModel, *, merge: bool, dtype: Any) -> View:
     """Every tensor of ``LlamaForCausalLM``, made when it is asked for.
 
     Args:
       merge: fold LoRA into the projections.  dtype: of all tensors.
     """
-    llm = model.towers["llm"]
+    tower = llm.tower
 
     def read(key: str) -> np.ndarray:
-        if key in LLM_TABLES:
-            return model.table(key, dtype)
-        return cast(merged(model, key, llm[key]) if merge else llm[key], dtype)
+        if key in WORD_TABLES:
+            return llm.table(key, dtype)
+        return cast(merged(llm, key, tower[key]) if merge else tower[key], dtype)
 
-    return View(llm, {key: lambda key=key: read(key) for key in llm})
+    return View(tower, {key: lambda key=key: read(key) for key in tower})
 
 
-def config(model: Trained, dtype: str) -> dict[str, Any]:
+def config(llm: LanguageModel, dtype: str) -> dict[str, Any]:
     """``config.json``: the sizes, the vocabulary with its new rows, the tokenizer's ids."""
-    tokens, sizes = model.tokens, dataclasses.asdict(model.sizes["llm"])
+    tokens = llm.model.tokens
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes,
-        "num_key_value_heads": model.sizes["llm"].key_value_heads,
+        **llama.TOWER.describe(llm.sizes),
         "vocab_size": tokens.first_id + len(tokens.added),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
         "use_cache": True,
         "bos_token_id": tokens.bos_id,
         "eos_token_id": tokens.eos_ids[0],
@@ -66,9 +58,9 @@ def config(model: Trained, dtype: str) -> dict[str, Any]:
     }
 
 
-def generation_config(model: Trained) -> dict[str, Any]:
+def generation_config(llm: LanguageModel) -> dict[str, Any]:
     """``generation_config.json``: ids that begin, end and pad a text."""
-    tokens = model.tokens
+    tokens = llm.model.tokens
     return {
         "bos_token_id": tokens.bos_id,
         "eos_token_id": list(tokens.eos_ids),
@@ -76,7 +68,7 @@ def generation_config(model: Trained) -> dict[str, Any]:
     }
 
 
-def write(model: Trained, folder: Path, *, dtype: Any = None, merge: bool = True) -> int:
+def write(llm: LanguageModel, folder: Path, *, dtype: Any = None, merge: bool = True) -> int:
     """A folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
     Args:
@@ -89,15 +81,15 @@ def write(model: Trained, folder: Path, *, dtype: Any = None, merge: bool = True
     Raises:
       ExportError: a prefix, which cannot be folded into weights.
     """
-    if merge and model.prefix is not None:
+    if merge and llm.prefix is not None:
         raise ExportError(
             "a prefix is keys and values in front of the text, it cannot be folded into LLaMA's weights: "
             "export it as 'minigpt5', or the language model without it (--nomerge)"
         )
-    dtype = np.dtype(dtype or model.dtype)
-    values = tensors(model, merge=merge, dtype=dtype)
+    dtype = np.dtype(dtype or llm.model.dtype)
+    values = tensors(llm, merge=merge, dtype=dtype)
     save_sharded(folder, values, {"format": "pt"})
-    write_json(folder / "config.json", config(model, dtype.name))
-    write_json(folder / "generation_config.json", generation_config(model))
-    tokenizer.write(model.tokens, model.sizes["llm"].max_position_embeddings, folder)
+    write_json(folder / "config.json", config(llm, dtype.name))
+    write_json(folder / "generation_config.json", generation_config(llm))
+    tokenizer.write(llm.model.tokens, llm.sizes.max_position_embeddings, folder)
     return len(values)

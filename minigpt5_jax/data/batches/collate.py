@@ -1,0 +1,313 @@
+"""Examples to one numpy Batch of static shapes, every index worked out on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int, Int32, UInt8
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.images import FLIP_MODES, Picture, draw_flips, prepare_picture
+from minigpt5_jax.data.samples.example import Example, Ready
+from minigpt5_jax.data.text.templates import IGNORE, Expanded, expand
+from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, CaptionTokenizer, LanguageTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Static shapes of a micro-batch, all processes together.
+
+    Attributes:
+      rows: rows b.
+      length: positions t of a row, BOS included; longer samples are cut by the template's rule.
+      items: target pictures m, one for each sample; 0 for text only.
+      images: input pictures i, a multiple of the samples; each keeps its last ``images / samples``.
+      targets: label slots l of a sample, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
+        ``###``).
+      image_size, target_size: sides in pixels of input and target pictures.
+      caption_length: CLIP ids c of a caption.
+      num_vokens: vokens of a target picture.
+      image_tokens: positions of an input picture.
+      pack: samples of a row, each a segment of its own; ``rows * pack`` samples in all.
+      target_moments: (h, w, 2c) where targets come as ready moments, None where they are pictures.
+      image_states: (q, c) where input pictures come as ready states, None where they are pictures.
+      feature_dtype: of ready features, ``float32`` or ``bfloat16``.
+    """
+
+    rows: int
+    length: int
+    items: int
+    images: int
+    targets: int
+    image_size: int
+    target_size: int
+    caption_length: int = 77
+    num_vokens: int = 8
+    image_tokens: int = 32
+    pack: int = 1
+    target_moments: tuple[int, ...] | None = None
+    image_states: tuple[int, ...] | None = None
+    feature_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.rows < 1 or self.length < 2:
+            raise DataError(f"a batch has at least 1 row of 2 positions; got {self.rows} of {self.length}")
+        if self.pack < 1:
+            raise DataError(f"a row has at least 1 sample, got pack = {self.pack}")
+        if not 1 <= self.targets <= self.length:
+            raise DataError(f"targets must be 1 ... length = {self.length}, got {self.targets}")
+        if self.items not in (0, self.samples):
+            raise DataError(f"items = {self.items} is neither 0 nor one for each of {self.samples} samples")
+        if self.images < 0 or self.images % self.samples:
+            raise DataError(f"images = {self.images} is no multiple of the {self.samples} samples")
+
+    @property
+    def samples(self) -> int:
+        """Samples of a micro-batch."""
+        return self.rows * self.pack
+
+    def bucket(self, length: int, images: int) -> BatchSpec:
+        """Shapes for samples of at most ``length`` positions and ``images`` input pictures each."""
+        images = min(images, self.images // self.samples) * self.samples
+        return dataclasses.replace(self, length=length, images=images, targets=min(self.targets, length))
+
+    def part(self, count: int) -> BatchSpec:
+        """Shapes of one of ``count`` equal parts (a process's share); DataError where rows do not divide."""
+        if self.rows % count:
+            raise DataError(f"{self.rows} rows of a micro-batch cannot be shared among {count} processes")
+        sizes = {name: getattr(self, name) // count for name in ("rows", "items", "images")}
+        return dataclasses.replace(self, **sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """How an :class:`Example` becomes numbers.
+
+    Attributes:
+      tokenizer: of the language model.
+      caption_tokenizer: of the picture generator's text encoder.
+      flip_mode: mirrors of training pictures: ``independent``, ``shared`` or ``off`` (quirk Q17).
+      pad_input_square: white square around input pictures too (quirk Q30; the demo did).
+      truncation: ``left_history`` or ``right`` (quirk Q23).
+      mask_all_inner_vokens: see :func:`~minigpt5_jax.data.text.templates.label_ids` (quirk Q1).
+      strict_image_count: a sample with more pictures than placeholders is unusable; else the surplus is
+        ignored, as the original did (quirk Q31).  Fewer pictures than placeholders never pass.
+    """
+
+    tokenizer: LanguageTokenizer
+    caption_tokenizer: CaptionTokenizer
+    flip_mode: str = "off"
+    pad_input_square: bool = False
+    truncation: str = "left_history"
+    mask_all_inner_vokens: bool = False
+    strict_image_count: bool = True
+
+    def __post_init__(self):
+        if self.flip_mode not in FLIP_MODES:
+            raise DataError(f"flip_mode must be one of {', '.join(FLIP_MODES)}; got {self.flip_mode!r}")
+
+    def check(self, spec: BatchSpec) -> None:
+        """DataError where tokenizers and shapes do not go together."""
+        if self.tokenizer.num_vokens != spec.num_vokens:
+            raise DataError(f"tokenizer has {self.tokenizer.num_vokens} vokens, the batch {spec.num_vokens}")
+        if self.caption_tokenizer.max_length != spec.caption_length:
+            raise DataError(
+                f"caption tokenizer pads to {self.caption_tokenizer.max_length} ids, the batch has "
+                f"caption_length = {spec.caption_length}"
+            )
+        if (spec.target_moments or spec.image_states) and self.flip_mode != "off":
+            raise DataError(
+                "ready features are of pictures as they are, never mirrored; set flip_mode to 'off', it is "
+                f"{self.flip_mode!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """An encoded example: i pictures read, at most one drawn, as pixels or as ready features."""
+
+    text: Expanded
+    images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"], ...]
+    target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "y x c2"] | None
+    caption_ids: Int32[np.ndarray, " c"]
+    caption_mask: Int32[np.ndarray, " c"]
+    has_caption: bool
+
+
+def encode(
+    example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[int, ...], limit: int | None = None
+) -> Sample:
+    """Tokenises an example and decodes its pictures.
+
+    Args:
+      key: names the draw of its mirrors, (seed, epoch, place in the source).
+      limit: positions it may take; all of a row by default.
+
+    Raises:
+      SampleError: a picture cannot be read, or placeholders and pictures differ in number (quirk Q31).
+      DataError: the example has input pictures and the batch no room for any.
+    """
+    placeholders, pictures = example.source.count(IMAGE_TOKEN), len(example.images)
+    if pictures and not spec.images:
+        raise DataError(
+            f"{example.where}: {example.item_id} reads {pictures} pictures, but a row has room for none; set "
+            "data.max_images (and give a backbone that sees)"
+        )
+    if placeholders > pictures or (config.strict_image_count and placeholders < pictures):
+        counts = f"{placeholders} picture placeholders and {pictures} pictures"
+        raise SampleError(example.where, f"{example.item_id} has {counts}")
+    text = expand(
+        config.tokenizer,
+        example.source,
+        example.target,
+        image_tokens=spec.image_tokens,
+        max_length=spec.length if limit is None else limit,
+        max_images=spec.images // spec.samples,
+        max_targets=spec.targets,
+        truncation=config.truncation,
+        mask_all_inner_vokens=config.mask_all_inner_vokens,
+    )
+    if (text.voken_start is None) != (example.target_image is None):
+        raise SampleError(example.where, f"{example.item_id} must have vokens exactly where it has a target")
+    if example.target_image is not None and not spec.items:
+        raise SampleError(example.where, f"{example.item_id} draws a picture, the batch holds text only")
+    flips = draw_flips(config.flip_mode, key, len(example.images))
+    target = None
+    try:
+        square, size = config.pad_input_square, spec.image_size
+        images = tuple(
+            _values(example.images[i], spec.image_states, size, square, flips.images[i]) for i in text.images
+        )
+        if example.target_image is not None:
+            target = _values(example.target_image, spec.target_moments, spec.target_size, True, flips.target)
+    except SampleError as error:
+        raise SampleError(example.where, f"{example.item_id}: {error}") from None
+    ids, mask = config.caption_tokenizer.encode([example.caption or ""])
+    return Sample(text, images, target, ids[0], mask[0], example.caption is not None and target is not None)
+
+
+def _values(
+    picture: Picture | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
+) -> np.ndarray:
+    """Pixels of a picture, or the features it comes as; DataError where the batch wants the other."""
+    if not isinstance(picture, Ready):
+        if ready is not None:
+            raise DataError(f"the batch holds ready features of shape {ready}, the data gives pictures")
+        return prepare_picture(picture, size, square=square, flip=flip)
+    if picture.values.shape != ready:
+        wants = f"features of shape {ready}" if ready else "pictures"
+        raise DataError(f"the batch holds {wants}, the data gives features of shape {picture.values.shape}")
+    return picture.values
+
+
+def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
+    """Fields of a batch without samples: padding everywhere, every mask False."""
+    b, t, m, i, c = spec.rows, spec.length, spec.items, spec.images, spec.caption_length
+    ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    ready, pixels = {}, {"target": spec.target_size, "images": spec.image_size}
+    for name, field, count, shape in (
+        ("target", "target_moments", m, spec.target_moments),
+        ("images", "image_states", i, spec.image_states),
+    ):
+        if shape is not None:
+            ready[field], pixels[name] = np.zeros((count, *shape), spec.feature_dtype), 0
+    return {
+        "tokens": ints(b, t),
+        "labels": np.full((b, t), IGNORE, np.int32),
+        "label_positions": ints(b, spec.pack * spec.targets),
+        "positions": ints(b, t),
+        "segment_ids": ints(b, t),
+        "row_id": ints(b),
+        "images": np.zeros((i, pixels["images"], pixels["images"], 3), np.uint8),
+        "image_row": ints(i),
+        "image_start": ints(i),
+        "image_mask": np.zeros(i, bool),
+        "target": np.zeros((m, pixels["target"], pixels["target"], 3), np.uint8),
+        "voken_row": ints(m),
+        "voken_start": np.ones(m, np.int32),  # the mapper reads one position before
+        "item_id": ints(m),
+        "item_mask": np.zeros(m, bool),
+        "caption_ids": ints(m, c),
+        "caption_mask": ints(m, c),
+        "has_caption": np.zeros(m, bool),
+        **ready,
+    }
+
+
+def collate(
+    samples: Sequence[Sequence[Sample | None]],
+    spec: BatchSpec,
+    numbers: Int[np.ndarray, "r p"],
+    config: EncodeConfig,
+    first_row: int = 0,
+) -> dict[str, np.ndarray]:
+    """Fields of a :class:`~minigpt5_jax.batch.Batch`: ``spec.rows`` rows of ``spec.pack`` samples.
+
+    A place without a sample (None: it could not be read) is padding, its items and pictures masked out.
+    Slots of items and pictures belong to places, so that what a row holds does not depend on its
+    neighbours nor on how rows are shared among processes.
+
+    Args:
+      samples: by row and place.
+      spec: shapes of this part of the batch.
+      numbers: i64[r p] global number of each sample; it is the item's number too, and the first one of
+        a row is the row's.
+      first_row: row of the whole micro-batch where this part begins; ``image_row`` and ``voken_row``
+        count from the whole's first row.
+    """
+    if len(samples) != spec.rows or numbers.shape != (spec.rows, spec.pack):
+        raise DataError(f"{len(samples)} rows and {numbers.shape} numbers for {spec.rows} x {spec.pack}")
+    arrays = empty_arrays(spec)
+    arrays["tokens"][:] = config.tokenizer.pad_id
+    empty_ids, empty_mask = config.caption_tokenizer.encode([""])
+    arrays["caption_ids"][:], arrays["caption_mask"][:] = empty_ids, empty_mask
+    numbers = numbers % 2**31  # int32 on the device; distinct within any step
+    arrays["row_id"][:] = numbers[:, 0]
+    if spec.items:
+        arrays["item_id"][:] = numbers.ravel()
+        arrays["voken_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.pack)
+    arrays["image_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.images // spec.rows)
+    for row, places in enumerate(samples):
+        start = 0  # of the next sample in its row
+        for place, sample in enumerate(places):
+            if sample is not None:
+                _fill_text(arrays, row, place, start, spec.targets, sample)
+                slot = row * spec.pack + place
+                _fill_images(arrays, slot * (spec.images // spec.samples), start, sample)
+                if sample.target is not None:
+                    _fill_item(arrays, slot, start, sample)
+                start += len(sample.text.tokens)
+    return arrays
+
+
+def _fill_text(
+    arrays: dict[str, np.ndarray], row: int, place: int, start: int, targets: int, sample: Sample
+) -> None:
+    length = len(sample.text.tokens)
+    here = slice(start, start + length)
+    arrays["tokens"][row, here] = sample.text.tokens
+    arrays["labels"][row, here] = sample.text.labels
+    found = np.flatnonzero(sample.text.labels != IGNORE)
+    arrays["label_positions"][row, place * targets : place * targets + len(found)] = start + found
+    arrays["positions"][row, here] = np.arange(length)
+    arrays["segment_ids"][row, here] = 1 + place
+
+
+def _fill_images(arrays: dict[str, np.ndarray], first: int, start: int, sample: Sample) -> None:
+    slots = slice(first, first + len(sample.images))
+    field = "image_states" if "image_states" in arrays else "images"
+    for slot, values in enumerate(sample.images, first):
+        arrays[field][slot] = values
+    arrays["image_start"][slots] = start + np.asarray(sample.text.image_start, np.int32)
+    arrays["image_mask"][slots] = True
+
+
+def _fill_item(arrays: dict[str, np.ndarray], slot: int, start: int, sample: Sample) -> None:
+    arrays["target_moments" if "target_moments" in arrays else "target"][slot] = sample.target
+    arrays["voken_start"][slot] = start + sample.text.voken_start
+    arrays["item_mask"][slot] = True
+    arrays["caption_ids"][slot] = sample.caption_ids
+    arrays["caption_mask"][slot] = sample.caption_mask
+    arrays["has_caption"][slot] = sample.has_caption

@@ -1,0 +1,257 @@
+"""What one record holds: a pair, a story or a dialogue as the raw files spell it, and its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.images import Picture, load_picture, pad_square, picture_name
+from minigpt5_jax.data.samples.records import parse_record
+from minigpt5_jax.data.sources import (
+    Cc3mSource,
+    Cc3mTarSource,
+    JsonlSource,
+    MMDialogSource,
+    TextLines,
+    VistSource,
+)
+
+JPEG_QUALITY = 95
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One unit of a data set.
+
+    Attributes:
+      fields: what its record says besides the pictures, as plain JSON values.
+      pictures: paths or encoded bytes, in the order its fields count them.
+      where: place in the raw files (``train.tsv:18``).
+      whole: whether the unit is unusable without one of its pictures.  A dialogue is not: it ends there.
+    """
+
+    fields: dict[str, Any]
+    pictures: tuple[Picture, ...]
+    where: str
+    whole: bool = True
+
+
+@runtime_checkable
+class Units(Protocol):
+    """Raw files as units, the unusable ones among them: ``units[i]`` raises SampleError for these."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Unit: ...
+
+    def fingerprint(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Raw:
+    """The raw files of a data set: what to open, small enough to send anywhere.
+
+    Attributes:
+      dataset: one of :data:`UNITS`.
+      path: the annotations; for ``cc3m`` a table, or tar shards (a folder, a pattern or one file).
+      image_root: folder that picture paths are relative to; None for the annotations' own.
+      mapping: VIST's picture paths; None for the file beside the stories.
+    """
+
+    dataset: str
+    path: str
+    image_root: str | None = None
+    mapping: str | None = None
+
+    def open(self) -> Units:
+        """Its units, opened once in each process unless a file changes.
+
+        Raises:
+          DataError: an unknown data set, or as its source.
+        """
+        if self.dataset not in UNITS:
+            raise DataError(f"unknown data set {self.dataset!r}; known: {', '.join(UNITS)}")
+        if self.mapping is not None and self.dataset != "vist":
+            raise DataError(f"{self.dataset} has no mapping of picture paths")
+        paths = [path for path in (self.path, self.mapping) if path and os.path.exists(path)]
+        return _open(self, tuple((os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))
+
+    def root(self) -> Path:
+        """Folder that picture paths are relative to."""
+        return Path(self.path).parent if self.image_root is None else Path(self.image_root)
+
+    def place(self, where: str) -> str:
+        """A place without the folder of the files, which may lie elsewhere tomorrow."""
+        folder = Path(self.path) if os.path.isdir(self.path) else Path(self.path).parent
+        return where.removeprefix(f"{folder}{os.sep}")
+
+    def name(self, picture: Picture) -> str:
+        """Path of a picture as the files give it; nothing for one in a tar shard."""
+        return "" if isinstance(picture, bytes) else os.path.relpath(picture, self.root())
+
+
+@functools.lru_cache(maxsize=1)
+def _open(raw: Raw, stamps: tuple[tuple[int, int], ...]) -> Units:
+    return UNITS[raw.dataset](raw)
+
+
+class Cc3mUnits:
+    """Rows of a table, or samples of tar shards."""
+
+    def __init__(self, raw: Raw):
+        self._raw = raw
+        if Path(raw.path).is_dir() or "*" in raw.path or raw.path.endswith(".tar"):
+            self._source = Cc3mTarSource(raw.path, training=False)
+        else:
+            self._source = Cc3mSource(raw.path, raw.image_root, training=False)
+
+    def __len__(self) -> int:
+        return self._source.rows
+
+    def __getitem__(self, index: int) -> Unit:
+        pair = self._source.pair(index)
+        self._source.texts(index)  # refuses an empty caption
+        name = self._raw.name(pair.picture)
+        fields = {"row": pair.row, "caption": pair.caption, "image_path": name}
+        return Unit(fields, (pair.picture,), pair.where)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+class VistUnits:
+    """Stories."""
+
+    def __init__(self, raw: Raw):
+        self._raw = raw
+        self._source = VistSource(raw.path, raw.mapping, raw.image_root, training=False)
+
+    def __len__(self) -> int:
+        return self._source.rows
+
+    def __getitem__(self, index: int) -> Unit:
+        story = self._source.story(index)
+        steps = [
+            {
+                "caption": step.text,
+                "image_path": self._raw.name(step.picture),
+                "sequence_index": step.sequence_index,
+            }
+            for step in story.steps
+        ]
+        fields = {"id": story.id, "steps": steps}
+        return Unit(fields, tuple(step.picture for step in story.steps), story.where)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+class MMDialogUnits:
+    """Dialogues with all their turns; which of them are used is decided when they are read."""
+
+    def __init__(self, raw: Raw):
+        self._source = MMDialogSource(raw.path, raw.image_root, training=False, loader="release")
+        self._sha256 = hashlib.sha256(Path(raw.path).read_bytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._source.rows
+
+    def __getitem__(self, index: int) -> Unit:
+        dialog = self._source.dialog(index)
+        pictures, turns = [], []
+        for turn in dialog.turns:
+            turns.append({"text": turn.text, "media": "/".join(turn.media), "picture": -1})
+            if turn.picture is not None:
+                turns[-1]["picture"] = len(pictures)
+                pictures.append(turn.picture)
+        return Unit({"id": dialog.id, "turns": turns}, tuple(pictures), dialog.where, whole=False)
+
+    def fingerprint(self) -> str:
+        return self._sha256
+
+
+class JsonlUnits:
+    """Lines of JSONL of one's own."""
+
+    def __init__(self, raw: Raw):
+        # Opened as a source as well, for what concerns the file as a whole: ids that occur twice.
+        self._source = JsonlSource(raw.path, raw.image_root, strict=False)
+        self._lines, self._root = TextLines(raw.path), raw.root()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Unit:
+        where, line = self._lines.where(index), self._lines[index]
+        record = parse_record(line, where)
+        if not record.answers():
+            raise SampleError(where, "no assistant turn, so nothing to learn from")
+        name = f"{self._lines.path.stem}_{self._lines.number(index)}"
+        pictures = tuple(str(self._root / image.path) for turn in record.turns for image in turn.images())
+        return Unit({"name": name, "record": line}, pictures, where)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+UNITS: Mapping[str, type[Units]] = {
+    "cc3m": Cc3mUnits,
+    "vist": VistUnits,
+    "mmdialog": MMDialogUnits,
+    "jsonl": JsonlUnits,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A picture as it is stored: encoded bytes, width and height in pixels."""
+
+    data: bytes
+    width: int
+    height: int
+
+
+def encode_picture(picture: Picture, letterbox: int | None = None) -> Encoded:
+    """Bytes of a picture as they are, decoded once to see that they can be.
+
+    Args:
+      letterbox: side of a white square that the picture is fitted into, kept whole (reference 5.5); a
+        picture that has that size already keeps its bytes, another is stored as JPEG.
+
+    Raises:
+      SampleError: missing or broken.
+    """
+    name = picture_name(picture)
+    try:
+        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        image = load_picture(data)
+    except SampleError as error:
+        raise SampleError(name, error.reason) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SampleError(name, f"picture cannot be read ({reason})") from None
+    if letterbox is None or image.size == (letterbox, letterbox):
+        return Encoded(data, *image.size)
+    longer = max(image.size)
+    width, height = (max(1, round(side * letterbox / longer)) for side in image.size)
+    image = pad_square(image.resize((width, height), Image.Resampling.LANCZOS))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return Encoded(buffer.getvalue(), *image.size)
+
+
+def keep_pictures(fields: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A dialogue's fields with pictures ``kept`` alone, counted anew; a turn that has lost its own has media
+    and picture -1."""
+    place = {number: new for new, number in enumerate(kept)}
+    turns = [{**turn, "picture": place.get(turn["picture"], -1)} for turn in fields["turns"]]
+    return {**fields, "turns": turns}

@@ -1,0 +1,243 @@
+"""``prepare check``: what is wrong with a user's data, line by line, before any training.
+
+Everything is listed, not only the first: words by the readers of ``checks/``, and
+every picture by decoding it.  Nothing is written.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minigpt5_jax.data.batches.lengths import longest
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.images import MAX_PIXELS, Picture, load_picture
+from minigpt5_jax.data.prepare.checks.entries import Entry, Options
+from minigpt5_jax.data.prepare.checks.files import READERS, guess_format
+from minigpt5_jax.data.text.tokenizer import LanguageTokenizer
+
+BATCH = 512  # pictures handed to the processes at a time
+MANY = 1000  # pictures from which on processes are worth their start
+SHOWN_SIZES = 5
+NAMES = {"cc3m_tar": "rows", "vist": "stories", "prepared": "records"}  # of entries, others are lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that makes data unusable: ``order`` is that of the file."""
+
+    order: int
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+@dataclasses.dataclass
+class Findings:
+    """What a check found.
+
+    Attributes:
+      format: of the data, ``guessed`` by what (nothing where the user said it).
+      problems: in the order of the file.
+      notes: kind -> (how often, the first place and detail).
+      entries: lines, stories or records read; ``bad`` of them have a problem.
+      samples: training samples.
+      pictures: named by entries; ``sizes`` counts the distinct ones that could be decoded.
+      lengths: positions of each sample, empty without a tokenizer; ``longest`` is where the longest is.
+    """
+
+    format: str
+    guessed: str = ""
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    notes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    entries: int = 0
+    samples: int = 0
+    pictures: int = 0
+    sizes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    longest: tuple[int, str] = (0, "")
+
+    @property
+    def bad(self) -> int:
+        return len({problem.order for problem in self.problems})
+
+    def summary(self, max_length: int) -> str:
+        """A few lines: counts, lengths, notes, and the verdict."""
+        guessed = f" (guessed from {self.guessed}; --format says otherwise)" if self.guessed else ""
+        name = NAMES.get(self.format, "lines")
+        distinct = sum(self.sizes.values())
+        sizes = ", ".join(f"{size} {count:,}" for size, count in self.sizes.most_common(SHOWN_SIZES))
+        more = f", {len(self.sizes) - SHOWN_SIZES:,} other sizes" if len(self.sizes) > SHOWN_SIZES else ""
+        lines = [
+            f"format: {self.format}{guessed}",
+            f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.pictures:,} pictures",
+            f"pictures decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
+        ]
+        if self.lengths:
+            lengths = np.asarray(self.lengths)
+            middle, high = np.percentile(lengths, (50, 99)).astype(int)
+            over = int((lengths > max_length).sum())
+            lines.append(
+                f"positions of a sample: median {middle}, 99% up to {high}, longest {self.longest[0]} "
+                f"({self.longest[1]}); {over:,} are over --max_length {max_length} and would be cut"
+            )
+        lines += [f"note: {count:,} {kind} (first: {first})" for kind, (count, first) in self.notes.items()]
+        verdict = "nothing is wrong"
+        if self.problems:
+            problems = f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"
+            verdict = f"{problems} in {self.bad:,} of {self.entries:,} {name}"
+        return "\n".join([*lines, verdict])
+
+
+class Pictures:
+    """Decodes the pictures of entries in batches, each path once, and says what each reference gets."""
+
+    def __init__(self, findings: Findings, workers: int | None):
+        self._findings, self._workers = findings, workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._good: set[int] = set()  # hashes of paths that could be decoded
+        self._failed: dict[str, str] = {}
+        self._waiting: dict[Picture, list[tuple[int, str]]] = {}
+
+    def add(self, order: int, entry: Entry) -> None:
+        for picture in entry.pictures:
+            self._findings.pictures += 1
+            if isinstance(picture, str) and picture in self._failed:
+                self._fail(order, entry.where, picture, self._failed[picture])
+            elif isinstance(picture, bytes) or hash(picture) not in self._good:
+                self._waiting.setdefault(picture, []).append((order, entry.where))
+        if len(self._waiting) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Decodes what is waiting."""
+        waiting, self._waiting = self._waiting, {}
+        for (picture, references), (size, reason) in zip(waiting.items(), self._inspect(list(waiting))):
+            if reason:
+                for order, where in references:
+                    self._fail(order, where, picture, reason)
+                if isinstance(picture, str):
+                    self._failed[picture] = reason
+                continue
+            self._findings.sizes[size] += 1
+            if isinstance(picture, str):
+                self._good.add(hash(picture))
+
+    def _fail(self, order: int, where: str, picture: Picture, reason: str) -> None:
+        name = f"{picture}: " if isinstance(picture, str) else ""
+        self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
+
+    def _inspect(self, pictures: list[Picture]) -> Iterable[tuple[str, str]]:
+        if self._pool is None and (
+            self._workers or (self._workers is None and self._findings.pictures >= MANY)
+        ):
+            count = self._workers or os.cpu_count() or 1
+            self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+        if self._pool is None:
+            return map(inspect_picture, pictures)
+        return self._pool.map(inspect_picture, pictures, chunksize=16)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def inspect_picture(picture: Picture) -> tuple[str, str]:
+    """(``WIDTHxHEIGHT``, nothing) of a picture that training can use, or (nothing, what is wrong)."""
+    try:
+        width, height = load_picture(picture).size
+    except SampleError as error:
+        return "", error.reason
+    if max(width, height) ** 2 > MAX_PIXELS:
+        return "", f"a white square around this picture of {width}x{height} has over {MAX_PIXELS:,} pixels"
+    return f"{width}x{height}", ""
+
+
+def check(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    image_root: str | Path | None = None,
+    mapping: str | Path | None = None,
+    tokenizer: LanguageTokenizer | None = None,
+    max_length: int = 256,
+    image_tokens: int = 32,
+    workers: int | None = None,
+    show_progress: bool = False,
+) -> Findings:
+    """Reads all of a data set and decodes all of its pictures.
+
+    Args:
+      path: a file, or a folder of tar shards or of prepared data.
+      format: one of :data:`READERS`; guessed where None.
+      image_root: folder that picture paths are relative to; default: the file's.
+      mapping: VIST's picture paths; default: the file beside the stories.
+      tokenizer: gives lengths, and what the dialogues' limit on tokens leaves out.
+      max_length: positions of a row; image_tokens: positions of an input picture.
+      workers: processes that decode; None for one per core where there are many pictures.
+      show_progress: a bar with the time left.
+
+    Raises:
+      DataError: there is nothing to read, or its format cannot be told.
+    """
+    path, guessed = Path(path), ""
+    if format is None:
+        format, guessed = guess_format(path)
+    elif format not in READERS:
+        raise DataError(f"unknown format {format!r}; known: {', '.join(READERS)}")
+    elif "*" not in str(path) and not path.exists():
+        raise DataError(f"nothing to check: {path} is not there")
+    root = None if image_root is None else Path(image_root)
+    if root is not None and not root.is_dir():
+        raise DataError(f"image folder not found: {root}")
+    count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
+    reader = READERS[format](path, Options(root, None if mapping is None else Path(mapping), count))
+    findings = Findings(format, guessed)
+    pictures = Pictures(findings, workers)
+    try:
+        for order, entry in enumerate(_progress(reader, show_progress)):
+            _enter(findings, order, entry, tokenizer, max_length, image_tokens)
+            pictures.add(order, entry)
+        pictures.flush()
+    finally:
+        pictures.close()
+    findings.problems.sort(key=lambda problem: problem.order)
+    return findings
+
+
+def _progress(reader: Iterable[Entry], show: bool) -> Iterator[Entry]:
+    return iter(tqdm(reader, desc="checking", unit="entry", disable=not show, delay=1))
+
+
+def _enter(
+    findings: Findings,
+    order: int,
+    entry: Entry,
+    tokenizer: LanguageTokenizer | None,
+    max_length: int,
+    image_tokens: int,
+) -> None:
+    """Counts an entry, its problems, notes and lengths."""
+    findings.entries += 1
+    findings.samples += len(entry.samples)
+    findings.problems += [Problem(order, entry.where, text) for text in entry.problems]
+    for kind, detail in entry.notes:
+        count, first = findings.notes.get(kind, (0, f"{entry.where}: {detail}"))
+        findings.notes[kind] = (count + 1, first)
+    if tokenizer is None:
+        return
+    for texts in entry.samples:
+        length, _ = longest(texts, tokenizer, image_tokens)
+        if length > findings.longest[0]:
+            findings.longest = (length, entry.where)
+        findings.lengths.append(length)

@@ -1,0 +1,58 @@
+"""What the readers of a check yield: entries in the order of the file, with what is wrong with each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from minigpt5_jax.data.images import Picture
+
+Texts = list[tuple[str, str]]
+
+
+@dataclasses.dataclass
+class Entry:
+    """A line, row, story or record.
+
+    Attributes:
+      where: ``file:line``.
+      problems: what makes it unusable, whole or in part.
+      notes: (kind, detail) of what is accepted but worth knowing; counted by kind.
+      pictures: what it names, in order.
+      samples: for each of its training samples, (source, target) in every wording.
+    """
+
+    where: str
+    problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    pictures: list[Picture] = dataclasses.field(default_factory=list)
+    samples: list[Texts] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user said besides the path.
+
+    Attributes:
+      image_root: folder that picture paths are relative to; None for the file's own.
+      mapping: VIST's picture paths; None for the file beside the stories.
+      count_tokens: length of a text, or None without a tokenizer.
+    """
+
+    image_root: Path | None = None
+    mapping: Path | None = None
+    count_tokens: Callable[[str], int] | None = None
+
+    def root(self, path: Path) -> Path:
+        return path.parent if self.image_root is None else self.image_root
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Entries of a data set, about ``len`` of them."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Entry]: ...

@@ -1,0 +1,216 @@
+"""Data that is read as a whole: VIST's stories, tar shards, prepared data; and which format a path has."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import functools
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prepare.checks.entries import Entry, Options, Reader
+from minigpt5_jax.data.prepare.checks.lines import Dialogues, Lines, Records, Table
+from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.stories import StoryRules
+from minigpt5_jax.data.sources import Cc3mTarSource, PreparedSource
+from minigpt5_jax.data.sources.tar import find_shards
+from minigpt5_jax.data.sources.vist import STEPS, mapping_path, parse_story
+
+
+class Stories:
+    """VIST's two files.  A story's line is that of its id in the file."""
+
+    def __init__(self, path: Path, options: Options):
+        self._path, self._root, self._rules = path, options.root(path), StoryRules()
+        self._problems: list[Entry] = []
+        self._text, self._stories = self._read(path)
+        self._mapping_path = options.mapping or mapping_path(path)
+        _, self._mapping = self._read(self._mapping_path)
+
+    def _read(self, path: Path) -> tuple[str, dict[str, Any]]:
+        """The text of a JSON file and the object in it, empty where it cannot be read."""
+        if not path.is_file():
+            raise DataError(f"data file not found: {path}")
+        data, repeated = path.read_bytes(), []
+        text = data.decode("utf-8", "replace")
+
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            counts = collections.Counter(name for name, _ in pairs)
+            repeated.extend(name for name, count in counts.items() if count > 1)
+            return dict(pairs)
+
+        try:
+            value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+            if not isinstance(value, dict):
+                raise ValueError(f"one object is expected, found {type(value).__name__}")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            found = f"not UTF-8 (byte 0x{data[error.start]:02x})"
+            self._problems.append(Entry(f"{path}:{line}", [f"{found}; nothing can be read"]))
+            return text, {}
+        except json.JSONDecodeError as error:
+            found = f"no valid JSON ({error.msg} at column {error.colno}); is the file cut off?"
+            self._problems.append(Entry(f"{path}:{error.lineno}", [f"{found}  Nothing can be read"]))
+            return text, {}
+        except (ValueError, RecursionError) as error:  # RecursionError: nested without end
+            self._problems.append(Entry(f"{path}:1", [str(error)]))
+            return text, {}
+        lines = _line_finder(text)
+        self._problems += [
+            Entry(f"{path}:{lines(name)}", [f"key {name!r} occurs twice"]) for name in repeated
+        ]
+        return text, value
+
+    def __len__(self) -> int:
+        return len(self._stories)
+
+    def __iter__(self) -> Iterator[Entry]:
+        yield from self._problems
+        lines, used = _line_finder(self._text), set()
+        for name, value in self._stories.items():
+            entry = Entry(f"{self._path}:{lines(name)}")
+            story = parse_story(self._path, name, value, self._mapping, self._root)
+            if isinstance(story, SampleError):
+                entry.problems.append(f"story {name}: {story.reason}")
+            else:
+                if len(story.steps) != STEPS:
+                    entry.notes.append((f"stories without {STEPS} steps", f"{len(story.steps)} steps"))
+                entry.pictures += [step.picture for step in story.steps]
+                samples = self._rules.samples(len(story.steps))
+                entry.samples += [self._rules.texts(story, *sample) for sample in samples]
+                used.update(entry.pictures)
+            yield entry
+        idle = [name for name, path in self._mapping.items() if str(self._root / str(path)) not in used]
+        if idle and self._stories:
+            notes = [("pictures of the mapping that no usable story shows", name) for name in idle]
+            yield Entry(str(self._mapping_path), notes=notes)
+
+
+def _line_finder(text: str) -> Callable[[str], int]:
+    """The line in which a key of the text's outer object stands, 1 for one that is not found."""
+    ends = [match.start() for match in re.finditer("\n", text)]
+    places: dict[str, int] = {}
+    for match in re.finditer(r'"((?:[^"\\]|\\.)*)"\s*:', text):
+        places.setdefault(match[1], match.start())
+    return lambda name: bisect.bisect_left(ends, places.get(name, 0)) + 1
+
+
+class Shards:
+    """CC3M in tar shards, each opened on its own, so that a bad one does not hide the others."""
+
+    def __init__(self, path: Path, options: Options):
+        self._path, self._shards, self._rules = path, find_shards(path), PairRules()
+        self._good: list[Path] = []
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __iter__(self) -> Iterator[Entry]:
+        row = 0
+        with tempfile.TemporaryDirectory() as cache:  # a check leaves nothing in the user's folder
+            for shard in self._shards:
+                try:
+                    source = Cc3mTarSource(shard, cache_dir=cache)
+                except DataError as error:
+                    yield Entry(str(shard), [str(error)])
+                    continue
+                for place in range(source.rows):
+                    yield self._entry(source, place, row)
+                    row += 1
+                self._good.append(shard)
+            if len(self._good) == len(self._shards) > 1:
+                try:
+                    Cc3mTarSource(self._path, cache_dir=cache)
+                except DataError as error:
+                    yield Entry(str(self._path), [str(error)])
+
+    def _entry(self, source: Cc3mTarSource, place: int, row: int) -> Entry:
+        try:
+            pair = dataclasses.replace(source.pair(place), row=row)
+        except SampleError as error:
+            return Entry(error.where, [error.reason])
+        entry = Entry(pair.where, pictures=[pair.picture])
+        kinds = (False, True) if row % self._rules.every == 0 else (False,)
+        try:
+            entry.samples += [self._rules.texts(pair, instruction) for instruction in kinds]
+        except SampleError as error:
+            entry.problems.append(error.reason)
+        return entry
+
+
+class Prepared:
+    """A data set that ``prepare`` wrote."""
+
+    def __init__(self, path: Path, options: Options):
+        count = options.count_tokens
+        source = PreparedSource(path, training=False)
+        if source.split != "test" and (count is not None or source.dataset != "mmdialog"):
+            source = PreparedSource(source.folder, count_tokens=count)  # what training reads
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source.kept_units())
+
+    def __iter__(self) -> Iterator[Entry]:
+        source = self._source
+        samples = collections.defaultdict(list)
+        for index in range(len(source)):
+            samples[source.find(index)[0]].append(index)
+        for record in range(len(self)):
+            entry = Entry(f"{source.folder}: record {record}")
+            entry.samples += [source.texts(index) for index in samples[record]]
+            try:
+                entry.pictures += source.pictures(record)
+            except SampleError as error:
+                entry.problems.append(error.reason)
+            yield entry
+
+
+def _lines(kind: type, path: Path, options: Options) -> Lines:
+    return Lines(path, kind(path, options))
+
+
+READERS: dict[str, Callable[[Path, Options], Reader]] = {
+    "cc3m": functools.partial(_lines, Table),
+    "cc3m_tar": Shards,
+    "vist": Stories,
+    "mmdialog": functools.partial(_lines, Dialogues),
+    "jsonl": functools.partial(_lines, Records),
+    "prepared": Prepared,
+}
+
+
+def guess_format(path: Path) -> tuple[str, str]:
+    """(format, why) of a path by what it is and how it begins.
+
+    Raises:
+      DataError: there is nothing, or nothing that looks like one of the formats.
+    """
+    if "*" in str(path) or path.suffix == ".tar":
+        return "cc3m_tar", "its name"
+    if path.is_dir():
+        if any(path.glob("*.tar")):
+            return "cc3m_tar", "the .tar files in it"
+        names = sorted(file.name for file in path.iterdir())
+        files = [name for name in names if name.endswith((".tsv", ".json", ".jsonl"))]
+        if files and "units.jsonl" not in files:
+            raise DataError(f"{path} is a folder; name one of the files in it: {', '.join(files[:5])}")
+        return "prepared", "what the folder holds"
+    if not path.is_file():
+        raise DataError(f"nothing to check: {path} is not there")
+    with path.open("rb") as file:
+        start = file.read(2**16)
+    first = next((line for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()), b"")
+    if path.suffix == ".tsv" or (b"\t" in first and b"caption" in first):
+        return "cc3m", "its name" if path.suffix == ".tsv" else "its header"
+    if path.suffix == ".json":
+        return "vist", "its name"
+    if first.lstrip().startswith(b"{"):
+        return ("mmdialog", "its first line") if b'"conversation"' in first else ("jsonl", "its first line")
+    raise DataError(f"cannot tell what {path} is; give --format, one of {', '.join(READERS)}")

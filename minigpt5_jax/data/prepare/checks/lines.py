@@ -1,0 +1,141 @@
+"""Files of which every line is an entry: CC3M's table, MMDialog, JSONL of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prepare.checks.entries import Entry, Options
+from minigpt5_jax.data.samples.dialogs import DialogRules
+from minigpt5_jax.data.samples.pairs import Pair, PairRules
+from minigpt5_jax.data.samples.records import parse_record, to_example
+from minigpt5_jax.data.sources.mmdialog import parse_dialog
+
+
+class Lines:
+    """Lines of a text file as entries; ``read`` fills in each that is UTF-8 and not blank."""
+
+    def __init__(self, path: Path, read: Callable[[str, Entry], None]):
+        self._path, self._read = path, read
+        data = path.read_bytes()
+        if not data.strip():
+            raise DataError(f"data file is empty: {path}")
+        self._lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for number, line in enumerate(self._lines, 1):
+            entry = Entry(f"{self._path}:{number}")
+            if line.endswith(b"\r"):
+                entry.notes.append(("lines end in CR LF", "accepted"))
+                line = line[:-1]
+            if not line:
+                continue
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                entry.problems.append(f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})")
+            else:
+                self._read(text, entry)
+            yield entry
+
+
+class Table:
+    """CC3M's table, line by line."""
+
+    def __init__(self, path: Path, options: Options):
+        self._root, self._rules = options.root(path), PairRules()
+        self._header: list[str] | None = None
+        self._row, self._seen, self._pictures = -1, {}, set()
+
+    def __call__(self, line: str, entry: Entry) -> None:
+        cells = line.split("\t")
+        if self._header is None:
+            self._header = cells
+            missing = [name for name in ("caption", "image_path") if name not in cells]
+            if missing:
+                entry.problems.append(
+                    f"no column {' and '.join(missing)}, found {cells}; no row can be read without"
+                )
+            return
+        self._row += 1
+        if not {"caption", "image_path"} <= set(self._header):
+            return
+        if len(cells) != len(self._header):
+            entry.problems.append(f"{len(cells)} tab-separated cells, the header has {len(self._header)}")
+            return
+        values = dict(zip(self._header, cells))
+        self._pair(values["caption"], values["image_path"].strip(), entry)
+
+    def _pair(self, caption: str, path: str, entry: Entry) -> None:
+        if not path:
+            entry.problems.append("empty image_path")
+        else:
+            entry.pictures.append(str(self._root / path))
+        first = self._seen.setdefault(hash((caption, path)), entry.where)
+        if first != entry.where:
+            entry.problems.append(f"the same caption and picture as {first}")
+        elif path in self._pictures:
+            entry.notes.append(("rows whose picture another row has too", path))
+        self._pictures.add(path)
+        pair = Pair(self._row, caption, path, entry.where)
+        kinds = (False, True) if self._rules.every and self._row % self._rules.every == 0 else (False,)
+        try:
+            entry.samples += [self._rules.texts(pair, instruction) for instruction in kinds]
+        except SampleError as error:
+            entry.problems.append(error.reason)
+
+
+class Records:
+    """JSONL of one's own, line by line."""
+
+    def __init__(self, path: Path, options: Options):
+        self._root, self._ids = options.root(path), {}
+
+    def __call__(self, line: str, entry: Entry) -> None:
+        try:
+            record = parse_record(line, entry.where)
+        except SampleError as error:
+            entry.problems.append(error.reason)
+            return
+        if record.id is not None and self._ids.setdefault(record.id, entry.where) != entry.where:
+            entry.problems.append(f"id {record.id!r} is that of {self._ids[record.id]} too")
+        if not record.answers():
+            entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
+        entry.pictures += [str(self._root / image.path) for turn in record.turns for image in turn.images()]
+        for turn in record.answers():
+            example = to_example(record, turn, image_root=self._root, name="", where=entry.where)
+            entry.samples.append([(example.source, example.target)])
+
+
+class Dialogues:
+    """MMDialog, line by line."""
+
+    ACCEPTED = ("over ", "further pictures")  # kinds of remarks that are the original's own limits
+
+    def __init__(self, path: Path, options: Options):
+        self._root, self._ids, self._count = options.root(path), {}, options.count_tokens
+        self._rules = DialogRules(training=options.count_tokens is not None)
+
+    def __call__(self, line: str, entry: Entry) -> None:
+        try:
+            dialog = parse_dialog(line, entry.where, self._root)
+        except SampleError as error:
+            entry.problems.append(error.reason)
+            return
+        if self._ids.setdefault(dialog.id, entry.where) != entry.where:
+            entry.problems.append(f"conversation_id {dialog.id} is that of {self._ids[dialog.id]} too")
+        usable, remarks = self._rules.usable(dialog, lambda picture: True, self._count)
+        for remark in remarks:
+            if remark.kind.startswith(self.ACCEPTED):
+                entry.notes.append((f"turns: {remark.kind}", remark.detail))
+            else:
+                entry.problems.append(remark.detail)
+        entry.pictures += [turn.picture for turn in dialog.turns if turn.picture is not None]
+        for turn in range(1, usable):
+            example = self._rules.example(dialog, turn)
+            entry.samples.append([(example.source, example.target)])

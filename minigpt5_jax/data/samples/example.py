@@ -1,0 +1,46 @@
+"""One sample between its source and the templates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from minigpt5_jax.data.images import Picture
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ready:
+    """A picture that went through its frozen tower beforehand, in the place of the picture.
+
+    Attributes:
+      values: moments [h w 2c] of a picture to draw, states [q c] of an input picture.
+    """
+
+    values: Float[np.ndarray, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sample before tokenisation.
+
+    Attributes:
+      source: what the model reads; ``<ImageHere>`` once for each of ``images``.
+      target: what it writes; the vokens exactly where there is a ``target_image``.
+      images: input pictures, in the order of their placeholders; paths, encoded bytes or ready features.
+      target_image: the picture to draw, or None.
+      caption: text of the caption loss, or None where the sample takes no part in it.
+      task: what kind of sample this is (``cc3m``, ``cc3m-instruction``, ``dialog``).
+      item_id: name of the sample in reports and predictions (``cc3m_17``).
+      where: place in its file (``train.tsv:18``).
+    """
+
+    source: str
+    target: str
+    images: tuple[Picture | Ready, ...]
+    target_image: Picture | Ready | None
+    caption: str | None
+    task: str
+    item_id: str
+    where: str

@@ -1,0 +1,102 @@
+"""Samples of CC3M: a pair of caption and picture, whatever file it lies in (reference 5.2).
+
+The plain sample of row ``i``, ``cc3m_i``, reads the cleaned caption and writes the vokens.  In training,
+rows 0, 100, 200, ... give a second sample, ``cc3m_i_instruction``, with a system prompt and one of seven
+wordings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.text import prompts
+from minigpt5_jax.data.text.templates import clean_caption, target_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A row: its number, the caption as written, the picture (path or encoded bytes), its place."""
+
+    row: int
+    caption: str
+    picture: Picture
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRules:
+    """How pairs become samples.
+
+    Attributes:
+      every: rows from one instruction sample to the next; 0 for none.
+      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
+      seed: of the wording.
+      resample_prompts: draw the wording anew each epoch; False keeps the first draw (quirk Q24).
+      num_vokens: vokens of one picture.
+
+    Raises:
+      DataError: an unknown prompt set or a negative ``every``.
+    """
+
+    every: int = 100
+    prompt_set: str = "head"
+    seed: int = 0
+    resample_prompts: bool = True
+    num_vokens: int = 8
+
+    def __post_init__(self):
+        if self.prompt_set not in prompts.CC3M_PROMPTS:
+            known = ", ".join(prompts.CC3M_PROMPTS)
+            raise DataError(f"unknown prompt_set {self.prompt_set!r}; known: {known}")
+        if self.every < 0:
+            raise DataError(f"instruction_every must not be negative, got {self.every}")
+
+    def count(self, rows: int) -> int:
+        """Samples of the first ``rows`` rows."""
+        return rows + (-(-rows // self.every) if self.every else 0)
+
+    def find(self, index: int) -> tuple[int, bool]:
+        """Row of a sample, and whether it is the instruction sample that follows the row's plain one."""
+        if not self.every:
+            return index, False
+        block, place = divmod(index, self.every + 1)
+        return block * self.every + max(0, place - 1), place == 1
+
+    def texts(self, pair: Pair, instruction: bool) -> list[tuple[str, str]]:
+        """(source, target) for every wording the sample may have; SampleError for an empty caption."""
+        return self._texts(self._caption(pair), instruction)
+
+    def _texts(self, caption: str, instruction: bool) -> list[tuple[str, str]]:
+        target = target_text("", draws=True, num_vokens=self.num_vokens)
+        if not instruction:
+            return [(caption, target)]
+        wordings = prompts.CC3M_PROMPTS[self.prompt_set]
+        return [(prompts.cc3m_instruction(caption, wording), target) for wording in wordings]
+
+    def example(self, pair: Pair, instruction: bool, epoch: int = 0) -> Example:
+        """The plain or the instruction sample of a pair; SampleError for an empty caption."""
+        caption = self._caption(pair)
+        texts = self._texts(caption, instruction)
+        key = (self.seed, epoch if self.resample_prompts else 0, pair.row)
+        source, target = texts[np.random.default_rng(key).integers(len(texts)) if instruction else 0]
+        return Example(
+            source=source,
+            target=target,
+            images=(),
+            target_image=pair.picture,
+            caption=caption,
+            task="cc3m-instruction" if instruction else "cc3m",
+            item_id=f"cc3m_{pair.row}_instruction" if instruction else f"cc3m_{pair.row}",
+            where=pair.where,
+        )
+
+    def _caption(self, pair: Pair) -> str:
+        caption = clean_caption(pair.caption)
+        if not caption:
+            raise SampleError(pair.where, "empty caption")
+        return caption

@@ -1,0 +1,163 @@
+"""The JSON schema of one's own data, shared by training, generation and evaluation.
+
+One object per line.  A pair of caption and picture is::
+
+    {"caption": "a red fox in the snow", "image": "photos/fox.jpg"}
+
+and anything longer (a story, a dialogue) is a list of turns::
+
+    {"id": "walk-7", "system": "Answer with a picture.", "turns": [
+      {"role": "user", "content": [{"type": "text", "text": "We left at dawn."},
+                                   {"type": "image", "path": "photos/1.jpg"},
+                                   {"type": "text", "text": "What came next?"}]},
+      {"role": "assistant", "content": [{"type": "text", "text": "We reached the lake."},
+                                        {"type": "image", "path": "photos/2.jpg"}]}]}
+
+``content`` may be a plain string.  ``id`` is optional and unique in its file.  ``system`` is optional;
+without it the dialogues' prompt is used, and ``""`` is none.  An assistant turn has at most one picture, at
+its end; a user turn any number, anywhere.  A picture of an assistant turn may carry a ``caption``, which
+lets it take part in the caption loss.  Picture paths are relative to the file's folder.  A record that
+ends in a user turn is a prompt to generate from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.fields import Fields
+from minigpt5_jax.data.text import prompts, templates
+
+SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePart:
+    """A picture in a turn: its path as written, and the caption it may carry."""
+
+    path: str
+    caption: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What one side says: texts and pictures in order."""
+
+    role: str
+    parts: tuple[str | ImagePart, ...]
+
+    def images(self) -> list[ImagePart]:
+        return [part for part in self.parts if isinstance(part, ImagePart)]
+
+    def text(self) -> str:
+        """Its texts, pictures left out."""
+        return " ".join(part for part in self.parts if isinstance(part, str))
+
+    def spelt(self) -> str:
+        """Its texts and ``<Img><ImageHere></Img>`` for each picture, single spaces between."""
+        return " ".join(part if isinstance(part, str) else templates.IMAGE for part in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line of a file.  ``pair`` marks the short form, whose source is the bare caption."""
+
+    id: str | None
+    system: str
+    turns: tuple[Turn, ...]
+    pair: bool = False
+
+    def answers(self) -> list[int]:
+        """Numbers of the assistant's turns, each of which is a sample."""
+        return [number for number, turn in enumerate(self.turns) if turn.role == "assistant"]
+
+
+def parse_record(line: str, where: str) -> Record:
+    """Reads and checks one line.
+
+    Raises:
+      SampleError: naming ``where`` and what breaks the schema.
+    """
+    checker = _Checker(where)
+    return checker.record(checker.json(line, unique=True))
+
+
+class _Checker(Fields):
+    """Checks values against the schema."""
+
+    def record(self, value: Any) -> Record:
+        if isinstance(value, dict) and "turns" not in value:
+            value = self.object(value, "", ("caption", "image"), ("id",))
+            caption = self.words(templates.clean_caption(self.string(value["caption"], "caption")), "caption")
+            image = ImagePart(self.path(value["image"], "image"), caption)
+            turns = (Turn("user", (caption,)), Turn("assistant", (image,)))
+            return Record(self.id(value), "", turns, pair=True)
+        value = self.object(value, "", ("turns",), ("id", "system"))
+        turns = value["turns"]
+        if not isinstance(turns, list) or not turns:
+            raise self.fail("turns", "expected a list with at least one turn")
+        system = self.plain(value.get("system", prompts.DIALOG_SYSTEM), "system")
+        return Record(self.id(value), system, tuple(self.turn(t, f"turns[{i}]") for i, t in enumerate(turns)))
+
+    def id(self, value: dict) -> str | None:
+        return self.string(value["id"], "id") if "id" in value else None
+
+    def turn(self, value: Any, place: str) -> Turn:
+        value = self.object(value, place, ("role", "content"))
+        role, content = value["role"], value["content"]
+        if not isinstance(role, str) or role not in SPEAKERS:
+            raise self.fail(f"{place}.role", f"expected user or assistant, found {role!r}")
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(content, list) or not content:
+            raise self.fail(f"{place}.content", "expected text or a list of at least one part")
+        turn = Turn(role, tuple(self.part(p, f"{place}.content[{i}]") for i, p in enumerate(content)))
+        images = turn.images()
+        if role == "assistant" and (len(images) > 1 or (images and turn.parts[-1] is not images[0])):
+            raise self.fail(place, "an assistant turn has at most one picture, as its last part")
+        return turn
+
+    def part(self, value: Any, place: str) -> str | ImagePart:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind == "text":
+            return self.words(self.object(value, place, ("type", "text"))["text"], f"{place}.text")
+        if kind == "image":
+            value = self.object(value, place, ("type", "path"), ("caption",))
+            caption = self.words(value["caption"], f"{place}.caption") if "caption" in value else None
+            return ImagePart(self.path(value["path"], f"{place}.path"), caption)
+        raise self.fail(place, "expected an object with type text or image")
+
+
+def prompt_of(record: Record, turns: int, image_root: Path) -> tuple[str, tuple[str, ...]]:
+    """Source text and input pictures of what follows the first ``turns`` turns of a record."""
+    history = record.turns[:turns]
+    images = tuple(str(image_root / image.path) for turn in history for image in turn.images())
+    if record.pair:
+        return history[0].spelt(), images
+    said = [(SPEAKERS[turn.role], turn.spelt()) for turn in history]
+    return prompts.dialog_source(record.system, said), images
+
+
+def to_example(
+    record: Record, turn: int, *, image_root: Path, name: str, where: str, num_vokens: int = 8
+) -> Example:
+    """The sample that reads the turns before ``turn`` and writes that (assistant) turn.
+
+    Args:
+      name: name of the record where it has no id.
+    """
+    source, images = prompt_of(record, turn, image_root)
+    answer = record.turns[turn]
+    drawn = answer.images()
+    base = record.id if record.id is not None else name
+    return Example(
+        source=source,
+        target=templates.target_text(answer.text(), draws=bool(drawn), num_vokens=num_vokens),
+        images=images,
+        target_image=str(image_root / drawn[0].path) if drawn else None,
+        caption=drawn[0].caption if drawn else None,
+        task="pair" if record.pair else "dialog",
+        item_id=base if record.pair else f"{base}_{turn}",
+        where=where,
+    )

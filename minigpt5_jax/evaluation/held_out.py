@@ -1,0 +1,128 @@
+"""What a run shows of its held-out samples: losses, pictures drawn from their vokens, the oracle's verdict.
+
+The oracle needs no file of truths: in the small world the pictures of the data can be read as well as the
+drawn ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.sources import Source
+from minigpt5_jax.diffusion.samplers import Sampler
+from minigpt5_jax.inference.images import make_batch_sampler
+from minigpt5_jax.inference.page import draw_grid
+from minigpt5_jax.models.common import Params
+from minigpt5_jax.shapes import oracle
+from minigpt5_jax.shapes.render import IMAGE_SIZE
+from minigpt5_jax.training.sharding import replicated
+from minigpt5_jax.training.validation import Validator, make_validation_step
+from minigpt5_jax.wiring.inputs import SHAPES, make_batch_sharder, open_loader
+from minigpt5_jax.wiring.model import ModelSpec
+
+Validate = Callable[[Params], dict[str, float]]
+Grid = Callable[[Params], np.ndarray]
+
+
+class HeldOutPictures:
+    """Pictures of one held-out batch, drawn from its own vokens (teacher forcing) and always the same noise.
+
+    Every process calls it and gets all of them, wherever their devices are.  The pictures of a set of
+    parameters are kept until another is asked, so that a grid and a score of one step are drawn once.
+
+    Args:
+      draw: ``(params, batch, keys[m]) -> u8[m H W 3]``.
+      batches: placed on ``mesh``; the first that holds a picture to draw is taken.
+      seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[Params, Batch, jax.Array], jax.Array],
+        batches: Sequence[Batch],
+        frozen: Params,
+        mesh: jax.sharding.Mesh,
+        seed: int,
+    ):
+        everywhere = replicated(mesh)
+        read = jax.jit(lambda batch: (batch.item_mask, batch.target), out_shardings=everywhere)
+        self.targets = np.zeros((0, 0, 0, 3), np.uint8)
+        """u8[n H W 3]: the data's own pictures; none where no batch has any."""
+        for batch in batches:
+            mask, targets = jax.device_get(read(batch))
+            if mask.any():
+                self._batch, self._items, self.targets = batch, np.flatnonzero(mask), targets[mask]
+                break
+
+        def all_of(params: Params, batch: Batch) -> jax.Array:
+            return draw(params, batch, jax.random.split(jax.random.key(seed), batch.item_id.shape[0]))
+
+        self._draw, self._frozen = jax.jit(all_of, out_shardings=everywhere), frozen
+        self._last: tuple[Params, np.ndarray] | None = None
+
+    def __call__(self, trainable: Params) -> UInt8[np.ndarray, "n H W 3"]:
+        """A picture for each of ``targets``."""
+        if self._last is None or self._last[0] is not trainable:
+            pictures = np.asarray(self._draw({**self._frozen, **trainable}, self._batch))
+            self._last = trainable, pictures[self._items]
+        return self._last[1]
+
+
+def watchers(
+    config: ConfigDict,
+    spec: ModelSpec,
+    held_out: Source | None,
+    frozen: Params,
+    mesh: jax.sharding.Mesh,
+    sampler: Sampler,
+) -> tuple[Validate | None, Grid | None]:
+    """(validation, picture grid) over held-out samples; None for what cannot be.
+
+    The numbers are global, and of the small world those of :func:`oracle_score` are among them.  There is no
+    grid without held-out pictures.
+    """
+    if held_out is None:
+        return None, None
+    place = make_batch_sharder(mesh, 1)
+    loader = open_loader(config, spec, held_out, training=False)
+    batches = [place(batch) for batch in itertools.islice(loader, config.run.eval_batches)]
+    loader.close()
+    validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
+    inference = config.inference
+    sample = make_batch_sampler(spec.template, sampler, inference.guidance_scale, inference.cfg_negative)
+    drawn = HeldOutPictures(sample, batches, frozen, mesh, config.run.seed)
+    judged = bool(len(drawn.targets)) and readable(config)
+
+    def validate(trainable: Params) -> dict[str, float]:
+        losses = validator(trainable, frozen)
+        return losses | (oracle_score(drawn(trainable), drawn.targets) if judged else {})
+
+    def grid(trainable: Params) -> np.ndarray:
+        shown = slice(config.run.grid_pictures)
+        targets = drawn.targets[shown]
+        return draw_grid(np.concatenate([targets, drawn(trainable)[shown]]), columns=len(targets))
+
+    return validate, grid if len(drawn.targets) else None
+
+
+def readable(config: ConfigDict) -> bool:
+    """Whether the oracle can read the pictures: of the small world, in the size it draws them."""
+    return config.data.format in SHAPES and config.model.generator.image_size == IMAGE_SIZE
+
+
+def oracle_score(
+    drawn: UInt8[np.ndarray, "n 64 64 3"], targets: UInt8[np.ndarray, "n 64 64 3"]
+) -> dict[str, float]:
+    """Share of drawn pictures that show what the data's do.
+
+    ``oracle_all`` wants background and every place right; ``oracle_background``, ``oracle_shape`` and the
+    others are those of :func:`minigpt5_jax.shapes.oracle.score`.
+    """
+    return {f"oracle_{name}": share for name, share in oracle.score(drawn, oracle.read(targets)).items()}

@@ -1,0 +1,200 @@
+"""CLIP text encoder: the caption targets of the voken stage and the native text-to-image condition.
+
+Hugging Face ``CLIPTextModel`` (Stable Diffusion's ``text_encoder``): learned positions, causal
+pre-norm transformer, closing LayerNorm.  SD 2.1 keeps 23 of OpenCLIP ViT-H's 24 layers, so
+``last_hidden_state`` is the penultimate feature the UNet was trained on (reference, section 1.7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from minigpt5_jax.models.common import (
+    ACTIVATIONS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    attention,
+    normal,
+    scan_layers,
+    split_heads,
+    stack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """Hyper-parameters under the names, and with the defaults, of Hugging Face's ``CLIPTextConfig``.
+
+    Raises:
+      ValueError: a head count that does not divide the width, or an unknown activation.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not divide into "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ClipTextConfig:
+        """From a ``text_encoder/config.json``; fields it leaves out take Hugging Face's defaults.
+
+        Raises:
+          ValueError: naming a field whose value this tower does not implement.
+        """
+        if config.get("attention_dropout", 0.0):
+            raise ValueError(f"attention_dropout={config['attention_dropout']} is not implemented, only 0")
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in config.items() if name in names})
+
+
+SD21_TEXT = ClipTextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
+)
+"""Text encoder of ``stabilityai/stable-diffusion-2-1-base``: 340,387,840 parameters."""
+
+
+class ClipAttention(nnx.Module):
+    """Multi-head self-attention with biased projections."""
+
+    def __init__(self, config: ClipTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        width, heads = config.hidden_size, ("heads", config.num_attention_heads)
+        # The residual branches start small with depth (CLIP's own initialisation).
+        inner = normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
+
+        def linear(axes, init):
+            return Linear(
+                width, width, axes=axes, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.q_proj = linear(("embed", heads), inner)
+        self.k_proj = linear(("embed", heads), inner)
+        self.v_proj = linear(("embed", heads), inner)
+        self.out_proj = linear((heads, "embed"), normal(width**-0.5))
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        query, key, value = (
+            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(query, key, value, mask=mask, is_causal=True))
+
+
+class ClipMlp(nnx.Module):
+    """Two dense layers around the configured activation."""
+
+    def __init__(self, config: ClipTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        width, hidden = config.hidden_size, config.intermediate_size
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(
+            width, hidden, axes=("embed", "mlp"), kernel_init=normal((2 * width) ** -0.5), **kwargs
+        )
+        self.fc2 = Linear(
+            hidden,
+            width,
+            axes=("mlp", "embed"),
+            kernel_init=normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5),
+            **kwargs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class ClipEncoderLayer(nnx.Module):
+    """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
+
+    def __init__(self, config: ClipTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
+        self.self_attn = ClipAttention(config, **kwargs)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
+        self.mlp = ClipMlp(config, **kwargs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipTextModel(nnx.Module):
+    """The text tower; source names in ``weights.py``.
+
+    ``dtype`` is that of matmuls and the residual stream; the closing norm returns float32, as the
+    original's caption features are (reference, section 1.13).  ``remat`` recomputes each layer in
+    the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: ClipTextConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config, self.remat = config, remat
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kwargs)
+        self.position_embedding = Embedding(
+            config.max_position_embeddings, config.hidden_size, axes=(None, "embed"), rngs=rngs, **kwargs
+        )
+        self.layers = stack(
+            lambda layer_rngs: ClipEncoderLayer(config, rngs=layer_rngs, **kwargs),
+            config.num_hidden_layers,
+            rngs,
+        )
+        self.final_layer_norm = LayerNorm(
+            config.hidden_size,
+            eps=config.layer_norm_eps,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "m c"],
+        attention_mask: Int[Array, "m c"] | Bool[Array, "m c"] | None = None,
+    ) -> Float[Array, "m c d"]:
+        """Last hidden state after the closing norm, float32, for every position.
+
+        Args:
+          input_ids: token ids, at most ``max_position_embeddings`` per row.
+          attention_mask: nonzero at real tokens.  Without it pads are attended to, as Stable
+            Diffusion's pipelines do; the caption target passes it (reference, section 3.3).  It
+            changes pad positions only where pads follow the text, because attention is causal.
+
+        Raises:
+          ValueError: more tokens than positions.
+        """
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens, max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        x = self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))
+        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x, mask), None), remat=self.remat)
+        return self.final_layer_norm(x)

@@ -1,0 +1,213 @@
+"""EVA-CLIP ViT-g/14, the image encoder of BLIP-2 and MiniGPT-4.
+
+A pre-norm ViT without closing norm, pooling or head: what leaves the tower is the un-normalised
+output of its last block for every token, CLS included; ``ln_vision`` belongs to the backbone that
+uses it.  EVA-g has 40 blocks, BLIP-2 builds the first 39 (reference, section 1.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minigpt5_jax.models.common import (
+    ACTIVATIONS,
+    Conv,
+    LayerNorm,
+    Linear,
+    attention,
+    normal,
+    param,
+    scan_layers,
+    split_heads,
+    stack,
+)
+
+INITIALIZER = normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaVitConfig:
+    """Hyper-parameters under the names, and with the defaults, of Hugging Face's ``Blip2VisionConfig``.
+
+    Raises:
+      ValueError: a head count that does not divide the width, a patch size that does not divide
+        the picture, or an unknown activation.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not divide into "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} does not divide into patch_size={self.patch_size}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+
+    @property
+    def num_tokens(self) -> int:
+        """CLS and one token per patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> EvaVitConfig:
+        """From a ``Blip2VisionConfig`` dict; fields it leaves out take Hugging Face's defaults.
+
+        Raises:
+          ValueError: naming a field whose value this tower does not implement.
+        """
+        if config.get("attention_dropout", 0.0):
+            raise ValueError(f"attention_dropout={config['attention_dropout']} is not implemented, only 0")
+        if not config.get("qkv_bias", True):
+            raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in config.items() if name in names})
+
+    @classmethod
+    def from_eva(cls, config: Mapping[str, Any]) -> EvaVitConfig:
+        """From the argument names of EVA's own ``VisionTransformer`` (``embed_dim``, ``mlp_ratio``, ...).
+
+        Raises:
+          ValueError: naming a field whose value this tower does not implement.
+        """
+        if not config.get("qkv_bias", True):
+            raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
+        return cls(
+            image_size=config["img_size"],
+            patch_size=config["patch_size"],
+            hidden_size=config["embed_dim"],
+            intermediate_size=int(config["embed_dim"] * config["mlp_ratio"]),
+            num_hidden_layers=config["depth"],
+            num_attention_heads=config["num_heads"],
+            layer_norm_eps=config.get("norm_eps", 1e-6),
+        )
+
+
+EVA_VIT_G = EvaVitConfig()
+"""The tower MiniGPT-4 and MiniGPT-5 use: 39 blocks, 985,894,528 parameters."""
+
+
+class EvaAttention(nnx.Module):
+    """Self-attention whose key projection has no bias (a constant zero in the original).
+
+    The checkpoint's fused qkv matrix is kept as three kernels, so that each shards over whole heads.
+    """
+
+    def __init__(self, config: EvaVitConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        width, heads = config.hidden_size, ("heads", config.num_attention_heads)
+        kwargs = dict(kernel_init=INITIALIZER, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.q_proj = Linear(width, width, axes=("embed", heads), **kwargs)
+        self.k_proj = Linear(width, width, axes=("embed", heads), bias=False, **kwargs)
+        self.v_proj = Linear(width, width, axes=("embed", heads), **kwargs)
+        self.proj = Linear(width, width, axes=(heads, "embed"), **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        query, key, value = (
+            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.proj(attention(query, key, value))
+
+
+class EvaMlp(nnx.Module):
+    """Two dense layers around the configured activation."""
+
+    def __init__(self, config: EvaVitConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = dict(kernel_init=INITIALIZER, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, axes=("embed", "mlp"), **kwargs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EvaBlock(nnx.Module):
+    """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
+
+    def __init__(self, config: EvaVitConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
+        self.attn = EvaAttention(config, **kwargs)
+        self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
+        self.mlp = EvaMlp(config, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class EvaVit(nnx.Module):
+    """The image tower; source names in ``weights.py``.
+
+    ``dtype`` is that of matmuls, of the residual stream and of the result; ``remat`` recomputes
+    each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: EvaVitConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width = config.hidden_size
+        self.patch_embed = Conv(
+            3,
+            width,
+            config.patch_size,
+            stride=config.patch_size,
+            axes=(None, "embed"),
+            kernel_init=INITIALIZER,
+            rngs=rngs,
+            **kwargs,
+        )
+        self.cls_token = param(rngs, INITIALIZER, (1, 1, width), (None, None, "embed"), param_dtype)
+        self.pos_embed = param(
+            rngs, INITIALIZER, (1, config.num_tokens, width), (None, None, "embed"), param_dtype
+        )
+        self.blocks = stack(
+            lambda layer_rngs: EvaBlock(config, rngs=layer_rngs, **kwargs), config.num_hidden_layers, rngs
+        )
+
+    def __call__(self, pixels: Float[Array, "i height width 3"]) -> Float[Array, "i tokens d"]:
+        """Output of the last block, CLS first, then the patches row by row.
+
+        Args:
+          pixels: pictures normalised with CLIP's mean and deviation, ``image_size`` squared.
+
+        Raises:
+          ValueError: pictures of another size.
+        """
+        size = self.config.image_size
+        if pixels.shape[1:3] != (size, size):
+            raise ValueError(f"pictures of {pixels.shape[1:3]} pixels, image_size={size}")
+        patches = self.patch_embed(pixels)
+        images, width = patches.shape[0], patches.shape[-1]
+        patches = patches.reshape(images, -1, width)
+        cls = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (images, 1, width))
+        x = jnp.concatenate([cls, patches], axis=1) + self.pos_embed[...].astype(self.dtype)
+        return scan_layers(self.blocks, x, lambda block, x, _: (block(x), None), remat=self.remat)[0]

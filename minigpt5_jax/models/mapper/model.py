@@ -1,0 +1,238 @@
+"""Feature mapper: voken states of the language model -> condition of the image generator.
+
+A two-layer MLP, then an encoder-decoder transformer whose decoder input is a learned prompt of as
+many vectors as the generator's text encoder has positions.  The transformer has the semantics of
+torch's ``nn.Transformer(norm_first=True, activation="relu", dropout=0)``: pre-norm, closing norms
+on both halves, no masks and no positional encodings (reference, section 1.11).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minigpt5_jax.models.common import (
+    LayerNorm,
+    Linear,
+    attention,
+    normal,
+    param,
+    scan_layers,
+    split_heads,
+    stack,
+    uniform_fan_in,
+    xavier_uniform,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Hyper-parameters of a mapper's layers under the names of torch's ``nn.Transformer``.
+
+    Attributes:
+      llm_hidden_size: width of the voken states.
+      num_queries: condition vectors, the context length of the generator's text encoder.
+
+    Raises:
+      ValueError: ``nhead`` does not divide ``d_model``.
+    """
+
+    llm_hidden_size: int = 4096
+    d_model: int = 1024
+    nhead: int = 8
+    dim_feedforward: int = 4096
+    num_queries: int = 77
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.nhead:
+            raise ValueError(f"d_model={self.d_model} does not divide into nhead={self.nhead}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapperConfig(LayerConfig):
+    """Hyper-parameters of the encoder-decoder; defaults are MiniGPT-5's."""
+
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+
+
+MINIGPT5_MAPPER = MapperConfig()
+"""MiniGPT-5's mapper: 122,899,456 parameters (5,244,928 + 117,575,680 + 78,848)."""
+
+
+class MultiheadAttention(nnx.Module):
+    """torch's ``nn.MultiheadAttention`` with the stacked in-projection kept as three kernels."""
+
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        width, heads = config.d_model, ("heads", config.nhead)
+        self.num_heads = config.nhead
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        # torch draws q, k and v as one [3 d, d] matrix, so xavier sees fan_in + fan_out = 4 d.
+        bound = math.sqrt(6 / (4 * width))
+
+        def stacked_xavier(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        def in_proj():
+            return Linear(width, width, axes=("embed", heads), kernel_init=stacked_xavier, **kwargs)
+
+        self.q_proj, self.k_proj, self.v_proj = in_proj(), in_proj(), in_proj()
+        self.out_proj = Linear(width, width, axes=(heads, "embed"), kernel_init=xavier_uniform, **kwargs)
+
+    def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+        query = split_heads(self.q_proj(x), self.num_heads)
+        key = split_heads(self.k_proj(memory), self.num_heads)
+        value = split_heads(self.v_proj(memory), self.num_heads)
+        return self.out_proj(attention(query, key, value))
+
+
+class FeedForward(nnx.Module):
+    """``linear2(relu(linear1(x)))``."""
+
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        width, hidden = config.d_model, config.dim_feedforward
+        kwargs = dict(kernel_init=xavier_uniform, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.linear1 = Linear(width, hidden, axes=("embed", "mlp"), bias_init=uniform_fan_in(width), **kwargs)
+        self.linear2 = Linear(
+            hidden, width, axes=("mlp", "embed"), bias_init=uniform_fan_in(hidden), **kwargs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear2(jax.nn.relu(self.linear1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    """``x += self_attn(norm1(x)); x += feed_forward(norm2(x))``."""
+
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
+        self.self_attn = MultiheadAttention(config, **kwargs)
+        self.norm2 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
+        self.feed_forward = FeedForward(config, **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.norm1(x)
+        x = x + self.self_attn(y, y)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class DecoderLayer(nnx.Module):
+    """``x += self_attn(norm1(x)); x += multihead_attn(norm2(x), memory); x += feed_forward(norm3(x))``."""
+
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
+        self.self_attn = MultiheadAttention(config, **kwargs)
+        self.norm2 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
+        self.multihead_attn = MultiheadAttention(config, **kwargs)
+        self.norm3 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
+        self.feed_forward = FeedForward(config, **kwargs)
+
+    def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
+        y = self.norm1(x)
+        x = x + self.self_attn(y, y)
+        x = x + self.multihead_attn(self.norm2(x), memory)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class Encoder(nnx.Module):
+    """Scanned encoder layers and the closing norm."""
+
+    def __init__(self, config: MapperConfig, *, dtype, param_dtype, remat: bool, rngs: nnx.Rngs):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+        self.remat = remat
+        self.layers = stack(
+            lambda layer_rngs: EncoderLayer(config, rngs=layer_rngs, **kwargs),
+            config.num_encoder_layers,
+            rngs,
+        )
+        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, rngs=rngs, **kwargs)
+
+    def __call__(self, x: Float[Array, "n m d"]) -> Float[Array, "n m d"]:
+        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x), None), remat=self.remat)
+        return self.norm(x)
+
+
+class Decoder(nnx.Module):
+    """Scanned decoder layers and the closing norm, which returns float32."""
+
+    def __init__(self, config: MapperConfig, *, dtype, param_dtype, remat: bool, rngs: nnx.Rngs):
+        self.remat = remat
+        self.layers = stack(
+            lambda layer_rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=layer_rngs),
+            config.num_decoder_layers,
+            rngs,
+        )
+        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "n q d"], memory: Float[Array, "n m d"]) -> Float[Array, "n q d"]:
+        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x, memory), None), remat=self.remat)
+        return self.norm(x)
+
+
+class VokenMlp(nnx.Module):
+    """Linear, exact GELU, Linear: from the language model's width to the transformer's."""
+
+    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        def linear(fan_in: int, axes):
+            init = uniform_fan_in(fan_in)
+            return Linear(
+                fan_in,
+                config.d_model,
+                axes=axes,
+                kernel_init=init,
+                bias_init=init,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.fc1 = linear(config.llm_hidden_size, ("embed", "mlp"))
+        self.fc2 = linear(config.d_model, ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "n m k"]) -> Float[Array, "n m d"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class FeatureMapper(nnx.Module):
+    """The mapper tower; source names in ``weights.py``.
+
+    ``dtype`` is that of the matmuls; the residual streams, LayerNorms, softmax and the output are
+    float32 (reference, section 1.13).  ``remat`` recomputes each layer in the backward pass.
+    """
+
+    config_class = MapperConfig
+
+    def __init__(
+        self,
+        config: MapperConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.config = config
+        self.fc = VokenMlp(config, **kwargs)
+        self.encoder = Encoder(config, remat=remat, **kwargs)
+        self.decoder = Decoder(config, remat=remat, **kwargs)
+        shape = (config.num_queries, config.d_model)
+        self.queries = param(rngs, normal(1.0), shape, (None, "embed"), param_dtype)
+
+    def __call__(self, vokens: Float[Array, "n m k"]) -> Float[Array, "n q d"]:
+        """Condition [n, num_queries, d_model] in float32 for n groups of voken states.
+
+        A group of zeros gives the unconditional branch of classifier-free guidance: the biases and
+        the queries still act (reference, sections 3.2 and 3.5).
+        """
+        memory = self.encoder(self.fc(vokens).astype(jnp.float32))
+        queries = self.queries[...].astype(jnp.float32)
+        return self.decoder(jnp.broadcast_to(queries, (vokens.shape[0], *queries.shape)), memory)

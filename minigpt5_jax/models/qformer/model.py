@@ -1,0 +1,192 @@
+"""Q-Former, query branch only: 32 learned queries read the image tokens by cross-attention.
+
+BERT's post-norm layers; the text branch of BLIP-2 (word embeddings, text feed-forward, LM head) is
+not built, as in MiniGPT-4 (reference, section 1.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minigpt5_jax.models.common import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    attention,
+    normal,
+    param,
+    scan_layers,
+    split_heads,
+    stack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormerConfig:
+    """Hyper-parameters under the names, and with the defaults, of Hugging Face's ``Blip2QFormerConfig``.
+
+    ``num_query_tokens`` is the one field that lives in ``Blip2Config`` there.  The first of every
+    ``cross_attention_frequency`` layers has cross-attention.
+
+    Raises:
+      ValueError: a head count that does not divide the width, a layer count that the frequency
+        does not divide, or an unknown activation.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int = 1408
+    num_query_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not divide into "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_hidden_layers % self.cross_attention_frequency:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} does not divide into groups of "
+                f"cross_attention_frequency={self.cross_attention_frequency}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> QFormerConfig:
+        """From a ``Blip2QFormerConfig`` or BERT dict; ``overrides`` win, absent fields take defaults.
+
+        Dropout rates in the dict are not read: the tower is frozen and always in evaluation mode.
+
+        Raises:
+          ValueError: naming a field whose value this tower does not implement.
+        """
+        if config.get("position_embedding_type", "absolute") != "absolute":
+            raise ValueError(
+                f"position_embedding_type={config['position_embedding_type']!r} is not implemented"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{**{name: value for name, value in config.items() if name in names}, **overrides})
+
+
+BLIP2_QFORMER = QFormerConfig()
+"""BLIP-2's Q-Former: 105,137,664 parameters and 24,576 of query tokens."""
+
+
+class QFormerAttention(nnx.Module):
+    """Multi-head attention with its residual and post-norm; keys and values from ``context``."""
+
+    def __init__(self, config: QFormerConfig, context_size: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        width, heads = config.hidden_size, ("heads", config.num_attention_heads)
+        kwargs = dict(
+            kernel_init=normal(config.initializer_range), dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.query = Linear(width, width, axes=("embed", heads), **kwargs)
+        self.key = Linear(context_size, width, axes=("embed", heads), **kwargs)
+        self.value = Linear(context_size, width, axes=("embed", heads), **kwargs)
+        self.output = Linear(width, width, axes=(heads, "embed"), **kwargs)
+        self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        query, key, value = (
+            split_heads(projected, self.num_heads)
+            for projected in (self.query(x), self.key(context), self.value(context))
+        )
+        return self.layer_norm(x + self.output(attention(query, key, value)))
+
+
+class QFormerLayer(nnx.Module):
+    """Self-attention, cross-attention if the layer has it, then the query feed-forward; all post-norm."""
+
+    def __init__(
+        self, config: QFormerConfig, has_cross_attention: bool, *, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        dense = dict(kernel_init=normal(config.initializer_range), **kwargs)
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.attention = QFormerAttention(config, width, **kwargs)
+        self.crossattention = (
+            QFormerAttention(config, config.encoder_hidden_size, **kwargs) if has_cross_attention else None
+        )
+        self.intermediate_query = Linear(width, hidden, axes=("embed", "mlp"), **dense)
+        self.output_query = Linear(hidden, width, axes=("mlp", "embed"), **dense)
+        self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, image: jax.Array) -> jax.Array:
+        x = self.attention(x, x)
+        if self.crossattention is not None:
+            x = self.crossattention(x, image)
+        return self.layer_norm(x + self.output_query(self.activation(self.intermediate_query(x))))
+
+
+class QFormerGroup(nnx.Module):
+    """The unit that repeats: one layer with cross-attention and the plain layers after it."""
+
+    def __init__(self, config: QFormerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.layer = nnx.List(
+            QFormerLayer(config, position == 0, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for position in range(config.cross_attention_frequency)
+        )
+
+    def __call__(self, x: jax.Array, image: jax.Array) -> jax.Array:
+        for layer in self.layer:
+            x = layer(x, image)
+        return x
+
+
+class QFormer(nnx.Module):
+    """Queries and encoder; source names in ``weights.py``.
+
+    Matmuls run in ``dtype``; the residual stream leaves every post-norm, and the tower, in float32
+    (reference, section 1.13).  ``remat`` recomputes each group of layers in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.remat = config, remat
+        shape = (1, config.num_query_tokens, config.hidden_size)
+        self.query_tokens = param(
+            rngs, normal(config.initializer_range), shape, (None, None, "embed"), param_dtype
+        )
+        self.layer_norm = LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
+        self.groups = stack(
+            lambda group_rngs: QFormerGroup(config, dtype=dtype, param_dtype=param_dtype, rngs=group_rngs),
+            config.num_hidden_layers // config.cross_attention_frequency,
+            rngs,
+        )
+
+    def __call__(self, encoder_hidden_states: Float[Array, "i p d_enc"]) -> Float[Array, "i q d"]:
+        """Last hidden state of the queries, float32, for each image.
+
+        Args:
+          encoder_hidden_states: image tokens after ``ln_vision``; every one is attended to.
+        """
+        x = self.layer_norm(self.query_tokens[...])  # BERT's embedding norm: applied to the queries too
+        x = jnp.broadcast_to(x, (encoder_hidden_states.shape[0], *x.shape[1:]))
+        return scan_layers(
+            self.groups, x, lambda group, x, _: (group(x, encoder_hidden_states), None), remat=self.remat
+        )[0]

@@ -1,0 +1,203 @@
+"""Strict import of a pretrained tower: what of a file is used, checked tensor by tensor, and written again.
+
+A source is read by its weight table.  Every key is consumed or ignored for a reason that the table gives;
+every parameter is written once; shapes fit; no value is NaN or infinite.  The :class:`Coverage` says which
+key went where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.formats.load import Weights, count_non_finite, is_floating, open_weights
+from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
+from minigpt5_jax.weights.view import Tensors, View
+
+COVERAGE_FILE = "coverage.json"
+Shapes = Mapping[str, tuple[int, ...]]
+NOT_SIZES = (
+    "vocab_size",
+    "initializer_range",
+    "sample_size",
+    "max_position_embeddings",
+    "num_key_value_heads",
+)
+"""Fields of a ``config.json`` in which files of one model differ."""
+
+
+@runtime_checkable
+class Files(Protocol):
+    """What is asked of a tower here; :class:`minigpt5_jax.models.tower.Tower` has it."""
+
+    marks: tuple[str, ...]
+    adapt: Callable[[Tensors, Any], Tensors]
+    table: Callable[[Iterable[str], Any], Table]
+    cause: Callable[[Tensors, Callable[[str], tuple[int, ...]]], str]
+
+    def shapes(self, sizes: Any) -> Shapes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """What an import did with each tensor of a source.
+
+    Attributes:
+      source: file or folder.  consumed: source key -> parameter paths.  ignored: source key -> reason.
+      notes: what else is worth knowing.
+    """
+
+    source: str
+    consumed: Mapping[str, tuple[str, ...]]
+    ignored: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Every parameter that was written, sorted (a stacked one once)."""
+        return tuple(sorted({path for paths in self.consumed.values() for path in paths}))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source}: {len(self.consumed)} tensors used, {len(self.ignored)} ignored, "
+            f"{len(self.written)} parameters written"
+        ]
+        for reason, count in Counter(self.ignored.values()).items():
+            first = next(key for key, why in self.ignored.items() if why == reason)
+            more = f" and {count - 1} more" if count > 1 else ""
+            lines.append(f"  ignored {first}{more}: {reason}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**dataclasses.asdict(self), "written": self.written}
+
+
+def open_source(path: Path, key: str | None = None) -> Weights:
+    """A tower's published file or folder, no tensor read yet; where in a file of PyTorch its tensors are is
+    found out, ``key`` first.
+
+    Raises:
+      FileNotFoundError, WeightFileError: as :func:`minigpt5_jax.weights.formats.load.open_weights`.
+    """
+    failure: WeightFileError | None = None
+    for place in (None,) if path.is_dir() else dict.fromkeys((key, "model", "state_dict", None)):
+        try:
+            return open_weights(path, place)
+        except WeightFileError as error:
+            failure = failure or error
+    raise failure or WeightFileError(f"{path} cannot be read")
+
+
+def examine(
+    name: str,
+    tower: Files,
+    source: Tensors,
+    sizes: Any,
+    *,
+    others: Mapping[str, Files] | None = None,
+    notes: tuple[str, ...] = (),
+    values: bool = True,
+) -> tuple[View, Coverage]:
+    """Compare a source's keys with a tower, and prepare to read it.
+
+    Args:
+      name: of the tower under ``config.weights``.  tower: its record.  source: tensors by name.
+      sizes: the tower's.  others: records of other towers by name, for the likely cause of what does not fit.
+      values: look for NaN too, not at shapes only.
+
+    Returns:
+      (the tensors that are used, under the names the tower's table reads; checked for shape and for
+      NaN as each is read; coverage).
+
+    Raises:
+      WeightTableError: naming the keys that do not fit, and the likely cause.
+    """
+    where = str(getattr(source, "path", None) or name)
+
+    def explain(text: str) -> str:
+        return with_cause(f"{where}: {text}", name, tower, source, others)
+
+    try:
+        adapted = tower.adapt(source, sizes)
+        table, shapes = tower.table(adapted, sizes), tower.shapes(sizes)
+        plan = table.plan(list(adapted), shapes)
+    except WeightTableError as error:
+        raise WeightTableError(explain(str(error))) from None
+    checked = check_tensors(plan, adapted, shapes, explain, values=values)
+    return checked, coverage_of(where, table, plan, adapted, notes)
+
+
+def coverage_of(
+    where: str, table: Table, plan: list[Assignment], keys: Mapping[str, Any], notes: tuple[str, ...] = ()
+) -> Coverage:
+    """Coverage of a plan made of ``table`` and ``keys``."""
+    ignored = {key: reason for key in keys if (reason := table.reason(key)) is not None}
+    return Coverage(where, {item.key: item.targets for item in plan}, ignored, notes)
+
+
+def check_tensors(
+    plan: list[Assignment],
+    source: Tensors,
+    shapes: Shapes,
+    explain: Callable[[str], str] = lambda text: text,
+    *,
+    values: bool = True,
+) -> View:
+    """The tensors of a plan; reading one raises WeightTableError if its shape or its values are wrong."""
+
+    def checked(item: Assignment) -> np.ndarray:
+        value = source[item.key]
+        if not is_floating(value.dtype):
+            raise WeightTableError(explain(f"{item.key!r} is {value.dtype}: quantised files are not read"))
+        try:
+            parts = item.op.forward(value)
+        except (ValueError, IndexError, WeightTableError) as error:
+            raise WeightTableError(explain(f"{item.key!r} of shape {value.shape}: {error}")) from None
+        for path, part in zip(item.targets, parts, strict=True):
+            want = tuple(shapes[path])[0 if item.index is None else 1 :]
+            if part.shape != want:
+                raise WeightTableError(
+                    explain(f"{item.key!r} gives shape {part.shape} for {path!r}, the model has {want}")
+                )
+        if values and (bad := count_non_finite(value)):
+            raise WeightTableError(explain(f"{item.key!r} holds {bad} values that are NaN or infinite"))
+        return value
+
+    return View(source, {item.key: lambda item=item: checked(item) for item in plan})
+
+
+def with_cause(
+    message: str, name: str, tower: Files, source: Tensors, others: Mapping[str, Files] | None = None
+) -> str:
+    """``message`` about a source, and what the source probably is instead (:func:`likely_cause`)."""
+    cause = likely_cause(name, tower, source, others or {})
+    return f"{message}\nlikely cause: {cause}" if cause else message
+
+
+def likely_cause(name: str, tower: Files, source: Tensors, others: Mapping[str, Files]) -> str:
+    """What a source probably is, where it is not what the tower wants; '' for no idea.
+
+    Told by a few names and shapes; only called once something does not fit.
+    """
+    if not any(key.startswith(tower.marks or ("\0",)) for key in source):
+        for owner, other in others.items():
+            if owner != name and other.marks and any(key.startswith(other.marks) for key in source):
+                return f"this is a file for weights.{owner}, not for weights.{name}"
+    return tower.cause(source, lambda key: source[key].shape if key in source else ())
+
+
+def differing(sizes: Any, preset: Any) -> list[str]:
+    """Each field in which sizes are not the preset's, with both values; but for ``NOT_SIZES``."""
+    want = dataclasses.asdict(preset)
+    return [
+        f"{field} is {value}, not {want[field]}"
+        for field, value in dataclasses.asdict(sizes).items()
+        if value != want[field] and field not in NOT_SIZES
+    ]

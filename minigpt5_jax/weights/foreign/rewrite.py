@@ -1,0 +1,365 @@
+"""Rewriting published weights as a folder that ``config.weights`` takes: safetensors and a ``config.json``.
+
+Nothing is computed: tensors keep their dtype; names change where a single file becomes a diffusers folder.
+A folder appears whole under its name or not at all: it is made beside it as ``NAME.partial``, and one that
+an interruption left there is made again.  What the parts of a model put into ``Origin.convert`` is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from minigpt5_jax.diffusion.schedule import NoiseSchedule
+from minigpt5_jax.models.clip_text.weights import TOWER as TEXT_ENCODER
+from minigpt5_jax.models.eva_vit.weights import TOWER as EVA_VIT
+from minigpt5_jax.models.llama import weights as llama
+from minigpt5_jax.models.llama_proj.weights import TOWER as LLAMA_PROJ
+from minigpt5_jax.models.qformer.weights import TOWER as QFORMER
+from minigpt5_jax.models.tower import Tower
+from minigpt5_jax.models.unet.weights import TOWER as UNET
+from minigpt5_jax.models.vae.weights import TOWER as VAE
+from minigpt5_jax.weights.check import COVERAGE_FILE, Coverage, differing, examine, open_source, with_cause
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.foreign import ldm
+from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.weights.formats.save import save_safetensors, write_json
+from minigpt5_jax.weights.table import Table, WeightTableError
+from minigpt5_jax.weights.view import Tensors, rename, replaced, subset
+
+LLAMA_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "tokenizer.json",
+)
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+    "trained_betas": None,
+}
+"""Scheduler of Stable Diffusion 2.1-base (reference 1.10); a single file has none."""
+DIFFUSION: Mapping[str, Tower] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
+SINGLE_FILE = {
+    "unet": (ldm.UNET, ldm.unet),
+    "vae": (ldm.VAE, ldm.vae),
+    "text_encoder": (ldm.TEXT, ldm.text_encoder),
+}
+"""Tower -> start of its names in a single file, and their table."""
+FOLDERS = (*DIFFUSION, "tokenizer", "scheduler")
+TOWERS = {"llm": llama.TOWER, "vit": EVA_VIT, "qformer": QFORMER, "llama_proj": LLAMA_PROJ, **DIFFUSION}
+"""What a file that does not fit may be instead."""
+
+
+@runtime_checkable
+class Options(Protocol):
+    """What the ``convert`` command may be told (:class:`minigpt5_jax.parts.contracts.ConvertOptions`)."""
+
+    sizes: str | None
+    keep_rows: bool
+    tokenizer: str | None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name ``path`` when everything is in it.
+
+    Raises:
+      FileExistsError: there is something under that name.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is already there; delete it or choose another --output")
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def convert_llama(name: str, tower: Tower, source: Path, output: Path, options: Options) -> list[Coverage]:
+    """A folder of LLaMA, of MiniGPT-5's size unless ``options.sizes`` says otherwise."""
+    if options.sizes is None:
+        require_preset(name, tower, tower.read_sizes(source / "config.json"))
+    return [write_llm(open_source(source), source, output, keep_rows=options.keep_rows)]
+
+
+def convert_tower(name: str, tower: Tower, source: Path, output: Path, options: Options) -> list[Coverage]:
+    """A folder of one tower, of MiniGPT-5's size unless ``options.sizes`` says otherwise."""
+    sizes = tower.read_sizes(_sizes_file(source, options.sizes))
+    if options.sizes is None:
+        require_preset(name, tower, sizes)
+    return [write_tower(name, tower, open_source(source, tower.key), sizes, output)]
+
+
+def _sizes_file(source: Path, given: str | None) -> Path | None:
+    """The config.json with the sizes of a source; None for the preset."""
+    if given not in (None, "source"):
+        return Path(given)
+    beside = source / "config.json" if source.is_dir() else source.parent / "config.json"
+    return beside if given == "source" or (source.is_dir() and beside.is_file()) else None
+
+
+def convert_diffusion(source: Path, output: Path, options: Options) -> list[Coverage]:
+    """A diffusers folder, of a diffusers folder or of one file of Stable Diffusion.
+
+    Raises:
+      ValueError: one file, and no tokenizer for it.
+    """
+    if source.is_dir():
+        check_scheduler(source / "scheduler/scheduler_config.json")
+        return write_diffusers(source, output, any_size=options.sizes is not None)
+    if options.tokenizer is None:
+        raise WeightFileError("one file holds no tokenizer: give --tokenizer FOLDER (vocab.json, merges.txt)")
+    torch = source.suffix != ".safetensors"
+    weights = open_weights(source, "state_dict" if torch else None)
+    sizes = Path(options.sizes) if options.sizes not in (None, "source") else None
+    return write_single_file(weights, Path(options.tokenizer), output, sizes)
+
+
+def check_scheduler(path: Path) -> NoiseSchedule:
+    """Noise schedule of a diffusion model, which must predict noise.
+
+    Args:
+      path: its ``scheduler_config.json``.
+
+    Raises:
+      WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
+    """
+    try:
+        return NoiseSchedule.from_hf(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise WeightFileError(f"{path}: {error}") from None
+
+
+def write_tower(
+    name: str,
+    tower: Tower,
+    source: Tensors,
+    sizes: Any,
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Coverage:
+    """The tensors a tower uses, its sizes and the coverage, into ``folder``.
+
+    Args:
+      name: of the tower under ``config.weights``.  tower: its record.  source: its tensors.
+      sizes: the tower's.  config: the published ``config.json``; made of ``sizes`` where there is none.
+
+    Raises:
+      WeightTableError: keys, shapes or values that do not fit.
+    """
+    view, coverage = examine(name, tower, source, sizes, others=TOWERS, notes=notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_safetensors(folder / tower.file, view, {"format": "pt"})
+    write_json(folder / "config.json", describe(tower, sizes) if config is None else config)
+    write_json(folder / COVERAGE_FILE, coverage.to_json())
+    return coverage
+
+
+def require_preset(name: str, tower: Tower, sizes: Any) -> None:
+    """Refuse sizes that are not those MiniGPT-5 stands on.
+
+    Raises:
+      WeightTableError: each number that differs, and what the file probably is.
+    """
+    if other := differing(sizes, tower.preset):
+        width = getattr(sizes, "hidden_size", None)
+        known = tower is llama.TOWER and width in llama.SIZES
+        cause = f"\nlikely cause: LLaMA-{llama.SIZES[width]} in place of 7B" if known else ""
+        raise WeightTableError(
+            f"{name}: {'; '.join(other)}{cause}\nto convert it all the same: --sizes=source"
+        )
+
+
+def describe(tower: Tower, sizes: Any) -> dict[str, Any]:
+    """A ``config.json`` of sizes, in the published field names."""
+    of_diffusers = tower.library == "diffusers"
+    return ({"_class_name": tower.class_name} if of_diffusers else {}) | tower.describe(sizes)
+
+
+def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = False) -> Coverage:
+    """A LLaMA folder: weights, configuration and tokenizer.
+
+    Args:
+      source: tensors of ``folder``.  output: folder to fill.
+      keep_rows: keep rows that the tokenizer has no entry for.  By default they are left out, such as
+        the ``[PAD]`` row that Vicuna v0's delta adds.
+
+    Raises:
+      WeightFileError: no ``config.json`` or ``tokenizer.model``, or one of another generation.
+    """
+    for name in ("config.json", "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise WeightFileError(f"{folder} has no {name}; fetch it with the weights")
+    sizes, notes = llama.TOWER.read_sizes(folder / "config.json"), ()
+    config = json.loads((folder / "config.json").read_text())
+    refuse_other_vicuna(config, folder / "config.json")
+    if llama.EMBED not in source:
+        raise WeightTableError(
+            with_cause(f"{folder}: {llama.EMBED!r} is missing", "llm", llama.TOWER, source, TOWERS)
+        )
+    rows, entries = source[llama.EMBED].shape[0], tokenizer_entries(folder)
+    if rows < entries:
+        raise WeightTableError(f"{folder}: {rows} rows, but the tokenizer has {entries} entries")
+    if rows > entries and not keep_rows:
+        notes = (f"rows {entries} to {rows - 1} are left out: the tokenizer has {entries} entries",)
+        cut = {key: lambda x: x[:entries] for key in (llama.EMBED, llama.HEAD)}  # Vicuna v0's [PAD] (1.5)
+        source, rows = replaced(source, cut), entries
+    sizes = dataclasses.replace(sizes, vocab_size=rows)
+    coverage = write_tower(
+        "llm", llama.TOWER, source, sizes, output, config={**config, "vocab_size": rows}, notes=notes
+    )
+    for name in LLAMA_FILES:
+        if (folder / name).is_file():
+            shutil.copy(folder / name, output / name)
+    return coverage
+
+
+def tokenizer_entries(folder: Path) -> int:
+    """Entries of a LLaMA tokenizer: its pieces, and what ``added_tokens.json`` puts behind them.
+
+    Raises:
+      WeightFileError: a file is not what its name says.
+    """
+    import sentencepiece
+
+    added = folder / "added_tokens.json"
+    try:
+        more = json.loads(added.read_text()).values() if added.is_file() else ()
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+        return max([pieces.vocab_size(), *(number + 1 for number in more)])
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise WeightFileError(f"{folder}: its tokenizer cannot be read ({error}); fetch it again") from None
+
+
+def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:
+    """Versions after v0 are other models with other prompts; they say so by name or by LLaMA-2's sizes.
+
+    Raises:
+      WeightFileError: ``config`` is one of them.
+    """
+    name = str(config.get("_name_or_path", "")).lower()
+    later = next((version for version in ("v1.1", "v1.3", "v1.5") if version in name), None)
+    if (positions := config.get("max_position_embeddings", 2048)) > 2048:
+        later = later or f"on LLaMA-2 or later (v1.5): max_position_embeddings is {positions}, not 2048"
+    if later:
+        raise WeightFileError(
+            f"{path}: this is Vicuna {later}; MiniGPT-4 and MiniGPT-5 stand on v0, and their weights fit no "
+            "other (Vision-CAIR/vicuna-7b, or lmsys/vicuna-7b-delta-v0 applied to LLaMA-7B)"
+        )
+
+
+def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> list[Coverage]:
+    """A diffusers folder of Stable Diffusion 2.1-base as safetensors, with today's names.
+
+    Args:
+      source: folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/, tensors in any form.
+      output: folder to fill.  any_size: sizes may differ from the full-size presets.
+
+    Raises:
+      WeightFileError: a part is missing, or cannot be used.
+    """
+    for name in FOLDERS:
+        if not (source / name).is_dir():
+            raise WeightFileError(f"{source} has no {name}/; a diffusers folder has {', '.join(FOLDERS)}")
+    found = []
+    for name, tower in DIFFUSION.items():
+        config = source / name / "config.json"
+        sizes = tower.read_sizes(config)
+        if not any_size:
+            require_preset(name, tower, sizes)
+        found.append(
+            write_tower(
+                name,
+                tower,
+                open_weights(source / name),
+                sizes,
+                output / name,
+                config=json.loads(config.read_text()),
+            )
+        )
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(source / name, output / name)
+    return found
+
+
+def write_single_file(
+    source: Tensors, tokenizer: Path, output: Path, sizes: Path | None = None
+) -> list[Coverage]:
+    """A Stable Diffusion 2.1-base checkpoint of one file as a diffusers folder.
+
+    Args:
+      source: its tensors.  tokenizer: folder with ``vocab.json`` and ``merges.txt``, which it lacks.
+      output: folder to fill.  sizes: diffusers folder with the sizes; the full-size presets by default.
+
+    Raises:
+      WeightTableError: keys that belong to no part, and the likely cause.
+    """
+    for name in ("vocab.json", "merges.txt"):
+        if not (tokenizer / name).is_file():
+            raise WeightFileError(f"{tokenizer} has no {name}; give tokenizer/ of a diffusers folder")
+    _refuse_other_diffusion(source)
+    known, ignored = Table((), ldm.IGNORED), {}
+    prefixes = {name: prefix for name, (prefix, _) in SINGLE_FILE.items()}
+    parts: dict[str, list[str]] = {name: [] for name in prefixes}
+    for key in source:
+        owner = next((name for name, prefix in prefixes.items() if key.startswith(prefix)), None)
+        reason = known.reason(key)
+        if reason is not None:
+            ignored[key] = reason
+        elif owner is None:
+            raise WeightTableError(f"{getattr(source, 'path', 'the file')}: key {key!r} belongs to no part")
+        else:
+            parts[owner].append(key)
+    found = []
+    for name, keys in parts.items():
+        made = DIFFUSION[name].read_sizes(sizes / name / "config.json" if sizes else None)
+        table = SINGLE_FILE[name][1](made)
+        part = rename(table, subset(source, {key: key for key in keys}))
+        coverage = write_tower(name, DIFFUSION[name], part, made, output / name)
+        dropped = {key: reason for key in keys if (reason := table.reason(key)) is not None}
+        found.append(dataclasses.replace(coverage, ignored={**coverage.ignored, **dropped}))
+    found[0] = dataclasses.replace(found[0], ignored={**found[0].ignored, **ignored})
+    (output / "scheduler").mkdir()
+    scheduler = sizes / "scheduler/scheduler_config.json" if sizes else None
+    values = json.loads(scheduler.read_text()) if scheduler else SCHEDULER
+    write_json(output / "scheduler/scheduler_config.json", values)
+    shutil.copytree(tokenizer, output / "tokenizer")
+    return found
+
+
+def _refuse_other_diffusion(source: Tensors) -> None:
+    """Other generations of Stable Diffusion, told by their keys or by the file's name."""
+    path = str(getattr(source, "path", ""))
+    cause = ""
+    if any(key.startswith("cond_stage_model.transformer.text_model.") for key in source):
+        cause = "this is Stable Diffusion 1.x"
+    elif any(key.startswith("conditioner.embedders.") for key in source):
+        cause = "this is Stable Diffusion XL"
+    elif not any(key.startswith(ldm.TEXT) for key in source):
+        cause = "it has no OpenCLIP text encoder (cond_stage_model.model.*)"
+    elif "768" in Path(path).name:
+        cause = "its name says that it is the 768-pixel model, which predicts v"
+    if cause:
+        raise WeightTableError(f"{path or 'the file'}: {cause}; MiniGPT-5 draws with 2.1-base, v2-1_512-*")

@@ -1,0 +1,249 @@
+"""Opening weight files of every form, and filling a tower from them.
+
+Everything here is numpy: a tensor is a view of the mapped file, so opening a file and importing a tower cost
+no memory beyond what is made of it, whatever the size of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.formats.safetensors import SafetensorsFile
+from minigpt5_jax.weights.formats.torch import read_torch
+from minigpt5_jax.weights.table import Table, WeightTableError
+
+STEMS = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+"""Files of a Hugging Face folder, the first that is there counts; each may be split, with an index."""
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class Weights(Tensors):
+    """Tensors of one or more files by name, each a read-only view of its file.
+
+    Dtypes are those of the file, tensor by tensor (bfloat16 is ``ml_dtypes.bfloat16``).
+
+    Attributes:
+      path: the file or folder that was opened.
+      metadata: the strings stored in the header (of the first file, if there are several).
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensors], metadata: Mapping[str, str]):
+        """``tensors``: name -> the file's tensors it is among."""
+        self.path, self.metadata = path, dict(metadata)
+        self._owners = dict(tensors)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        view = self._owners[name][name]
+        return view if view.flags.aligned else view.copy()  # old PyTorch files put tensors anywhere
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._owners
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+
+def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Weights:
+    """Open a weight file, or a folder in Hugging Face layout; no tensor is read before it is used.
+
+    A file is safetensors or one of PyTorch (``.bin``, ``.pth``, ``.pt``, ``.ckpt``), told by its content.  A
+    folder holds one of ``STEMS``, or its index and shards; safetensors come first.
+
+    Args:
+      key: where in a PyTorch file its tensors are (``"model"``, ``"state_dict"``); None for a file that holds
+        nothing else.  Safetensors have no such places.
+
+    Raises:
+      FileNotFoundError: the path, a file of that layout, or a shard is not there.
+      WeightFileError: a file is truncated, is of another format, would have to run code, contradicts the
+        index, or has no tensors under ``key``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}; download them there or correct the path")
+    if path.is_file():
+        return _single(path, path, key)
+    for name in STEMS:
+        if (path / f"{name}.index.json").is_file():
+            return _sharded(path, path / f"{name}.index.json", key)
+        if (path / name).is_file():
+            return _single(path, path / name, key)
+    there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"{path} holds {there}, but none of {', '.join(STEMS)}, nor the index of one; download the weights "
+        "there, or give the path of one file"
+    )
+
+
+def open_container(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything a PyTorch file holds: ``state_dict``, ``epoch``, ``hyper_parameters`` ...; arrays are views.
+
+    Raises:
+      WeightFileError: it is no dictionary, or as :func:`open_weights`.
+    """
+    path = Path(path)
+    if not _is_torch(path):
+        raise WeightFileError(f"{path} is no file of PyTorch")
+    content = read_torch(path)
+    if not isinstance(content, dict):
+        raise WeightFileError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def _single(path: Path, file: Path, key: str | None) -> Weights:
+    tensors = _open_file(file, key)
+    return Weights(path, dict.fromkeys(tensors, tensors), getattr(tensors, "metadata", {}))
+
+
+def _sharded(path: Path, index: Path, key: str | None) -> Weights:
+    owners: dict[str, Tensors] = {}
+    metadata: Mapping[str, str] = {}
+    for file, wanted in _indexed_files(index).items():
+        tensors = _open_file(Path(file), key)
+        if missing := sorted(set(wanted) - set(tensors)):
+            raise WeightFileError(
+                f"{file} lacks {missing[0]!r} and {len(missing) - 1} more tensors that {index} places "
+                "there; download both again, from the same revision"
+            )
+        if surplus := sorted(set(tensors) - set(wanted)):
+            raise WeightFileError(
+                f"{file} holds {surplus[0]!r} and {len(surplus) - 1} more tensors that {index} does not "
+                "place there; download both again, from the same revision"
+            )
+        metadata = metadata or getattr(tensors, "metadata", {})
+        owners.update(dict.fromkeys(wanted, tensors))
+    return Weights(path, owners, metadata)
+
+
+def _is_torch(path: Path) -> bool:
+    """Whether a file is PyTorch's, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(40)
+    if not start:
+        raise WeightFileError(f"{path} is empty; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightFileError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there")
+    # A safetensors file starts with its header's length in 8 bytes, whose first may be any.
+    return start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{"
+
+
+def _open_file(path: Path, key: str | None) -> Tensors:
+    """Tensors of one file."""
+    if not _is_torch(path):
+        return SafetensorsFile(path)
+    tensors = content = open_container(path)
+    if key is not None:
+        if not isinstance(content.get(key), dict):
+            raise WeightFileError(f"{path} has no tensors under {key!r}; it holds {_names(content)}")
+        tensors = content[key]
+    if other := [name for name, value in tensors.items() if not isinstance(value, np.ndarray)]:
+        inside = [name for name in other if isinstance(tensors[name], dict)]
+        hint = f"; give one of them as the key, such as {inside[0]!r}" if inside else ""
+        where = f"{path} under {key!r}" if key is not None else str(path)
+        raise WeightFileError(f"{where} holds more than tensors: {_names(tensors)}{hint}")
+    return tensors
+
+
+def _names(content: Mapping[str, Any]) -> str:
+    """Names in a dictionary, for a message."""
+    names = [repr(name) for name in content]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def _indexed_files(index: Path) -> dict[str, list[str]]:
+    """Shard path -> its tensor names, from an index in Hugging Face's form."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {name: str(index.parent / shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightFileError(
+            f"{index} is not an index of weights ({type(error).__name__}: {error}); download it again"
+        ) from None
+    files: dict[str, list[str]] = {}
+    for name, shard in shards.items():
+        files.setdefault(shard, []).append(name)
+    if absent := sorted(file for file in files if not Path(file).is_file()):
+        raise FileNotFoundError(
+            f"{index} names {len(files)} shards, {len(absent)} of them missing: {', '.join(absent)}; "
+            "download the missing shards into that folder"
+        )
+    return files
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether a weight of this dtype may be cast (numpy does not count bfloat16 as floating)."""
+    return np.issubdtype(dtype, np.floating) or dtype == ml_dtypes.bfloat16
+
+
+def count_non_finite(value: np.ndarray) -> int:
+    """How many values are NaN or infinite, at about the speed of reading them once.
+
+    Looks at the bits, a few MB at a time: for a number, without its sign, they order as the numbers do.
+    """
+    if not is_floating(value.dtype):
+        return 0
+    bits = value.ravel(order="K").view(f"u{value.dtype.itemsize}")
+    infinite = np.array(np.inf, value.dtype).view(bits.dtype)
+    magnitude = np.array(np.iinfo(bits.dtype).max >> 1, bits.dtype)
+    step, bad = 1 << 20, 0
+    for start in range(0, bits.size, step):
+        part = bits[start : start + step] & magnitude
+        if part.max(initial=0) >= infinite:
+            bad += int(np.count_nonzero(part >= infinite))
+    return bad
+
+
+class _Cast(Tensors):
+    """A source whose floating tensors arrive in ``dtype``: cast before stacking, never twice in memory."""
+
+    def __init__(self, source: Mapping[str, np.ndarray], dtype: Any):
+        self.source, self.dtype = source, np.dtype(dtype)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        value = np.asarray(self.source[name])
+        return value.astype(self.dtype, copy=False) if is_floating(value.dtype) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def load_tower(
+    table: Table, source: Mapping[str, np.ndarray], shapes: Mapping[str, Any], dtype: Any = None
+) -> dict[str, np.ndarray]:
+    """Parameters of one tower from foreign tensors.
+
+    Args:
+      table: rules from the source's names to the tower's paths.
+      source: tensors by name; every one must be consumed or ignored by the table.
+      shapes: the tower's paths -> shape, or anything with ``.shape`` (``Template.shapes``).
+      dtype: floating parameters are cast to it; None keeps each tensor's own.
+
+    Raises:
+      WeightTableError: naming the source and every tensor that is missing, unexpected or misshapen.
+    """
+    plain = {path: tuple(getattr(shape, "shape", shape)) for path, shape in shapes.items()}
+    try:
+        return table.to_params(source if dtype is None else _Cast(source, dtype), plain)
+    except WeightTableError as error:
+        where = getattr(source, "path", None)
+        raise WeightTableError(f"{where}: {error}" if where else str(error)) from None

@@ -1,0 +1,198 @@
+"""Answers of a trained run as a page: single prompts, whole stories, dialogues."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, tell
+from minigpt5_jax.inference.page import Entry, write_page
+from minigpt5_jax.inference.prompts import file_prompts, text_prompt
+from minigpt5_jax.inference.session import Generation, Prompt
+from minigpt5_jax.inference.transcript import (
+    entry_of,
+    read_records,
+    record_of,
+    seed_of,
+    turns_of,
+    write_records,
+)
+from minigpt5_jax.wiring.restore import OpenedRun
+
+MODES = ("story", "chat")
+DIALOG_FORMATS = ("mmdialog", "shapes_dialogs")
+"""``data.format`` of dialogues, whose samples hold three turns at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to answer.
+
+    Attributes:
+      mode: one of :data:`MODES`; None answers single prompts.
+      texts: single prompts.  images: input images of the one single prompt.
+      jsonl: file of records, each a prompt, or a story or dialogue of a mode.
+      seed: of the first sample; the others count up from it.  num_samples: answers to each prompt.
+      batch_size: answers made together at most.
+      template: how ``texts`` are put to the model: ``bare`` as a caption (stage 1), ``dialog`` as a user
+        turn of a dialogue (stage 2); None follows the run's stage, and the images.
+      scenes: of a story, to tell.
+      window: turns of a dialogue that are read; None for all, 3 for runs trained on MMDialog, as there.
+    """
+
+    mode: str | None = None
+    texts: Sequence[str] = ()
+    images: Sequence[str] = ()
+    jsonl: str | None = None
+    seed: int = 0
+    num_samples: int = 1
+    batch_size: int = 4
+    template: str | None = None
+    scenes: int = 4
+    window: int | None = None
+
+
+def claim_output(folder: str | Path) -> None:
+    """Refuse a folder that the page could not be written to, before the work is done.
+
+    Raises:
+      FileExistsError: it is a file, or holds other things and no page.
+    """
+    path = Path(folder)
+    foreign = path.is_dir() and any(path.iterdir()) and not (path / "index.html").is_file()
+    if foreign or (path.exists() and not path.is_dir()):
+        raise FileExistsError(f"--output={folder} holds other things; choose another folder")
+
+
+def generate_page(run: OpenedRun, request: Request, output: str | Path) -> Path:
+    """The page of the answers; everything that can be refused is refused before weights are read.
+
+    Args:
+      run: an opened run.  output: folder of the page.
+
+    Raises:
+      ConfigError, DataError, FileExistsError: as their messages say.
+    """
+    claim_output(output)
+    if request.mode is not None:
+        given = load_conversations(request)
+        check_conversations(run, given)
+        run.check()
+        return _converse(run, request, given, output)
+    prompts = single_prompts(run, request)
+    run.check()
+    session = run.session(batch_size=min(request.batch_size, len(prompts)))
+    answers = session.generate(prompts)
+    entries = [
+        entry(prompt, answer, session.style.image) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    return write_answers(run, entries, output)
+
+
+def single_prompts(run: OpenedRun, request: Request) -> list[Prompt]:
+    """Every prompt of a request with its seed; their images are known to be readable.
+
+    Raises:
+      DataError: no prompt, images without one prompt, or a prompt that cannot be put to a model.
+    """
+    if not request.texts and not request.jsonl:
+        raise DataError('nothing to answer: give --prompt "..." or --jsonl FILE')
+    if request.images and len(request.texts) != 1:
+        raise DataError(f"--image goes with one --prompt, not {len(request.texts)}; use --jsonl for several")
+    default = "dialog" if run.stage == 2 or request.images else "bare"
+    dialog = (request.template or default) == "dialog"
+    style = run.spec.parts["backbone"].prompts
+    prompts = [text_prompt(text, request.images, dialog=dialog, style=style) for text in request.texts]
+    prompts += file_prompts(request.jsonl) if request.jsonl else []
+    for image in {image for prompt in prompts for image in prompt.images}:
+        load_picture(image)
+    return [
+        dataclasses.replace(prompt, seed=request.seed + sample)
+        for prompt in prompts
+        for sample in range(request.num_samples)
+    ]
+
+
+def entry(prompt: Prompt, answer: Generation, placeholder: str) -> Entry:
+    """An answer as the page shows it, its prompt with the images in their places."""
+    pieces, shown = prompt.source.split(placeholder), []
+    for number, piece in enumerate(pieces):
+        shown += [piece.strip()] if piece.strip() else []
+        if number < len(prompt.images):
+            shown.append(np.asarray(load_picture(prompt.images[number])))
+    notes = f"{answer.dropped} positions of the prompt did not fit" if answer.dropped else ""
+    return Entry(shown, list(answer.parts) or ["(nothing)"], seed=answer.seed, notes=notes)
+
+
+def load_conversations(request: Request) -> list[tuple[Conversation, list[Said]]]:
+    """(conversation, its turns) of each record and sample; a story's turns are what was told before.
+
+    Raises:
+      DataError: no file, a record that breaks the schema, an image that cannot be read, or single prompts
+        beside it.
+    """
+    mode = request.mode
+    if not request.jsonl or request.texts or request.images:
+        raise DataError(f"{mode} reads records: give --jsonl FILE, and neither --prompt nor --image")
+    found = []
+    for name, record in read_records(request.jsonl):
+        turns = turns_of(record, Path(request.jsonl).expanduser().parent)
+        if mode == "chat" and not any(turn.role == "user" for turn in turns):
+            raise DataError(f"record {name!r} has no user turn to answer")
+        for sample in range(request.num_samples):
+            label = name if request.num_samples == 1 else f"{name}_{sample}"
+            seed = seed_of(name, request.seed, sample)
+            system = record.system if mode == "chat" else ""
+            said = list(turns) if mode == "story" else []
+            found.append((Conversation(label, seed, said, system=system), turns))
+    return found
+
+
+def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Said]]]) -> None:
+    """ConfigError where a model without a vision tower would have to read images; a warning where the run
+    never read any: a first stage knows captions only."""
+    pictures = any(isinstance(part, Drawn) for _, turns in given for turn in turns for part in turn.parts)
+    draws = run.config.inference.max_images > 0
+    if not run.spec.backbone.image_tokens and (pictures or draws):
+        what = "the records' images" if pictures else "what it draws itself"
+        raise ConfigError(
+            f"this run's model has no vision tower and cannot read {what}; use a "
+            "run whose backbone sees" + ("" if pictures else ", or --inference max_images=0 for text alone")
+        )
+    if run.stage == 1:
+        logging.warning(
+            "this run is of stage 1, trained on single captions: do not expect it to go on with "
+            "a story or dialogue; a stage-2 run (run.init_from) learns that"
+        )
+
+
+def _converse(
+    run: OpenedRun, request: Request, given: list[tuple[Conversation, list[Said]]], output: str | Path
+) -> Path:
+    """Tells stories or plays dialogues, and writes page and records."""
+    session = run.session(batch_size=min(request.batch_size, len(given)))
+    conversations = [conversation for conversation, _ in given]
+    shown = [len(turns) if request.mode == "story" else 1 for _, turns in given]
+    if request.mode == "story":
+        tell(session, conversations, request.scenes)
+    else:
+        as_there = request.window is None and run.config.data.format in DIALOG_FORMATS
+        chat(session, conversations, [turns for _, turns in given], 3 if as_there else request.window)
+    page = write_answers(run, [entry_of(c, first) for c, first in zip(conversations, shown)], output)
+    records = [record_of(c, first, number) for number, (c, first) in enumerate(zip(conversations, shown), 1)]
+    write_records(output, records)
+    return page
+
+
+def write_answers(run: OpenedRun, entries: Sequence[Entry], output: str | Path) -> Path:
+    """The page of some answers, with everything that made them."""
+    inference = {f"inference.{name}": value for name, value in run.config.inference.items()}
+    made = {"checkpoint": str(run.checkpoints), "step": run.step, "run": run.config.run.name}
+    return write_page(output, "MiniGPT-5", entries, {**made, **inference})

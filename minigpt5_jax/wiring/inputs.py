@@ -1,0 +1,294 @@
+"""From a configuration to batches on the devices: sources, shapes of a batch, loaders, placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.lengths import LengthIndex, length_index
+from minigpt5_jax.data.batches.pipeline import Loader, make_loader
+from minigpt5_jax.data.sources import (
+    Cc3mSource,
+    Cc3mTarSource,
+    JsonlSource,
+    MMDialogSource,
+    PreparedSource,
+    Source,
+    VistSource,
+)
+from minigpt5_jax.data.sources.features import FeatureSource
+from minigpt5_jax.shapes.dataset import write_dialogs, write_pairs, write_stories
+from minigpt5_jax.training.distributed import main_process
+from minigpt5_jax.training.sharding import ShardingError, batch_shardings
+from minigpt5_jax.wiring.features import with_features
+from minigpt5_jax.wiring.model import ModelSpec, Sizes, caption_tokenizer, language_tokenizer
+
+
+def open_sources(config: ConfigDict, sizes: Sizes) -> tuple[Source, Source | None]:
+    """Training and held-out samples; ``shapes*`` are drawn into the workdir first.
+
+    Raises:
+      ConfigError: no training file was given.  DataError: a file cannot be read.
+    """
+    data = config.data
+    train, validation = data.train, data.validation
+    if data.format in SHAPES:
+        train, validation = draw_shapes(config)
+    if not train:
+        raise ConfigError(f"give the training data: --config.data.train=PATH (data.format={data.format})")
+    open_one = OPENERS[data.format]
+    held_out = open_one(config, sizes, validation, False) if validation else None
+    return open_one(config, sizes, train, True), held_out
+
+
+def _wording(config: ConfigDict) -> dict[str, Any]:
+    """Settings of every source whose prompts have wordings."""
+    return {
+        "prompt_set": config.data.prompt_set,
+        "seed": config.run.seed,
+        "resample_prompts": config.data.resample_prompts,
+        "num_vokens": config.model.backbone.num_vokens,
+    }
+
+
+def _open_cc3m(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    """Held-out captions have no instruction samples, unlike the original's validation: every number of it
+    is then about captions alone."""
+    every = config.data.instruction_every
+    return Cc3mSource(
+        path, config.data.image_root, training=training, instruction_every=every, **_wording(config)
+    )
+
+
+def _open_tar(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    every = config.data.instruction_every
+    cache = Path(config.data.index_cache).expanduser()
+    return Cc3mTarSource(
+        path, cache_dir=cache, training=training, instruction_every=every, **_wording(config)
+    )
+
+
+def _open_vist(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    """Held-out stories have the tasks of training, as the original's validation, and their whole context."""
+    data = config.data
+    mapping = data.train_mapping if training else data.validation_mapping
+    return VistSource(
+        path,
+        mapping,
+        data.image_root,
+        tasks=tuple(data.tasks) or None,
+        context_dropout=data.context_dropout if training else 0.0,
+        **_wording(config),
+    )
+
+
+def _open_mmdialog(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    """Held-out dialogues are filtered as those of training, as the original's validation."""
+    data, tokenizer = config.data, language_tokenizer(config, sizes)
+    return MMDialogSource(
+        path,
+        data.image_root,
+        loader=data.dialog_loader,
+        bad_media_ids=tuple(data.bad_media_ids),
+        count_tokens=lambda text: len(tokenizer.encode(text)),
+        num_vokens=config.model.backbone.num_vokens,
+    )
+
+
+def _open_jsonl(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    vokens = config.model.backbone.num_vokens
+    return JsonlSource(path, config.data.image_root, strict=True, num_vokens=vokens)
+
+
+def _open_prepared(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    """What ``minigpt5_jax.prepare`` wrote; held-out samples as the raw files' sources give them."""
+    data, tokenizer = config.data, language_tokenizer(config, sizes)
+    return PreparedSource(
+        path,
+        "train" if training else None,
+        instruction_every=data.instruction_every if training else 0,
+        tasks=tuple(data.tasks) or None,
+        loader=data.dialog_loader,
+        bad_media_ids=tuple(data.bad_media_ids),
+        count_tokens=lambda text: len(tokenizer.encode(text)),
+        context_dropout=data.context_dropout if training else 0.0,
+        **_wording(config),
+    )
+
+
+OPENERS: dict[str, Callable[[ConfigDict, Sizes, str | Path, bool], Source]] = {
+    "cc3m": _open_cc3m,
+    "cc3m_tar": _open_tar,
+    "vist": _open_vist,
+    "mmdialog": _open_mmdialog,
+    "jsonl": _open_jsonl,
+    "prepared": _open_prepared,
+    "shapes": _open_cc3m,
+    "shapes_stories": _open_vist,
+    "shapes_dialogs": _open_mmdialog,
+}
+"""``data.format`` -> ``open(config, sizes, path, training)``."""
+
+
+SHAPES: dict[str, Callable[..., Path]] = {
+    "shapes": write_pairs,
+    "shapes_stories": write_stories,
+    "shapes_dialogs": write_dialogs,
+}
+"""``data.format`` of the small world -> ``write(folder, split, count, seed)``, which returns what is read."""
+
+
+def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
+    """Training and held-out files of the small world, drawn into the workdir by one process."""
+    folder, data, write = Path(config.run.workdir) / "data", config.data, SHAPES[config.data.format]
+    more = {"max_objects": data.shapes_max_objects} if data.format == "shapes" else {}
+
+    def draw() -> tuple[Path, Path]:
+        return (
+            write(folder, "train", data.shapes_train, config.run.seed, **more),
+            write(folder, "held_out", data.shapes_validation, config.run.seed, **more),
+        )
+
+    if main_process():
+        draw()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shapes are drawn")
+    return draw()  # what is there is left as it is
+
+
+def encode_config(config: ConfigDict, sizes: Sizes, *, training: bool) -> EncodeConfig:
+    """How samples become numbers; held-out samples are never mirrored (Q16)."""
+    data = config.data
+    return EncodeConfig(
+        language_tokenizer(config, sizes),
+        caption_tokenizer(config, sizes),
+        flip_mode=data.flip_mode if training else "off",
+        pad_input_square=data.pad_input_square,
+        truncation=data.truncation,
+        mask_all_inner_vokens=data.mask_all_inner_vokens,
+        strict_image_count=data.strict_image_count,
+    )
+
+
+def batch_spec(config: ConfigDict, spec: ModelSpec, samples: int, pack: int = 1) -> BatchSpec:
+    """Static shapes of a (micro-)batch of ``samples`` samples, ``pack`` to a row."""
+    data, backbone, generator = config.data, spec.backbone, spec.generator
+    if data.max_images and not backbone.image_tokens:
+        raise ConfigError(
+            f"data.max_images={data.max_images}, but this backbone has no vision tower and cannot see; "
+            "set data.max_images=0 or give the backbone a vision tower"
+        )
+    if data.max_length > backbone.max_positions:
+        raise ConfigError(
+            f"data.max_length={data.max_length} exceeds the language model's "
+            f"{backbone.max_positions} positions (max_position_embeddings)"
+        )
+    return BatchSpec(
+        rows=samples // pack,
+        length=data.max_length,
+        items=samples,
+        images=samples * data.max_images,
+        targets=data.max_targets,
+        image_size=backbone.image_size,
+        target_size=generator.image_size,
+        caption_length=generator.condition_shape[0],
+        num_vokens=backbone.num_vokens,
+        image_tokens=backbone.image_tokens,
+        pack=pack,
+    )
+
+
+def size_index(config: ConfigDict, spec: ModelSpec, source: Source) -> LengthIndex | None:
+    """Sizes of the samples, where buckets or packing need them; None where they do not."""
+    if not config.data.buckets and config.data.pack == 1:
+        return None
+    tokenizer = language_tokenizer(config, spec.sizes)
+    return length_index(source, tokenizer, spec.backbone.image_tokens, config.data.index_cache)
+
+
+def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
+    """Batches of this process.  Held-out ones have one shape and one sample a row."""
+    data = config.data
+    samples = data.global_batch // data.accumulation
+    pack = data.pack if training else 1
+    shapes = batch_spec(config, spec, samples, pack)
+    if isinstance(source, FeatureSource):
+        shapes = with_features(shapes, source.features)
+    return make_loader(
+        source,
+        encode_config(config, spec.sizes, training=training),
+        shapes,
+        global_batch=data.global_batch if training else samples,
+        accumulation=data.accumulation if training else 1,
+        seed=config.run.seed,
+        shuffle=training,
+        num_epochs=None if training else 1,
+        buckets=tuple(data.buckets) if training else (),
+        index=size_index(config, spec, source) if training else None,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        worker_count=data.worker_count if training else 0,
+        prefetch=data.prefetch,
+        error_budget=data.error_budget,
+    )
+
+
+def data_identity(config: ConfigDict, source: Source) -> dict[str, object]:
+    """What a checkpoint stores of its data: the samples and everything that orders them."""
+    data = config.data
+    order = {"global_batch": data.global_batch, "seed": config.run.seed}
+    if data.buckets:
+        order["buckets"] = list(data.buckets)
+    if data.pack > 1:
+        order["pack"] = data.pack
+    return {"fingerprint": source.fingerprint(), "samples": len(source), **order}
+
+
+def make_batch_sharder(mesh: jax.sharding.Mesh, accumulation: int):
+    """``numpy batch of this process -> global arrays``; sharding errors come before any compile."""
+    count = jax.process_count()
+    lead = int(accumulation > 1)
+
+    def whole(value: np.ndarray) -> tuple[int, ...]:
+        shape = list(value.shape)
+        shape[lead] *= count
+        return tuple(shape)
+
+    def shard(batch: Batch) -> Batch:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(whole(x), x.dtype), batch)
+        places = batch_shardings(shapes, mesh, accumulation)
+        if count > 1:
+            check_rows(places.tokens, shapes.tokens.shape, lead)
+            check_rows(places.target, shapes.target.shape, lead)
+        return jax.tree.map(
+            lambda s, x: jax.make_array_from_process_local_data(s, x, whole(x)), places, batch
+        )
+
+    return shard
+
+
+def check_rows(sharding: jax.sharding.Sharding, shape: tuple[int, ...], axis: int) -> None:
+    """Whether this process's devices hold just the rows that this process reads.
+
+    Raises:
+      ShardingError: they do not (a mesh that spreads a row's copies, or its order, over processes).
+    """
+    part = shape[axis] // jax.process_count()
+    want = set(range(part * jax.process_index(), part * (jax.process_index() + 1)))
+    mine = sharding.addressable_devices_indices_map(shape).values()
+    have = {row for index in mine for row in range(*index[axis].indices(shape[axis]))}
+    if have != want:
+        raise ShardingError(
+            f"process {jax.process_index()} reads rows {min(want)} to {max(want)} of {shape[axis]}, but "
+            f"its devices hold {len(have)} rows from {min(have)} to {max(have)}; choose mesh.data x "
+            f"mesh.fsdp as a multiple of the {jax.process_count()} processes, tensor axes inside a process"
+        )

@@ -1,0 +1,278 @@
+"""From a configuration to a model: tower sizes, the abstract composite, tokenizers, weights.
+
+With ``weight_paths.py`` the one place that reads ``config.model`` and ``config.weights``; parts get plain
+keyword arguments.  Everything up to :func:`load_frozen` is abstract and runs on any machine at full size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from ml_collections import ConfigDict
+
+from minigpt5_jax.config import ConfigError, part_settings, parts_of, setting_errors
+from minigpt5_jax.minigpt5 import LossOptions, make_template
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.tower import Tower
+from minigpt5_jax.parts.contracts import FROZEN, Context, Part, Use, shipped
+from minigpt5_jax.training.sharding import Rules
+from minigpt5_jax.training.step import StepOptions
+from minigpt5_jax.training.tuning import TABLE_DECAY, label_parameters, rules_of
+from minigpt5_jax.weights.check import open_source, with_cause
+from minigpt5_jax.weights.stream import stream_tower
+from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.wiring.weight_paths import check_sources, find_source, read_config
+
+Sizes = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model before it has arrays.
+
+    Attributes:
+      parts: kind -> part.  keys: kind -> what the configuration says of it.
+      sizes: name under ``config.weights`` -> sizes of every tower that is used.
+      made: kind -> keyword arguments that the part's module is made with.
+      template: abstract composite.  labels: tuning group of every path.
+      sharding: (start of a path, logical axis -> mesh axis); the first match decides.
+      options: what the train step needs.
+    """
+
+    parts: Mapping[str, Part]
+    keys: Mapping[str, Mapping[str, Any]]
+    sizes: Sizes
+    made: Mapping[str, Mapping[str, Any]]
+    template: Template
+    labels: dict[str, str]
+    sharding: Rules
+    options: StepOptions
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The composite over abstract values: for sizes, never to be called outside of a trace."""
+        return self.template.bind(self.template.shapes)
+
+    @property
+    def backbone(self) -> Any:
+        """The abstract backbone (:class:`minigpt5_jax.parts.contracts.Backbone`)."""
+        return self.model.backbone
+
+    @property
+    def generator(self) -> Any:
+        """The abstract generator (:class:`minigpt5_jax.parts.contracts.Generator`)."""
+        return self.model.generator
+
+    def towers(self) -> Iterator[tuple[str, Part, Use]]:
+        """(name, part, files) of everything whose files hold parameters."""
+        for kind, part in self.parts.items():
+            for name, use in part.used(self.keys[kind]):
+                if use.tower is not None and use.tower.table is not None:
+                    yield name, part, use
+
+    def paths_of(self, part: Part, use: Use) -> Iterator[str]:
+        """The parameters that files hold, whole paths."""
+        for path in self.template.shapes:
+            if path.startswith(part.prefix) and use.fills(path.removeprefix(part.prefix)):
+                yield path
+
+    @functools.cached_property
+    def pretrained(self) -> frozenset[str]:
+        """Every parameter that some published file holds."""
+        return frozenset(path for _, part, use in self.towers() for path in self.paths_of(part, use))
+
+
+def tower_sizes(config: ConfigDict) -> dict[str, Any]:
+    """Sizes of every tower that is used: presets, or JSON files beside the sources; nothing else is read.
+
+    Raises:
+      ConfigError: sizes are to come from a source that is not there.
+    """
+    found: dict[str, Any] = {}
+    settings = part_settings(config)
+    for kind, part in parts_of(config).items():
+        keys = settings[kind]
+        for name, use in part.used(keys):
+            if use.tower is None:
+                continue
+            if use.sizes is not None:
+                found[name] = use.sizes(found)
+            elif keys.get(name) == "source":
+                values = read_config(config, name)
+                found[name] = use.tower.config.from_hf(use.tower.published(values))
+            else:
+                found[name] = use.tower.presets[keys.get(name, next(iter(use.tower.presets)))]
+    return found
+
+
+@setting_errors()
+def build(config: ConfigDict) -> ModelSpec:
+    """The abstract model of a validated configuration; allocates nothing.
+
+    Raises:
+      ConfigError: what a tower or a tuning pattern says about a setting.
+    """
+    parts, sizes, keys = parts_of(config), tower_sizes(config), part_settings(config)
+    neighbours = {name: value for part in parts.values() for name, value in part.offers(sizes).items()}
+    made = {}
+    for kind, part in parts.items():
+        context = Context(
+            dtype=jnp.dtype(config.model.dtype),
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            remat=config.model.remat,
+            loss=config.loss.to_dict(),
+            decay_frozen_rows=config.optimizer.decay_frozen_rows,
+            tokenizer=functools.partial(make_tokenizer, config, part, sizes),
+            neighbours=neighbours,
+        )
+        made[kind] = part.make(keys[kind], sizes, context)
+    template = make_template(**{kind: (config.model[kind].name, made[kind]) for kind in parts})
+    # A mapper may have no room for so many vokens: it says so here, not when the first step is compiled.
+    jax.eval_shape(lambda params: template.bind(params).unconditional(), template.shapes)
+    labels = label_parameters(template.shapes, tuning_rules(config, parts))
+    for path, group in labels.items():
+        if path.endswith(TABLE_DECAY) and group == FROZEN:
+            raise ConfigError(f"optimizer.decay_frozen_rows=True, but tuning.rules freeze {path}")
+    sharding = tuple(
+        (part.prefix + start, rules) for part in parts.values() for start, rules in part.sharding.items()
+    )
+    uses_dropout = template.bind(template.shapes).backbone.uses_dropout
+    options = step_options(config, lora_dropout=uses_dropout)
+    return ModelSpec(parts, keys, sizes, made, template, labels, sharding, options)
+
+
+def tuning_rules(config: ConfigDict, parts: Mapping[str, Part]) -> tuple[tuple[str, str], ...]:
+    """Patterns of the whole model: those of the configuration, of each part, then everything else frozen."""
+    own = tuple((str(pattern), str(group)) for pattern, group in config.tuning.rules)
+    return rules_of(parts.values(), config.tuning.stage, own)
+
+
+def step_options(config: ConfigDict, *, lora_dropout: bool = False) -> StepOptions:
+    """Loss weights (those that are not 0) and rules of the step."""
+    weights = {name: config.loss[name] for name in ("text", "image", "caption") if config.loss[name]}
+    return StepOptions(
+        LossOptions(weights, config.loss.caption_target_on_drop),
+        cfg_dropout=config.loss.cfg_dropout,
+        lora_dropout=lora_dropout,
+        accumulation=config.data.accumulation,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def make_tokenizer(config: ConfigDict, part: Part, sizes: Sizes) -> Any:
+    """The tokenizer of a part; None for one that reads no text."""
+    if part.tokenizer is None:
+        return None
+    find = functools.partial(find_source, config)
+    return part.tokenizer(find, part_settings(config)[part.kind], sizes, config.data.bos_id)
+
+
+def language_tokenizer(config: ConfigDict, sizes: Sizes) -> Any:
+    """The backbone's tokenizer with the vokens behind its V rows."""
+    return make_tokenizer(config, parts_of(config)["backbone"], sizes)
+
+
+def caption_tokenizer(config: ConfigDict, sizes: Sizes) -> Any:
+    """The generator's tokenizer."""
+    return make_tokenizer(config, parts_of(config)["generator"], sizes)
+
+
+def tokenizer_identity(config: ConfigDict, sizes: Sizes) -> dict[str, Any]:
+    """Kind of part -> what its tokenizer is: a checkpoint is refused under others."""
+    made = {kind: make_tokenizer(config, part, sizes) for kind, part in parts_of(config).items()}
+    return {kind: tokenizer.identity() for kind, tokenizer in made.items() if tokenizer is not None}
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+
+
+def known_towers() -> dict[str, Tower]:
+    """Name under ``weights`` -> tower, of every part that ships: what a file that does not fit may be."""
+    return {name: use.tower for part in shipped() for name, use in part.uses.items() if use.tower is not None}
+
+
+def open_tower(name: str, use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
+    """(table, tensors by the names it reads) of a tower's files; headers are read, nothing else.
+
+    Raises:
+      WeightFileError: a file cannot be read.
+    """
+    adapted = use.tower.adapt(open_source(path, use.tower.key), sizes)
+    return use.tower.table(adapted, sizes), adapted
+
+
+def load_frozen(
+    config: ConfigDict,
+    spec: ModelSpec,
+    shardings: Mapping[str, Sharding] | None = None,
+    only: Collection[str] | None = None,
+) -> dict[str, jax.Array]:
+    """Every pretrained parameter, streamed from its source onto its devices.
+
+    Args:
+      shardings: path -> where it goes; the first local device for paths that are not named.
+      only: names under ``weights`` to read; all of them by default.
+
+    Raises:
+      ConfigError, WeightFileError, WeightTableError: naming file and keys.
+    """
+    sources, params = check_sources(config), {}
+    for name, part, use in spec.towers():
+        if only is not None and name not in only:
+            continue
+        at = part.prefix + use.at
+        targets = {}
+        for path in spec.paths_of(part, use):
+            shape = spec.template.shapes[path]
+            place = (shardings or {}).get(path)
+            targets[path.removeprefix(at)] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+        source = open_source(sources[name], use.tower.key)
+        try:
+            adapted = use.tower.adapt(source, spec.sizes[name])
+            arrays = stream_tower(use.tower.table(adapted, spec.sizes[name]), adapted, targets)
+        except WeightTableError as error:
+            message = with_cause(str(error), name, use.tower, source, known_towers())
+            raise WeightTableError(message) from None
+        params |= {at + path: array for path, array in arrays.items()}
+    return params
+
+
+def initial_trainable(
+    config: ConfigDict, spec: ModelSpec, frozen: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Start values of what is not pretrained, as the modules and the parts' ``initial`` say."""
+    missing = [path for path in spec.template.shapes if path not in frozen]
+    key = jax.random.key(config.run.seed)
+    fresh = _init_only(spec.template, missing, key)
+    for kind, part in spec.parts.items():
+        if part.initial is not None:
+            own, pretrained = ({
+                path.removeprefix(part.prefix): value
+                for path, value in values.items()
+                if path.startswith(part.prefix)
+            } for values in (fresh, frozen))  # fmt: skip
+            made = part.initial(own, pretrained, spec.keys[kind], key)
+            fresh |= {part.prefix + path: value for path, value in made.items()}
+    return fresh
+
+
+def _init_only(template: Template, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:
+    """Initial values of some paths; XLA drops the rest, so the frozen towers are never allocated."""
+    wanted = set(paths)
+    # Optimising initialisers costs four times what it saves.
+    make = jax.jit(
+        lambda k: {p: v for p, v in template.init(k).items() if p in wanted},
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    return make(key)

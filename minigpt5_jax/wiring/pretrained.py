@@ -1,0 +1,228 @@
+"""A model from pretrained weights, and from the checkpoints that the original released (reference 7).
+
+:func:`load_pretrained` is the way for Python; ``python -m minigpt5_jax.convert minigpt5`` writes the same as
+a checkpoint of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from minigpt5_jax.config import (
+    PROFILES,
+    ConfigError,
+    get_config,
+    part_settings,
+    parts_of,
+    use_prefix,
+    use_stage2,
+    validate,
+)
+from minigpt5_jax.parts.contracts import FROZEN
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
+from minigpt5_jax.training.tuning import TABLE_DECAY
+from minigpt5_jax.weights.check import COVERAGE_FILE
+from minigpt5_jax.weights.foreign.release import Release, compare_rows, read_release
+from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
+from minigpt5_jax.weights.formats.load import open_container, open_weights
+from minigpt5_jax.wiring.model import (
+    build,
+    initial_trainable,
+    language_tokenizer,
+    load_frozen,
+    tokenizer_identity,
+)
+from minigpt5_jax.wiring.restore import LoadedModel, load_run, not_pretrained
+from minigpt5_jax.wiring.weight_paths import check_sources, uses_of
+
+Files = str | Path | tuple[str | Path, str | Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedModel:
+    """A model made of released files.
+
+    Attributes:
+      run: the model.  release: what was read from the files.
+      about: file -> epoch, global_step and hyper-parameters that it states.
+    """
+
+    run: LoadedModel
+    release: Release
+    about: dict[str, dict[str, Any]]
+
+
+def load_pretrained(
+    *,
+    minigpt5: Files | None = None,
+    config: ConfigDict | None = None,
+    profile: str = "head",
+    rows: str = "vokens",
+    **weights: str | Path,
+) -> LoadedModel:
+    """A whole model, ready for :meth:`LoadedModel.session` or to be trained further.
+
+    Every source is a file, a folder or a Hugging Face id (``org/name``), in any form that
+    ``python -m minigpt5_jax.convert`` reads, but for Stable Diffusion, which is a diffusers folder.
+
+    Args:
+      minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; a folder with checkpoints of this
+        package; None for untrained vokens and mapper.
+      config: settings; by default those of the stage that the files are of.  A checkpoint folder brings
+        its own.
+      profile: code generation the weights fit, ``head`` or ``release_2023_10``.
+      rows: ``vokens`` takes the new rows of released files, ``all`` their whole tables, as weight decay left
+        them (Q3).
+      weights: sources by their names under ``config.weights``: ``llm`` (Vicuna-7B v0 with its tokenizer),
+        ``stable_diffusion`` (Stable Diffusion 2.1-base), and ``vit``, ``qformer``, ``llama_proj`` (EVA ViT-g,
+        BLIP-2's Q-Former, MiniGPT-4's projection): all three, or none for a model that cannot see.
+
+    Returns:
+      configuration, abstract model, every parameter, tokenizer and step.
+
+    Raises:
+      ConfigError: a source is missing or unknown, or settings do not go together.
+      WeightFileError, WeightTableError: a file cannot be used; the message names keys and likely cause.
+      CheckpointError: the folder has other frozen weights or another tokenizer than given here.
+    """
+    base = get_config() if config is None else config
+    if unknown := sorted(set(weights) - set(base.weights)):
+        raise ConfigError(f"unknown weight sources {unknown}; known: {', '.join(base.weights)}")
+    include = {use.group or name: use.origin.include for name, (_, use) in uses_of(base).items()}
+    given = {
+        name: str(resolve(path, include.get(name) or PATTERNS)) for name, path in weights.items() if path
+    }
+    if isinstance(minigpt5, str | Path) and Path(minigpt5).expanduser().is_dir():
+        if config is not None:
+            raise ConfigError("a checkpoint folder brings its own configuration; leave `config` away")
+        return load_run(minigpt5, weights=given)
+    stage1, stage2 = minigpt5 if isinstance(minigpt5, tuple) else (minigpt5, None)
+    config = default_config(stage2, profile) if config is None else config.copy_and_resolve_references()
+    _leave_out_optional(config, given)
+    config.weights.update(given)
+    if stage1 is not None:
+        return import_release(config, stage1, stage2, rows=rows).run
+    check_sources(validate(config))
+    spec = build(config)
+    frozen = load_frozen(config, spec)
+    params = {**frozen, **initial_trainable(config, spec, frozen)}
+    return LoadedModel(config, spec, params, language_tokenizer(config, spec.sizes), 0)
+
+
+def _leave_out_optional(config: ConfigDict, given: Mapping[str, str]) -> None:
+    """Without any of a part's optional towers, the model is one that has none of them."""
+    for kind, part in parts_of(config).items():
+        without = {name: "none" for name, key in part.keys.items() if "none" in key.choices}
+        keys = {**part_settings(config)[kind], **without}
+        optional = [name for name, use in part.uses.items() if use.tower and not use.needed(keys)]
+        if optional and not any(given.get(name) for name in optional):
+            config.model[kind].update(without)
+
+
+def default_config(stage2: str | Path | None, profile: str) -> ConfigDict:
+    """Settings of a stage: stage 1, or stage 2 by LoRA or by a prefix, as its file says.
+
+    Raises:
+      ConfigError: an unknown profile.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    config = get_config()
+    if stage2 is not None:
+        keys = open_weights(resolve(stage2), key="state_dict")
+        use_stage2(config)
+        rank = next((keys[key].shape[0] for key in keys if ".lora_A." in key), 0)
+        if rank:
+            config.model.backbone.lora_rank = rank
+        elif any(key.startswith("model.prefix_encoder.") for key in keys):
+            use_prefix(config)
+    return PROFILES[profile](config)
+
+
+def import_release(
+    config: ConfigDict, stage1: str | Path, stage2: str | Path | None = None, *, rows: str = "vokens"
+) -> ImportedModel:
+    """The model of released files on the pretrained weights of ``config``.
+
+    Args:
+      config: of the stage that the files are of.  stage1, stage2: ``.ckpt`` of the original; stage 2 lies
+        on top of stage 1.  rows: as in :func:`load_pretrained`.
+
+    Raises:
+      ConfigError, WeightFileError, WeightTableError: as in :func:`load_pretrained`.
+    """
+    files = [resolve(path) for path in (stage1, stage2) if path is not None]
+    sources = [open_weights(path, key="state_dict") for path in files]
+    both = (sources[0], sources[1] if stage2 is not None else None)
+    check_sources(validate(config))
+    spec = build(config)
+    shapes = {path: s.shape for path, s in spec.template.shapes.items() if not_pretrained(path, spec)}
+    # No tensor of the files: measured on their tables.
+    decays = {path: shapes.pop(path) for path in list(shapes) if path.endswith(TABLE_DECAY)}
+    release = read_release(
+        *both,
+        shapes,
+        vocab_size=spec.backbone.vocab_size,
+        num_new=spec.backbone.num_vokens + 1,
+        rows=rows,
+    )
+    frozen = load_frozen(config, spec)
+    decay = compare_rows(*both, release.vocab_size, lambda path: np.asarray(frozen[path]))
+    release = dataclasses.replace(release, decay=decay)
+    params = {
+        path: jnp.asarray(value, spec.template.shapes[path].dtype) for path, value in release.params.items()
+    }
+    shrunk = 0.0 if rows == "all" else 1.0 - release.factor
+    params |= {path: jnp.asarray(shrunk, jnp.float32) for path in decays}
+    about = {str(path): _about(path) for path in files}
+    step = max((int(values.get("global_step") or 0) for values in about.values()), default=0)
+    if stage2 is not None:
+        config.run.init_from = str(files[0])
+    run = LoadedModel(config, spec, {**frozen, **params}, language_tokenizer(config, spec.sizes), step)
+    return ImportedModel(run, dataclasses.replace(release, params=params), about)
+
+
+def save_imported(imported: ImportedModel, workdir: str | Path) -> Path:
+    """Write an imported model as a checkpoint of ours, which ``generate`` and ``run.init_from`` take.
+
+    Raises:
+      CheckpointError: the folder holds checkpoints, or cannot be written.
+    """
+    run, folder = imported.run, Path(workdir).expanduser() / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    if checkpoints.latest_step is not None:
+        raise CheckpointError(f"{folder} holds checkpoints; choose another --workdir")
+    labels = run.spec.labels
+    own = imported.release.params
+    trainable = {path: value for path, value in own.items() if labels[path] != FROZEN}
+    inherited = {path: value for path, value in own.items() if labels[path] == FROZEN}
+    kept = {path: value for path, value in run.params.items() if labels[path] == FROZEN}
+    coverage = [one.to_json() for one in imported.release.coverage]
+    meta = describe_run(
+        run.config.to_dict(),
+        tokenizer=tokenizer_identity(run.config, run.spec.sizes),
+        frozen=hash_parameters(kept),
+    )
+    state = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
+    meta |= {"imported": {"files": imported.about, "coverage": coverage}}
+    checkpoints.save(run.step, state, 0, meta)
+    checkpoints.wait()
+    checkpoints.close()
+    (folder.parent / COVERAGE_FILE).write_text(json.dumps(coverage, indent=2) + "\n")
+    return folder
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a Lightning file says about its run, as plain JSON."""
+    values: Mapping[str, Any] = open_container(path)
+    names = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")
+    return {name: json.loads(json.dumps(values[name], default=str)) for name in names if name in values}

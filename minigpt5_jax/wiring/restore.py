@@ -1,0 +1,357 @@
+"""From a checkpoint back to a model: for generation, and for a stage that starts from another.
+
+A checkpoint holds what training changed; frozen weights are read from their sources again and
+compared by hash, so that an image never comes from other weights than it was trained with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from minigpt5_jax.config import ConfigError, choose, get_config
+from minigpt5_jax.config.keys import FORMER_KEYS
+from minigpt5_jax.inference.session import Session
+from minigpt5_jax.parts.contracts import FROZEN, KINDS
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import (
+    CheckpointError,
+    check_compatible,
+    describe_run,
+    differences,
+    hash_parameters,
+    plain,
+    stage_of,
+)
+from minigpt5_jax.wiring.model import ModelSpec, build, language_tokenizer, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.session import make_session, override
+from minigpt5_jax.wiring.weight_paths import check_sources
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights.
+
+    Attributes:
+      config: configuration of the run.  spec: the abstract model.
+      params: every parameter of the composite.
+      tokenizer: of the language model.  step: updates done.
+    """
+
+    config: ConfigDict
+    spec: ModelSpec
+    params: dict[str, jax.Array]
+    tokenizer: Any
+    step: int
+
+    def session(self, *, batch_size: int = 4) -> Session:
+        """A session that answers prompts; ConfigError where its settings do not go together."""
+        return make_session(self.config, self.spec, self.params, self.tokenizer, batch_size=batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """A run whose configuration and abstract model are known; its weights are read by :meth:`load`.
+
+    Attributes:
+      checkpoints: folder with the checkpoints.  step: which of them.  meta: what it says of the run.
+      config: the run's configuration, with changed sources and settings.
+    """
+
+    checkpoints: Path
+    step: int
+    meta: Mapping[str, Any]
+    config: ConfigDict
+
+    @functools.cached_property
+    def spec(self) -> ModelSpec:
+        """The abstract model.
+
+        Raises:
+          ConfigError: a source of frozen weights is missing, or another one than the configuration means.
+        """
+        check_sources(self.config)
+        return build(self.config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The language model's tokenizer."""
+        return language_tokenizer(self.config, self.spec.sizes)
+
+    @property
+    def stage(self) -> int:
+        """1 for a run on captions, 2 for one that tuned the language model or started from another run."""
+        return stage_of(self.meta["config"])
+
+    def check(self) -> None:
+        """Build everything but the weights, so that what does not go together is said before they are read.
+
+        Raises:
+          ConfigError: sources or settings, among them more images or text than the model has positions for.
+        """
+        make_session(self.config, self.spec, {}, self.tokenizer)
+
+    @functools.cached_property
+    def _loaded(self) -> LoadedModel:
+        frozen = load_frozen(self.config, self.spec)
+        checkpoints = open_checkpoints(self.checkpoints)
+        trained = trained_parameters(checkpoints, self.step, self.spec)
+        checkpoints.close()
+        values = {**frozen, **trained}
+        kept = {path: value for path, value in values.items() if self.spec.labels[path] == FROZEN}
+        now = describe_run(
+            self.config.to_dict(),
+            tokenizer=tokenizer_identity(self.config, self.spec.sizes),
+            frozen=hash_parameters(kept),
+        )
+        check_compatible(upgrade_meta(self.meta), now)
+        return LoadedModel(self.config, self.spec, values, self.tokenizer, self.step)
+
+    def load(self) -> LoadedModel:
+        """The model with its weights, which are read once.
+
+        Raises:
+          CheckpointError: other frozen weights or tokenizer than the run had.
+          ConfigError, WeightFileError, WeightTableError: a source of frozen weights cannot be used.
+        """
+        return self._loaded
+
+    def session(self, *, batch_size: int = 4) -> Session:
+        """:meth:`load`, and a session of it."""
+        return self.load().session(batch_size=batch_size)
+
+
+def open_run(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    weights: Mapping[str, str] | None = None,
+    inference: Mapping[str, str] | None = None,
+) -> OpenedRun:
+    """A trained run: its configuration and abstract model, weights not yet read.
+
+    Args:
+      path: a run's workdir or its ``checkpoints`` folder.
+      step: which checkpoint; the newest by default.
+      weights: source paths that differ from those of the run, by their names under ``config.weights``.
+      inference: settings in place of the run's, as Python spells them (``{"sampler": "ddim"}``).
+
+    Raises:
+      CheckpointError: nothing there.
+      ConfigError: an unknown source or setting.
+    """
+    checkpoints = open_checkpoints(path)
+    chosen = checkpoints.latest_step if step is None else step
+    meta = checkpoints.meta(chosen)
+    checkpoints.close()
+    config = config_of(meta, weights)
+    return OpenedRun(checkpoints.directory, chosen, meta, override(config, inference or {}))
+
+
+def load_run(
+    path: str | Path, *, step: int | None = None, weights: Mapping[str, str] | None = None
+) -> LoadedModel:
+    """A trained model from its checkpoint and the sources of its frozen weights: ``open_run(...).load()``.
+
+    Args:
+      path, step, weights: as for :func:`open_run`.
+
+    Raises:
+      CheckpointError: nothing there, or other frozen weights or tokenizer than the run had.
+      ConfigError: a source of frozen weights is missing.
+    """
+    return open_run(path, step=step, weights=weights).load()
+
+
+def open_checkpoints(path: str | Path) -> Checkpoints:
+    """Checkpoints of a workdir, or of its ``checkpoints`` folder itself.
+
+    Raises:
+      CheckpointError: the folder does not exist or holds no complete checkpoint.
+    """
+    folder = Path(path).expanduser()
+    inner = folder / "checkpoints"
+    checkpoints = Checkpoints(inner if inner.is_dir() else folder, read_only=True)
+    if checkpoints.latest_step is None:
+        raise CheckpointError(
+            f"no complete checkpoint in {checkpoints.directory}; "
+            "give a run's --workdir or its checkpoints folder"
+        )
+    return checkpoints
+
+
+def read_checkpoint_meta(path: str | Path, step: int | None = None) -> Mapping[str, Any]:
+    """What a checkpoint, the newest by default, says of its run."""
+    checkpoints = open_checkpoints(path)
+    meta = checkpoints.meta(step)
+    checkpoints.close()
+    return meta
+
+
+def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> ConfigDict:
+    """The configuration a checkpoint was written with, keys that it did not know yet at their defaults.
+
+    Args:
+      meta: description in the checkpoint.
+      weights: source paths that moved since, by their names under ``config.weights``.
+
+    Raises:
+      CheckpointError: it has a key this version does not know.
+      ConfigError: ``weights`` names an unknown source.
+    """
+    saved, config = meta["config"], get_config()
+    for kind in KINDS:
+        choose(config, kind, saved["model"][kind]["name"])
+    saved = _without(saved, FORMER_KEYS)
+    if unknown := sorted(_paths(saved) - _paths(config.to_dict())):
+        raise CheckpointError(f"the checkpoint was written with settings this version lacks: {unknown}")
+    if "stage" not in saved["tuning"]:  # of a version whose rules named every pattern
+        config.tuning.stage = f"stage{stage_of(saved)}"
+    for section, values in saved.items():
+        config[section].update(values)
+    if unknown := sorted(set(weights or {}) - set(config.weights)):
+        raise ConfigError(f"unknown weight sources {unknown}; known: {', '.join(config.weights)}")
+    config.weights.update(weights or {})
+    return config
+
+
+def _without(tree: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts without the leaves at dotted ``paths``."""
+    return {
+        name: _without(value, paths, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if prefix + name not in paths
+    }
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Dotted keys of nested dicts."""
+    found: set[str] = set()
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping)
+        found |= _paths(value, f"{prefix}{name}.") if inner else {prefix + name}
+    return found
+
+
+def upgrade_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """``meta`` as this version would have written it: keys at their defaults, names of today."""
+    kinds = dict(llm="backbone", caption="generator")  # tokenizers were called after what they read
+    tokenizers = {kinds.get(name, name): identity for name, identity in meta["tokenizer"].items()}
+    return {**meta, "config": plain(config_of(meta).to_dict()), "tokenizer": tokenizers}
+
+
+def trained_parameters(
+    checkpoints: Checkpoints, step: int, spec: ModelSpec, shardings: Mapping[str, Any] | None = None
+) -> dict[str, jax.Array]:
+    """Everything the run of ``spec`` changed or inherited.
+
+    Args:
+      shardings: path -> where it goes; the first local device for paths that are not named.
+    """
+    own = checkpoints.paths("inherited", step)  # may hold pretrained parameters in a form of its own
+    shapes = {
+        path: s for path, s in spec.template.shapes.items() if not_pretrained(path, spec) or path in own
+    }
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+        path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(shardings or {}).get(path, here))
+        for path, s in shapes.items()
+    }
+    trainable = {path: s for path, s in like.items() if spec.labels[path] != FROZEN}
+    inherited = {path: s for path, s in like.items() if spec.labels[path] == FROZEN}
+    parts = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
+    restored, _, _ = checkpoints.restore(parts, step)
+    return {path: value for part in restored.values() for path, value in part.items()}
+
+
+def not_pretrained(path: str, spec: ModelSpec) -> bool:
+    """Whether a parameter comes from training (of this run or the one before) and from no source."""
+    return is_newly_initialised(path, spec) or spec.labels[path] != FROZEN
+
+
+def is_newly_initialised(path: str, spec: ModelSpec) -> bool:
+    """Whether no source has a parameter: the mapper, and the new parts of the language model."""
+    return path not in spec.pretrained
+
+
+def open_parent_run(
+    path: str | Path, spec: ModelSpec, weights: Mapping[str, str]
+) -> tuple[Mapping[str, Any], ModelSpec]:
+    """(description, abstract model) of the run at ``path``, from which one of ``spec`` can start.
+
+    No weights are read.  What this model has besides (the second stage's LoRA) is newly initialised.
+
+    Args:
+      path: workdir or checkpoints.  spec: of this run.  weights: its source paths.
+
+    Raises:
+      CheckpointError: nothing there; or that run trained something that this model lacks or has in another
+        shape (a second stage's LoRA or prefix, another number of vokens, another mapper).
+    """
+    meta = read_checkpoint_meta(path)
+    given = {name: value for name, value in weights.items() if value and name in meta["config"]["weights"]}
+    parent = build(config_of(meta, given))
+    here = {name: s.shape for name, s in spec.template.shapes.items() if is_newly_initialised(name, spec)}
+    wrong = [
+        f"{name}: {shape.shape} there, {here.get(name, 'not trained')} here"
+        for name, shape in parent.template.shapes.items()
+        if not_pretrained(name, parent) and shape.shape != here.get(name)
+    ]
+    if wrong:
+        lines = wrong[:8] + [f"... and {len(wrong) - 8} more"] * (len(wrong) > 8)
+        raise CheckpointError(
+            f"run.init_from={path} (of stage {stage_of(meta['config'])}) does not fit this model:\n  "
+            + "\n  ".join(lines)
+            + "\nStart from a run whose model is part of this one (stage 2: a stage-1 run with the same "
+            "mapper and number of vokens), or give this run that one's model settings"
+        )
+    return meta, parent
+
+
+def warm_start(
+    path: str | Path,
+    fresh: Mapping[str, jax.Array],
+    frozen: Mapping[str, jax.Array],
+    spec: ModelSpec,
+    shardings: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    weights: Mapping[str, str],
+) -> dict[str, jax.Array]:
+    """``fresh`` with everything that a parent run trained put in its place (reference 4.5).
+
+    Args:
+      path: workdir or checkpoints of the parent run.
+      fresh: start values of this run.  frozen: its pretrained parameters.  spec, shardings: of this run.
+      tokenizer: identity of this run's.  weights: its source paths.
+
+    Returns:
+      start values, and pretrained parameters that the parent run had in a form of its own (the whole tables
+      of a released checkpoint).
+
+    Raises:
+      CheckpointError: the parent run had another tokenizer or other frozen weights, or trained
+        something that this model lacks or has in another shape.
+    """
+    meta, parent = open_parent_run(path, spec, weights)
+    checkpoints = open_checkpoints(path)
+    trained = trained_parameters(checkpoints, checkpoints.latest_step, parent, shardings)
+    checkpoints.close()
+    kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
+    hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
+    before = {
+        "tokenizer": upgrade_meta(meta)["tokenizer"],
+        "frozen": {name: meta["frozen"][name] for name in hashes},
+    }
+    if other := differences(before, {"tokenizer": tokenizer, "frozen": hashes}, before):
+        lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
+        raise CheckpointError(
+            f"run.init_from={path} was trained with different frozen weights or a different tokenizer:\n"
+            + "\n".join(lines)
+        )
+    return {**fresh, **trained}

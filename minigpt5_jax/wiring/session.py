@@ -1,0 +1,102 @@
+"""From a model and its configuration to a session that answers prompts."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from minigpt5_jax.config import ConfigError, setting_errors, validate
+from minigpt5_jax.data.text.prompts import PromptStyle
+from minigpt5_jax.diffusion.samplers import Sampler
+from minigpt5_jax.inference.sampling import SamplingConfig
+from minigpt5_jax.inference.session import Session, stop_sequences
+from minigpt5_jax.wiring.model import ModelSpec
+
+
+def make_session(
+    config: ConfigDict,
+    spec: ModelSpec,
+    params: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    batch_size: int = 4,
+) -> Session:
+    """A session with the settings of a configuration.
+
+    Args:
+      params: every parameter; none for a session that is made to be checked.
+
+    Raises:
+      ConfigError: settings that do not go together.
+    """
+    inference = config.inference
+    style = spec.parts["backbone"].prompts
+    sampling = sampling_config(config, tokenizer, style)
+    with setting_errors():
+        return Session(
+            spec.template,
+            params,
+            tokenizer,
+            style=style,
+            sampler=open_sampler(config, spec),
+            sampling=sampling,
+            guidance_scale=inference.guidance_scale,
+            cfg_negative=inference.cfg_negative,
+            max_length=config.data.max_length,
+            batch_size=batch_size,
+            pad_input_square=config.data.pad_input_square,
+        )
+
+
+def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:
+    """The image sampler of ``config.inference``; ConfigError where the generator does not allow it."""
+    with setting_errors():
+        return spec.generator.make_sampler(config.inference.sampler, config.inference.num_inference_steps)
+
+
+def sampling_config(config: ConfigDict, tokenizer: Any, style: PromptStyle) -> SamplingConfig:
+    """Rules for text from ``config.inference``; the end of a turn, as the tokenizer has it, ends one."""
+    inference = config.inference
+    names = (
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "force_image",
+        "max_images",
+    )
+    try:
+        return SamplingConfig(
+            **{name: inference[name] for name in names},
+            eos_ids=tuple(inference.eos_ids),
+            stop_sequences=stop_sequences(tokenizer, style.end),
+        )
+    except ValueError as error:
+        raise ConfigError(f"inference: {error}") from None
+
+
+def override(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
+    """``config`` with ``inference`` keys replaced by values as Python spells them, validated.
+
+    Raises:
+      ConfigError: an unknown key, or a value of another type or out of range.
+    """
+    for name, text in values.items():
+        if name not in config.inference:
+            raise ConfigError(f"unknown key inference.{name}; known: {', '.join(sorted(config.inference))}")
+        try:
+            value: Any = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a word
+        old = config.inference[name]
+        kind = tuple if isinstance(old, list | tuple) else type(old)  # a restored tuple is a list
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind:
+            raise ConfigError(f"inference.{name}={text!r} must be of type {kind.__name__}")
+        config.inference[name] = type(old)(value)
+    return validate(config)

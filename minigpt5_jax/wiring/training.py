@@ -1,0 +1,253 @@
+"""From a configuration to a training loop: model, data, state and where it goes on from."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
+from minigpt5_jax.data.sources import Source
+from minigpt5_jax.parts.contracts import FROZEN
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.distributed import main_process
+from minigpt5_jax.training.loop import Loop
+from minigpt5_jax.training.metrics import Metrics
+from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.training.prefetch import DevicePrefetch
+from minigpt5_jax.training.provenance import (
+    CheckpointError,
+    check_compatible,
+    describe_run,
+    differences,
+    hash_parameters,
+)
+from minigpt5_jax.training.sharding import (
+    make_mesh,
+    parameter_shardings,
+    state_shardings,
+)
+from minigpt5_jax.training.state import TrainState, init_state
+from minigpt5_jax.training.step import make_train_step
+from minigpt5_jax.wiring.features import open_features
+from minigpt5_jax.wiring.inputs import data_identity, make_batch_sharder, open_loader, open_sources
+from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.restore import open_parent_run, upgrade_meta, warm_start
+from minigpt5_jax.wiring.session import open_sampler
+from minigpt5_jax.wiring.weight_paths import check_sources
+
+Watch = Callable[..., tuple[Any, Any]]
+
+
+def parameter_table(spec: ModelSpec) -> str:
+    """Parameters, trainable, frozen and bytes of every tower, and their totals."""
+    rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for path, shape in spec.template.shapes.items():
+        parts = path.split("/")
+        tower = "/".join(parts[: 1 if parts[0] == "mapper" else 2])
+        count = math.prod(shape.shape)
+        for name in (tower, "total"):
+            rows[name][0] += count
+            rows[name][1] += count if spec.labels[path] != FROZEN else 0
+            rows[name][2] += count * shape.dtype.itemsize
+    rows["total"] = rows.pop("total")
+    lines = [f"{'tower':24} {'parameters':>16} {'trainable':>14} {'frozen':>16} {'bytes':>18}"]
+    for name, (count, trainable, size) in rows.items():
+        lines.append(f"{name:24} {count:16,} {trainable:14,} {count - trainable:16,} {size:18,}")
+    return "\n".join(lines)
+
+
+def split_parameters(
+    config: ConfigDict, spec: ModelSpec, shardings: dict[str, Any], checkpoints: Checkpoints
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+    """(trainable, frozen, inherited): inherited ones are frozen here but in no pretrained source.
+
+    They come from the run's own newest checkpoint, else from ``run.init_from``, else from nothing.
+    """
+
+    def place(path: str, value: Any) -> jax.Array:
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, shardings[path], lambda index: value[index])
+
+    pretrained = load_frozen(config, spec, shardings)
+    fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
+    frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
+    newest = checkpoints.latest_step
+    if config.run.init_from and newest is None:
+        tokenizer = tokenizer_identity(config, spec.sizes)
+        fresh = warm_start(
+            config.run.init_from, fresh, frozen, spec, shardings, tokenizer, config.weights.to_dict()
+        )
+    inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
+    own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
+    if own and newest is not None:
+        like = {path: {**frozen, **inherited}[path] for path in own}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        inherited = checkpoints.restore({"inherited": like})[0]["inherited"]
+    values = {**pretrained, **fresh}
+    trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
+    return trainable, {**frozen, **inherited}, inherited
+
+
+def describe(config: ConfigDict, spec: ModelSpec, frozen: dict[str, jax.Array], source: Source):
+    """What a checkpoint of this run says about it."""
+    meta = describe_run(
+        config.to_dict(), tokenizer=tokenizer_identity(config, spec.sizes), frozen=hash_parameters(frozen)
+    )
+    return {**meta, "data": data_identity(config, source)}
+
+
+def resume(
+    checkpoints: Checkpoints, state: TrainState, meta: dict[str, Any], places: Any
+) -> tuple[TrainState, int]:
+    """(state, data position) of the newest checkpoint, after checking that it is of this run.
+
+    Raises:
+      CheckpointError: another model, tokenizer, frozen weights or data; the message has both values.
+    """
+    saved = upgrade_meta(checkpoints.meta())
+    check_compatible(saved, meta)
+    if changed := differences(saved, meta, ["data"]):
+        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
+        raise CheckpointError(
+            "the training data or its order changed since the checkpoint; change it back or start in another "
+            "workdir:\n" + "\n".join(lines)
+        )
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+    parts, data_state, _ = checkpoints.restore(vars(like))
+    return TrainState(**parts), data_state
+
+
+def place_state(
+    trainable: dict[str, jax.Array],
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    shardings: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, Any]:
+    """(start of the run, where each of its leaves lies), made in place on every process's devices."""
+
+    def init(values: dict[str, jax.Array]) -> TrainState:
+        return init_state(values, spec.labels, optimizer, seed)
+
+    places = state_shardings(jax.eval_shape(init, trainable), shardings, mesh)
+    return jax.jit(init, donate_argnums=0, out_shardings=places)(trainable), places
+
+
+def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.GradientTransformation:
+    """AdamW with the configured rates.
+
+    Raises:
+      ConfigError: rates, warm-up or groups that do not go together.
+    """
+    settings = config.optimizer
+    with setting_errors():
+        return make_optimizer(
+            spec.labels,
+            {
+                group: linear_warmup_decay(rate, settings.warmup_steps, steps)
+                for group, rate in rate_groups(config).items()
+            },
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+        )
+
+
+def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
+    """Checkpoints of the workdir.
+
+    Raises:
+      CheckpointError: there are some, but the run shall not continue them.
+    """
+    run = config.run
+    checkpoints = Checkpoints(
+        Path(run.workdir) / "checkpoints",
+        keep_latest=run.keep_latest,
+        keep_best=run.keep_best,
+        best_metric=run.best_metric,
+    )
+    if checkpoints.latest_step is not None and not run.resume:
+        raise CheckpointError(
+            f"{run.workdir} holds checkpoints, but run.resume is False; choose another workdir"
+        )
+    return checkpoints
+
+
+def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
+    """Everything up to the first step; what is wrong with the input is found here, before any compile.
+
+    Args:
+      watch: makes (validation, image grid) of held-out samples (:mod:`minigpt5_jax.evaluation.held_out`).
+    """
+    if not config.run.workdir:
+        raise ConfigError("give the folder of this run: --workdir DIR")
+    spec = build(config)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+    check_sources(config)
+    checkpoints = open_run_checkpoints(config)
+    if config.run.init_from and checkpoints.latest_step is None:
+        open_parent_run(config.run.init_from, spec, config.weights.to_dict())
+    sampler = open_sampler(config, spec)
+    source, held_out = open_sources(config, spec.sizes)
+    if config.data.features:
+        source = open_features(config, spec, source, config.data.features)
+    loader = open_loader(config, spec, source, training=True)
+    shard = make_batch_sharder(mesh, config.data.accumulation)
+    shard(next(loader))  # shapes and the first samples, before weights are read
+    loader.restore(0)
+    steps = num_steps(config, len(source))
+    optimizer = open_optimizer(config, spec, steps)
+    trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
+    meta = describe(config, spec, frozen, source)
+    state, places = place_state(trainable, spec, optimizer, config.run.seed, shardings, mesh)
+    first_step = 0
+    if checkpoints.latest_step is not None:
+        state, data_state = resume(checkpoints, state, meta, places)
+        first_step = int(state.step)
+        loader.restore(data_state)
+    metrics = Metrics(
+        config.run.workdir,
+        steps,
+        first_step=first_step,
+        samples_per_step=config.data.global_batch,
+        log_every=config.run.log_every,
+        active=main_process(),
+        last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
+    )
+    if first_step:
+        metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
+    step = jax.jit(
+        make_train_step(spec.template, spec.labels, optimizer, spec.options),
+        donate_argnums=0,
+        out_shardings=(places, None),
+    )
+    validate, grid = watch(config, spec, held_out, frozen, mesh, sampler) if watch else (None, None)
+    return Loop(
+        state,
+        frozen,
+        step,
+        DevicePrefetch(loader, shard),
+        metrics,
+        checkpoints,
+        meta,
+        first_step,
+        steps,
+        config.run.eval_every,
+        config.run.save_every,
+        config.run.grid_every,
+        validate,
+        grid,
+        {"inherited": inherited} if inherited else {},
+    )

@@ -1,0 +1,76 @@
+"""Checkpoints of earlier versions load, generate's session works, and training resumes from them.
+
+The fixtures were written by commit df60a7f: ``configs/shapes_stage1.py`` for two steps, and stage 2 on
+dialogues from it (without its optimizer state), with one mapper layer on either side:
+
+    python -m minigpt5_jax.train --config configs/shapes_stage1.py --workdir runs/fx \
+        --config.model.mapper.num_encoder_layers=1 --config.model.mapper.num_decoder_layers=1 \
+        --config.model.mapper.dim_feedforward=8 --config.run.num_steps=2 --config.optimizer.warmup_steps=1 \
+        --config.run.eval_every=0 --config.run.grid_every=0 --config.run.keep_latest=1 \
+        --config.run.keep_best=0 --config.data.global_batch=8 --config.data.shapes_train=64 \
+        --config.data.shapes_validation=16
+"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from minigpt5_jax.parts.contracts import FROZEN
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.wiring.restore import load_run, not_pretrained, open_parent_run, open_run
+from minigpt5_jax.wiring.training import make_loop
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """``old(name)``: workdir of a run that an earlier version wrote."""
+
+    def unpack(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        with tarfile.open(FIXTURES / f"{name}.tgz") as archive:
+            archive.extractall(folder, filter="data")
+        return folder
+
+    return unpack
+
+
+def test_a_first_stage_loads_and_makes_a_session(old):
+    folder = old("run_df60a7f")
+    run = load_run(folder)
+    assert (
+        run.step == 2 and run.config.tuning.stage == "stage1" and run.config.model.mapper.dim_feedforward == 8
+    )
+    saved = Checkpoints(folder / "checkpoints", read_only=True).paths("trainable", 2)
+    assert {path for path, group in run.spec.labels.items() if group != FROZEN} == set(saved)
+    assert run.session(batch_size=1).sampling.max_new_tokens == 64
+
+
+def test_a_second_stage_keeps_its_tuning_rules(old):
+    run = open_run(old("run_df60a7f_stage2"))
+    assert run.stage == 2 and run.config.tuning.stage == "stage2"
+    trained = {path for path, group in run.spec.labels.items() if group != FROZEN}
+    assert any("/lora_a" in path for path in trained)
+    assert not any(path.startswith(("mapper/fc", "mapper/queries")) for path in trained)
+    values = run.load().params
+    assert {path for path in run.spec.template.shapes if not_pretrained(path, run.spec)} <= values.keys()
+
+
+def test_another_stage_starts_from_it(old):
+    stage2 = open_run(old("run_df60a7f_stage2")).spec
+    meta, parent = open_parent_run(old("run_df60a7f"), stage2, {})
+    assert meta["bundle"]["stage"] == 1 and parent.template.shapes.keys() < stage2.template.shapes.keys()
+
+
+def test_training_resumes_behind_its_last_step(old):
+    folder = old("run_df60a7f")
+    config = open_run(folder).config
+    config.run.update(workdir=str(folder), num_steps=3, grid_every=0, eval_every=0, compile_cache="")
+    loop = make_loop(config)
+    assert loop.first_step == 2 and int(loop.state.step) == 2
+    loop.run()
+    assert Checkpoints(folder / "checkpoints", read_only=True).latest_step == 3
