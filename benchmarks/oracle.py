@@ -1,8 +1,8 @@
-"""How far the small world's oracle can be trusted: what it reads from spoilt pictures.  JSON lines.
+"""How far the small world's oracle can be trusted: what it reads from corrupted pictures.  JSON lines.
 
     python -m benchmarks.oracle [--count 300]
 
-Each line: number of objects, what spoilt the pictures, share read wholly right, share of each attribute.
+Each line: number of objects, what corrupted the pictures, share read wholly right, share of each attribute.
 Half of the scenes are held out; for the VAE all are.
 """
 
@@ -19,7 +19,7 @@ from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.vae.model import AutoencoderKL
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.backbones import train_vae
-from minigpt5_jax.shapes.oracle import score, spoilt
+from minigpt5_jax.shapes.oracle import corrupted, score
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import draw_scene
 
@@ -43,11 +43,11 @@ def lines() -> Iterator[dict]:
     random = np.random.default_rng(SEED.value)
     for objects in (1, 2, 3):
         scenes = [draw_scene(random, bool(i % 2), objects) for i in range(COUNT.value)]
-        for name, pictures in spoilt(render(scenes), random):
-            yield {"objects": objects, "spoilt by": name, **score(pictures, scenes)}
+        for name, pictures in corrupted(render(scenes), random):
+            yield {"objects": objects, "corrupted by": name, **score(pictures, scenes)}
         held_out = [draw_scene(random, True, objects) for _ in range(COUNT.value)]
         for name, pictures in through_vae(render(held_out)):
-            yield {"objects": objects, "spoilt by": name, **score(pictures, held_out)}
+            yield {"objects": objects, "corrupted by": name, **score(pictures, held_out)}
 
 
 def main(_: list[str]) -> None:

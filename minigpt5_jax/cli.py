@@ -1,7 +1,6 @@
 """What the commands that take ``--config`` share: flags, overrides, and errors a user can read.
 
-    python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a \
-        --config.optimizer.lr_mapper=1e-4
+    python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a --config.run.seed=1
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,14 @@ from minigpt5_jax.parts.contracts import find
 IGNORE = -100
 SNR_BINS = 4  # equal ranges of timesteps, from high to low signal, in which the image loss is reported
 SumCount = tuple[jax.Array, jax.Array]
+Values = tuple[jax.Array, dict[str, SumCount]]
 Made = tuple[str, Mapping[str, Any]]
 """Name of a part and keyword arguments of its module."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class StepRandomness:
     """Every random draw of a step, made per item so that no layout of the batch changes them.
 
     Attributes:
@@ -55,8 +56,8 @@ class Draws:
         num_train_timesteps: int,
         cfg_dropout: float,
         lora_dropout: bool = False,
-    ) -> Draws:
-        """Draws of the items ``item_id``; a pure function of ``(key, id)`` for each of them.
+    ) -> StepRandomness:
+        """StepRandomness of the items ``item_id``; a pure function of ``(key, id)`` for each of them.
 
         Accumulation, packing, another mesh or another process count therefore see the same noise
         for the same item.
@@ -77,6 +78,18 @@ class Draws:
         return cls(timesteps, noise, posterior, drop, dropout_keys)
 
 
+class Loss(NamedTuple):
+    """A loss: which of its values count, and the values themselves.
+
+    Attributes:
+      mask: ``(batch, randomness, options)`` -> bool, of a whole update too (leading accumulation axes).
+      values: ``(model, outputs, batch)`` -> (a value for each entry of the mask, ``{name: (sum, count)}``).
+    """
+
+    mask: Callable[[Batch, StepRandomness, Any], jax.Array]
+    values: Callable[[Any, Any, Batch], Values]
+
+
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
     """How the losses are put together (reference 3.1, Q8).
@@ -85,12 +98,14 @@ class LossOptions:
       weights: loss name -> weight; a loss without a weight is not computed.
       caption_target_on_drop: ``"empty"`` (the empty string's features, as the original) or ``"skip"``
         (a dropped item leaves the caption mean).
+      losses: every loss that has a name.
     """
 
     weights: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"text": 0.01, "image": 1.0, "caption": 0.1}
     )
     caption_target_on_drop: str = "empty"
+    losses: Mapping[str, Loss] = dataclasses.field(default_factory=lambda: LOSSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +114,7 @@ class Outputs:
 
     hidden: jax.Array  # [b t d]
     condition: jax.Array  # [m q c]
-    draws: Draws
+    draws: StepRandomness
 
 
 class MiniGPT5(nnx.Module):
@@ -143,46 +158,63 @@ class MiniGPT5(nnx.Module):
 
     def unconditional(self) -> Float[Array, "1 q c"]:
         """T(0), the negative condition of voken guidance (reference 3.5)."""
+        # What a dropped item was trained with: zeros in, so biases and queries act.  The empty prompt's
+        # features are another point, away from which guidance would also undo what the mapper always adds.
         return self.condition(jnp.zeros((1, self.backbone.num_vokens, self.backbone.hidden_size)))
 
-    def target_latents(self, batch: Batch, draws: Draws) -> Float[Array, "m h w c"]:
+    def target_latents(self, batch: Batch, draws: StepRandomness) -> Float[Array, "m h w c"]:
         """Latents of the pictures to draw, from pixels or from ready moments with the same draws."""
         moments = batch.target_moments
         if moments is None:
             moments = self.generator.moments(batch.target)
         return self.generator.latents(moments, draws.posterior_noise)
 
-    def outputs(self, batch: Batch, draws: Draws, options: LossOptions) -> Outputs:
+    def outputs(self, batch: Batch, draws: StepRandomness) -> Outputs:
         """Run backbone and mapper on a batch."""
         hidden = self.backbone.hidden(self.backbone.embed(batch), batch, draws.dropout_keys)
         vokens = self.voken_states(hidden, batch.voken_row, batch.voken_start)
         return Outputs(hidden, self.condition(vokens, draws.cfg_drop), draws)
 
+    def loss(
+        self, name: str, outputs: Outputs, batch: Batch, options: LossOptions
+    ) -> tuple[SumCount, dict[str, SumCount]]:
+        """One loss and its diagnostics, each ``(sum, count)``."""
+        mask = options.losses[name].mask(batch, outputs.draws, options)
+        values, diagnostics = options.losses[name].values(self, outputs, batch)
+        return sum_count(values, mask), diagnostics
+
     def losses(
-        self, batch: Batch, draws: Draws, options: LossOptions
+        self, batch: Batch, draws: StepRandomness, options: LossOptions
     ) -> tuple[dict[str, SumCount], dict[str, SumCount]]:
         """(losses, diagnostics), each ``{name: (sum, count)}`` so that means can be taken globally."""
-        outputs = self.outputs(batch, draws, options)
+        outputs = self.outputs(batch, draws)
         losses, diagnostics = {}, {}
         for name in options.weights:
-            losses[name], extra = LOSSES[name](self, outputs, batch, options)
+            losses[name], extra = self.loss(name, outputs, batch, options)
             diagnostics.update(extra)
         return losses, diagnostics
 
 
-def _sum_count(values: jax.Array, mask: jax.Array) -> SumCount:
+def sum_count(values: jax.Array, mask: jax.Array) -> SumCount:
+    """Sum of the values where the mask is set, and how many these are."""
     return jnp.where(mask, values, 0.0).sum(), mask.sum().astype(jnp.float32)
 
 
-def text_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
+def text_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax.Array:
+    """Positions of ``label_positions`` that are targets, bool[... b l]."""
+    labels = jnp.take_along_axis(batch.labels, batch.label_positions, axis=-1)
+    return (batch.label_positions > 0) & (labels != IGNORE)
+
+
+def text_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
     """Next-token cross-entropy at label positions only (reference 2.2, 2.3).
 
-    Logits are two blocks, frozen vocabulary and new rows, joined in the logsumexp; no
-    ``[b, t, V]`` array exists.  Also reports how often ``[IMG0]`` is the arg-max where it is due.
+    Logits are two blocks, frozen vocabulary and new rows, joined in the logsumexp: one array of all rows
+    would copy the head of a vocabulary-sharded model every step.  Also reports how often ``[IMG0]`` is the
+    arg-max where it is due.
     """
     positions = batch.label_positions
     labels = jnp.take_along_axis(batch.labels, positions, axis=1)
-    mask = (positions > 0) & (labels != IGNORE)
     before = jnp.maximum(positions - 1, 0)
     states = jnp.take_along_axis(outputs.hidden, before[..., None], axis=1)
     base, new = model.backbone.logit_blocks(states)
@@ -194,14 +226,18 @@ def text_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOpti
         return jnp.take_along_axis(block, index, axis=-1)[..., 0]
 
     target = jnp.where(labels < vocab, pick(base, labels), pick(new, labels - vocab))
-    due = mask & (labels == vocab)
+    due = (positions > 0) & (labels == vocab)
     emitted = (new[..., 0] >= base.max(-1)) & (new[..., 0] >= new.max(-1))
-    emission = _sum_count(emitted.astype(jnp.float32), due)
-    return _sum_count(log_z - target, mask), {"voken_emission": emission}
+    return log_z - target, {"voken_emission": sum_count(emitted.astype(jnp.float32), due)}
 
 
-def image_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
-    """Latent-diffusion loss of every target picture (reference 3.4), also by signal-to-noise ratio.
+def image_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax.Array:
+    """Items with an image to draw, bool[... m]."""
+    return batch.item_mask
+
+
+def image_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
+    """Latent-diffusion loss of every target image (reference 3.4), also by signal-to-noise ratio.
 
     SNR falls with the timestep: ``image_t0_249`` is the mean over items whose timestep is 0 ... 249 and so on
     (of 1,000 timesteps).  The bins split the items, at no cost but their sums.
@@ -210,49 +246,44 @@ def image_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOpt
     latents = model.target_latents(batch, draws)
     per_item = model.generator.denoising_loss(latents, outputs.condition, draws.timesteps, draws.noise)
     borders = [model.generator.num_train_timesteps * n // SNR_BINS for n in range(SNR_BINS + 1)]
-    bins = {
-        f"image_t{low}_{high - 1}": _sum_count(
+    return per_item, {
+        f"image_t{low}_{high - 1}": sum_count(
             per_item, batch.item_mask & (draws.timesteps >= low) & (draws.timesteps < high)
         )
         for low, high in itertools.pairwise(borders)
     }
-    return _sum_count(per_item, batch.item_mask), bins
 
 
-def caption_loss(model: MiniGPT5, outputs: Outputs, batch: Batch, options: LossOptions):
+def caption_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax.Array:
+    """Items that take part in the caption mean, bool[... m]."""
+    mask = batch.item_mask & batch.has_caption
+    return mask if options.caption_target_on_drop == "empty" else mask & ~draws.cfg_drop
+
+
+def caption_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
     """MSE between the condition and the caption's text features (reference 3.2, 3.3)."""
     target = model.generator.caption_features(batch.caption_ids, batch.caption_mask)
-    drop = outputs.draws.cfg_drop
-    target = jnp.where(drop[:, None, None], model.generator.empty_caption_features(), target)
-    error = jnp.square(outputs.condition - target).mean((1, 2))
-    mask = caption_items(batch, drop, options)
-    return _sum_count(error, mask), {}
+    drop = outputs.draws.cfg_drop[:, None, None]
+    target = jnp.where(drop, model.generator.empty_caption_features(), target)
+    return jnp.square(outputs.condition - target).mean((1, 2)), {}
 
 
-def caption_items(batch: Batch, drop: jax.Array, options: LossOptions) -> jax.Array:
-    """Items that take part in the caption mean, bool[m]."""
-    mask = batch.item_mask & batch.has_caption
-    return mask if options.caption_target_on_drop == "empty" else mask & ~drop
+LOSSES = {
+    "text": Loss(text_mask, text_values),
+    "image": Loss(image_mask, image_values),
+    "caption": Loss(caption_mask, caption_values),
+}
+"""Loss name -> loss; parts may bring others (``Part.losses``)."""
 
 
-LossFunction = Callable[[MiniGPT5, Outputs, Batch, LossOptions], tuple[SumCount, dict[str, SumCount]]]
-LOSSES: dict[str, LossFunction] = {"text": text_loss, "image": image_loss, "caption": caption_loss}
-"""Loss name -> ``f(model, outputs, batch, options) -> ((sum, count), diagnostics)``."""
-
-
-def loss_counts(batch: Batch, draws: Draws, options: LossOptions) -> dict[str, jax.Array]:
-    """The counts :meth:`MiniGPT5.losses` will return, known before any forward pass.
+def loss_counts(batch: Batch, draws: StepRandomness, options: LossOptions) -> dict[str, jax.Array]:
+    """The counts that :meth:`MiniGPT5.losses` will return, known before any forward pass.
 
     Accumulation needs them first: each micro-batch's sum is divided by the count of the whole batch.
     Leading (accumulation) axes are summed over.
     """
-    labels = jnp.take_along_axis(batch.labels, batch.label_positions, axis=-1)
-    counts = {
-        "text": (batch.label_positions > 0) & (labels != IGNORE),
-        "image": batch.item_mask,
-        "caption": caption_items(batch, draws.cfg_drop, options),
-    }
-    return {name: counts[name].sum().astype(jnp.float32) for name in options.weights}
+    masks = {name: options.losses[name].mask(batch, draws, options) for name in options.weights}
+    return {name: mask.sum().astype(jnp.float32) for name, mask in masks.items()}
 
 
 def make_template(backbone: Made, mapper: Made, generator: Made) -> Template:

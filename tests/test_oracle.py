@@ -18,7 +18,7 @@ import tiny
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
-from minigpt5_jax.minigpt5 import Draws, LossOptions, make_template
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, make_template
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.common import Params
@@ -60,7 +60,7 @@ class Case(NamedTuple):
     table: Table
     params: Params
     batch: Batch
-    draws: Draws
+    draws: StepRandomness
     numbers: dict[str, np.ndarray]
 
 
@@ -141,7 +141,7 @@ def case(oracle_dir, oracle_configs, oracle_weights, oracle_cases) -> Case:
     shapes = {path: s.shape for path, s in template.shapes.items() if path != TABLE_DECAY}
     params = table.to_params(maps.split_rows(oracle_weights), shapes)
     params[TABLE_DECAY] = np.zeros((), np.float32)
-    draws = Draws(
+    draws = StepRandomness(
         timesteps=numbers["rng/timesteps"].astype(np.int32),
         noise=channels_last(numbers["rng/noise"]),
         posterior_noise=channels_last(numbers["rng/posterior_noise"]),
@@ -209,7 +209,7 @@ def test_every_intermediate_is_the_originals(case):
     def run(params, batch, draws):
         model = case.template.bind(params)
         found = {"llm_inputs_embeds": model.backbone.embed(batch)}
-        out = model.outputs(batch, draws, LossOptions())
+        out = model.outputs(batch, draws)
         found["hidden"] = out.hidden
         states = out.hidden[supervised[:, 0], supervised[:, 1]]
         found["llm_logits_supervised"] = jnp.concatenate(model.backbone.logit_blocks(states), -1)

@@ -198,9 +198,11 @@ MAPPER = '''
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from minigpt5_jax.minigpt5 import Loss
 from minigpt5_jax.models.common import normal, param
 from minigpt5_jax.parts.contracts import Export, Key, Part
 from minigpt5_jax.weights.formats.save import save_safetensors
@@ -234,7 +236,13 @@ PART = Part(
     name="toy",
     module=Mapper,
     make=make,
-    keys={"scale": Key(1.0, "of the states", low=0.0)},
+    keys={"scale": Key(1.0, "of the states", low=0.0), "loss_size": Key(0.1, "weight of its own loss")},
+    losses={
+        "size": Loss(
+            lambda batch, randomness, options: batch.item_mask,
+            lambda model, outputs, batch: (jnp.square(outputs.condition).mean((1, 2)), {}),
+        )
+    },
     trainable={"stage1": ((r".*", "mapper"),), "stage2": ((r"bias", "frozen"), (r".*", "mapper"))},
     sharding={"": {"mlp": "fsdp"}},
     exports={"toy": Export(write, "its matrix")},
@@ -471,7 +479,8 @@ def test_a_missing_file_is_named_with_the_parts_own_words(package, files, tmp_pa
 
 def test_it_trains_validates_draws_and_saves(stage1, package):
     workdir, validation = stage1
-    assert {"text", "image", "caption", "image_unconditional", "voken_emission"} <= validation.keys()
+    expected = {"text", "image", "caption", "size", "image_unconditional", "voken_emission"}
+    assert expected <= validation.keys(), "the mapper's own loss is among them"
     assert all(np.isfinite(value) for value in validation.values())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -24,26 +24,3 @@ from minigpt5_jax.config.make import (
 )
 from minigpt5_jax.config.profiles import PROFILES
 from minigpt5_jax.config.validate import validate
-
-__all__ = [
-    "PACKAGED",
-    "PROFILES",
-    "ConfigError",
-    "apply_variant",
-    "choose",
-    "describe",
-    "get_config",
-    "keys_of",
-    "num_steps",
-    "part_settings",
-    "parts_of",
-    "rate_groups",
-    "setting_errors",
-    "use_prefix",
-    "use_shapes_backbones",
-    "use_shapes_stage2",
-    "use_stage2",
-    "validate",
-    "value_at",
-    "weight_sources",
-]

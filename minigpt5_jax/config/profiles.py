@@ -44,13 +44,12 @@ _ORIGINAL: Mapping[str, Any] = {
 
 
 def release_2023_10(config: ConfigDict) -> ConfigDict:
-    """The generation that the checkpoints of October 2023 belong to: BOS 2, "a image", the old MMDialog
-    loader (Q21, Q26; reference 0)."""
+    """Settings of October 2023's checkpoints: BOS 2, "a image", the old MMDialog loader (Q21, Q26)."""
     return _apply(config, _RELEASE)
 
 
 def head(config: ConfigDict) -> ConfigDict:
-    """The newest code: BOS 1, "an image", the new MMDialog loader.  The defaults."""
+    """Settings of the newest code, the defaults: BOS 1, "an image", the new MMDialog loader."""
     return _apply(config, _HEAD)
 
 

@@ -97,7 +97,8 @@ class NoiseSchedule:
     def min_snr_weight(self, timesteps: Int[Array, " m"], gamma: float | None = 5.0) -> Float[Array, " m"]:
         """Loss weight of each item for epsilon prediction: ``min(SNR, gamma) / SNR``; ones for None.
 
-        SNR is never 0 here (beta < 1), so the ratio is always defined.
+        Nearly clean latents have an SNR in the thousands: without the cap the few low timesteps would make
+        most of the gradient.  SNR is never 0 here (beta < 1), so the ratio is always defined.
         """
         if gamma is None:
             return jnp.ones(timesteps.shape, jnp.float32)

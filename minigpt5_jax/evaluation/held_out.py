@@ -1,8 +1,4 @@
-"""What a run shows of its held-out samples: losses, pictures drawn from their vokens, the oracle's verdict.
-
-The oracle needs no file of truths: in the small world the pictures of the data can be read as well as the
-drawn ones.
-"""
+"""What a run shows of its held-out samples: losses, drawn pictures, the oracle's verdict."""
 
 from __future__ import annotations
 
@@ -120,9 +116,5 @@ def readable(config: ConfigDict) -> bool:
 def oracle_score(
     drawn: UInt8[np.ndarray, "n 64 64 3"], targets: UInt8[np.ndarray, "n 64 64 3"]
 ) -> dict[str, float]:
-    """Share of drawn pictures that show what the data's do.
-
-    ``oracle_all`` wants background and every place right; ``oracle_background``, ``oracle_shape`` and the
-    others are those of :func:`minigpt5_jax.shapes.oracle.score`.
-    """
+    """Shares of :func:`minigpt5_jax.shapes.oracle.score`, the data's pictures being the truth."""
     return {f"oracle_{name}": share for name, share in oracle.score(drawn, oracle.read(targets)).items()}

@@ -2,9 +2,8 @@
 
     python -m minigpt5_jax.convert verify --checkpoint runs/released
 
-What fails in silence elsewhere is looked at here: weights of another file, a tokenizer that drifted, vokens
-that the decoder never reaches, a condition that does not depend on them, a generator that predicts something
-else than noise.
+It finds what fails in silence: weights of another file, a tokenizer that drifted, vokens that the decoder
+never reaches, a condition that does not depend on them, a generator that does not predict noise.
 """
 
 from __future__ import annotations
@@ -60,14 +59,14 @@ class Report:
     correlation: float
 
     def __str__(self) -> str:
-        yes = {True: "yes", False: "no"}
+        drawn, forced = ("yes" if value else "no" for value in (self.drawn, self.forced))
         return "\n".join(
             (
                 f"checkpoint of step {self.step}: {self.parameters:,} parameters, all finite; its tokenizer "
                 "and frozen weights are those it was trained with",
                 f"prompt: {self.source!r}",
                 f"[IMG0]: rank {self.rank}, logit {self.logit:.2f} where it is likeliest; drawn by itself: "
-                f"{yes[self.drawn]}; when forced: {yes[self.forced]}",
+                f"{drawn}; when forced: {forced}",
                 f"voken rows differ by {self.spread:.3f} of their size",
                 f"condition: |T(h) - T(0)| is {self.difference:.3f} of |T(0)|",
                 f"generator: correlation {self.correlation:.3f} of predicted and true noise at the last step",

@@ -20,11 +20,11 @@ from minigpt5_jax.inference.session import Generation, Prompt, Session
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Said:
+class Message:
     """One turn: text and pictures (paths or encoded bytes) in order; role ``user`` or ``assistant``."""
 
     role: str
-    parts: tuple["str | Drawn", ...]
+    parts: tuple["str | ImagePart", ...]
 
     def texts(self, style: PromptStyle) -> list[str]:
         """Its texts, and a placeholder for each picture."""
@@ -32,7 +32,7 @@ class Said:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
+class ImagePart:
     """A picture of a turn; wrapped, since a path is a string as texts are."""
 
     picture: Picture
@@ -45,14 +45,14 @@ class Conversation:
     Attributes:
       id: its name in files.
       seed: of all its answers.
-      said: turns; the model's are appended.
+      messages: turns; the model's are appended.
       answers: what the model wrote, in order.
       system: system prompt of a dialogue.
     """
 
     id: str
     seed: int
-    said: list[Said]
+    messages: list[Message]
     answers: list[Generation] = dataclasses.field(default_factory=list)
     system: str = ""
 
@@ -68,31 +68,31 @@ def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
     return file.getvalue()
 
 
-def answer_turn(answer: Generation) -> Said:
+def answer_turn(answer: Generation) -> Message:
     """An answer as a turn of the conversation."""
-    parts = tuple(part if isinstance(part, str) else Drawn(encode_png(part)) for part in answer.parts)
-    return Said("assistant", parts)
+    parts = tuple(part if isinstance(part, str) else ImagePart(encode_png(part)) for part in answer.parts)
+    return Message("assistant", parts)
 
 
 def story_prompt(conversation: Conversation, request: str = "", style: PromptStyle = VICUNA_V0) -> Prompt:
-    """Everything told so far and the request for the next scene, as stage 2 trains it (reference 5.3)."""
-    said = conversation.said
-    before = [text for turn in said for text in turn.texts(style)]
+    """Everything so far and the request for the next scene, as stage 2 trains it (reference 5.3)."""
+    messages = conversation.messages
+    before = [text for turn in messages for text in turn.texts(style)]
     source = style.story(before, request or style.next_scene)
-    return Prompt(source, _pictures(said), conversation.next_seed())
+    return Prompt(source, _pictures(messages), conversation.next_seed())
 
 
 def dialog_prompt(
     conversation: Conversation, window: int | None = None, style: PromptStyle = VICUNA_V0
 ) -> Prompt:
     """The last ``window`` turns (None for all) and the opening of the assistant's (reference 5.4)."""
-    said = conversation.said if window is None else conversation.said[-window:]
-    spoken = [(style.speakers[turn.role], " ".join(turn.texts(style))) for turn in said]
-    return Prompt(style.dialog(conversation.system, spoken), _pictures(said), conversation.next_seed())
+    messages = conversation.messages if window is None else conversation.messages[-window:]
+    spoken = [(style.speakers[turn.role], " ".join(turn.texts(style))) for turn in messages]
+    return Prompt(style.dialog(conversation.system, spoken), _pictures(messages), conversation.next_seed())
 
 
-def _pictures(said: Sequence[Said]) -> tuple[Picture, ...]:
-    return tuple(part.picture for turn in said for part in turn.parts if isinstance(part, Drawn))
+def _pictures(messages: Sequence[Message]) -> tuple[Picture, ...]:
+    return tuple(part.picture for turn in messages for part in turn.parts if isinstance(part, ImagePart))
 
 
 def advance(
@@ -106,10 +106,10 @@ def advance(
     for conversation, answer in zip(conversations, session.generate([prompt(c) for c in conversations])):
         conversation.answers.append(answer)
         if answer.parts:
-            conversation.said.append(answer_turn(answer))
+            conversation.messages.append(answer_turn(answer))
 
 
-def tell(session: Session, stories: Sequence[Conversation], scenes: int, request: str = "") -> None:
+def continue_story(session: Session, stories: Sequence[Conversation], scenes: int, request: str = "") -> None:
     """Continues every story by ``scenes`` answers, each of which reads all before it."""
     for _ in range(scenes):
         advance(session, stories, lambda story: story_prompt(story, request, session.style))
@@ -118,7 +118,7 @@ def tell(session: Session, stories: Sequence[Conversation], scenes: int, request
 def chat(
     session: Session,
     dialogs: Sequence[Conversation],
-    script: Sequence[Sequence[Said]],
+    script: Sequence[Sequence[Message]],
     window: int | None = None,
 ) -> None:
     """Plays every dialogue: after each user's turn of its script that no answer follows, the model's.
@@ -134,8 +134,8 @@ def chat(
         for number in waiting:
             turns, dialog = todo[number], dialogs[number]
             while turns:
-                dialog.said.append(turns.pop(0))
-                if dialog.said[-1].role == "user" and not (turns and turns[0].role == "assistant"):
+                dialog.messages.append(turns.pop(0))
+                if dialog.messages[-1].role == "user" and not (turns and turns[0].role == "assistant"):
                     asked.append(dialog)
                     break
         if asked:

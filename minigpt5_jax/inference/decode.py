@@ -192,8 +192,8 @@ def _feed(
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Feed what was drawn: (state that predicts the next id, cache, mapper input of bursting rows).
 
-    A turn in which nobody starts a picture costs one entry per row, one after which nobody goes on
-    costs nothing.  A row whose very last id is ``[IMG0]`` is still fed the vokens.
+    A turn in which no row starts a picture costs one entry per row.  A row whose very last id is ``[IMG0]``
+    is still fed the vokens.
     """
     batch, width = state.hidden.shape
     blank = jnp.zeros((batch, num_vokens, width), jnp.float32)
@@ -227,7 +227,7 @@ def _do_if(wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any
 
 
 def _record_picture(result: DecodeResult, states: jax.Array, bursting: jax.Array) -> DecodeResult:
-    """Keep mapper input and place of the pictures that rows ``bursting`` have just begun."""
+    """Keep mapper input and place of the pictures that rows ``bursting`` have just started."""
     rows = jnp.arange(bursting.shape[0])
     slot = jnp.where(bursting, result.num_images, result.voken_position.shape[1])
     return dataclasses.replace(

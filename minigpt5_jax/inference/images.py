@@ -34,7 +34,6 @@ def sample_pictures(
     ``epsilon = e(negative) + guidance_scale * (e(condition) - e(negative))``; both run in one UNet
     batch.  At ``guidance_scale=1`` the negative is not evaluated at all.
     """
-
     if guidance_scale == 1.0:
         denoise = generator.denoiser(condition)
     else:
@@ -55,8 +54,7 @@ def make_batch_sampler(
 ) -> Callable[[Params, Batch, jax.Array], jax.Array]:
     """``f(params, batch, keys[m]) -> u8[m H W 3]``: pictures of a batch whose vokens are already written.
 
-    The states are those that decoding would give (reference 2.5), so this is generation without its
-    loop: what picture grids and held-out scores are made with.
+    The states are those that decoding would give (reference 2.5).
     """
 
     def sample(params: Params, batch: Batch, keys: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Pages of interleaved text and pictures (HTML and Markdown over the same PNG files), and picture grids."""
+"""HTML pages of interleaved text and pictures, and picture grids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 Part = str | np.ndarray
 """One piece of an interleaved sequence: text, or a picture u8[H W 3]."""
@@ -68,17 +68,16 @@ class Entry:
     @property
     def footer(self) -> str:
         """Seed and notes in one line."""
-        seed = [] if self.seed is None else [f"seed {self.seed}"]
-        return " · ".join([*seed, *([self.notes] if self.notes else [])])
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return " · ".join(filter(None, (seed, self.notes)))
 
 
 def write_page(
     directory: str | Path, title: str, entries: Sequence[Entry], metadata: Mapping[str, object] | None = None
 ) -> Path:
-    """Write ``index.html``, ``index.md`` and ``pictures/*.png``; returns the path of ``index.html``.
+    """Write ``index.html`` and ``pictures/*.png``, in place of an earlier page; returns the former's path.
 
-    The HTML needs nothing outside the directory.  ``metadata`` (checkpoint, sampler, ...) is shown in
-    a folded table.  An earlier page in the same directory is replaced.
+    ``metadata`` (checkpoint, sampler, ...) is shown in a folded table.
 
     Raises:
       FileExistsError: the directory holds other things and no page of ours.
@@ -92,7 +91,6 @@ def write_page(
     index = directory / "index.html"
     # First of all files: should the writing be interrupted, the directory is known to be ours.
     index.write_text(_html(title, entries, metadata), encoding="utf-8")
-    (directory / "index.md").write_text(_markdown(title, entries, metadata), encoding="utf-8")
     (directory / _PICTURES).mkdir(exist_ok=True)
     for number, entry in enumerate(entries, 1):
         for _, part, name in _named_parts(number, entry):
@@ -101,37 +99,26 @@ def write_page(
     return index
 
 
-def draw_grid(
-    pictures: np.ndarray, columns: int, captions: Sequence[str] | None = None, *, min_side: int = 128
-) -> np.ndarray:
-    """u8[n H W 3] as one picture u8[h w 3] of ``columns`` columns, row by row, captions underneath.
+def draw_grid(pictures: np.ndarray, columns: int, *, min_side: int = 128) -> np.ndarray:
+    """u8[n H W 3] as one picture u8[h w 3] of ``columns`` columns, row by row.
 
-    Pictures narrower than ``min_side`` pixels are enlarged by a whole factor, so that captions fit.
+    Pictures narrower than ``min_side`` pixels are enlarged by a whole factor.
 
     Raises:
-      ValueError: pictures of another shape or dtype, no columns, or a caption missing.
+      ValueError: pictures of another shape or dtype, or no columns.
     """
     _check_pictures(pictures, dims=4)
     count, height, width, _ = pictures.shape
     if columns < 1 or not count:
         raise ValueError(f"{count} pictures in {columns} columns: need at least one of each")
-    if captions is not None and len(captions) != count:
-        raise ValueError(f"{count} pictures but {len(captions)} captions")
     factor = max(1, -(-min_side // width))
     width, height, gap = width * factor, height * factor, 6
-    font = ImageFont.load_default(11)
-    lines = [_wrap(text, font, width) for text in captions or [""] * count]
-    text_height = 14 * max(map(len, lines)) if captions is not None else 0
     columns, rows = min(columns, count), -(-count // columns)
-    size = (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
-        x, y = gap + column * (width + gap), gap + row * (height + text_height + gap)
+        x, y = gap + column * (width + gap), gap + row * (height + gap)
         canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        for line, text in enumerate(lines[index]):
-            draw.text((x, y + height + 14 * line), text, fill="black", font=font)
     return np.asarray(canvas)
 
 
@@ -194,46 +181,3 @@ def _html_entry(number: int, entry: Entry) -> str:
     )
     footer = f"<footer>{html.escape(entry.footer)}</footer>\n" if entry.footer else ""
     return f'<article id="entry-{number}">\n{body}{footer}</article>\n'
-
-
-def _markdown(title: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> str:
-    blocks = [f"# {_escape_markdown(title)}"]
-    if metadata:
-        items = metadata.items()
-        blocks.append("\n".join(f"- {_escape_markdown(k)}: {_escape_markdown(v)}" for k, v in items))
-    for number, entry in enumerate(entries, 1):
-        blocks.append(f"## {number}")
-        last = ""
-        for section, part, name in _named_parts(number, entry):
-            if section != last:
-                blocks.append(f"**{section}**")
-                last = section
-            blocks.append(f"![{section} picture]({name})" if name else _escape_markdown(part))
-        if entry.footer:
-            blocks.append(f"*{_escape_markdown(entry.footer)}*")
-    return "\n\n".join(blocks) + "\n"
-
-
-def _escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is; line breaks stay, HTML and block markers lose their meaning."""
-    text = html.escape(text, quote=False)
-    text = re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", text)
-    text = re.sub(r"(?m)^(\s*)([-+]|\d+[.)])(?=\s)", lambda m: f"{m[1]}{m[2][:-1]}\\{m[2][-1]}", text)
-    return re.sub(r"\n+", "  \n", text.strip())
-
-
-def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break ``text`` into lines of at most ``width`` pixels, inside a word only if it is too long."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.samples.records import parse_record, prompt_of
+from minigpt5_jax.data.samples.records import Record, parse_record, prompt_of
 from minigpt5_jax.data.text import templates
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
@@ -35,10 +35,10 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
         raise DataError(f"prompt {text!r} is empty")
     if style.end in text:
         raise DataError(f"prompt {text!r} contains {style.end}, which ends a turn")
-    spelt = text.replace(style.image, IMAGE_TOKEN).replace(IMAGE_TOKEN, style.image)
+    written = text.replace(style.image, IMAGE_TOKEN).replace(IMAGE_TOKEN, style.image)
     if IMAGE_TOKEN not in text:
-        spelt = " ".join([*[style.image] * len(images), text]).strip()
-    return Prompt(style.dialog(style.dialog_system, [(style.speakers["user"], spelt)]), tuple(images))
+        written = " ".join([*[style.image] * len(images), text]).strip()
+    return Prompt(style.dialog(style.dialog_system, [(style.speakers["user"], written)]), tuple(images))
 
 
 def file_prompts(path: str | Path) -> list[Prompt]:
@@ -47,18 +47,27 @@ def file_prompts(path: str | Path) -> list[Prompt]:
     Raises:
       DataError: no such file, a line that breaks the schema or ends in an assistant's turn, no line.
     """
-    path = Path(path).expanduser()
+    prompts, folder = [], Path(path).expanduser().parent
+    for where, record in file_records(path):
+        if not record.pair and record.turns[-1].role != "user":
+            raise SampleError(where, "a prompt ends in a user turn; this ends in an answer")
+        turns = 1 if record.pair else len(record.turns)
+        prompts.append(Prompt(*prompt_of(record, turns, folder)))
+    return prompts
+
+
+def file_records(path: str | Path) -> Iterator[tuple[str, Record]]:
+    """(``file:line``, record) of each line of a JSONL file that is not blank.
+
+    Raises:
+      DataError: no such file, a line that breaks the schema, no line.
+    """
+    path, found = Path(path).expanduser(), False
     if not path.is_file():
         raise DataError(f"no such file: {path}")
-    prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        record = parse_record(line, f"{path}:{number}")
-        if not record.pair and record.turns[-1].role != "user":
-            raise SampleError(f"{path}:{number}", "a prompt ends in a user turn; this ends in an answer")
-        turns = 1 if record.pair else len(record.turns)
-        prompts.append(Prompt(*prompt_of(record, turns, path.parent)))
-    if not prompts:
+        if line.strip():
+            found, where = True, f"{path}:{number}"
+            yield where, parse_record(line, where)
+    if not found:
         raise DataError(f"{path} holds no record")
-    return prompts

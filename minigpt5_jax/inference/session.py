@@ -157,7 +157,7 @@ class Session:
         """An answer to each prompt.  All of them are checked before anything is compiled.
 
         Args:
-          pictures: False samples none: one that is begun leaves ``[IMG0]`` in ``token_ids`` and no part.
+          pictures: False samples none: one that was started leaves ``[IMG0]`` in ``token_ids`` and no part.
 
         Raises:
           DataError: an empty prompt, vokens in it, pictures that do not fit its placeholders or that
@@ -168,11 +168,11 @@ class Session:
         answers = answers if pictures else [(ids, []) for ids, _ in answers]
         wanted = [
             (states, row.prompt.seed, number)
-            for row, (_, begun) in zip(rows, answers)
-            for number, states in enumerate(begun)
+            for row, (_, started) in zip(rows, answers)
+            for number, states in enumerate(started)
         ]
         drawn = iter(self.draw(*map(list, zip(*wanted))) if wanted else ())
-        return [self._assemble(row, ids, len(begun), drawn) for row, (ids, begun) in zip(rows, answers)]
+        return [self._assemble(row, ids, len(started), drawn) for row, (ids, started) in zip(rows, answers)]
 
     def draw(
         self, vokens: Sequence[np.ndarray], seeds: Sequence[int], numbers: Sequence[int]

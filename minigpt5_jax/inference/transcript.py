@@ -1,6 +1,6 @@
 """Conversations from JSONL records and back: what story and chat generation read and write.
 
-The form is that of users' training data (:mod:`minigpt5_jax.data.samples.records`), so what a model told can
+The form is that of users' training data (:mod:`minigpt5_jax.data.samples.records`), so what a model wrote can
 be read, continued, evaluated or trained on as any other data.
 """
 
@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.images import load_picture
-from minigpt5_jax.data.samples.records import ImagePart, Record, parse_record
-from minigpt5_jax.inference.conversation import Conversation, Drawn, Said
+from minigpt5_jax.data.samples.records import Record, RecordImage
+from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message
 from minigpt5_jax.inference.page import Entry, Part
+from minigpt5_jax.inference.prompts import file_records
 
 FILE = "conversations.jsonl"
 
@@ -29,80 +30,73 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
     Raises:
       DataError: no such file, no line, a line that breaks the schema or is a pair, an id used twice.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
     found: dict[str, Record] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        record = parse_record(line, where)
+    for where, record in file_records(path):
         if record.pair:
             raise SampleError(where, "is a pair of caption and picture; stories and dialogues have turns")
-        name = record.id if record.id is not None else f"{path.stem}_{number}"
+        name = record.id if record.id is not None else f"{Path(path).stem}_{where.rpartition(':')[2]}"
         if name in found:
             raise SampleError(where, f"id {name!r} was used already")
         found[name] = record
-    if not found:
-        raise DataError(f"{path} holds no record")
     return list(found.items())
 
 
-def turns_of(record: Record, image_root: Path) -> list[Said]:
+def turns_of(record: Record, image_root: Path) -> list[Message]:
     """A record's turns, their pictures known to be readable; SampleError where one is not."""
 
-    def part(value: str | ImagePart) -> str | Drawn:
+    def part(value: str | RecordImage) -> str | ImagePart:
         if isinstance(value, str):
             return value
         path = image_root / value.path
         load_picture(path)
-        return Drawn(path)
+        return ImagePart(path)
 
-    return [Said(turn.role, tuple(map(part, turn.parts))) for turn in record.turns]
+    return [Message(turn.role, tuple(map(part, turn.parts))) for turn in record.turns]
 
 
 def seed_of(name: str, seed: int, sample: int = 0) -> int:
-    """Seed of a conversation: by its name, so that it is told alike alone and among others."""
+    """Seed of a conversation: by its name, so that it goes the same way alone and among others."""
     return int(np.random.SeedSequence((seed, sample, zlib.crc32(name.encode()))).generate_state(1)[0])
 
 
 def entry_of(conversation: Conversation, given: int) -> Entry:
     """A conversation as a page shows it: the first ``given`` turns as the prompt, then all that followed."""
 
-    def shown(turns: Sequence[Said], named: bool) -> Iterator[Part]:
+    def shown(turns: Sequence[Message], named: bool) -> Iterator[Part]:
         for turn in turns:
             for part in turn.parts:
-                if isinstance(part, Drawn):
+                if isinstance(part, ImagePart):
                     yield np.asarray(load_picture(part.picture))
                 else:
                     yield f"You: {part}" if named and turn.role == "user" else part
 
-    said = conversation.said
+    messages = conversation.messages
     silent = sum(not answer.parts for answer in conversation.answers)
     dropped = max((answer.dropped for answer in conversation.answers), default=0)
     notes = [conversation.id]
     notes += [f"{silent} of {len(conversation.answers)} answers were empty"] * bool(silent)
     notes += [f"up to {dropped} positions of the past did not fit"] * bool(dropped)
-    output = list(shown(said[given:], named=True)) or ["(nothing)"]
+    output = list(shown(messages[given:], named=True)) or ["(nothing)"]
     return Entry(
-        list(shown(said[:given], named=False)), output, seed=conversation.seed, notes=" · ".join(notes)
+        list(shown(messages[:given], named=False)), output, seed=conversation.seed, notes=" · ".join(notes)
     )
 
 
 def record_of(conversation: Conversation, given: int, number: int) -> dict[str, Any]:
-    """A conversation in the schema, its pictures where :func:`~minigpt5_jax.inference.page.write_page`
-    puts those of its ``number``-th entry.
+    """A conversation in the schema, its pictures where ``write_page`` puts those of entry ``number``.
 
     An assistant's turn ends with its picture there, so an answer that goes on after one becomes two turns.
     """
     turns = []
-    for section, said in (("prompt", conversation.said[:given]), ("output", conversation.said[given:])):
+    for section, messages in (
+        ("prompt", conversation.messages[:given]),
+        ("output", conversation.messages[given:]),
+    ):
         pictures = 0
-        for turn in said:
+        for turn in messages:
             content: list[dict[str, str]] = []
             for part in turn.parts:
-                if isinstance(part, Drawn):
+                if isinstance(part, ImagePart):
                     pictures += 1
                     name = f"pictures/{number:03d}-{section}-{pictures}.png"
                     content.append({"type": "image", "path": name})

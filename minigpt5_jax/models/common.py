@@ -9,8 +9,9 @@ activations NHWC / ``[batch, length, width]``.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,14 +36,14 @@ def normal(std: float) -> Initializer:
     return jax.nn.initializers.normal(std)
 
 
+def uniform(bound: float) -> Initializer:
+    """U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def uniform_fan_in(fan_in: int) -> Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for Linear weights and biases."""
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+    return uniform(1.0 / math.sqrt(fan_in))
 
 
 def param(
@@ -102,6 +103,12 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
+def torch_linear(in_features: int, out_features: int, **kwargs: Any) -> Linear:
+    """A dense layer with torch's default initialisation."""
+    init = uniform_fan_in(in_features)
+    return Linear(in_features, out_features, kernel_init=init, bias_init=init, **kwargs)
+
+
 class Conv(nnx.Module):
     """2-D convolution on NHWC; ``padding`` is symmetric, or explicit ``((top, bottom), (left, right))``."""
 
@@ -137,32 +144,6 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, statistics in fp32, result in ``dtype``."""
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        eps: float,
-        axis: Axis = "embed",
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.eps, self.dtype = eps, dtype
-        self.scale = param(rngs, ones, (width,), (axis,), param_dtype)
-        self.bias = param(rngs, zeros, (width,), (axis,), param_dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
-        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
-        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        return y.astype(self.dtype)
-
-
 class RMSNorm(nnx.Module):
     """LLaMA's RMSNorm: variance in fp32, normalised value cast to ``dtype`` before the scale."""
 
@@ -185,24 +166,30 @@ class RMSNorm(nnx.Module):
         return y.astype(self.dtype) * self.scale[...].astype(self.dtype)
 
 
-class GroupNorm(nnx.Module):
+class LayerNorm(RMSNorm):
+    """LayerNorm over the last axis, statistics in fp32, result in ``dtype``."""
+
+    def __init__(self, width: int, *, axis: Axis = "embed", rngs: nnx.Rngs, **kwargs: Any):
+        super().__init__(width, axis=axis, rngs=rngs, **kwargs)
+        self.bias = param(rngs, zeros, (width,), (axis,), self.scale.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        y = (x - mean) * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class GroupNorm(LayerNorm):
     """GroupNorm over (spatial axes, channels of a group) of a channels-last tensor, fp32 statistics."""
 
-    def __init__(
-        self,
-        num_groups: int,
-        channels: int,
-        *,
-        eps: float,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, num_groups: int, channels: int, **kwargs: Any):
         if channels % num_groups:
             raise ValueError(f"{channels} channels do not divide into norm_num_groups={num_groups}")
-        self.num_groups, self.eps, self.dtype = num_groups, eps, dtype
-        self.scale = param(rngs, ones, (channels,), ("conv_out",), param_dtype)
-        self.bias = param(rngs, zeros, (channels,), ("conv_out",), param_dtype)
+        super().__init__(channels, axis="conv_out", **kwargs)
+        self.num_groups = num_groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
         pixels = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
@@ -277,6 +264,45 @@ def attention(
     return out.reshape(*out.shape[:-2], -1)
 
 
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_heads: int, **kwargs: Any) -> jax.Array:
+    """:func:`attention` of projections ``[b, t, heads * d]``."""
+    return attention(*(split_heads(x, num_heads) for x in (query, key, value)), **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sizes
+
+
+def read_fields(
+    cls: type, config: Mapping[str, Any], implemented: Mapping[str, Sequence[Any]], name: str
+) -> dict[str, Any]:
+    """Fields of the dataclass ``cls`` in a published ``config.json``, lists as tuples.
+
+    Raises:
+      ValueError: a field has none of its ``implemented`` values.
+    """
+    for field, values in implemented.items():
+        if field in config and config[field] not in values:
+            raise ValueError(f"{name} {field}={config[field]!r} is not implemented (only {values[0]!r})")
+    known = [field.name for field in dataclasses.fields(cls) if field.name in config]
+    return {k: tuple(config[k]) if isinstance(config[k], list) else config[k] for k in known}
+
+
+def check_transformer(config: Any) -> None:
+    """Refuse sizes of a transformer that do not fit.
+
+    Raises:
+      ValueError: a head count that does not divide the width, or an unknown activation.
+    """
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size={config.hidden_size} does not divide into "
+            f"num_attention_heads={config.num_attention_heads}"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Repeated layers
 
@@ -320,3 +346,8 @@ def scan_layers(
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
     return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)
+
+
+def run_layers(layers: nnx.Module, x: jax.Array, *context: Any, remat: bool) -> jax.Array:
+    """``x = layer(x, *context)`` for each of stacked ``layers``."""
+    return scan_layers(layers, x, lambda layer, x, _: (layer(x, *context), None), remat=remat)[0]

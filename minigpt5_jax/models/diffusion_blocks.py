@@ -32,11 +32,8 @@ class ResnetBlock2D(nnx.Module):
         norm_num_groups: int,
         eps: float,
         temb_channels: int | None = None,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        **kwargs,
     ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         axes = ("conv_in", "conv_out")
         self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=eps, **kwargs)
         self.conv1 = Conv(in_channels, out_channels, 3, padding=1, **kwargs)

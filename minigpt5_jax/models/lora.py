@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt5_jax.models.common import Axis, Initializer, Linear, param, uniform_fan_in, zeros
+from minigpt5_jax.models.common import Axis, Linear, param, uniform_fan_in, zeros
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -55,21 +56,10 @@ class LoraLinear(Linear):
         *,
         lora: LoraConfig | None,
         axes: tuple[Axis, Axis],
-        kernel_init: Initializer,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
         rngs: nnx.Rngs,
+        **kwargs: Any,
     ):
-        super().__init__(
-            in_features,
-            out_features,
-            axes=axes,
-            bias=False,
-            kernel_init=kernel_init,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        super().__init__(in_features, out_features, axes=axes, bias=False, rngs=rngs, **kwargs)
         self.lora = lora
         if lora is not None:
             # torch's kaiming_uniform(a=sqrt(5)) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from minigpt5_jax.models.common import Linear, normal, param, uniform_fan_in
+from minigpt5_jax.models.common import normal, param, torch_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,32 +28,13 @@ class PrefixEncoder(nnx.Module):
     applied to these keys, and real tokens are numbered from ``n`` on.
     """
 
-    def __init__(
-        self,
-        config: PrefixConfig,
-        *,
-        hidden_size: int,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        rngs: nnx.Rngs,
-    ):
-        self.shape = (config.num_virtual_tokens, num_layers, 2, num_heads, head_dim)
-        inner, size = config.encoder_hidden_size, 2 * num_layers * num_heads * head_dim
-        self.embedding = param(rngs, normal(1.0), (config.num_virtual_tokens, hidden_size), (None, "embed"))
-        self.transform = nnx.List(
-            [
-                Linear(
-                    i,
-                    o,
-                    axes=(None, None),
-                    kernel_init=uniform_fan_in(i),
-                    bias_init=uniform_fan_in(i),
-                    rngs=rngs,
-                )
-                for i, o in ((hidden_size, inner), (inner, size))
-            ]
-        )
+    def __init__(self, config: PrefixConfig, llm: Any, *, rngs: nnx.Rngs):
+        """``llm``: the ``LlamaConfig``."""
+        count, inner, hidden = config.num_virtual_tokens, config.encoder_hidden_size, llm.hidden_size
+        self.shape = (count, llm.num_hidden_layers, 2, llm.key_value_heads, llm.head_dim)
+        self.embedding = param(rngs, normal(1.0), (count, hidden), (None, "embed"))
+        widths = ((hidden, inner), (inner, math.prod(self.shape[1:])))
+        self.transform = nnx.List(torch_linear(*pair, axes=(None, None), rngs=rngs) for pair in widths)
 
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values of every layer, [layers n kv_heads head_dim] each."""

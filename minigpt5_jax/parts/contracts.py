@@ -334,6 +334,7 @@ class Part:
       initial: ``(fresh, pretrained, keys, key)`` -> start values that are not those of the module, paths
         below the part.
       conflicts: ``keys`` -> what does not go together, a line each.
+      losses: name -> loss of its own (:class:`minigpt5_jax.minigpt5.Loss`), with weight ``loss_<name>``.
       settings: name of a setting -> values of ``keys`` under it (:data:`SMALL`, :data:`STAGE2`,
         :data:`PREFIX`).
       samplers: of a generator, by name; the first one is the default.
@@ -356,6 +357,7 @@ class Part:
     features: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     initial: Callable[[dict[str, Any], Mapping[str, Any], Keys, Any], dict[str, Any]] | None = None
     conflicts: Callable[[Keys], Iterable[str]] = lambda keys: ()
+    losses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     samplers: tuple[str, ...] = ()
     exports: Mapping[str, Export] = dataclasses.field(default_factory=dict)

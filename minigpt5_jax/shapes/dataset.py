@@ -106,11 +106,7 @@ def write_pairs(
 
 
 def write_stories(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
-    """Write stories in VIST's files (reference 5.3); returns ``<split>_cleaned.json``.
-
-    Beside it: ``<split>_image_mapping.json``, pictures in ``<split>_images/``, and the truth of every
-    step in ``shapes_<split>_stories.jsonl``, one story a line.
-    """
+    """Write stories in VIST's files (reference 5.3), with their truth; returns ``<split>_cleaned.json``."""
     directory = Path(directory)
     cleaned, mapping, truth, pictures = {}, {}, [], {}
     for number, story in enumerate(draw_stories(split, count, seed)):
@@ -139,11 +135,7 @@ def write_stories(directory: str | os.PathLike[str], split: str, count: int, see
 
 
 def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
-    """Write dialogues in MMDialog's files (reference 5.4); returns ``<split>/conversations.json``.
-
-    Pictures (JPEG, as the format has it) lie beside it, named by their id; the truth of every turn is
-    in ``shapes_<split>_dialogs.jsonl`` above, one dialogue a line.
-    """
+    """Write dialogues in MMDialog's files (reference 5.4), with their truth; returns the conversations."""
     directory = Path(directory)
     lines, truth, pictures = [], [], {}
     for number, turns in enumerate(draw_dialogs(split, count, seed)):
@@ -171,11 +163,7 @@ def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, see
 
 
 def read_scenes(directory: str | os.PathLike[str], split: str) -> list[Scene]:
-    """Scene of every row of a table that :func:`write_pairs` wrote.
-
-    Raises:
-      FileNotFoundError: the table was not written by it.
-    """
+    """Scene of every row of a table that :func:`write_pairs` wrote; FileNotFoundError if it did not."""
     return [Scene.from_json(line) for line in read_truth(directory, split, "scenes")]
 
 

@@ -11,19 +11,19 @@ import dataclasses
 
 import numpy as np
 
-from minigpt5_jax.shapes.wording import caption, choose, word, words_of
+from minigpt5_jax.shapes.wording import answer_to, caption, choose, word, words_of
 from minigpt5_jax.shapes.world import (
     ALL_KINDS,
     BACKGROUNDS,
     COLOURS,
     HELD_OUT,
-    PLACES,
     SHAPES,
-    SIZES,
     TEXTURES,
     Object,
     Scene,
+    draw_newcomer,
     draw_scene,
+    free_places,
     kinds,
     make_scene,
 )
@@ -66,7 +66,6 @@ QUESTIONS = {
 }
 ANSWERS = {"place": "{name} is in the {value}.", "count": "{value}.", "shape": "it is a {value}."}
 ANSWER = "{name} is {value}."
-COUNTED = ("none", "one", "two", "three")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,8 @@ class _Talk:
         if change == "background":
             background = self.other(background, len(BACKGROUNDS))
         elif change == "add":
-            spoken = self.newcomer(scene)
+            choice = ALL_KINDS if self.held_out else kinds(False)
+            spoken = draw_newcomer(self.random, scene.objects, choice)
             objects.append(spoken)
         else:
             objects.remove(chosen)
@@ -160,15 +160,7 @@ class _Talk:
         asked = str(self.random.choice(about))
         item = scene.objects[self.random.integers(len(scene.objects))]
         name = "the background" if asked == "background" else self.name(scene, item)
-        value = {
-            "background": BACKGROUNDS[scene.background],
-            "count": COUNTED[len(scene.objects)],
-            "shape": SHAPES[item.shape],
-            "colour": COLOURS[item.colour],
-            "size": SIZES[item.size],
-            "texture": TEXTURES[item.texture],
-            "place": PLACES[item.place],
-        }[asked]
+        value = answer_to(asked, scene, item)
         question = choose(QUESTIONS[asked], self.random).format(name=name)
         answer = ANSWERS.get(asked, ANSWER).format(name=name, value=value)
         return Turn(question, None, "ask"), Turn(answer, None, "ask", (asked, value))
@@ -185,9 +177,8 @@ class _Talk:
         """The object after a change; of a kind that may be shown."""
         while True:
             if change == "move":
-                taken = {other.place for other in scene.objects}
-                free = [place for place in range(len(PLACES)) if place not in taken]
-                return dataclasses.replace(item, place=int(self.random.choice(free)))
+                place = int(self.random.choice(free_places(scene.objects)))
+                return dataclasses.replace(item, place=place)
             if change == "resize":
                 return dataclasses.replace(item, size=1 - item.size)
             if change == "turn":
@@ -196,14 +187,6 @@ class _Talk:
                 new = dataclasses.replace(item, texture=self.other(item.texture, len(TEXTURES)))
             if self.held_out or new.kind not in HELD_OUT:
                 return new
-
-    def newcomer(self, scene: Scene) -> Object:
-        taken = {item.place for item in scene.objects}
-        there = {item.shape for item in scene.objects}
-        choice = [kind for kind in (ALL_KINDS if self.held_out else kinds(False)) if kind[0] not in there]
-        shape, colour, texture = choice[self.random.integers(len(choice))]
-        place = self.random.choice([place for place in range(len(PLACES)) if place not in taken])
-        return Object(shape, colour, int(self.random.integers(len(SIZES))), texture, int(place))
 
 
 def draw_dialog(random: np.random.Generator, held_out: bool = False) -> tuple[Turn, ...]:

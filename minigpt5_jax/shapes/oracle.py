@@ -1,8 +1,7 @@
 """The oracle: reads background and every object back from pixels.
 
-Each place is compared with all its possible contents on each background; the background with the
-least summed error wins, then each place takes its nearest content.  ``python -m benchmarks.oracle``
-prints how far its verdict can be trusted.
+The background with the least summed error over places wins, then each place takes its nearest content.
+``python -m benchmarks.oracle`` prints how far its verdict can be trusted.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Num, UInt8
 
-from minigpt5_jax.shapes.render import CELL, IMAGE_SIZE, cells, object_of
+from minigpt5_jax.shapes.render import CELL, IMAGE_SIZE, cells, scenes_of_cells
 from minigpt5_jax.shapes.world import ATTRIBUTES, BACKGROUNDS, Scene
 
 
@@ -33,19 +32,13 @@ def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
     error = (norms - 2.0 * parts @ templates.T).reshape(count, 4, -1, len(BACKGROUNDS))
     backgrounds = error.min(2).sum(1).argmin(-1)
     contents = error[np.arange(count), :, :, backgrounds].argmin(-1)
-    scenes = []
-    for background, row in zip(backgrounds, contents, strict=True):
-        found = (object_of(int(index), place) for place, index in enumerate(row))
-        scenes.append(Scene(int(background), tuple(item for item in found if item is not None)))
-    return scenes
+    return scenes_of_cells(contents, backgrounds)
 
 
 def score(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of pictures in which everything is right (``all``), the background, and each attribute.
 
-    ``all`` wants every place right, empty ones included.  An attribute counts as right where the
-    picture's objects, in the order of their places, have the scene's values of it, whichever places they
-    are (for ``place``: where the same places are filled).
+    An attribute is right where the objects, in order of their places, have the scene's values of it.
     """
     if len(pictures) != len(scenes) or not len(scenes):
         raise ValueError(f"{len(pictures)} pictures and {len(scenes)} scenes")
@@ -72,10 +65,10 @@ def _box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
     return pictures
 
 
-def spoilt(
+def corrupted(
     pictures: UInt8[np.ndarray, "n 64 64 3"], random: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(how, pictures in 0 ... 255) for several ways of spoiling, ``clean`` first."""
+    """(how, pictures in 0 ... 255) for several ways of corrupting them, ``clean`` first."""
     clean = pictures.astype(np.float32)
     yield "clean", clean
     for sd in (0.2, 0.4, 0.8):

@@ -112,6 +112,15 @@ def render_cells(contents: np.ndarray, backgrounds: np.ndarray) -> UInt8[np.ndar
     return np.ascontiguousarray(grid.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
+def scenes_of_cells(contents: np.ndarray, backgrounds: np.ndarray) -> list[Scene]:
+    """The scenes that :func:`render_cells` shows, given the same."""
+    scenes = []
+    for background, row in zip(backgrounds, contents, strict=True):
+        found = (object_of(int(index), place) for place, index in enumerate(row))
+        scenes.append(Scene(int(background), tuple(item for item in found if item is not None)))
+    return scenes
+
+
 def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n 64 64 3"]:
     """Pictures of scenes."""
     contents = np.zeros((len(scenes), 4), np.int64)

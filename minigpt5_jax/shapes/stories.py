@@ -1,10 +1,8 @@
 """Five-step stories: at each step something happens to one of the shapes.
 
 A story has a subject, which stays to the end, and up to two companions, which come and go.  In a stated
-share of stories the text never describes the subject ("it", "the shape"), so its shape, colour and
-texture can be known from earlier pictures only.  Companions are always described when they come.  The
-sets of what was told, step by step, are kept with the story: they say which attributes only pictures
-reveal.
+share of stories the text never describes the subject, so its shape, colour and texture can be known from
+earlier pictures only; what was told, step by step, is kept with the story.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ from minigpt5_jax.shapes.world import (
     SIZES,
     Object,
     Scene,
+    draw_newcomer,
+    free_places,
     kinds,
     make_scene,
 )
@@ -130,18 +130,13 @@ class _Teller:
         """Whether an object may look so: training shows no held-out kind."""
         return self.held_out or (shape, colour, texture) not in HELD_OUT
 
-    def free_places(self) -> list[int]:
-        taken = {seen.item.place for seen in self.shapes}
-        return [place for place in range(len(PLACES)) if place not in taken]
+    def items(self) -> list[Object]:
+        return [seen.item for seen in self.shapes]
 
     def new_object(self, held_out_kind: bool = False) -> Object:
         """Of a shape that nothing here has, so that its name is its own."""
-        there = {seen.item.shape for seen in self.shapes}
         choice = kinds(True) if held_out_kind else ALL_KINDS if self.held_out else kinds(False)
-        choice = [kind for kind in choice if kind[0] not in there]
-        shape, colour, texture = choice[self.random.integers(len(choice))]
-        place = self.random.choice(self.free_places())
-        return Object(shape, colour, int(self.random.integers(len(SIZES))), texture, int(place))
+        return draw_newcomer(self.random, self.items(), choice)
 
     # -- names --
 
@@ -170,7 +165,7 @@ class _Teller:
 
     def move(self) -> str:
         seen, name = self.somebody()
-        place = int(self.random.choice(self.free_places()))
+        place = int(self.random.choice(free_places(self.items())))
         self.put(seen, seen.now(place=place))
         return choose(MOVES, self.random).format(name=name, place=word(PLACES[place], self.random))
 

@@ -8,26 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from minigpt5_jax.shapes.world import (
-    ATTRIBUTES,
-    BACKGROUNDS,
-    COLOURS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Object,
-    Scene,
-)
-
-NAMES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "colour": COLOURS,
-    "size": SIZES,
-    "texture": TEXTURES,
-    "place": PLACES,
-}
-"""Values of every attribute of an object."""
+from minigpt5_jax.shapes.world import ATTRIBUTES, BACKGROUNDS, NAMES, Object, Scene
 
 # Wordings of each value; the first is its name.  Captions draw one of them.
 WORDS: dict[str, tuple[str, ...]] = {
@@ -64,7 +45,7 @@ SCENE_FORMS = (
     "{count} shapes on {background}, {objects}",
 )
 JOINTS = (", ", " and ")
-COUNTS = ("one", "two", "three")
+COUNTS = ("none", "one", "two", "three")
 
 
 def word(name: str, random: np.random.Generator) -> str:
@@ -80,13 +61,14 @@ def choose(forms: Sequence[str], random: np.random.Generator) -> str:
 
 def words_of(item: Object, random: np.random.Generator) -> dict[str, str]:
     """A wording of each attribute of an object, to be put into a form."""
-    return {
-        "shape": word(SHAPES[item.shape], random),
-        "colour": COLOURS[item.colour],
-        "size": word(SIZES[item.size], random),
-        "texture": word(TEXTURES[item.texture], random),
-        "place": word(PLACES[item.place], random),
-    }
+    return {name: word(value, random) for name, value in item.names.items()}
+
+
+def answer_to(asked: str, scene: Scene, item: Object) -> str:
+    """Name of what is asked: the ``background`` or ``count`` of a scene, or an attribute of its object."""
+    if asked == "background":
+        return BACKGROUNDS[scene.background]
+    return COUNTS[len(scene.objects)] if asked == "count" else item.names[asked]
 
 
 def caption(scene: Scene, random: np.random.Generator) -> str:
@@ -99,7 +81,7 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
     if len(scene.objects) == 1:
         form = choose(FORMS, random)
         return form.format(background=background, **words_of(scene.objects[0], random))
-    if not 2 <= len(scene.objects) <= len(COUNTS):
+    if not 2 <= len(scene.objects) < len(COUNTS):
         raise ValueError(f"captions are written for one to three objects, the scene has {len(scene.objects)}")
     order = random.permutation(len(scene.objects))
     phrases = [choose(PHRASES, random).format(**words_of(scene.objects[i], random)) for i in order]
@@ -107,25 +89,18 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
     return choose(SCENE_FORMS, random).format(
         objects=joint.join(phrases[:-1]) + " and " + phrases[-1],
         background=background,
-        count=COUNTS[len(phrases) - 1],
+        count=COUNTS[len(phrases)],
     )
 
 
 def describe(scene: Scene) -> str:
-    """The one way in which a scene is described when its picture is seen: place by place, place first.
-
-    A writer who names the place first needs to look at one place at a time.
-    """
-    phrases = [
-        f"in the {PLACES[item.place]} a {SIZES[item.size]} {TEXTURES[item.texture]} {COLOURS[item.colour]} "
-        f"{SHAPES[item.shape]}"
-        for item in sorted(scene.objects, key=lambda item: item.place)
-    ]
+    """The one way in which a picture is described: place first, so that one is looked at at a time."""
+    phrases = [PHRASES[-1].format(**item.names) for item in scene.objects]
     return f"a {BACKGROUNDS[scene.background]} picture with " + " and ".join(phrases)
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class Description:
     """What a text says of a scene.
 
     Attributes:
@@ -151,7 +126,7 @@ def caption_words() -> list[str]:
     values = [value for values in (BACKGROUNDS, *NAMES.values()) for value in values]
     spoken = [text for value in values for text in WORDS.get(value, (value,))]
     frames = [re.sub(r"[{][a-z]+[}]|,", " ", form) for form in (*FORMS, *PHRASES, *SCENE_FORMS, *JOINTS)]
-    return sorted({name for text in (*spoken, *frames, *COUNTS) for name in text.split()})
+    return sorted({name for text in (*spoken, *frames, *COUNTS[1:]) for name in text.split()})
 
 
 _VALUES = {
@@ -189,15 +164,12 @@ def ends_of_objects(text: str) -> list[tuple[int, Object]]:
     return ends
 
 
-def understand(text: str) -> Said:
-    """What a caption says, whatever its wording; words outside the world are passed over.
-
-    A clause that names a shape tells of one object.
-    """
+def understand(text: str) -> Description:
+    """What a caption says, whatever its wording; a clause that names a shape tells of one object."""
     background, objects = None, []
     for _, found in clauses(text.lower()):
         seen = found.pop("background", None)
         background = seen if background is None else background
         if "shape" in found:
             objects.append(found)
-    return Said(background, tuple(objects))
+    return Description(background, tuple(objects))

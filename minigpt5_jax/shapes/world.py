@@ -20,7 +20,15 @@ SIZES = ("small", "large")
 TEXTURES = ("solid", "striped", "dotted")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ("white", "gray", "black", "pink")
-ATTRIBUTES = ("shape", "colour", "size", "texture", "place")
+NAMES: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "size": SIZES,
+    "texture": TEXTURES,
+    "place": PLACES,
+}
+"""Values of every attribute of an object."""
+ATTRIBUTES = tuple(NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,11 @@ class Object:
     size: int
     texture: int
     place: int
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The name of each attribute."""
+        return {name: values[getattr(self, name)] for name, values in NAMES.items()}
 
     @property
     def kind(self) -> tuple[int, int, int]:
@@ -60,32 +73,17 @@ class Scene:
         """Attribute names, readable by people."""
         return {
             "background": BACKGROUNDS[self.background],
-            "objects": [
-                {
-                    "shape": SHAPES[o.shape],
-                    "colour": COLOURS[o.colour],
-                    "size": SIZES[o.size],
-                    "texture": TEXTURES[o.texture],
-                    "place": PLACES[o.place],
-                }
-                for o in self.objects
-            ],
+            "objects": [item.names for item in self.objects],
         }
 
     @classmethod
     def from_json(cls, value: dict) -> Scene:
         """Inverse of :meth:`to_json`."""
-        objects = tuple(
-            Object(
-                SHAPES.index(o["shape"]),
-                COLOURS.index(o["colour"]),
-                SIZES.index(o["size"]),
-                TEXTURES.index(o["texture"]),
-                PLACES.index(o["place"]),
-            )
-            for o in value["objects"]
+        objects = (
+            Object(**{name: values.index(item[name]) for name, values in NAMES.items()})
+            for item in value["objects"]
         )
-        return cls(BACKGROUNDS.index(value["background"]), objects)
+        return cls(BACKGROUNDS.index(value["background"]), tuple(objects))
 
 
 HELD_OUT = frozenset(
@@ -130,6 +128,22 @@ def draw_scene(random: np.random.Generator, held_out: bool = False, count: int =
 
 def _draw(random: np.random.Generator, choice: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
     return choice[random.integers(len(choice))]
+
+
+def draw_newcomer(
+    random: np.random.Generator, present: Sequence[Object], choice: Sequence[tuple[int, int, int]]
+) -> Object:
+    """An object of one of the kinds of ``choice``, at a free place and of a shape that none present has."""
+    there = {item.shape for item in present}
+    shape, colour, texture = _draw(random, [kind for kind in choice if kind[0] not in there])
+    place = random.choice(free_places(present))
+    return Object(shape, colour, int(random.integers(len(SIZES))), texture, int(place))
+
+
+def free_places(present: Iterable[Object]) -> list[int]:
+    """Places where none of the objects stands."""
+    taken = {item.place for item in present}
+    return [place for place in range(len(PLACES)) if place not in taken]
 
 
 def make_scene(background: int, objects: Iterable[Object]) -> Scene:

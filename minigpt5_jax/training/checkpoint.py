@@ -101,8 +101,9 @@ class Checkpoints:
         metrics: Mapping[str, int | float] | None = None,
         losses: Mapping[str, int | float] | None = None,
     ) -> None:
-        """Begin to save; returns when the state may be donated, before it is on disk.  A step that is
-        there already is left as it is.
+        """Begin to save; returns when the state may be donated, before it is on disk.
+
+        A step that is there already is left as it is.
 
         Args:
           step: number of updates done.
@@ -274,8 +275,9 @@ def _key_data(leaf: Any) -> Any:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by the path they have in the tree.  What Orbax stores are plain dicts of arrays, so that
-    a checkpoint does not depend on optimizer classes and every error can name its leaf."""
+    """Leaves by the path that they have in the tree."""
+    # Orbax stores plain dicts of arrays: a checkpoint does not depend on optimizer classes, and every error
+    # can name its leaf.
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path) or "value": _key_data(leaf) if _is_key(leaf) else leaf

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import Draws, LossOptions, SumCount, loss_counts
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, SumCount, loss_counts
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.optimizer import with_frozen_masked
@@ -40,22 +40,24 @@ class StepOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawInfo:
+class RandomnessShapes:
     """Shapes the draws take, published by the generator."""
 
     latent_shape: tuple[int, int, int]
     num_train_timesteps: int
 
     @classmethod
-    def of(cls, template: Template) -> DrawInfo:
+    def of(cls, template: Template) -> RandomnessShapes:
         """Read them off an abstract model."""
         generator = template.bind(template.shapes).generator
         return cls(generator.latent_shape, generator.num_train_timesteps)
 
 
-def make_draws(info: DrawInfo, key: jax.Array, batch: Batch, options: StepOptions) -> Draws:
-    """Draws of one (micro-)batch."""
-    return Draws.from_key(
+def make_randomness(
+    info: RandomnessShapes, key: jax.Array, batch: Batch, options: StepOptions
+) -> StepRandomness:
+    """StepRandomness of one (micro-)batch."""
+    return StepRandomness.from_key(
         key,
         batch.item_id,
         batch.row_id,
@@ -71,7 +73,7 @@ def loss_and_diagnostics(
     trainable: Mapping[str, jax.Array],
     frozen: Mapping[str, jax.Array],
     batch: Batch,
-    draws: Draws,
+    draws: StepRandomness,
     counts: Mapping[str, jax.Array],
     options: LossOptions,
 ) -> tuple[jax.Array, dict[str, SumCount]]:
@@ -92,7 +94,7 @@ def accumulate_gradients(
     trainable: Params,
     frozen: Params,
     batch: Batch,
-    draw: Callable[[Batch], Draws],
+    draw: Callable[[Batch], StepRandomness],
     options: StepOptions,
 ) -> tuple[Params, jax.Array, dict[str, SumCount]]:
     """Gradients of the trainables, total loss and (sum, count)s over all micro-batches."""
@@ -128,20 +130,20 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     options: StepOptions,
     *,
-    draw: Callable[[jax.Array, Batch], Draws] | None = None,
+    draw: Callable[[jax.Array, Batch], StepRandomness] | None = None,
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """``step(state, frozen, batch) -> (state, metrics)``; jit it with ``donate_argnums=0``.
 
-    ``draw(key, micro_batch)`` replaces the random draws (:func:`make_draws`) by given ones.
+    ``draw(key, micro_batch)`` replaces the random draws (:func:`make_randomness`) by given ones.
 
     Metrics are scalars: ``loss``, each loss and diagnostic as a global mean (NaN where nothing
     counted, so that an empty bin is not mistaken for a zero), and ``grad_norm`` over the trainables.
     """
     if draw is None:
-        info = DrawInfo.of(template)
+        info = RandomnessShapes.of(template)
 
-        def draw(key: jax.Array, micro: Batch) -> Draws:
-            return make_draws(info, key, micro, options)
+        def draw(key: jax.Array, micro: Batch) -> StepRandomness:
+            return make_randomness(info, key, micro, options)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import Draws, LossOptions, MiniGPT5, SumCount, caption_loss, text_loss
+from minigpt5_jax.minigpt5 import LossOptions, MiniGPT5, StepRandomness, SumCount
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
-from minigpt5_jax.training.step import DrawInfo, means
+from minigpt5_jax.training.step import RandomnessShapes, means
 
 NOISE_LEVELS = (100, 300, 500, 700)
 """Timesteps of the fixed-noise comparison, from nearly clean to mostly noise: signal-to-noise ratios of 8.5,
@@ -36,12 +36,12 @@ def make_validation_step(
     ``image`` (right condition), ``image_swapped`` (that of the item before; the last's
     for the first) and ``image_unconditional`` (T(0)); ``image_t100`` and so on are ``image`` at one level.
     """
-    info = DrawInfo.of(template)
+    info = RandomnessShapes.of(template)
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> dict[str, SumCount]:
         model = template.bind({**frozen, **trainable})
         # The same key at every call: an item meets the same noise whenever it is validated.
-        draws = Draws.from_key(
+        draws = StepRandomness.from_key(
             jax.random.key(0),
             batch.item_id,
             batch.row_id,
@@ -49,11 +49,11 @@ def make_validation_step(
             num_train_timesteps=info.num_train_timesteps,
             cfg_dropout=0.0,
         )
-        outputs = model.outputs(batch, draws, options)
+        outputs = model.outputs(batch, draws)
         result = {}
-        for name, loss in (("text", text_loss), ("caption", caption_loss)):
-            if name in options.weights:
-                result[name], extra = loss(model, outputs, batch, options)
+        for name in options.weights:
+            if name != "image":
+                result[name], extra = model.loss(name, outputs, batch, options)
                 result.update(extra)
         if "image" in options.weights:
             result.update(_image_losses(model, batch, draws, outputs.condition, levels))
@@ -63,7 +63,7 @@ def make_validation_step(
 
 
 def _image_losses(
-    model: MiniGPT5, batch: Batch, draws: Draws, condition: jax.Array, levels: tuple[int, ...]
+    model: MiniGPT5, batch: Batch, draws: StepRandomness, condition: jax.Array, levels: tuple[int, ...]
 ) -> dict[str, SumCount]:
     latents = model.target_latents(batch, draws)
     mask = batch.item_mask

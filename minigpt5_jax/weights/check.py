@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.formats.load import Weights, count_non_finite, is_floating, open_weights
-from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
+from minigpt5_jax.weights.formats.load import count_non_finite, is_floating, open_weights
+from minigpt5_jax.weights.table import Assignment, WeightTableError
 from minigpt5_jax.weights.view import Tensors, View
 
 COVERAGE_FILE = "coverage.json"
@@ -30,18 +30,6 @@ NOT_SIZES = (
     "num_key_value_heads",
 )
 """Fields of a ``config.json`` in which files of one model differ."""
-
-
-@runtime_checkable
-class Files(Protocol):
-    """What is asked of a tower here; :class:`minigpt5_jax.models.tower.Tower` has it."""
-
-    marks: tuple[str, ...]
-    adapt: Callable[[Tensors, Any], Tensors]
-    table: Callable[[Iterable[str], Any], Table]
-    cause: Callable[[Tensors, Callable[[str], tuple[int, ...]]], str]
-
-    def shapes(self, sizes: Any) -> Shapes: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +67,8 @@ class Coverage:
         return {**dataclasses.asdict(self), "written": self.written}
 
 
-def open_source(path: Path, key: str | None = None) -> Weights:
-    """A tower's published file or folder, no tensor read yet; where in a file of PyTorch its tensors are is
-    found out, ``key`` first.
+def open_source(path: Path, key: str | None = None) -> View:
+    """A tower's published file or folder, no tensor read yet; in a file of PyTorch ``key`` is tried first.
 
     Raises:
       FileNotFoundError, WeightFileError: as :func:`minigpt5_jax.weights.formats.load.open_weights`.
@@ -97,18 +84,18 @@ def open_source(path: Path, key: str | None = None) -> Weights:
 
 def examine(
     name: str,
-    tower: Files,
+    tower: Any,
     source: Tensors,
     sizes: Any,
     *,
-    others: Mapping[str, Files] | None = None,
+    others: Mapping[str, Any] | None = None,
     notes: tuple[str, ...] = (),
     values: bool = True,
 ) -> tuple[View, Coverage]:
     """Compare a source's keys with a tower, and prepare to read it.
 
     Args:
-      name: of the tower under ``config.weights``.  tower: its record.  source: tensors by name.
+      name: of the tower under ``config.weights``.  tower: its ``models.tower.Tower``.  source: its tensors.
       sizes: the tower's.  others: records of other towers by name, for the likely cause of what does not fit.
       values: look for NaN too, not at shapes only.
 
@@ -131,15 +118,8 @@ def examine(
     except WeightTableError as error:
         raise WeightTableError(explain(str(error))) from None
     checked = check_tensors(plan, adapted, shapes, explain, values=values)
-    return checked, coverage_of(where, table, plan, adapted, notes)
-
-
-def coverage_of(
-    where: str, table: Table, plan: list[Assignment], keys: Mapping[str, Any], notes: tuple[str, ...] = ()
-) -> Coverage:
-    """Coverage of a plan made of ``table`` and ``keys``."""
-    ignored = {key: reason for key in keys if (reason := table.reason(key)) is not None}
-    return Coverage(where, {item.key: item.targets for item in plan}, ignored, notes)
+    ignored = {key: reason for key in adapted if (reason := table.reason(key)) is not None}
+    return checked, Coverage(where, {item.key: item.targets for item in plan}, ignored, notes)
 
 
 def check_tensors(
@@ -157,15 +137,9 @@ def check_tensors(
         if not is_floating(value.dtype):
             raise WeightTableError(explain(f"{item.key!r} is {value.dtype}: quantised files are not read"))
         try:
-            parts = item.op.forward(value)
-        except (ValueError, IndexError, WeightTableError) as error:
-            raise WeightTableError(explain(f"{item.key!r} of shape {value.shape}: {error}")) from None
-        for path, part in zip(item.targets, parts, strict=True):
-            want = tuple(shapes[path])[0 if item.index is None else 1 :]
-            if part.shape != want:
-                raise WeightTableError(
-                    explain(f"{item.key!r} gives shape {part.shape} for {path!r}, the model has {want}")
-                )
+            item.apply(value, shapes)
+        except WeightTableError as error:
+            raise WeightTableError(explain(str(error))) from None
         if values and (bad := count_non_finite(value)):
             raise WeightTableError(explain(f"{item.key!r} holds {bad} values that are NaN or infinite"))
         return value
@@ -174,23 +148,16 @@ def check_tensors(
 
 
 def with_cause(
-    message: str, name: str, tower: Files, source: Tensors, others: Mapping[str, Files] | None = None
+    message: str, name: str, tower: Any, source: Tensors, others: Mapping[str, Any] | None = None
 ) -> str:
-    """``message`` about a source, and what the source probably is instead (:func:`likely_cause`)."""
-    cause = likely_cause(name, tower, source, others or {})
-    return f"{message}\nlikely cause: {cause}" if cause else message
-
-
-def likely_cause(name: str, tower: Files, source: Tensors, others: Mapping[str, Files]) -> str:
-    """What a source probably is, where it is not what the tower wants; '' for no idea.
-
-    Told by a few names and shapes; only called once something does not fit.
-    """
+    """``message`` about a source, and what the source probably is instead, told by a few names and shapes."""
+    cause = ""
     if not any(key.startswith(tower.marks or ("\0",)) for key in source):
-        for owner, other in others.items():
+        for owner, other in (others or {}).items():
             if owner != name and other.marks and any(key.startswith(other.marks) for key in source):
-                return f"this is a file for weights.{owner}, not for weights.{name}"
-    return tower.cause(source, lambda key: source[key].shape if key in source else ())
+                cause = cause or f"this is a file for weights.{owner}, not for weights.{name}"
+    cause = cause or tower.cause(source, lambda key: source[key].shape if key in source else ())
+    return f"{message}\nlikely cause: {cause}" if cause else message
 
 
 def differing(sizes: Any, preset: Any) -> list[str]:

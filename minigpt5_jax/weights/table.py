@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,14 @@ def norm_rules(source: str, target: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")
 
 
+def each(
+    rules: Callable[[str, str], Iterable[Rule]], source: str, target: str, names: Iterable[str]
+) -> tuple[Rule, ...]:
+    """``rules`` (as :func:`linear_rules`) of names behind both prefixes; ``NAME>OURS`` where they differ."""
+    pairs = [(old, new or old) for old, _, new in (name.partition(">") for name in names)]
+    return tuple(rule for old, new in pairs for rule in rules(source + old, target + new))
+
+
 @dataclasses.dataclass(frozen=True)
 class Assignment:
     """One resolved rule: source tensor ``key`` fills ``targets`` (at ``index`` of the stacked axis)."""
@@ -91,6 +99,30 @@ class Assignment:
     targets: tuple[str, ...]
     index: int | None
     op: Op
+
+    def apply(self, value: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> tuple[np.ndarray, ...]:
+        """The values of ``targets``, views of the tensor where the operation allows.
+
+        Raises:
+          WeightTableError: their shapes are not those of ``shapes`` (path -> shape, with the stacked axis).
+        """
+        try:
+            parts = self.op.forward(value)
+        except (ValueError, IndexError) as error:  # fewer dimensions than the operation permutes
+            raise WeightTableError(f"{self.key!r} of shape {value.shape}: {error}") from None
+        for path, part in zip(self.targets, parts, strict=True):
+            want = tuple(shapes[path])[0 if self.index is None else 1 :]
+            if part.shape != want:
+                raise WeightTableError(
+                    f"{self.key!r} gives shape {part.shape} for {path!r}, the model has {want}"
+                )
+        return parts
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first problems, one a line, and how many more there are."""
+    more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "".join(f"\n  {problem}" for problem in [*problems[:20], *more])
 
 
 @functools.cache  # every key is tried on every rule
@@ -190,9 +222,7 @@ class Table:
             elif missing:
                 problems.append(f"target {path!r} lacks layers {sorted(missing)}")
         if problems:
-            shown = "\n  ".join(problems[:20])
-            more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise WeightTableError(f"weights do not match the model:\n  {shown}{more}")
+            raise WeightTableError(f"weights do not match the model:{listed(problems)}")
         return plan
 
     def to_params(
@@ -205,12 +235,7 @@ class Table:
         """
         params: dict[str, np.ndarray] = {}
         for item in self.plan(list(source), shapes):
-            for path, value in zip(item.targets, item.op.forward(np.asarray(source[item.key])), strict=True):
-                want = tuple(shapes[path])[0 if item.index is None else 1 :]
-                if value.shape != want:
-                    raise WeightTableError(
-                        f"{item.key!r} gives shape {value.shape} for {path!r}, the model has {want}"
-                    )
+            for path, value in zip(item.targets, item.apply(np.asarray(source[item.key]), shapes)):
                 if item.index is None:
                     params[path] = value
                     continue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.weights.table import Table, WeightTableError
+from minigpt5_jax.weights.table import Table, WeightTableError, listed
 
 Tensors = Mapping[str, Any]
 """Name -> array.  Reading may refuse one, so types are not looked at before that."""
@@ -17,13 +19,18 @@ class View(Mapping):
     """Names with a function each that reads the tensor; nothing is read before it is asked for.
 
     Args:
-      source: what the functions read (its ``path`` names it in messages).
-      readers: name -> function without arguments.
+      source: what the functions read, a mapping or a path (``path`` names it in messages).
+      readers: name -> function without arguments.  metadata: strings stored with the tensors.
     """
 
-    def __init__(self, source: Tensors, readers: Mapping[str, Callable[[], np.ndarray]]):
-        self.path: Any = getattr(source, "path", None)
-        self.source, self._readers = source, dict(readers)
+    def __init__(
+        self,
+        source: Tensors | Path,
+        readers: Mapping[str, Callable[[], np.ndarray]],
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.path: Any = source if isinstance(source, Path) else getattr(source, "path", None)
+        self.source, self._readers, self.metadata = source, dict(readers), dict(metadata or {})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._readers[name]()
@@ -38,20 +45,14 @@ class View(Mapping):
         return len(self._readers)
 
 
-def subset(source: Tensors, names: Mapping[str, str]) -> View:
-    """``names`` (new name -> name in the source), unchanged otherwise."""
-    return View(source, {new: lambda old=old: source[old] for new, old in names.items()})
+def made(source: Tensors, names: Iterable[str], read: Callable[[str], np.ndarray]) -> View:
+    """``names``, each with the tensor that ``read`` makes of it."""
+    return View(source, {name: functools.partial(read, name) for name in names})
 
 
 def replaced(source: Tensors, changes: Mapping[str, Callable[[np.ndarray], np.ndarray]]) -> View:
     """The source with some tensors passed through a function when they are read."""
-
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        if name in changes:
-            return lambda: changes[name](source[name])
-        return lambda: source[name]
-
-    return View(source, {name: reader(name) for name in source})
+    return made(source, source, lambda name: changes.get(name, lambda value: value)(source[name]))
 
 
 def rename(table: Table, source: Tensors) -> View:
@@ -74,6 +75,5 @@ def rename(table: Table, source: Tensors) -> View:
                 problems.append(f"{name!r} is given twice (again by {key!r})")
             readers[name] = lambda key=key, op=assignment.op, part=part: op.forward(source[key])[part]
     if problems:
-        shown = "\n  ".join(problems[:20])
-        raise WeightTableError(f"{getattr(source, 'path', 'weights')} do not match:\n  {shown}")
+        raise WeightTableError(f"{getattr(source, 'path', 'weights')} do not match:{listed(problems)}")
     return View(source, readers)

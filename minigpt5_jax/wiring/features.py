@@ -1,4 +1,4 @@
-"""Ready features of a run's pictures: made once, read by every step (performance: a third of stage 1).
+"""Precomputed features of a run's pictures: made once, read by every step (performance: a third of stage 1).
 
     python -m minigpt5_jax.prepare features --config configs/stage1.py --output features/cc3m
 
@@ -152,8 +152,7 @@ def prepare_features(
 
 
 def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: str | Path) -> FeatureSource:
-    """The samples of ``source`` with their features, after checking that these are its pictures' by the
-    towers of this configuration.
+    """The samples of ``source`` with their features, which are those of its images by this run's towers.
 
     Raises:
       DataError: they are not, with both fingerprints; mirrors or thinned contexts are asked for; no
@@ -162,7 +161,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
     _check_contexts(config)
     if config.data.flip_mode != "off":  # also of callers that have no validated configuration
         raise DataError(
-            "ready features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
+            "precomputed features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
             f"{config.data.flip_mode!r}"
         )
     store, hashes = FeatureStore(folder), {}
@@ -173,11 +172,10 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
 
 
 def _check_contexts(config: ConfigDict) -> None:
-    """DataError for ``data.context_dropout``, which reads other pictures each epoch; a store has each
-    sample's once."""
+    """Refuse ``data.context_dropout``: it reads other images each epoch, and a store has each sample's once."""
     if config.data.context_dropout:
         raise DataError(
-            "ready features are of whole contexts, the same each epoch; set data.context_dropout=0, it is "
+            "precomputed features are of whole contexts, the same each epoch; set data.context_dropout=0, it is "
             f"{config.data.context_dropout}"
         )
 

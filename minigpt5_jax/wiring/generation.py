@@ -12,7 +12,7 @@ from absl import logging
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import load_picture
-from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, tell
+from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, chat, continue_story
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.inference.prompts import file_prompts, text_prompt
 from minigpt5_jax.inference.session import Generation, Prompt
@@ -131,7 +131,7 @@ def entry(prompt: Prompt, answer: Generation, placeholder: str) -> Entry:
     return Entry(shown, list(answer.parts) or ["(nothing)"], seed=answer.seed, notes=notes)
 
 
-def load_conversations(request: Request) -> list[tuple[Conversation, list[Said]]]:
+def load_conversations(request: Request) -> list[tuple[Conversation, list[Message]]]:
     """(conversation, its turns) of each record and sample; a story's turns are what was told before.
 
     Raises:
@@ -150,15 +150,14 @@ def load_conversations(request: Request) -> list[tuple[Conversation, list[Said]]
             label = name if request.num_samples == 1 else f"{name}_{sample}"
             seed = seed_of(name, request.seed, sample)
             system = record.system if mode == "chat" else ""
-            said = list(turns) if mode == "story" else []
-            found.append((Conversation(label, seed, said, system=system), turns))
+            messages = list(turns) if mode == "story" else []
+            found.append((Conversation(label, seed, messages, system=system), turns))
     return found
 
 
-def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Said]]]) -> None:
-    """ConfigError where a model without a vision tower would have to read images; a warning where the run
-    never read any: a first stage knows captions only."""
-    pictures = any(isinstance(part, Drawn) for _, turns in given for turn in turns for part in turn.parts)
+def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Message]]]) -> None:
+    """ConfigError where a model without vision would have to read images; a warning for runs of stage 1."""
+    pictures = any(isinstance(part, ImagePart) for _, turns in given for turn in turns for part in turn.parts)
     draws = run.config.inference.max_images > 0
     if not run.spec.backbone.image_tokens and (pictures or draws):
         what = "the records' images" if pictures else "what it draws itself"
@@ -174,14 +173,14 @@ def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Sai
 
 
 def _converse(
-    run: OpenedRun, request: Request, given: list[tuple[Conversation, list[Said]]], output: str | Path
+    run: OpenedRun, request: Request, given: list[tuple[Conversation, list[Message]]], output: str | Path
 ) -> Path:
     """Tells stories or plays dialogues, and writes page and records."""
     session = run.session(batch_size=min(request.batch_size, len(given)))
     conversations = [conversation for conversation, _ in given]
     shown = [len(turns) if request.mode == "story" else 1 for _, turns in given]
     if request.mode == "story":
-        tell(session, conversations, request.scenes)
+        continue_story(session, conversations, request.scenes)
     else:
         as_there = request.window is None and run.config.data.format in DIALOG_FORMATS
         chat(session, conversations, [turns for _, turns in given], 3 if as_there else request.window)

@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, part_settings, parts_of, setting_errors
-from minigpt5_jax.minigpt5 import LossOptions, make_template
+from minigpt5_jax.minigpt5 import LOSSES, LossOptions, make_template
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.tower import Tower
 from minigpt5_jax.parts.contracts import FROZEN, Context, Part, Use, shipped
@@ -144,7 +144,7 @@ def build(config: ConfigDict) -> ModelSpec:
         (part.prefix + start, rules) for part in parts.values() for start, rules in part.sharding.items()
     )
     uses_dropout = template.bind(template.shapes).backbone.uses_dropout
-    options = step_options(config, lora_dropout=uses_dropout)
+    options = step_options(config, parts, lora_dropout=uses_dropout)
     return ModelSpec(parts, keys, sizes, made, template, labels, sharding, options)
 
 
@@ -154,11 +154,16 @@ def tuning_rules(config: ConfigDict, parts: Mapping[str, Part]) -> tuple[tuple[s
     return rules_of(parts.values(), config.tuning.stage, own)
 
 
-def step_options(config: ConfigDict, *, lora_dropout: bool = False) -> StepOptions:
-    """Loss weights (those that are not 0) and rules of the step."""
-    weights = {name: config.loss[name] for name in ("text", "image", "caption") if config.loss[name]}
+def step_options(config: ConfigDict, parts: Mapping[str, Part], *, lora_dropout: bool) -> StepOptions:
+    """Loss weights (those that are not 0; a part's own at its keys ``loss_<name>``) and rules of the step."""
+    weights = {name: config.loss[name] for name in LOSSES}
+    losses = dict(LOSSES)
+    for kind, part in parts.items():
+        losses |= part.losses
+        weights |= {name: config.model[kind][f"loss_{name}"] for name in part.losses}
+    given = {name: weight for name, weight in weights.items() if weight}
     return StepOptions(
-        LossOptions(weights, config.loss.caption_target_on_drop),
+        LossOptions(given, config.loss.caption_target_on_drop, losses),
         cfg_dropout=config.loss.cfg_dropout,
         lora_dropout=lora_dropout,
         accumulation=config.data.accumulation,

@@ -22,7 +22,7 @@ from minigpt5_jax.data.samples.example import Ready
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
 from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.minigpt5 import Draws, LossOptions
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama.model import LlamaConfig
@@ -292,7 +292,7 @@ def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params
     def losses(params, batch):
         model = tiny_template.bind(params)
         shape = dict(latent_shape=model.generator.latent_shape, num_train_timesteps=1000, cfg_dropout=0.1)
-        draws = Draws.from_key(jax.random.key(3), batch.item_id, batch.row_id, **shape)
+        draws = StepRandomness.from_key(jax.random.key(3), batch.item_id, batch.row_id, **shape)
         return model.losses(batch, draws, LossOptions({"image": 1.0}))[0]["image"]
 
     moments = jax.jit(lambda p, x: tiny_template.bind(p).generator.moments(x))(tiny_params, batch.target)

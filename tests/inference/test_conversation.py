@@ -14,7 +14,14 @@ from minigpt5_jax.data.images import load_picture
 from minigpt5_jax.data.samples.records import parse_record
 from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM, STORY_SYSTEM
 from minigpt5_jax.data.text.templates import IMAGE
-from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, chat, encode_png, tell
+from minigpt5_jax.inference.conversation import (
+    Conversation,
+    ImagePart,
+    Message,
+    chat,
+    continue_story,
+    encode_png,
+)
 from minigpt5_jax.inference.page import write_page
 from minigpt5_jax.inference.session import Generation, Session
 from minigpt5_jax.inference.transcript import (
@@ -54,12 +61,12 @@ def picture(value):
 
 
 def story(name="a", seed=1):
-    return Conversation(name, seed, [Said("user", ("we left", Drawn(picture(1)), "we swam"))])
+    return Conversation(name, seed, [Message("user", ("we left", ImagePart(picture(1)), "we swam"))])
 
 
 def test_a_story_reads_all_that_was_told_and_drawn(session):
     one = story()
-    tell(session, [one], scenes=2)
+    continue_story(session, [one], scenes=2)
     first, second = (batch[0] for batch in session.prompts)
     request = " Tell me the next scene with image. ###Assistant:"
     assert first.source == f"{STORY_SYSTEM}###Human:we left{IMAGE}we swam\n{request}"
@@ -67,13 +74,13 @@ def test_a_story_reads_all_that_was_told_and_drawn(session):
     assert second.source == f"{STORY_SYSTEM}###Human:we left{IMAGE}we swam{word}{IMAGE}\n{request}"
     assert first.images == (picture(1),) and len(second.images) == 2
     np.testing.assert_array_equal(np.asarray(load_picture(second.images[1])), one.answers[0].parts[1])
-    assert first.seed != second.seed and [turn.role for turn in one.said] == ["user"] + ["assistant"] * 2
+    assert first.seed != second.seed and [turn.role for turn in one.messages] == ["user"] + ["assistant"] * 2
 
 
 def test_a_story_is_told_alike_alone_and_among_others(session):
     alone, among = story("b", 7), [story("a", 3), story("b", 7), story("c", 4)]
-    tell(session, [alone], scenes=3)
-    tell(session, among, scenes=3)
+    continue_story(session, [alone], scenes=3)
+    continue_story(session, among, scenes=3)
     for one, other in zip(alone.answers, among[1].answers):
         assert one.source == other.source and one.seed == other.seed and one.text == other.text
     assert among[0].answers[0].seed != among[1].answers[0].seed
@@ -82,8 +89,12 @@ def test_a_story_is_told_alike_alone_and_among_others(session):
 
 def test_a_dialogue_answers_every_user_turn_that_has_no_answer(session):
     script = [
-        [Said("user", ("hello",)), Said("assistant", ("hi",)), Said("user", ("draw", Drawn(picture(2))))],
-        [Said("user", ("one",)), Said("user", ("two",))],
+        [
+            Message("user", ("hello",)),
+            Message("assistant", ("hi",)),
+            Message("user", ("draw", ImagePart(picture(2)))),
+        ],
+        [Message("user", ("one",)), Message("user", ("two",))],
     ]
     dialogs = [Conversation(name, 1, [], system=DIALOG_SYSTEM) for name in "xy"]
     chat(session, dialogs, script)
@@ -95,29 +106,29 @@ def test_a_dialogue_answers_every_user_turn_that_has_no_answer(session):
     assert session.prompts[1][0].source == (
         f"{DIALOG_SYSTEM} ###Human: one ###Assistant: {word} {IMAGE} ###Human: two ###Assistant:"
     )
-    assert [turn.role for turn in dialogs[1].said] == ["user", "assistant", "user", "assistant"]
+    assert [turn.role for turn in dialogs[1].messages] == ["user", "assistant", "user", "assistant"]
 
 
 def test_a_window_limits_what_a_dialogue_reads(session):
     dialog = Conversation("x", 1, [], system="S.")
-    chat(session, [dialog], [[Said("user", (word,)) for word in ("one", "two", "three")]], window=3)
+    chat(session, [dialog], [[Message("user", (word,)) for word in ("one", "two", "three")]], window=3)
     assert session.prompts[2][0].source.startswith("S. ###Human: two ###Assistant: w")
     assert len(session.prompts[2][0].images) == 1
 
 
 def test_an_empty_answer_is_no_turn(session):
-    quiet = Conversation("q", 1, [Said("user", ("silence",))])
-    tell(session, [quiet], scenes=2)
-    assert len(quiet.said) == 1 and len(quiet.answers) == 2
+    quiet = Conversation("q", 1, [Message("user", ("silence",))])
+    continue_story(session, [quiet], scenes=2)
+    assert len(quiet.messages) == 1 and len(quiet.answers) == 2
     entry = entry_of(quiet, given=1)
     assert entry.output == ["(nothing)"] and "2 of 2 answers were empty" in entry.notes
     assert quiet.answers[0].seed != quiet.answers[1].seed
 
 
 def test_what_was_told_is_written_in_the_schema_and_read_again(session, tmp_path):
-    told = [story("a"), Conversation("b", 2, [Said("user", ("go",))], system="S.")]
-    tell(session, told, scenes=2)
-    told[1].said.append(Said("assistant", (Drawn(picture(9)), "and text after it")))
+    told = [story("a"), Conversation("b", 2, [Message("user", ("go",))], system="S.")]
+    continue_story(session, told, scenes=2)
+    told[1].messages.append(Message("assistant", (ImagePart(picture(9)), "and text after it")))
     write_page(tmp_path, "Stories", [entry_of(one, given=1) for one in told])
     path = write_records(tmp_path, [record_of(one, 1, number) for number, one in enumerate(told, 1)])
     again = read_records(path)
@@ -125,7 +136,7 @@ def test_what_was_told_is_written_in_the_schema_and_read_again(session, tmp_path
     assert [turn.role for turn in again[0][1].turns] == ["user", "assistant", "assistant"]
     assert len(again[1][1].turns) == 5, "an answer that goes on behind its picture becomes two turns"
     for (_, record), one in zip(again, told):
-        before = [part for turn in one.said for part in turn.parts]
+        before = [part for turn in one.messages for part in turn.parts]
         after = [part for turn in turns_of(record, tmp_path) for part in turn.parts]
         assert len(before) == len(after)
         for was, now in zip(before, after):
@@ -167,4 +178,4 @@ def test_a_missing_picture_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no\.png: picture cannot be read"):
         turns_of(record, tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "no.png")
-    assert isinstance(turns_of(record, tmp_path)[0].parts[0], Drawn)
+    assert isinstance(turns_of(record, tmp_path)[0].parts[0], ImagePart)

@@ -16,7 +16,7 @@ from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
-from minigpt5_jax.inference.conversation import Conversation, Drawn, Said, tell
+from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, continue_story
 from minigpt5_jax.inference.images import initial_latents, sample_pictures
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import Prompt, Session, _keys, stop_sequences
@@ -278,20 +278,20 @@ def test_stories_read_their_own_pictures_and_go_the_same_way_in_any_batch(make):
 
     def begun():
         return [
-            Conversation(name, seed, [Said("user", ("we left", Drawn(png(seed))))])
+            Conversation(name, seed, [Message("user", ("we left", ImagePart(png(seed))))])
             for name, seed in (("a", 1), ("b", 2), ("c", 3))
         ]
 
     among, alone = begun(), begun()[1]
-    tell(session, among, scenes=2)
-    tell(session, [alone], scenes=2)
+    continue_story(session, among, scenes=2)
+    continue_story(session, [alone], scenes=2)
     for one, other in zip(alone.answers, among[1].answers):
         assert equal(one, other) and one.source == other.source
     assert among[0].answers[1].source.count(IMAGE) == 2 and not among[0].answers[1].dropped
     blank = begun()[0]
-    tell(session, [blank], scenes=1)
-    blank.said[-1] = Said("assistant", (blank.answers[0].text, Drawn(png(77))))
-    tell(session, [blank], scenes=1)
+    continue_story(session, [blank], scenes=1)
+    blank.messages[-1] = Message("assistant", (blank.answers[0].text, ImagePart(png(77))))
+    continue_story(session, [blank], scenes=1)
     one, other = blank.answers[1], among[0].answers[1]
     assert one.token_ids != other.token_ids or (one.pictures[0] != other.pictures[0]).any(), (
         "the second scene saw the first one's picture"

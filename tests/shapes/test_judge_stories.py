@@ -139,7 +139,7 @@ def test_guesses_are_near_chance(judge):
     assert found["contexts"]["text"]["all_attributes"]["all_right"]["share"] < 0.05
 
 
-def test_one_attribute_spoilt_is_one_attribute_wrong(judge):
+def test_one_attribute_corrupted_is_one_attribute_wrong(judge):
     def other(item: Object) -> Object:
         return dataclasses.replace(item, texture=(item.texture + 1) % 3)
 

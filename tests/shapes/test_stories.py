@@ -7,8 +7,8 @@ import pytest
 
 from minigpt5_jax.shapes.dialogs import draw_dialog
 from minigpt5_jax.shapes.stories import EVENTS, OBJECTS_AT_MOST, STEPS, draw_story
-from minigpt5_jax.shapes.wording import NAMES, WORDS, understand
-from minigpt5_jax.shapes.world import BACKGROUNDS, Object
+from minigpt5_jax.shapes.wording import WORDS, understand
+from minigpt5_jax.shapes.world import BACKGROUNDS, NAMES, Object
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.shapes import world
-from minigpt5_jax.shapes.oracle import read, right, score, spoilt
+from minigpt5_jax.shapes.oracle import corrupted, read, right, score
 from minigpt5_jax.shapes.render import cell_index, cells, number_of_objects, object_of, render
 from minigpt5_jax.shapes.world import Object, Scene, all_scenes, draw_scene, kinds, make_scene
 
@@ -85,7 +85,7 @@ def test_the_oracle_reads_objects_that_touch():
 def test_the_oracle_is_reliable_under_noise_and_blur():
     random = np.random.default_rng(0)
     scenes = [draw_scene(random, bool(i % 2), 1 + i % 3) for i in range(90)]
-    shares = {name: right(pictures, scenes).mean() for name, pictures in spoilt(render(scenes), random)}
+    shares = {name: right(pictures, scenes).mean() for name, pictures in corrupted(render(scenes), random)}
     assert shares["clean"] == shares["white noise, sd 0.8 of -1..1"] == 1.0
     assert shares["box blur of 3 pixels"] > 0.95
     assert shares["half resolution"] > 0.95

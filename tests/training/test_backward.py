@@ -10,11 +10,11 @@ import tiny
 from minigpt5_jax.minigpt5 import LossOptions, loss_counts
 from minigpt5_jax.training.flops import count_flops
 from minigpt5_jax.training.step import (
-    DrawInfo,
+    RandomnessShapes,
     StepOptions,
     accumulate_gradients,
     loss_and_diagnostics,
-    make_draws,
+    make_randomness,
 )
 from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
@@ -28,11 +28,11 @@ def flops(tiny_template, tiny_batch):
     shapes = tiny_template.shapes
     trainable = {path: shape for path, shape in shapes.items() if labels[path] != FROZEN}
     frozen = {path: shape for path, shape in shapes.items() if labels[path] == FROZEN}
-    info = DrawInfo.of(tiny_template)
+    info = RandomnessShapes.of(tiny_template)
     batch = jax.tree.map(jnp.asarray, tiny_batch(8))
 
     def draw(batch):
-        return make_draws(info, jax.random.key(0), batch, OPTIONS)
+        return make_randomness(info, jax.random.key(0), batch, OPTIONS)
 
     def forward(trainable, frozen):
         draws = draw(batch)

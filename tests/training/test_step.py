@@ -15,7 +15,7 @@ import pytest
 
 import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import Draws, LossOptions
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.sharding import (
     ShardingError,
@@ -28,10 +28,10 @@ from minigpt5_jax.training.sharding import (
 )
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import (
-    DrawInfo,
+    RandomnessShapes,
     StepOptions,
     accumulate_gradients,
-    make_draws,
+    make_randomness,
     make_train_step,
 )
 from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
@@ -85,11 +85,11 @@ def task(tiny_template, tiny_params, tiny_batch, labels) -> Task:
     # Uneven counts per micro-batch and device: a mean of means would differ.
     batch = dataclasses.replace(tiny_batch(8), item_mask=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool))
     batch.label_positions[6, 1:] = 0
-    info = DrawInfo.of(tiny_template)
+    info = RandomnessShapes.of(tiny_template)
 
     def run(trainable, frozen, batch, options=OPTIONS):
         def draw(micro):
-            return make_draws(info, jax.random.key(3), micro, options)
+            return make_randomness(info, jax.random.key(3), micro, options)
 
         return accumulate_gradients(tiny_template, trainable, frozen, batch, draw, options)
 
@@ -167,7 +167,7 @@ def test_what_does_not_divide_is_an_error_with_the_numbers(tiny_batch):
 
 
 def test_draws_depend_on_key_and_item_only(tiny_template):
-    info = DrawInfo.of(tiny_template)
+    info = RandomnessShapes.of(tiny_template)
     settings = {
         "latent_shape": info.latent_shape,
         "num_train_timesteps": info.num_train_timesteps,
@@ -175,9 +175,9 @@ def test_draws_depend_on_key_and_item_only(tiny_template):
         "lora_dropout": True,
     }
     ids = jnp.array([7, 11, 400])
-    whole = Draws.from_key(jax.random.key(0), ids, ids, **settings)
-    part = Draws.from_key(jax.random.key(0), ids[2:], ids[2:], **settings)
-    other = Draws.from_key(jax.random.key(1), ids, ids, **settings)
+    whole = StepRandomness.from_key(jax.random.key(0), ids, ids, **settings)
+    part = StepRandomness.from_key(jax.random.key(0), ids[2:], ids[2:], **settings)
+    other = StepRandomness.from_key(jax.random.key(1), ids, ids, **settings)
     assert whole.timesteps[2] == part.timesteps[0] and (whole.noise[2] == part.noise[0]).all()
     assert (jax.random.key_data(whole.dropout_keys[2]) == jax.random.key_data(part.dropout_keys[0])).all()
     assert (whole.noise != other.noise).any() and (whole.noise[0] != whole.noise[1]).any()

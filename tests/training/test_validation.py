@@ -13,11 +13,12 @@ import pytest
 import tiny
 from minigpt5_jax.config import get_config, validate
 from minigpt5_jax.evaluation import held_out as watch
-from minigpt5_jax.minigpt5 import Draws, LossOptions
+from minigpt5_jax.evaluation.held_out import watchers
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import Object, Scene
 from minigpt5_jax.training.sharding import make_mesh
-from minigpt5_jax.training.step import DrawInfo, means
+from minigpt5_jax.training.step import RandomnessShapes, means
 from minigpt5_jax.training.validation import make_validation_step
 from minigpt5_jax.wiring.training import make_loop
 
@@ -28,11 +29,11 @@ BINS = ("image_t0_249", "image_t250_499", "image_t500_749", "image_t750_999")
 @pytest.fixture(scope="module")
 def losses(tiny_template, tiny_params):
     """``f(batch, timesteps) -> {name: (sum, count)}`` of the image loss and its bins."""
-    info = DrawInfo.of(tiny_template)
+    info = RandomnessShapes.of(tiny_template)
 
     @jax.jit
     def run(batch, timesteps):
-        draws = Draws.from_key(
+        draws = StepRandomness.from_key(
             jax.random.key(1),
             batch.item_id,
             batch.row_id,
@@ -143,7 +144,7 @@ def test_a_run_shows_itself(tmp_path, monkeypatch, capfd):
     config.run.update(workdir=str(tmp_path / "run"), num_steps=2, log_every=1, eval_every=2, grid_every=2)
     config.inference.update(sampler="ddim", num_inference_steps=2)
     config.optimizer.warmup_steps = 1
-    results = make_loop(validate(config)).run()
+    results = make_loop(validate(config), watchers).run()
     lines = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
     trained = set().union(*(line for line in lines if "loss" in line))
     assert {"loss", "text", "image", "caption", "voken_emission", "grad_norm", "samples_per_s"} <= trained

@@ -34,7 +34,7 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagePart:
+class RecordImage:
     """A picture in a turn: its path as written, and the caption it may carry."""
 
     path: str
@@ -46,10 +46,10 @@ class Turn:
     """What one side says: texts and pictures in order."""
 
     role: str
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[str | RecordImage, ...]
 
-    def images(self) -> list[ImagePart]:
-        return [part for part in self.parts if isinstance(part, ImagePart)]
+    def images(self) -> list[RecordImage]:
+        return [part for part in self.parts if isinstance(part, RecordImage)]
 
     def text(self) -> str:
         """Its texts, pictures left out."""
@@ -91,7 +91,7 @@ class _Checker(Fields):
         if isinstance(value, dict) and "turns" not in value:
             value = self.object(value, "", ("caption", "image"), ("id",))
             caption = self.words(templates.clean_caption(self.string(value["caption"], "caption")), "caption")
-            image = ImagePart(self.path(value["image"], "image"), caption)
+            image = RecordImage(self.path(value["image"], "image"), caption)
             turns = (Turn("user", (caption,)), Turn("assistant", (image,)))
             return Record(self.id(value), "", turns, pair=True)
         value = self.object(value, "", ("turns",), ("id", "system"))
@@ -118,14 +118,14 @@ class _Checker(Fields):
             raise self.fail(place, "an assistant turn has at most one picture, as its last part")
         return turn
 
-    def part(self, value: Any, place: str) -> str | ImagePart:
+    def part(self, value: Any, place: str) -> str | RecordImage:
         kind = value.get("type") if isinstance(value, dict) else None
         if kind == "text":
             return self.words(self.object(value, place, ("type", "text"))["text"], f"{place}.text")
         if kind == "image":
             value = self.object(value, place, ("type", "path"), ("caption",))
             caption = self.words(value["caption"], f"{place}.caption") if "caption" in value else None
-            return ImagePart(self.path(value["path"], f"{place}.path"), caption)
+            return RecordImage(self.path(value["path"], f"{place}.path"), caption)
         raise self.fail(place, "expected an object with type text or image")
 
 

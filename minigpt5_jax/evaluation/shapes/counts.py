@@ -46,8 +46,8 @@ def check_run(run: LoadedModel, *, reads_pictures: bool) -> None:
 def open_session(run: LoadedModel, *, batch_size: int, **inference: object) -> Session:
     """A session with the run's settings, ``inference`` keys replaced.
 
-    A prompt may be as long as the model, so that a stage-1 run, whose rows were short, reads whole stories;
-    an answer has one picture at most, unforced, and room for :data:`NEW_TOKENS` at least.
+    A prompt may be as long as the model; an answer has one picture at most, unforced, and room for
+    :data:`NEW_TOKENS`.
 
     Raises:
       ConfigError: settings that do not go together.
@@ -104,9 +104,8 @@ def object_at(scene: Scene | None, place: int) -> Object | None:
 def attributes_right(got: Scene | None, want: Scene) -> dict[str, list[bool]]:
     """Attribute -> whether it is right, object by object of ``want``; ``background`` has one entry.
 
-    A drawn object is compared with the one that belongs at its place.  Where nothing stands at an
-    object's place, all of its attributes are wrong; ``place`` asks just whether something does.  Objects
-    too many are not counted here (``got == want`` minds them).
+    Where nothing stands at an object's place, all of its attributes are wrong; ``place`` asks just whether
+    something does.  Objects too many are not counted here.
     """
     right = {"background": [got is not None and got.background == want.background]}
     pairs = [(object_at(got, item.place), item) for item in want.objects]
@@ -120,9 +119,8 @@ def attributes_right(got: Scene | None, want: Scene) -> dict[str, list[bool]]:
 def share(groups: Sequence[Sequence[bool | float]], name: str = "share") -> Numbers:
     """``{name: mean, "count", "standard_error"}`` of what is asked in groups (stories, dialogues).
 
-    Answers of one group hang together, so the standard error is that of a ratio of sums over independent
-    groups: ``sqrt(sum_g (right_g - share * asked_g)^2) / asked``; with one answer in each group
-    ``sqrt(p (1 - p) / n)``.  Both are None where nothing was asked.
+    The standard error is that of a ratio of sums over independent groups:
+    ``sqrt(sum_g (right_g - share * asked_g)^2) / asked``.  Both are None where nothing was asked.
     """
     asked = np.array([len(group) for group in groups], float)
     total = int(asked.sum())
@@ -140,8 +138,10 @@ def each(values: Sequence[bool | float], name: str = "share") -> Numbers:
 
 
 def attribute_shares(rows: Sequence[tuple[Scene | None, Scene]]) -> dict[str, Numbers]:
-    """Shares right over (drawn, true) scenes: ``all_right``, ``together`` (all attributes of all objects
-    and the background), and each attribute; beside them the mean number of objects ``too_many``."""
+    """Shares right over (drawn, true) scenes, and the mean number of objects ``too_many``.
+
+    ``all_right``: everything; ``together``: all attributes of all objects and the background; and each one.
+    """
     right = [attributes_right(got, want) for got, want in rows]
     found = {
         "all_right": each([got == want for got, want in rows]),

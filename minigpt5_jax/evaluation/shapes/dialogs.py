@@ -1,5 +1,4 @@
-"""Held-out dialogues put to a trained model: a picture exactly when one is called for, the right one, and
-right answers to questions.
+"""Held-out dialogues: a picture exactly when one is called for, the right one, and right answers.
 
 Every turn of the assistant is written after the true turns before it, as many as MMDialog's reader shows
 (reference 5.4), under the run's own rules for text: nothing is forced.
@@ -19,12 +18,11 @@ from minigpt5_jax.data.sources import MMDialogSource
 from minigpt5_jax.evaluation.shapes import counts
 from minigpt5_jax.inference.session import Generation, Prompt
 from minigpt5_jax.shapes.dataset import read_truth, write_dialogs
-from minigpt5_jax.shapes.dialogs import COUNTED
-from minigpt5_jax.shapes.wording import NAMES, WORDS
-from minigpt5_jax.shapes.world import BACKGROUNDS, Scene
+from minigpt5_jax.shapes.wording import COUNTS, WORDS
+from minigpt5_jax.shapes.world import BACKGROUNDS, NAMES, Scene
 from minigpt5_jax.wiring.restore import LoadedModel
 
-ANSWERED: dict[str, tuple[str, ...]] = {**NAMES, "background": BACKGROUNDS, "count": COUNTED}
+ANSWERED: dict[str, tuple[str, ...]] = {**NAMES, "background": BACKGROUNDS, "count": COUNTS}
 """What questions ask for, and the values an answer may name."""
 
 
@@ -66,14 +64,9 @@ def judge_dialogs(
 ) -> dict[str, Any]:
     """Everything above, of ``count`` held-out dialogues.
 
-    Args:
-      seed: of the dialogues and of the answers.
-      batch_size: answers made together.
-      folder: where the dialogues are written; a temporary one by default.
-
     Returns:
-      ``{"count", "seed", "turns", "cut", "placing", "pictures", "answers"}``, see :func:`placing`,
-      :func:`pictures` and :func:`answers`; ``cut`` counts prompts that did not fit.
+      ``{"count", "seed", "turns", "cut", "placing", "pictures", "answers"}``, see the functions of these
+      names; ``cut`` counts prompts that did not fit.
 
     Raises:
       ConfigError: a run of another world, or one that cannot see.
@@ -141,8 +134,7 @@ def placing(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
 
 
 def pictures(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
-    """The oracle on pictures that were called for and drawn (``all``, and by kind): see
-    :func:`~minigpt5_jax.evaluation.shapes.counts.attribute_shares`."""
+    """``counts.attribute_shares`` of pictures that were called for and drawn: ``all``, and by kind."""
     wanted = [reply for replies in dialogs for reply in replies if reply.called_for]
     there = [reply for reply in wanted if reply.drew]
     kinds = {"all": there}

@@ -33,12 +33,7 @@ def measure(
 ) -> dict[str, Any]:
     """What was measured, with which checkpoint and settings, as plain JSON.
 
-    Args:
-      path: a run's workdir.  what: one of :data:`WHAT`.  count: stories, dialogues, or captions of each
-        number of objects.  step: which checkpoint; the newest by default.
-      contexts, narrations: of stories.  native: measure the ceiling of pairs, too.
-      inference: settings in place of the run's, as Python spells them.
-      weights: sources of frozen weights that moved.
+    Args: the flags of the command (:mod:`minigpt5_jax.evaluation.shapes.__main__`).
 
     Raises:
       ConfigError, CheckpointError, DataError: as their messages say.

@@ -1,9 +1,4 @@
-"""What a trained model draws of held-out captions, read by the oracle.
-
-The whole way of generation: a caption is a prompt, the model writes its vokens itself, their states go
-through mapper and sampler.  Beside it the native ceiling: the same captions through the generator's own
-text encoder.
-"""
+"""What a trained model draws of held-out captions, and natively by its text encoder, read by the oracle."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigpt5_jax.evaluation.shapes.counts import object_at, share
-from minigpt5_jax.shapes.wording import NAMES, understand
-from minigpt5_jax.shapes.world import BACKGROUNDS, PLACES, Object, Scene
+from minigpt5_jax.shapes.wording import understand
+from minigpt5_jax.shapes.world import BACKGROUNDS, NAMES, PLACES, Object, Scene
 
 ASKED = ("shape", "colour", "size", "texture", "background")
 VALUES = {name: len(NAMES[name]) for name in ASKED[:-1]} | {"background": len(BACKGROUNDS)}

@@ -1,4 +1,4 @@
-"""Held-out stories put to a trained model: is what earlier pictures show drawn again, and is the story told?
+"""Held-out stories: whether what earlier pictures show is drawn again, and whether the story goes on.
 
 **Pictures** are asked for at the last step, as in the paper's context ablation (reference 9.1): by the
 image-only prompt, with nothing before it (``none``), the earlier narrations (``text``), the earlier
@@ -6,11 +6,9 @@ pictures (``image``) or both (``image+text``); each with the current narration. 
 begin with the picture; how often it would by itself is counted apart.  A story has the same noise in every
 context.
 
-**Attributes that only pictures reveal** are the heart of it: in half of the stories no text describes the
-subject.  The subject is the object at its true place.  Where nothing stands there (without the earlier
-steps its place may be unknown), it is the first object, in order of places, that stands where no
-companion belongs; the choice looks at no attribute, so guessing stays at chance.  Where there is none, all
-is wrong.
+**Attributes that only pictures reveal**: in half of the stories no text describes the subject.  The subject
+is the object at its true place, else the first one that stands where no companion belongs; the choice looks
+at no attribute, so guessing stays at chance.  Where there is none, all is wrong.
 
 **Texts** are narrations of the last step: with its picture to draw (``multimodal``) and from its picture
 (``understanding``), after the whole history.  They are measured by ROUGE-L against the true one.
@@ -70,8 +68,6 @@ def judge_stories(
 
     Args:
       contexts: some of :data:`CONTEXTS`.  narrations: some of :data:`NARRATIONS`.
-      seed: of the stories and of the answers.
-      batch_size: answers made together.
       folder: where the stories are written; a temporary one by default.
 
     Returns:
@@ -92,7 +88,7 @@ def judge_stories(
             raise ConfigError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     counts.check_run(run, reads_pictures=bool(narrations) or any("image" in one for one in contexts))
     if narrations:
-        counts.rouge_scorer()  # a missing package is told before the work
+        counts.rouge_scorer()  # a missing package is reported before the work
     drawer = counts.open_session(run, batch_size=batch_size, force_image="first", max_new_tokens=1)
     writer = counts.open_session(run, batch_size=batch_size)
     vokens, prompt_set = run.spec.backbone.num_vokens, run.config.data.prompt_set
@@ -136,10 +132,7 @@ def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:
 
 
 def context_prompt(story: Story, context: str, prompt_set: str = "head", seed: int = 0) -> Prompt:
-    """The image-only prompt of the last step with one of :data:`CONTEXTS` before it (reference 9.1).
-
-    The request is the first wording of ``gen``; ``image+text`` is the context of the original's training.
-    """
+    """The image-only prompt of the last step with one of :data:`CONTEXTS` before it (reference 9.1)."""
     example = story_example(story, FINAL, "gen", wording=0, prompt_set=prompt_set, context=context)
     return Prompt(example.source, example.images, seed)
 
@@ -172,11 +165,7 @@ def judge_context(
 def judge_narration(
     writer: Session, tales: Sequence[Tale], task: str, prompt_set: str, num_vokens: int, seed: int
 ) -> dict[str, Any]:
-    """ROUGE-L of the last step's narration, the wordings of the request in turn.
-
-    ``of_another`` is what true narrations of other stories would have: the manner without the story; None of
-    a single story.
-    """
+    """ROUGE-L of the last step's narration; ``of_another``: that of true narrations of other stories."""
     prompts = []
     for number, tale in enumerate(tales):
         example = story_example(

@@ -21,10 +21,11 @@ from minigpt5_jax.models.common import (
     Embedding,
     LayerNorm,
     Linear,
-    attention,
+    attend,
+    check_transformer,
     normal,
-    scan_layers,
-    split_heads,
+    read_fields,
+    run_layers,
     stack,
 )
 
@@ -47,13 +48,7 @@ class ClipTextConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+        check_transformer(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ClipTextConfig:
@@ -64,8 +59,7 @@ class ClipTextConfig:
         """
         if config.get("attention_dropout", 0.0):
             raise ValueError(f"attention_dropout={config['attention_dropout']} is not implemented, only 0")
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in names})
+        return cls(**read_fields(cls, config, {}, ""))
 
 
 SD21_TEXT = ClipTextConfig(
@@ -77,46 +71,32 @@ SD21_TEXT = ClipTextConfig(
 class ClipAttention(nnx.Module):
     """Multi-head self-attention with biased projections."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ClipTextConfig, **kwargs: Any):
         self.num_heads = config.num_attention_heads
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)
         # The residual branches start small with depth (CLIP's own initialisation).
         inner = normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
 
-        def linear(axes, init):
-            return Linear(
-                width, width, axes=axes, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-
-        self.q_proj = linear(("embed", heads), inner)
-        self.k_proj = linear(("embed", heads), inner)
-        self.v_proj = linear(("embed", heads), inner)
-        self.out_proj = linear((heads, "embed"), normal(width**-0.5))
+        self.q_proj = Linear(width, width, axes=("embed", heads), kernel_init=inner, **kwargs)
+        self.k_proj = Linear(width, width, axes=("embed", heads), kernel_init=inner, **kwargs)
+        self.v_proj = Linear(width, width, axes=("embed", heads), kernel_init=inner, **kwargs)
+        self.out_proj = Linear(width, width, axes=(heads, "embed"), kernel_init=normal(width**-0.5), **kwargs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        query, key, value = (
-            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(attention(query, key, value, mask=mask, is_causal=True))
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attend(*projected, self.num_heads, mask=mask, is_causal=True))
 
 
 class ClipMlp(nnx.Module):
     """Two dense layers around the configured activation."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ClipTextConfig, **kwargs: Any):
         width, hidden = config.hidden_size, config.intermediate_size
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(
-            width, hidden, axes=("embed", "mlp"), kernel_init=normal((2 * width) ** -0.5), **kwargs
-        )
-        self.fc2 = Linear(
-            hidden,
-            width,
-            axes=("mlp", "embed"),
-            kernel_init=normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5),
-            **kwargs,
-        )
+        first = normal((2 * width) ** -0.5)
+        second = normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
+        self.fc1 = Linear(width, hidden, axes=("embed", "mlp"), kernel_init=first, **kwargs)
+        self.fc2 = Linear(hidden, width, axes=("mlp", "embed"), kernel_init=second, **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -125,8 +105,7 @@ class ClipMlp(nnx.Module):
 class ClipEncoderLayer(nnx.Module):
     """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: ClipTextConfig, **kwargs: Any):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
         self.self_attn = ClipAttention(config, **kwargs)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
@@ -145,33 +124,17 @@ class ClipTextModel(nnx.Module):
     the backward pass.
     """
 
-    def __init__(
-        self,
-        config: ClipTextConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+    def __init__(self, config: ClipTextConfig, *, remat: bool = False, rngs: nnx.Rngs, **dtypes: Any):
         self.config, self.remat = config, remat
-        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **kwargs)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
         self.position_embedding = Embedding(
-            config.max_position_embeddings, config.hidden_size, axes=(None, "embed"), rngs=rngs, **kwargs
+            config.max_position_embeddings, config.hidden_size, axes=(None, "embed"), rngs=rngs, **dtypes
         )
         self.layers = stack(
-            lambda layer_rngs: ClipEncoderLayer(config, rngs=layer_rngs, **kwargs),
-            config.num_hidden_layers,
-            rngs,
+            lambda r: ClipEncoderLayer(config, rngs=r, **dtypes), config.num_hidden_layers, rngs
         )
-        self.final_layer_norm = LayerNorm(
-            config.hidden_size,
-            eps=config.layer_norm_eps,
-            dtype=jnp.float32,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        dtypes["dtype"] = jnp.float32
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs, **dtypes)
 
     def __call__(
         self,
@@ -196,5 +159,4 @@ class ClipTextModel(nnx.Module):
             )
         x = self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x, mask), None), remat=self.remat)
-        return self.final_layer_norm(x)
+        return self.final_layer_norm(run_layers(self.layers, x, mask, remat=self.remat))

@@ -9,24 +9,20 @@ from typing import Any
 
 from minigpt5_jax.models.clip_text.model import SD21_TEXT, ClipTextConfig, ClipTextModel
 from minigpt5_jax.models.tower import FP32, Tower
-from minigpt5_jax.weights.table import Rule, Table, linear_rules, norm_rules
+from minigpt5_jax.weights.table import Rule, Table, each, linear_rules, norm_rules
 
 PREFIX = "text_model."
 
 _LAYER = "encoder.layers.{i}."
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 _BARE = Table(
     (
         Rule("embeddings.token_embedding.weight", "token_embedding/embedding"),
         Rule("embeddings.position_embedding.weight", "position_embedding/embedding"),
-        *norm_rules(_LAYER + "layer_norm1", "layers/layer_norm1"),
-        *linear_rules(_LAYER + "self_attn.q_proj", "layers/self_attn/q_proj"),
-        *linear_rules(_LAYER + "self_attn.k_proj", "layers/self_attn/k_proj"),
-        *linear_rules(_LAYER + "self_attn.v_proj", "layers/self_attn/v_proj"),
-        *linear_rules(_LAYER + "self_attn.out_proj", "layers/self_attn/out_proj"),
-        *norm_rules(_LAYER + "layer_norm2", "layers/layer_norm2"),
-        *linear_rules(_LAYER + "mlp.fc1", "layers/mlp/fc1"),
-        *linear_rules(_LAYER + "mlp.fc2", "layers/mlp/fc2"),
+        *each(norm_rules, _LAYER, "layers/", ("layer_norm1", "layer_norm2")),
+        *each(linear_rules, _LAYER + "self_attn.", "layers/self_attn/", _PROJECTIONS),
+        *each(linear_rules, _LAYER + "mlp.", "layers/mlp/", ("fc1", "fc2")),
         *norm_rules("final_layer_norm", "final_layer_norm"),
     ),
     ignored={r"embeddings\.position_ids": "a buffer that counts 0, 1, 2, ..."},

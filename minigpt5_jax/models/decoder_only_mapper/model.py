@@ -9,13 +9,12 @@ in both halves, and zero vectors behind.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from minigpt5_jax.models.common import LayerNorm, scan_layers, stack
-from minigpt5_jax.models.mapper.model import EncoderLayer, LayerConfig, VokenMlp
+from minigpt5_jax.models.mapper.model import EncoderLayer, LayerConfig, LayerStack, VokenMlp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ DECODER_ONLY_MAPPER = DecoderOnlyMapperConfig()
 """Full size: 106,016,768 parameters (5,244,928 + 8 x 12,596,224 + 2,048), 86 % of the papers' mapper."""
 
 
-class DecoderOnlyMapper(nnx.Module):
+class DecoderOnlyMapper(LayerStack):
     """The tower; source names in ``weights.py``.
 
     Semantics of torch's ``nn.TransformerEncoder`` with pre-norm ReLU layers and a closing norm, no masks and
@@ -43,22 +42,10 @@ class DecoderOnlyMapper(nnx.Module):
 
     config_class = DecoderOnlyMapperConfig
 
-    def __init__(
-        self,
-        config: DecoderOnlyMapperConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.remat = config, remat
-        self.fc = VokenMlp(config, rngs=rngs, **kwargs)
-        self.layers = stack(
-            lambda layer_rngs: EncoderLayer(config, rngs=layer_rngs, **kwargs), config.num_layers, rngs
-        )
-        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DecoderOnlyMapperConfig, *, remat: bool = False, **kwargs: Any):
+        self.config = config
+        self.fc = VokenMlp(config, **kwargs)
+        super().__init__(EncoderLayer, config.num_layers, config, remat=remat, **kwargs)
 
     def __call__(self, vokens: Float[Array, "n m k"]) -> Float[Array, "n q d"]:
         """Condition [n, num_queries, d_model] in float32 for n groups of m voken states.
@@ -76,6 +63,5 @@ class DecoderOnlyMapper(nnx.Module):
                 f"{self.config.num_queries} vectors that the generator listens to; lower "
                 "model.backbone.num_vokens or take `:mapper=encoder_decoder`"
             )
-        x = self.fc(vokens).astype(jnp.float32)
-        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x), None), remat=self.remat)
-        return jnp.pad(self.norm(x), ((0, 0), (0, room), (0, 0)))
+        x = super().__call__(self.fc(vokens).astype(jnp.float32))
+        return jnp.pad(x, ((0, 0), (0, room), (0, 0)))

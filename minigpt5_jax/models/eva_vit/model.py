@@ -21,11 +21,12 @@ from minigpt5_jax.models.common import (
     Conv,
     LayerNorm,
     Linear,
-    attention,
+    attend,
+    check_transformer,
     normal,
     param,
-    scan_layers,
-    split_heads,
+    read_fields,
+    run_layers,
     stack,
 )
 
@@ -51,17 +52,11 @@ class EvaVitConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} does not divide into patch_size={self.patch_size}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+        check_transformer(self)
 
     @property
     def num_tokens(self) -> int:
@@ -79,8 +74,7 @@ class EvaVitConfig:
             raise ValueError(f"attention_dropout={config['attention_dropout']} is not implemented, only 0")
         if not config.get("qkv_bias", True):
             raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in names})
+        return cls(**read_fields(cls, config, {}, ""))
 
     @classmethod
     def from_eva(cls, config: Mapping[str, Any]) -> EvaVitConfig:
@@ -112,27 +106,24 @@ class EvaAttention(nnx.Module):
     The checkpoint's fused qkv matrix is kept as three kernels, so that each shards over whole heads.
     """
 
-    def __init__(self, config: EvaVitConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EvaVitConfig, **kwargs: Any):
         self.num_heads = config.num_attention_heads
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)
-        kwargs = dict(kernel_init=INITIALIZER, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs["kernel_init"] = INITIALIZER
         self.q_proj = Linear(width, width, axes=("embed", heads), **kwargs)
         self.k_proj = Linear(width, width, axes=("embed", heads), bias=False, **kwargs)
         self.v_proj = Linear(width, width, axes=("embed", heads), **kwargs)
         self.proj = Linear(width, width, axes=(heads, "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        query, key, value = (
-            split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.proj(attention(query, key, value))
+        return self.proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))
 
 
 class EvaMlp(nnx.Module):
     """Two dense layers around the configured activation."""
 
-    def __init__(self, config: EvaVitConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(kernel_init=INITIALIZER, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: EvaVitConfig, **kwargs: Any):
+        kwargs["kernel_init"] = INITIALIZER
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, axes=("embed", "mlp"), **kwargs)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **kwargs)
@@ -144,8 +135,7 @@ class EvaMlp(nnx.Module):
 class EvaBlock(nnx.Module):
     """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
 
-    def __init__(self, config: EvaVitConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: EvaVitConfig, **kwargs: Any):
         self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
         self.attn = EvaAttention(config, **kwargs)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
@@ -163,35 +153,16 @@ class EvaVit(nnx.Module):
     each block in the backward pass.
     """
 
-    def __init__(
-        self,
-        config: EvaVitConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.dtype, self.remat = config, dtype, remat
-        width = config.hidden_size
+    def __init__(self, config: EvaVitConfig, *, remat: bool = False, rngs: nnx.Rngs, **dtypes: Any):
+        self.config, self.remat = config, remat
+        size, width, axes = config.patch_size, config.hidden_size, (None, "embed")
         self.patch_embed = Conv(
-            3,
-            width,
-            config.patch_size,
-            stride=config.patch_size,
-            axes=(None, "embed"),
-            kernel_init=INITIALIZER,
-            rngs=rngs,
-            **kwargs,
+            3, width, size, stride=size, axes=axes, kernel_init=INITIALIZER, rngs=rngs, **dtypes
         )
-        self.cls_token = param(rngs, INITIALIZER, (1, 1, width), (None, None, "embed"), param_dtype)
-        self.pos_embed = param(
-            rngs, INITIALIZER, (1, config.num_tokens, width), (None, None, "embed"), param_dtype
-        )
-        self.blocks = stack(
-            lambda layer_rngs: EvaBlock(config, rngs=layer_rngs, **kwargs), config.num_hidden_layers, rngs
-        )
+        dtype = self.patch_embed.kernel.dtype
+        self.cls_token = param(rngs, INITIALIZER, (1, 1, width), (None, *axes), dtype)
+        self.pos_embed = param(rngs, INITIALIZER, (1, config.num_tokens, width), (None, *axes), dtype)
+        self.blocks = stack(lambda r: EvaBlock(config, rngs=r, **dtypes), config.num_hidden_layers, rngs)
 
     def __call__(self, pixels: Float[Array, "i height width 3"]) -> Float[Array, "i tokens d"]:
         """Output of the last block, CLS first, then the patches row by row.
@@ -208,6 +179,6 @@ class EvaVit(nnx.Module):
         patches = self.patch_embed(pixels)
         images, width = patches.shape[0], patches.shape[-1]
         patches = patches.reshape(images, -1, width)
-        cls = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (images, 1, width))
-        x = jnp.concatenate([cls, patches], axis=1) + self.pos_embed[...].astype(self.dtype)
-        return scan_layers(self.blocks, x, lambda block, x, _: (block(x), None), remat=self.remat)[0]
+        cls = jnp.broadcast_to(self.cls_token[...].astype(patches.dtype), (images, 1, width))
+        x = jnp.concatenate([cls, patches], axis=1) + self.pos_embed[...].astype(patches.dtype)
+        return run_layers(self.blocks, x, remat=self.remat)

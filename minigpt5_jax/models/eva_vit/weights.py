@@ -16,6 +16,7 @@ from minigpt5_jax.weights.table import (
     Rule,
     Table,
     WeightTableError,
+    each,
     linear_rules,
     norm_rules,
     split,
@@ -23,6 +24,8 @@ from minigpt5_jax.weights.table import (
 from minigpt5_jax.weights.view import Tensors, View, replaced
 
 _QKV_KERNELS = tuple(f"blocks/attn/{name}/kernel" for name in ("q_proj", "k_proj", "v_proj"))
+_LINEARS = ("attn.proj>attn/proj", "mlp.fc1>mlp/fc1", "mlp.fc2>mlp/fc2")
+_HF_LINEARS = ("self_attn.projection>attn/proj", *_LINEARS[1:])
 
 
 def _q_and_v(bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,14 +52,11 @@ def table(config: EvaVitConfig) -> Table:
             Rule("pos_embed", "pos_embed"),
             Rule("patch_embed.proj.weight", "patch_embed/kernel", CONV),
             Rule("patch_embed.proj.bias", "patch_embed/bias"),
-            *norm_rules(block + "norm1", "blocks/norm1"),
-            *norm_rules(block + "norm2", "blocks/norm2"),
+            *each(norm_rules, block, "blocks/", ("norm1", "norm2")),
             Rule(block + "attn.qkv.weight", _QKV_KERNELS, split(3, LINEAR)),
             Rule(block + "attn.q_bias", "blocks/attn/q_proj/bias"),
             Rule(block + "attn.v_bias", "blocks/attn/v_proj/bias"),
-            *linear_rules(block + "attn.proj", "blocks/attn/proj"),
-            *linear_rules(block + "mlp.fc1", "blocks/mlp/fc1"),
-            *linear_rules(block + "mlp.fc2", "blocks/mlp/fc2"),
+            *each(linear_rules, block, "blocks/", _LINEARS),
         ),
         ignored={
             rf"blocks\.(?!({built})\.)\d+\..*": f"only the first {depth} blocks are built",
@@ -74,17 +74,14 @@ HF_TABLE = Table(
         Rule("embeddings.position_embedding", "pos_embed"),
         Rule("embeddings.patch_embedding.weight", "patch_embed/kernel", CONV),
         Rule("embeddings.patch_embedding.bias", "patch_embed/bias"),
-        *norm_rules(_HF_LAYER + "layer_norm1", "blocks/norm1"),
-        *norm_rules(_HF_LAYER + "layer_norm2", "blocks/norm2"),
+        *each(norm_rules, _HF_LAYER + "layer_", "blocks/", ("norm1", "norm2")),
         Rule(_HF_LAYER + "self_attn.qkv.weight", _QKV_KERNELS, split(3, LINEAR)),
         Rule(
             _HF_LAYER + "self_attn.qkv.bias",
             ("blocks/attn/q_proj/bias", "blocks/attn/v_proj/bias"),
             _FUSED_BIAS,
         ),
-        *linear_rules(_HF_LAYER + "self_attn.projection", "blocks/attn/proj"),
-        *linear_rules(_HF_LAYER + "mlp.fc1", "blocks/mlp/fc1"),
-        *linear_rules(_HF_LAYER + "mlp.fc2", "blocks/mlp/fc2"),
+        *each(linear_rules, _HF_LAYER, "blocks/", _HF_LINEARS),
     ),
     ignored={r"post_layernorm\.(weight|bias)": "this is ln_vision, which the backbone holds"},
 )

@@ -20,6 +20,7 @@ from minigpt5_jax.models.common import (
     attention,
     normal,
     param,
+    read_fields,
     scan_layers,
     split_heads,
     stack,
@@ -29,12 +30,12 @@ from minigpt5_jax.models.lora import LoraConfig, LoraLinear
 from minigpt5_jax.models.prefix import PrefixConfig, PrefixEncoder, behind
 
 _IMPLEMENTED = {
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "pretraining_tp": 1,
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "rope_scaling": (None,),
+    "pretraining_tp": (1,),
 }
 
 
@@ -82,11 +83,7 @@ class LlamaConfig:
         Raises:
           ValueError: naming the field whose value is not implemented.
         """
-        for field, value in _IMPLEMENTED.items():
-            if config.get(field, value) != value:
-                raise ValueError(f"LLaMA {field}={config[field]!r} is not implemented (only {value!r})")
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in config.items() if name in known}
+        values = read_fields(cls, config, _IMPLEMENTED, "LLaMA")
         rope = config.get("rope_parameters") or {}  # the spelling of transformers 5
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"LLaMA rope_type={rope['rope_type']!r} is not implemented (only 'default')")
@@ -140,22 +137,16 @@ def _fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | Non
 class LlamaAttention(nnx.Module):
     """Causal self-attention with rotary positions and grouped-query heads."""
 
-    def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, **kwargs: Any):
         self.config = config
         heads, kv_heads = config.num_attention_heads, config.key_value_heads
         width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
 
+        kwargs["kernel_init"] = normal(config.initializer_range)
+
         def projection(name: str, inner: int, outer: int, axes):
-            return LoraLinear(
-                inner,
-                outer,
-                axes=axes,
-                lora=lora if lora and name in lora.target_modules else None,
-                kernel_init=normal(config.initializer_range),
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+            update = lora if lora and name in lora.target_modules else None
+            return LoraLinear(inner, outer, axes=axes, lora=update, **kwargs)
 
         hidden = config.hidden_size
         self.q_proj = projection("q_proj", hidden, width, ("embed", ("heads", heads)))
@@ -179,14 +170,8 @@ class LlamaAttention(nnx.Module):
 class LlamaMlp(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, config: LlamaConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = {
-            "bias": False,
-            "kernel_init": normal(config.initializer_range),
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
+    def __init__(self, config: LlamaConfig, **kwargs: Any):
+        kwargs |= {"bias": False, "kernel_init": normal(config.initializer_range)}
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(hidden, inner, axes=("embed", "mlp"), **kwargs)
         self.up_proj = Linear(hidden, inner, axes=("embed", "mlp"), **kwargs)
@@ -199,12 +184,11 @@ class LlamaMlp(nnx.Module):
 class LlamaBlock(nnx.Module):
     """Pre-norm block; the residual stream stays fp32 (reference 1.13)."""
 
-    def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, dtype, param_dtype, rngs: nnx.Rngs):
-        norm = {"eps": config.rms_norm_eps, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
-        self.self_attn = LlamaAttention(config, lora=lora, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
-        self.mlp = LlamaMlp(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, **kwargs: Any):
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
+        self.self_attn = LlamaAttention(config, lora=lora, **kwargs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
+        self.mlp = LlamaMlp(config, **kwargs)
 
     def finish(self, x: jax.Array, attended: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Everything behind the attention."""
@@ -215,8 +199,9 @@ class LlamaBlock(nnx.Module):
 class VokenEmbedding(Embedding):
     """Frozen table plus trainable fp32 rows of the new tokens, never one array (decision 5)."""
 
-    def __init__(self, num: int, width: int, *, num_new: int, rngs: nnx.Rngs, **kwargs):
-        super().__init__(num, width, rngs=rngs, **kwargs)
+    def __init__(self, config: LlamaConfig, *, num_new: int, rngs: nnx.Rngs, **kwargs: Any):
+        init, width = normal(config.initializer_range), config.hidden_size
+        super().__init__(config.vocab_size, width, init=init, rngs=rngs, **kwargs)
         self.voken = param(rngs, normal(0.02), (num_new, width), (None, "embed"))
 
     def __call__(self, ids: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
@@ -230,13 +215,13 @@ class VokenEmbedding(Embedding):
 class VokenHead(nnx.Module):
     """Output head as two blocks: frozen vocabulary and new rows."""
 
-    def __init__(self, config: LlamaConfig, *, num_new: int, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, num_new: int, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32
+    ):
         self.dtype = dtype
-        init = normal(config.initializer_range)
-        self.kernel = param(
-            rngs, init, (config.hidden_size, config.vocab_size), ("embed", "vocab"), param_dtype
-        )
-        self.voken = param(rngs, init, (num_new, config.hidden_size), (None, "embed"))
+        init, width = normal(config.initializer_range), config.hidden_size
+        self.kernel = param(rngs, init, (width, config.vocab_size), ("embed", "vocab"), param_dtype)
+        self.voken = param(rngs, init, (num_new, width), (None, "embed"))
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = hidden.astype(self.dtype)
@@ -267,31 +252,15 @@ class Llama(nnx.Module):
         lora: LoraConfig | None = None,
         prefix: PrefixConfig | None = None,
         decay_tables: bool = False,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
         remat: bool = False,
         rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
-        self.config, self.lora, self.remat, self.dtype = config, lora, remat, dtype
+        self.config, self.lora, self.remat = config, lora, remat
         self.num_prefix = prefix.num_virtual_tokens if prefix else 0
         if prefix is not None:
-            self.prefix_encoder = PrefixEncoder(
-                prefix,
-                hidden_size=config.hidden_size,
-                num_layers=config.num_hidden_layers,
-                num_heads=config.key_value_heads,
-                head_dim=config.head_dim,
-                rngs=rngs,
-            )
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.embed_tokens = VokenEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            num_new=num_new_tokens,
-            init=normal(config.initializer_range),
-            rngs=rngs,
-            **dtypes,
-        )
+            self.prefix_encoder = PrefixEncoder(prefix, config, rngs=rngs)
+        self.embed_tokens = VokenEmbedding(config, num_new=num_new_tokens, rngs=rngs, **dtypes)
         self.layers = stack(
             lambda r: LlamaBlock(config, lora=lora, rngs=r, **dtypes), config.num_hidden_layers, rngs
         )
@@ -349,7 +318,7 @@ class Llama(nnx.Module):
 
         It holds the prefix, where there is one, and nothing else.
         """
-        config, dtype = self.config, self.dtype if dtype is None else dtype
+        config, dtype = self.config, self.lm_head.dtype if dtype is None else dtype
         slots, filled = max_length + self.num_prefix, self.num_prefix
         shape = (config.num_hidden_layers, batch, slots, config.key_value_heads, config.head_dim)
         keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

@@ -44,12 +44,6 @@ VOKEN_TABLE = Table(
 """New rows, after :func:`split_tables` has cut them off the whole tables."""
 
 
-def table(config: LlamaConfig) -> Table:
-    """Table of a model without new rows (Vicuna's own files)."""
-    del config  # one table fits every size
-    return TABLE
-
-
 def split_tables(source: Mapping[str, np.ndarray], num_new: int, prefix: str = "") -> dict[str, np.ndarray]:
     """Cut the last ``num_new`` rows off both tables of a MiniGPT-5 state dict, under ``<key>.new``.
 
@@ -119,7 +113,7 @@ def _describe(config: LlamaConfig) -> dict[str, Any]:
 TOWER = Tower(
     LlamaConfig,
     {"vicuna_7b": VICUNA_7B},
-    table=lambda _, config: table(config),
+    table=lambda *_: TABLE,
     shapes_of=_shapes,
     marks=("model.layers.", "model.embed_tokens"),
     cause=_cause,

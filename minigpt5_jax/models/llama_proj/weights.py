@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minigpt5_jax.models.tower import Shapes, Tower
-from minigpt5_jax.weights.table import Table, linear_rules
+from minigpt5_jax.weights.table import LINEAR, Rule, Table
 from minigpt5_jax.weights.view import Tensors
 
 
@@ -25,10 +25,7 @@ class ProjectionConfig:
 
 
 TABLE = Table(
-    tuple(
-        dataclasses.replace(rule, target=rule.targets[0].removeprefix("llama_proj/"))
-        for rule in linear_rules("llama_proj", "llama_proj")
-    ),
+    (Rule("llama_proj.weight", "kernel", LINEAR), Rule("llama_proj.bias", "bias")),
     {r"(?!llama_proj\.).*": "a buffer of another part that MiniGPT-4's saver left in"},
 )
 """``llama_proj.weight`` and ``.bias`` of ``prerained_minigpt4_7b.pth``."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,13 @@ from jaxtyping import Array, Float
 from minigpt5_jax.models.common import (
     LayerNorm,
     Linear,
-    attention,
+    attend,
     normal,
     param,
-    scan_layers,
-    split_heads,
+    run_layers,
     stack,
+    torch_linear,
+    uniform,
     uniform_fan_in,
     xavier_uniform,
 )
@@ -69,35 +72,27 @@ MINIGPT5_MAPPER = MapperConfig()
 class MultiheadAttention(nnx.Module):
     """torch's ``nn.MultiheadAttention`` with the stacked in-projection kept as three kernels."""
 
-    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, **kwargs: Any):
         width, heads = config.d_model, ("heads", config.nhead)
         self.num_heads = config.nhead
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         # torch draws q, k and v as one [3 d, d] matrix, so xavier sees fan_in + fan_out = 4 d.
-        bound = math.sqrt(6 / (4 * width))
-
-        def stacked_xavier(key, shape, dtype=jnp.float32):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        def in_proj():
-            return Linear(width, width, axes=("embed", heads), kernel_init=stacked_xavier, **kwargs)
-
-        self.q_proj, self.k_proj, self.v_proj = in_proj(), in_proj(), in_proj()
+        stacked = dict(axes=("embed", heads), kernel_init=uniform(math.sqrt(6 / (4 * width))), **kwargs)
+        self.q_proj = Linear(width, width, **stacked)
+        self.k_proj = Linear(width, width, **stacked)
+        self.v_proj = Linear(width, width, **stacked)
         self.out_proj = Linear(width, width, axes=(heads, "embed"), kernel_init=xavier_uniform, **kwargs)
 
     def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
-        query = split_heads(self.q_proj(x), self.num_heads)
-        key = split_heads(self.k_proj(memory), self.num_heads)
-        value = split_heads(self.v_proj(memory), self.num_heads)
-        return self.out_proj(attention(query, key, value))
+        projected = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
+        return self.out_proj(attend(*projected, self.num_heads))
 
 
 class FeedForward(nnx.Module):
     """``linear2(relu(linear1(x)))``."""
 
-    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, **kwargs: Any):
         width, hidden = config.d_model, config.dim_feedforward
-        kwargs = dict(kernel_init=xavier_uniform, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs["kernel_init"] = xavier_uniform
         self.linear1 = Linear(width, hidden, axes=("embed", "mlp"), bias_init=uniform_fan_in(width), **kwargs)
         self.linear2 = Linear(
             hidden, width, axes=("mlp", "embed"), bias_init=uniform_fan_in(hidden), **kwargs
@@ -110,8 +105,7 @@ class FeedForward(nnx.Module):
 class EncoderLayer(nnx.Module):
     """``x += self_attn(norm1(x)); x += feed_forward(norm2(x))``."""
 
-    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: LayerConfig, **kwargs: Any):
         self.norm1 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
         self.self_attn = MultiheadAttention(config, **kwargs)
         self.norm2 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
@@ -126,8 +120,7 @@ class EncoderLayer(nnx.Module):
 class DecoderLayer(nnx.Module):
     """``x += self_attn(norm1(x)); x += multihead_attn(norm2(x), memory); x += feed_forward(norm3(x))``."""
 
-    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: LayerConfig, **kwargs: Any):
         self.norm1 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
         self.self_attn = MultiheadAttention(config, **kwargs)
         self.norm2 = LayerNorm(config.d_model, eps=config.layer_norm_eps, **kwargs)
@@ -142,60 +135,40 @@ class DecoderLayer(nnx.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
-class Encoder(nnx.Module):
-    """Scanned encoder layers and the closing norm."""
+class LayerStack(nnx.Module):
+    """Scanned layers and the closing norm, which returns ``norm_dtype``.
 
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, remat: bool, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype)
+    Args:
+      layer: class of a layer.  count: how many.
+    """
+
+    def __init__(
+        self,
+        layer: Callable[..., nnx.Module],
+        count: int,
+        config: LayerConfig,
+        *,
+        norm_dtype=jnp.float32,
+        remat: bool,
+        rngs: nnx.Rngs,
+        **dtypes: Any,
+    ):
         self.remat = remat
-        self.layers = stack(
-            lambda layer_rngs: EncoderLayer(config, rngs=layer_rngs, **kwargs),
-            config.num_encoder_layers,
-            rngs,
-        )
-        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, rngs=rngs, **kwargs)
+        self.layers = stack(lambda r: layer(config, rngs=r, **dtypes), count, rngs)
+        dtypes["dtype"] = norm_dtype
+        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, rngs=rngs, **dtypes)
 
-    def __call__(self, x: Float[Array, "n m d"]) -> Float[Array, "n m d"]:
-        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x), None), remat=self.remat)
-        return self.norm(x)
-
-
-class Decoder(nnx.Module):
-    """Scanned decoder layers and the closing norm, which returns float32."""
-
-    def __init__(self, config: MapperConfig, *, dtype, param_dtype, remat: bool, rngs: nnx.Rngs):
-        self.remat = remat
-        self.layers = stack(
-            lambda layer_rngs: DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=layer_rngs),
-            config.num_decoder_layers,
-            rngs,
-        )
-        self.norm = LayerNorm(config.d_model, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "n q d"], memory: Float[Array, "n m d"]) -> Float[Array, "n q d"]:
-        x, _ = scan_layers(self.layers, x, lambda layer, x, _: (layer(x, memory), None), remat=self.remat)
-        return self.norm(x)
+    def __call__(self, x: Float[Array, "n q d"], *memory: Float[Array, "n m d"]) -> Float[Array, "n q d"]:
+        return self.norm(run_layers(self.layers, x, *memory, remat=self.remat))
 
 
 class VokenMlp(nnx.Module):
     """Linear, exact GELU, Linear: from the language model's width to the transformer's."""
 
-    def __init__(self, config: LayerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear(fan_in: int, axes):
-            init = uniform_fan_in(fan_in)
-            return Linear(
-                fan_in,
-                config.d_model,
-                axes=axes,
-                kernel_init=init,
-                bias_init=init,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
-        self.fc1 = linear(config.llm_hidden_size, ("embed", "mlp"))
-        self.fc2 = linear(config.d_model, ("mlp", "embed"))
+    def __init__(self, config: LayerConfig, **kwargs: Any):
+        width = config.d_model
+        self.fc1 = torch_linear(config.llm_hidden_size, width, axes=("embed", "mlp"), **kwargs)
+        self.fc2 = torch_linear(width, width, axes=("mlp", "embed"), **kwargs)
 
     def __call__(self, x: Float[Array, "n m k"]) -> Float[Array, "n m d"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
@@ -210,22 +183,20 @@ class FeatureMapper(nnx.Module):
 
     config_class = MapperConfig
 
-    def __init__(
-        self,
-        config: MapperConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: MapperConfig, *, remat: bool = False, **kwargs: Any):
         self.config = config
         self.fc = VokenMlp(config, **kwargs)
-        self.encoder = Encoder(config, remat=remat, **kwargs)
-        self.decoder = Decoder(config, remat=remat, **kwargs)
-        shape = (config.num_queries, config.d_model)
-        self.queries = param(rngs, normal(1.0), shape, (None, "embed"), param_dtype)
+        self.encoder = LayerStack(
+            EncoderLayer,
+            config.num_encoder_layers,
+            config,
+            norm_dtype=kwargs.get("dtype", jnp.float32),
+            remat=remat,
+            **kwargs,
+        )
+        self.decoder = LayerStack(DecoderLayer, config.num_decoder_layers, config, remat=remat, **kwargs)
+        shape, dtype = (config.num_queries, config.d_model), kwargs.get("param_dtype", jnp.float32)
+        self.queries = param(kwargs["rngs"], normal(1.0), shape, (None, "embed"), dtype)
 
     def __call__(self, vokens: Float[Array, "n m k"]) -> Float[Array, "n q d"]:
         """Condition [n, num_queries, d_model] in float32 for n groups of voken states.

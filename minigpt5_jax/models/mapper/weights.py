@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minigpt5_jax.weights.table import LINEAR, Op, Rule, Table, linear_rules, norm_rules, split
+from minigpt5_jax.weights.table import LINEAR, Op, Rule, Table, each, linear_rules, norm_rules, split
 
 UNBATCH = Op("unbatch", lambda x: (x.reshape(x.shape[1:]),), lambda xs: xs[0][None])
 
@@ -24,13 +24,9 @@ def stack_rules(source: str, target: str, attentions: tuple[str, ...]) -> tuple[
       attentions: names of a layer's attentions; a norm stands before each, one more before the feed-forward.
     """
     layer, block = f"{source}layers.{{i}}", f"{target}layers"
-    rules: list[Rule] = []
-    for name in attentions:
-        rules += _attention(f"{layer}.{name}", f"{block}/{name}")
-    for name in ("linear1", "linear2"):
-        rules += linear_rules(f"{layer}.{name}", f"{block}/feed_forward/{name}")
-    for k in range(1, len(attentions) + 2):
-        rules += norm_rules(f"{layer}.norm{k}", f"{block}/norm{k}")
+    rules = list(each(_attention, f"{layer}.", f"{block}/", attentions))
+    rules += each(linear_rules, f"{layer}.", f"{block}/feed_forward/", ("linear1", "linear2"))
+    rules += each(norm_rules, f"{layer}.norm", f"{block}/norm", "123"[: len(attentions) + 1])
     return (*rules, *norm_rules(f"{source}norm", f"{target}norm"))
 
 

@@ -19,11 +19,12 @@ from minigpt5_jax.models.common import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
-    attention,
+    attend,
+    check_transformer,
     normal,
     param,
-    scan_layers,
-    split_heads,
+    read_fields,
+    run_layers,
     stack,
 )
 
@@ -52,18 +53,12 @@ class QFormerConfig:
     num_query_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into "
-                f"num_attention_heads={self.num_attention_heads}"
-            )
         if self.num_hidden_layers % self.cross_attention_frequency:
             raise ValueError(
                 f"num_hidden_layers={self.num_hidden_layers} does not divide into groups of "
                 f"cross_attention_frequency={self.cross_attention_frequency}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
+        check_transformer(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> QFormerConfig:
@@ -78,8 +73,7 @@ class QFormerConfig:
             raise ValueError(
                 f"position_embedding_type={config['position_embedding_type']!r} is not implemented"
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{**{name: value for name, value in config.items() if name in names}, **overrides})
+        return cls(**{**read_fields(cls, config, {}, ""), **overrides})
 
 
 BLIP2_QFORMER = QFormerConfig()
@@ -89,33 +83,25 @@ BLIP2_QFORMER = QFormerConfig()
 class QFormerAttention(nnx.Module):
     """Multi-head attention with its residual and post-norm; keys and values from ``context``."""
 
-    def __init__(self, config: QFormerConfig, context_size: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QFormerConfig, context_size: int, **kwargs: Any):
         self.num_heads = config.num_attention_heads
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)
-        kwargs = dict(
-            kernel_init=normal(config.initializer_range), dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.query = Linear(width, width, axes=("embed", heads), **kwargs)
-        self.key = Linear(context_size, width, axes=("embed", heads), **kwargs)
-        self.value = Linear(context_size, width, axes=("embed", heads), **kwargs)
-        self.output = Linear(width, width, axes=(heads, "embed"), **kwargs)
-        self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
+        dense = dict(kernel_init=normal(config.initializer_range), **kwargs)
+        self.query = Linear(width, width, axes=("embed", heads), **dense)
+        self.key = Linear(context_size, width, axes=("embed", heads), **dense)
+        self.value = Linear(context_size, width, axes=("embed", heads), **dense)
+        self.output = Linear(width, width, axes=(heads, "embed"), **dense)
+        self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, **{**kwargs, "dtype": jnp.float32})
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        query, key, value = (
-            split_heads(projected, self.num_heads)
-            for projected in (self.query(x), self.key(context), self.value(context))
-        )
-        return self.layer_norm(x + self.output(attention(query, key, value)))
+        attended = attend(self.query(x), self.key(context), self.value(context), self.num_heads)
+        return self.layer_norm(x + self.output(attended))
 
 
 class QFormerLayer(nnx.Module):
     """Self-attention, cross-attention if the layer has it, then the query feed-forward; all post-norm."""
 
-    def __init__(
-        self, config: QFormerConfig, has_cross_attention: bool, *, dtype, param_dtype, rngs: nnx.Rngs
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: QFormerConfig, has_cross_attention: bool, **kwargs: Any):
         dense = dict(kernel_init=normal(config.initializer_range), **kwargs)
         width, hidden = config.hidden_size, config.intermediate_size
         self.activation = ACTIVATIONS[config.hidden_act]
@@ -125,7 +111,7 @@ class QFormerLayer(nnx.Module):
         )
         self.intermediate_query = Linear(width, hidden, axes=("embed", "mlp"), **dense)
         self.output_query = Linear(hidden, width, axes=("mlp", "embed"), **dense)
-        self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs)
+        self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, **{**kwargs, "dtype": jnp.float32})
 
     def __call__(self, x: jax.Array, image: jax.Array) -> jax.Array:
         x = self.attention(x, x)
@@ -137,9 +123,9 @@ class QFormerLayer(nnx.Module):
 class QFormerGroup(nnx.Module):
     """The unit that repeats: one layer with cross-attention and the plain layers after it."""
 
-    def __init__(self, config: QFormerConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QFormerConfig, **kwargs: Any):
         self.layer = nnx.List(
-            QFormerLayer(config, position == 0, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            QFormerLayer(config, position == 0, **kwargs)
             for position in range(config.cross_attention_frequency)
         )
 
@@ -187,6 +173,4 @@ class QFormer(nnx.Module):
         """
         x = self.layer_norm(self.query_tokens[...])  # BERT's embedding norm: applied to the queries too
         x = jnp.broadcast_to(x, (encoder_hidden_states.shape[0], *x.shape[1:]))
-        return scan_layers(
-            self.groups, x, lambda group, x, _: (group(x, encoder_hidden_states), None), remat=self.remat
-        )[0]
+        return run_layers(self.groups, x, encoder_hidden_states, remat=self.remat)

@@ -7,18 +7,14 @@ from typing import Any
 
 from minigpt5_jax.models.qformer.model import BLIP2_QFORMER, QFormer, QFormerConfig
 from minigpt5_jax.models.tower import FP32, Shapes, Tower, module_shapes
-from minigpt5_jax.weights.table import Rule, Table, linear_rules, norm_rules
+from minigpt5_jax.weights.table import Rule, Table, each, linear_rules, norm_rules
 
 _LAVIS = "Qformer.bert."
 _HF = "qformer."
 
 
 def _attention(source: str, inner: str, target: str) -> list[Rule]:
-    rules = [
-        rule
-        for name in ("query", "key", "value")
-        for rule in linear_rules(f"{source}.{inner}.{name}", f"{target}/{name}")
-    ]
+    rules = list(each(linear_rules, f"{source}.{inner}.", f"{target}/", ("query", "key", "value")))
     rules += linear_rules(f"{source}.output.dense", f"{target}/output")
     rules += norm_rules(f"{source}.output.LayerNorm", f"{target}/layer_norm")
     return rules

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, attention, split_heads
+from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, attend, read_fields
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 TRANSFORMER_NORM_EPS = 1e-6  # of Transformer2DModel's group norm; resnets use norm_eps
@@ -26,44 +26,28 @@ MAX_PERIOD = 10_000
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
-# Field -> (diffusers' default, the values implemented).
-_IMPLEMENTED: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "use_linear_projection": (False, (True,)),
-    "act_fn": ("silu", ("silu",)),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn", ("UNetMidBlock2DCrossAttn",)),
-    "transformer_layers_per_block": (1, (1,)),
-    "downsample_padding": (1, (1,)),
-    "mid_block_scale_factor": (1, (1,)),
-    "resnet_out_scale_factor": (1, (1,)),
-    "resnet_time_scale_shift": ("default", ("default",)),
-    "attention_type": ("default", ("default",)),
-    "time_embedding_type": ("positional", ("positional",)),
-    "conv_in_kernel": (3, (3,)),
-    "conv_out_kernel": (3, (3,)),
-} | {
-    field: (None, (None, False, 0))
-    for field in (
-        "center_input_sample",
-        "only_cross_attention",
-        "mid_block_only_cross_attention",
-        "dual_cross_attention",
-        "cross_attention_norm",
-        "dropout",
-        "num_attention_heads",
-        "class_embed_type",
-        "num_class_embeds",
-        "class_embeddings_concat",
-        "addition_embed_type",
-        "encoder_hid_dim",
-        "encoder_hid_dim_type",
-        "reverse_transformer_layers_per_block",
-        "resnet_skip_time_act",
-        "time_embedding_dim",
-        "time_embedding_act_fn",
-        "timestep_post_act",
-        "time_cond_proj_dim",
-    )
-}
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "use_linear_projection": (True,),
+    "act_fn": ("silu",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "transformer_layers_per_block": (1,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_out_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "attention_type": ("default",),
+    "time_embedding_type": ("positional",),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+} | dict.fromkeys(
+    """
+    center_input_sample only_cross_attention mid_block_only_cross_attention dual_cross_attention
+    cross_attention_norm dropout num_attention_heads class_embed_type num_class_embeds class_embeddings_concat
+    addition_embed_type encoder_hid_dim encoder_hid_dim_type reverse_transformer_layers_per_block
+    resnet_skip_time_act time_embedding_dim time_embedding_act_fn timestep_post_act time_cond_proj_dim
+    """.split(),
+    (None, False, 0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +104,12 @@ class UNetConfig:
         Raises:
           ValueError: naming the field whose value is not implemented.
         """
-        for field, (default, implemented) in _IMPLEMENTED.items():
-            value = config.get(field, default)
-            if value not in implemented:
-                raise ValueError(f"UNet {field}={value!r} is not implemented (only {implemented[0]!r})")
+        published = {"use_linear_projection": False, **config}
+        values = read_fields(cls, published, _IMPLEMENTED, "UNet")
         for field in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
             if not isinstance(config.get(field, 0), int):
                 raise ValueError(f"UNet {field}={config[field]!r} is not implemented (only one number)")
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in config.items() if name in known}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
 
 SD21_UNET = UNetConfig(sample_size=64, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024)
@@ -169,8 +149,7 @@ class Attention(nnx.Module):
         self.to_out = Linear(width, width, axes=(axis, "embed"), **kwargs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        return self.to_out(attention(*(split_heads(p, self.heads) for p in projected)))
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class FeedForward(nnx.Module):
@@ -291,19 +270,10 @@ class UNet2DConditionModel(nnx.Module):
     ``remat`` recomputes each resnet and each transformer in the backward pass.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: UNetConfig, *, remat: bool = False, **kwargs: Any):
         widths, layers = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.remat = config, remat
         self.conv_in = Conv(config.in_channels, widths[0], 3, padding=1, **kwargs)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kwargs)
 
@@ -346,7 +316,7 @@ class UNet2DConditionModel(nnx.Module):
         (height, width), factor = latents.shape[1:3], 2 ** (len(self.config.block_out_channels) - 1)
         if height % factor or width % factor:
             raise ValueError(f"latents of {height} x {width} do not divide by the UNet's factor {factor}")
-        context = context.astype(self.dtype)
+        context = context.astype(self.conv_in.dtype)
         temb = self._time_embedding(timesteps)
         x = self.conv_in(latents)
         skips = [x]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from minigpt5_jax.models.tower import DIFFUSERS_FILE, FP32, Tower
 from minigpt5_jax.models.unet.model import SD21_UNET, UNet2DConditionModel, UNetConfig
 from minigpt5_jax.models.vae.weights import conv_rules, resnet_rules
-from minigpt5_jax.weights.table import LINEAR, Rule, Table, linear_rules, norm_rules
+from minigpt5_jax.weights.table import LINEAR, Rule, Table, each, linear_rules, norm_rules
 from minigpt5_jax.weights.view import Tensors
 
 
@@ -22,26 +22,19 @@ def _time_resnet_rules(source: str, target: str) -> tuple[Rule, ...]:
 
 def _attention_rules(source: str, target: str) -> tuple[Rule, ...]:
     return (
-        Rule(f"{source}.to_q.weight", f"{target}/to_q/kernel", LINEAR),
-        Rule(f"{source}.to_k.weight", f"{target}/to_k/kernel", LINEAR),
-        Rule(f"{source}.to_v.weight", f"{target}/to_v/kernel", LINEAR),
+        *(Rule(f"{source}.{n}.weight", f"{target}/{n}/kernel", LINEAR) for n in ("to_q", "to_k", "to_v")),
         *linear_rules(f"{source}.to_out.0", f"{target}/to_out"),
     )
 
 
 def _transformer_rules(source: str, target: str) -> tuple[Rule, ...]:
-    block = (f"{source}.transformer_blocks.0", f"{target}/transformer_blocks/0")
+    block = (f"{source}.transformer_blocks.0.", f"{target}/transformer_blocks/0/")
     return (
         *norm_rules(f"{source}.norm", f"{target}/norm"),
-        *linear_rules(f"{source}.proj_in", f"{target}/proj_in"),
-        *norm_rules(f"{block[0]}.norm1", f"{block[1]}/norm1"),
-        *_attention_rules(f"{block[0]}.attn1", f"{block[1]}/attn1"),
-        *norm_rules(f"{block[0]}.norm2", f"{block[1]}/norm2"),
-        *_attention_rules(f"{block[0]}.attn2", f"{block[1]}/attn2"),
-        *norm_rules(f"{block[0]}.norm3", f"{block[1]}/norm3"),
-        *linear_rules(f"{block[0]}.ff.net.0.proj", f"{block[1]}/ff/proj"),
-        *linear_rules(f"{block[0]}.ff.net.2", f"{block[1]}/ff/out"),
-        *linear_rules(f"{source}.proj_out", f"{target}/proj_out"),
+        *each(linear_rules, f"{source}.", f"{target}/", ("proj_in", "proj_out")),
+        *each(norm_rules, *block, ("norm1", "norm2", "norm3")),
+        *each(_attention_rules, *block, ("attn1", "attn2")),
+        *each(linear_rules, *block, ("ff.net.0.proj>ff/proj", "ff.net.2>ff/out")),
     )
 
 
@@ -57,8 +50,7 @@ def _level_rules(blocks: str, resample: str) -> tuple[Rule, ...]:
 TABLE = Table(
     (
         *conv_rules("conv_in", "conv_in"),
-        *linear_rules("time_embedding.linear_1", "time_embedding/linear_1"),
-        *linear_rules("time_embedding.linear_2", "time_embedding/linear_2"),
+        *each(linear_rules, "time_embedding.", "time_embedding/", ("linear_1", "linear_2")),
         *_level_rules("down_blocks", "downsamplers"),
         *_time_resnet_rules("mid_block.resnets.{j}", "mid_block/resnets/{j}"),
         *_transformer_rules("mid_block.attentions.{j}", "mid_block/attentions/{j}"),

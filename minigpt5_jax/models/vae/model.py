@@ -15,20 +15,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from minigpt5_jax.models.common import Conv, GroupNorm, Linear, attention, split_heads
+from minigpt5_jax.models.common import Conv, GroupNorm, Linear, attend, read_fields
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
 
 _IMPLEMENTED = {
-    "act_fn": "silu",
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "latents_mean": None,
-    "latents_std": None,
-    "shift_factor": None,
+    "act_fn": ("silu",),
+    "mid_block_add_attention": (True,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "shift_factor": (None,),
 }
 
 
@@ -64,18 +64,11 @@ class VaeConfig:
         Raises:
           ValueError: naming the field whose value is not implemented.
         """
-        for field, value in _IMPLEMENTED.items():
-            if config.get(field, value) != value:
-                raise ValueError(f"VAE {field}={config[field]!r} is not implemented (only {value!r})")
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         for field, kind in kinds.items():
             if set(config.get(field, ())) - {kind}:
                 raise ValueError(f"VAE {field}={config[field]!r} is not implemented (only {kind})")
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {name: value for name, value in config.items() if name in known}
-        if "block_out_channels" in values:
-            values["block_out_channels"] = tuple(values["block_out_channels"])
-        return cls(**values)
+        return cls(**read_fields(cls, config, _IMPLEMENTED, "VAE"))
 
 
 SD21_VAE = VaeConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=768)
@@ -96,8 +89,8 @@ class SpatialAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         m, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(m, h * w, c)
-        query, key, value = (split_heads(project(tokens), 1) for project in (self.to_q, self.to_k, self.to_v))
-        return x + self.to_out(attention(query, key, value)).reshape(x.shape)
+        attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), 1)
+        return x + self.to_out(attended).reshape(x.shape)
 
 
 class Level(nnx.Module):
@@ -195,16 +188,7 @@ class AutoencoderKL(nnx.Module):
     ``remat`` recomputes each resnet and the attention in the backward pass.
     """
 
-    def __init__(
-        self,
-        config: VaeConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: VaeConfig, *, remat: bool = False, **kwargs: Any):
         latents = config.latent_channels
         self.config = config
         self.encoder = Encoder(config, remat=remat, **kwargs)

@@ -12,7 +12,7 @@ import numpy as np
 
 from minigpt5_jax.models.tower import DIFFUSERS_FILE, FP32, Tower
 from minigpt5_jax.models.vae.model import SD21_VAE, AutoencoderKL, VaeConfig
-from minigpt5_jax.weights.table import CONV, SQUEEZED_LINEAR, Rule, Table, linear_rules, norm_rules
+from minigpt5_jax.weights.table import CONV, SQUEEZED_LINEAR, Rule, Table, each, linear_rules, norm_rules
 from minigpt5_jax.weights.view import Tensors, View
 
 
@@ -32,28 +32,22 @@ def conv1x1_rules(source: str, target: str) -> tuple[Rule, Rule]:
 def resnet_rules(source: str, target: str) -> tuple[Rule, ...]:
     """``ResnetBlock2D`` without time embedding, with or without a shortcut projection."""
     return (
-        *norm_rules(f"{source}.norm1", f"{target}/norm1"),
-        *conv_rules(f"{source}.conv1", f"{target}/conv1"),
-        *norm_rules(f"{source}.norm2", f"{target}/norm2"),
-        *conv_rules(f"{source}.conv2", f"{target}/conv2"),
+        *each(norm_rules, f"{source}.", f"{target}/", ("norm1", "norm2")),
+        *each(conv_rules, f"{source}.", f"{target}/", ("conv1", "conv2")),
         *conv1x1_rules(f"{source}.conv_shortcut", f"{target}/conv_shortcut"),
     )
 
 
 def _half(side: str, blocks: str, resample: str) -> tuple[Rule, ...]:
-    attention = (f"{side}.mid_block.attentions.0", f"{side}/mid_block/attentions/0")
+    attention = (f"{side}.mid_block.attentions.0.", f"{side}/mid_block/attentions/0/")
     return (
-        *conv_rules(f"{side}.conv_in", f"{side}/conv_in"),
+        *each(conv_rules, f"{side}.", f"{side}/", ("conv_in", "conv_out")),
         *resnet_rules(f"{side}.{blocks}.{{i}}.resnets.{{j}}", f"{side}/{blocks}/{{i}}/resnets/{{j}}"),
         *conv_rules(f"{side}.{blocks}.{{i}}.{resample}.0.conv", f"{side}/{blocks}/{{i}}/{resample}/0/conv"),
         *resnet_rules(f"{side}.mid_block.resnets.{{i}}", f"{side}/mid_block/resnets/{{i}}"),
-        *norm_rules(f"{attention[0]}.group_norm", f"{attention[1]}/group_norm"),
-        *linear_rules(f"{attention[0]}.to_q", f"{attention[1]}/to_q"),
-        *linear_rules(f"{attention[0]}.to_k", f"{attention[1]}/to_k"),
-        *linear_rules(f"{attention[0]}.to_v", f"{attention[1]}/to_v"),
-        *linear_rules(f"{attention[0]}.to_out.0", f"{attention[1]}/to_out"),
+        *each(norm_rules, *attention, ("group_norm",)),
+        *each(linear_rules, *attention, ("to_q", "to_k", "to_v", "to_out.0>to_out")),
         *norm_rules(f"{side}.conv_norm_out", f"{side}/conv_norm_out"),
-        *conv_rules(f"{side}.conv_out", f"{side}/conv_out"),
     )
 
 
@@ -61,8 +55,7 @@ TABLE = Table(
     (
         *_half("encoder", "down_blocks", "downsamplers"),
         *_half("decoder", "up_blocks", "upsamplers"),
-        *conv1x1_rules("quant_conv", "quant_conv"),
-        *conv1x1_rules("post_quant_conv", "post_quant_conv"),
+        *each(conv1x1_rules, "", "", ("quant_conv", "post_quant_conv")),
     )
 )
 """Names that diffusers writes today; sources with older names go through :func:`rename_legacy`."""

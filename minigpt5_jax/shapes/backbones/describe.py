@@ -19,7 +19,7 @@ from minigpt5_jax.shapes.backbones.heads import Heads, read
 from minigpt5_jax.shapes.backbones.llama_data import Histories, Rows, Sample, make_rows, plain
 from minigpt5_jax.shapes.backbones.texts import DESCRIBE, description
 from minigpt5_jax.shapes.backbones.train_llama import QFORMER, scene_states, with_states
-from minigpt5_jax.shapes.wording import Said, understand
+from minigpt5_jax.shapes.wording import Description, understand
 from minigpt5_jax.shapes.world import ATTRIBUTES, Scene, draw_scene
 
 LONGEST = 56  # tokens of a description
@@ -78,7 +78,7 @@ def descriptions(assets: Path, scenes: Sequence[Scene]) -> list[str]:
     return texts[: len(scenes)]
 
 
-def attributes_right(said: Said, scene: Scene) -> tuple[int, int]:
+def attributes_right(said: Description, scene: Scene) -> tuple[int, int]:
     """(right, all): the background, and the attributes of every object, found by its place.
 
     An object that the scene has not counts as one more wrong attribute.
@@ -105,11 +105,9 @@ def described(assets: Path, count: int = 100, seed: int = 2) -> dict[str, float]
 
 
 def kept(assets: Path, heads: Heads, folder: Path, seed: int = 1) -> dict[str, float]:
-    """What the states at the vokens hold, read by the throw-away head, on held-out data.
+    """Share of held-out scenes that the throw-away head wholly reads from the state on the first voken.
 
-    Captions: share of scenes wholly read from the state on the first voken.  Stories, asked for the
-    picture of a step after the first (``gen``): the same, by whether the texts describe the subject.
-    Dialogues: the assistant's turns that draw.
+    Of captions, of story steps after the first (by whether texts describe the subject), of dialogues.
     """
     tokenizer, random = tokenizer_of(assets), np.random.default_rng(seed)
     look = train_vision.make_look(train_vision.read_eyes(assets))

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,16 +17,17 @@ import numpy as np
 
 from minigpt5_jax.data.text.templates import clean_caption
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer
-from minigpt5_jax.diffusion.samplers import make_sampler
+from minigpt5_jax.diffusion.samplers import guided
 from minigpt5_jax.diffusion.schedule import SD21_BASE
 from minigpt5_jax.models.abstract import Template
-from minigpt5_jax.models.unet.model import UNet2DConditionModel
 from minigpt5_jax.models.vae.model import AutoencoderKL
+from minigpt5_jax.parts.generators.stable_diffusion import StableDiffusion
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.backbones import train_text, train_vae
 from minigpt5_jax.shapes.backbones.describe import described
 from minigpt5_jax.shapes.dataset import draw_pairs
 from minigpt5_jax.shapes.oracle import score
+from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.shapes.wording import caption
 from minigpt5_jax.shapes.world import Scene, draw_scene
 
@@ -44,11 +46,9 @@ def native(
     guidance: float = 2.0,
     padding_only: bool = False,
 ) -> dict[str, float]:
-    """The oracle's scores (:func:`~minigpt5_jax.shapes.oracle.score`) of pictures for ``count`` held-out
-    captions of so many ``objects``.
+    """The oracle's scores of pictures for ``count`` held-out captions of so many ``objects``.
 
-    ``padding_only`` replaces the features at real tokens by their mean over captions: what is left is
-    what a mapper can know without guessing the wording.
+    ``padding_only`` replaces the features at real tokens, which depend on the wording, by their mean.
     """
     scenes, captions = held_out_captions(count, seed, objects)
     tokenizer = ClipTokenizer(assets / "sd/tokenizer")
@@ -77,32 +77,22 @@ def held_out_captions(count: int, seed: int, objects: int) -> tuple[list[Scene],
 
 def make_native(assets: Path, *, sampler: str, steps: int, guidance: float):
     """``f(features [n 77 128], empty [77 128], key) -> pictures u8[n 64 64 3]`` of the written towers."""
-    unet_config, vae_config = files.read_config(assets, "unet"), files.read_config(assets, "vae")
-    unet_template = Template.of(lambda rngs: UNet2DConditionModel(unet_config, rngs=rngs))
-    vae_template = Template.of(lambda rngs: AutoencoderKL(vae_config, rngs=rngs))
-    params = {
-        "unet": files.read_tower(assets, "unet"),
-        "vae": files.read_tower(assets, "vae"),
-    }
-    loop = make_sampler(sampler, SD21_BASE, steps)
+    towers = {name: files.read_tower(assets, name) for name in ("unet", "vae", "text_encoder")}
+    params = {f"{name}/{path}": value for name, tower in towers.items() for path, value in tower.items()}
+    sizes = {name: files.read_config(assets, name) for name in towers}
+    sizes |= {"schedule": SD21_BASE, "image_size": IMAGE_SIZE}
+    sizes["empty_caption_ids"] = (0,) * train_text.POSITIONS
+    template = Template.of(lambda rngs: StableDiffusion(**sizes, rngs=rngs))
 
     @jax.jit
     def draw(params, features, empty, key):
-        unet, vae = unet_template.bind(params["unet"]), vae_template.bind(params["vae"])
-        context = jnp.concatenate([jnp.broadcast_to(empty, features.shape), features])
+        generator = template.bind(params)
+        noise = jax.random.normal(key, (len(features), *generator.latent_shape))
+        condition = jnp.concatenate([jnp.broadcast_to(empty, features.shape), features])
+        denoise = guided(generator.denoiser(condition), guidance)
+        return generator.decode(generator.make_sampler(sampler, steps).sample(denoise, noise))
 
-        def denoise(latents, timestep):
-            both = jnp.concatenate([latents, latents])
-            epsilon = unet(both, jnp.full(both.shape[:1], timestep, jnp.int32), context)
-            without, given = jnp.split(epsilon, 2)
-            return without + guidance * (given - without)
-
-        side = unet_config.sample_size
-        noise = jax.random.normal(key, (len(features), side, side, unet_config.in_channels))
-        pixels = vae.decode(loop.sample(denoise, noise) / vae_config.scaling_factor)
-        return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-    return lambda features, empty, key: draw(params, features, empty, key)
+    return functools.partial(draw, params)
 
 
 def reconstruction(assets: Path = files.ASSETS) -> dict[str, float]:

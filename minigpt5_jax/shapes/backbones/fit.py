@@ -24,6 +24,7 @@ from tqdm import tqdm
 Params = Any
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 SAVE_EVERY = 120.0  # seconds
+GATHERING_LAYERS = 2  # by then the last word of an object holds it
 
 
 class FitError(ValueError):
@@ -36,9 +37,9 @@ def fit(
     batch: Callable[[int], Any],
     *,
     steps: int,
-    learning_rate: float,
     seed: int,
     name: str,
+    learning_rate: float = 2e-3,
     ema_decay: float = 0.99,
     warmup: float = 0.05,
     weight_decay: float = 1e-2,
@@ -47,9 +48,8 @@ def fit(
 ) -> tuple[Params, float]:
     """Minimise ``loss(params, batch(step), key) -> (value, metrics)``.
 
-    Returns the exponential moving average of the parameters and the seconds it took, earlier sittings
-    included.  ``checkpoint`` is a file that is written every two minutes and at the end; where it holds
-    a state of a fit with the same settings, that is continued.
+    Returns the exponential moving average of the parameters and the seconds in all.  ``checkpoint`` is
+    written every two minutes and at the end, and resumed if it is of a fit with the same settings.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, int(warmup * steps)), steps)
     optimizer = optax.chain(
@@ -92,8 +92,7 @@ def fit(
 def unit_gain(params: Params) -> Params:
     """Kernels of a fresh tower scaled so that they keep the size of what they are given.
 
-    The 0.02 of the full-size towers fits their width.  At 128 it leaves attention flat: eyes that started
-    so told no more than the background after 500 steps.
+    The 0.02 of the full-size towers leaves attention flat at a width of 128.
     """
     scaled = dict(params)
     for path, value in params.items():
@@ -102,6 +101,17 @@ def unit_gain(params: Params) -> Params:
             fan_in = math.prod(value.shape[:-1]) if convolution else value.shape[-2]
             scaled[path] = value / (value.std() * math.sqrt(fan_in))
     return scaled
+
+
+def in_parts(function: Callable[..., Any], size: int, *arrays: np.ndarray) -> np.ndarray:
+    """``function(*arrays)``, ``size`` rows at a time."""
+    starts = range(0, len(arrays[0]), size)
+    return np.concatenate([np.asarray(function(*(a[i : i + size] for a in arrays))) for i in starts])
+
+
+def lower_layers(params: Params, layers: str) -> Params:
+    """The parameters of a tower that ends after :data:`GATHERING_LAYERS` under the path ``layers``."""
+    return {path: v[:GATHERING_LAYERS] if path.startswith(layers) else v for path, v in params.items()}
 
 
 def _identity(state: Any, settings: str) -> str:
@@ -128,7 +138,7 @@ def _restore(path: Path | None, state: Any, settings: str) -> tuple[Any, int, fl
         return state, 0, 0.0
     with np.load(path) as held:
         if str(held["identity"]) != _identity(state, settings):
-            raise FitError(f"{path} is of a fit with other settings; delete it to start anew")
+            raise FitError(f"{path} is of a fit with other settings; delete it to start again")
         leaves = [jnp.asarray(held[str(i)]) for i in range(len(jax.tree.leaves(state)))]
         done, seconds = int(held["done"]), float(held["seconds"])
     return jax.tree.unflatten(jax.tree.structure(state), leaves), done, seconds

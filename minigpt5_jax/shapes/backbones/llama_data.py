@@ -1,9 +1,7 @@
 """What the small world's language model is trained on, as rows of ids.
 
-Captions, questions and descriptions are made up as they are needed.  Stories and dialogues are written to
-disk once and read by the readers of the real data sets, so that their prompts are the very ones of
-stage 2.  Where a sample draws, its vokens become fillers, and the scene that is to be drawn is asked of
-their states.
+Stories and dialogues are read by the readers of the real data sets, so that prompts are those of stage 2.
+Where a sample draws, its vokens become fillers, whose states are asked for the scene.
 """
 
 from __future__ import annotations
@@ -109,11 +107,7 @@ class Histories:
 
 
 def empty_rows(count: int, length: int, images: int) -> Rows:
-    """Rows without text: ``nexts`` are labels of the next token, ``asked`` of the scene.
-
-    ``words`` ask the last word of each object for that object: words must be gathered into objects
-    before a filler can find them.
-    """
+    """Rows without text: labels of the next token (``nexts``), the scene (``asked``), objects (``words``)."""
     return {
         "ids": np.zeros((count, length), np.int32),
         "nexts": np.full((count, length), IGNORE, np.int32),

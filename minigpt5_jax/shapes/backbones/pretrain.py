@@ -132,7 +132,7 @@ def vision(job: Job) -> Result:
 
 
 def llama(job: Job) -> Result:
-    """Train and write language model and projection, on the written eyes."""
+    """Train and write language model and projection, on the written vision towers."""
     write_llama_tokenizer(job.assets / "llama/tokenizer.model", job.seed)
     tokenizer = LlamaTokenizer(job.assets / "llama/tokenizer.model")
     look = vision_part.make_look(vision_part.read_eyes(job.assets), seed=job.seed)
@@ -180,11 +180,7 @@ def record(assets: Path, part: str, result: Result) -> None:
 
 
 def parts_of(asked: str) -> list[str]:
-    """The parts of a comma-separated list, in the order they need each other.
-
-    Raises:
-      ValueError: naming one that there is not.
-    """
+    """The parts of a comma-separated list, in the order they need each other; ValueError for others."""
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if unknown := [name for name in names if name not in PARTS]:
         raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")

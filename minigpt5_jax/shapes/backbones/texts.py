@@ -1,5 +1,4 @@
-"""What the small world's language model and its tokenizer read besides stories and dialogues:
-captions, instructions, questions, and the same about pictures."""
+"""Texts besides stories and dialogues: captions, instructions, questions, and the same about pictures."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from minigpt5_jax.data.text.prompts import (
     cc3m_instruction,
 )
 from minigpt5_jax.data.text.templates import END, IMAGE, clean_caption
-from minigpt5_jax.shapes.dialogs import COUNTED, draw_dialog
+from minigpt5_jax.shapes.dialogs import draw_dialog
 from minigpt5_jax.shapes.stories import draw_story
-from minigpt5_jax.shapes.wording import NAMES, caption, choose, describe, words_of
-from minigpt5_jax.shapes.world import BACKGROUNDS, Scene, draw_scene
+from minigpt5_jax.shapes.wording import answer_to, caption, choose, describe, words_of
+from minigpt5_jax.shapes.world import Scene, draw_scene
 
 QUESTIONS = {
     "background": ("what colour is the background?", "on what background is it?"),
@@ -49,13 +48,7 @@ def asked(scene: Scene, random: np.random.Generator) -> Sample:
     """(a question about the scene, the answer)."""
     item = scene.objects[random.integers(len(scene.objects))]
     name = str(random.choice(list(QUESTIONS)))
-    if name == "background":
-        answer = BACKGROUNDS[scene.background]
-    elif name == "count":
-        answer = COUNTED[len(scene.objects)]
-    else:
-        answer = NAMES[name][getattr(item, name)]
-    return choose(QUESTIONS[name], random).format(**words_of(item, random)), answer
+    return choose(QUESTIONS[name], random).format(**words_of(item, random)), answer_to(name, scene, item)
 
 
 def question(scene: Scene, random: np.random.Generator) -> Sample:

@@ -1,16 +1,10 @@
 """The small world's language model: next tokens, and states behind a text that hold its scene.
 
-A model that only predicts captions forgets what was said as soon as it is said, and no mapper finds
-the scene in the states at the vokens.  So where a sample draws a picture stand filler positions, whose
-inputs are the mean of the embedding table (where voken rows start, reference 2.1) plus noise, and a
-linear head, thrown away afterwards, reads every field of the scene from each of their states.  The
-projection of pictures into the model is trained with it, on the finished eyes.
-
-Two fits follow each other: one that gathers scenes, and one of which two fifths are describing pictures.
-After the first, states behind a picture held its scene (all fields right in 1.00), but only 0.45 of the
-attributes were right in what the model wrote of it.  Describing in captions' wordings, objects in any
-order, brought 0.70 in 1,200 steps, in one wording, place by place, 0.99 in 2,000; see
-:func:`minigpt5_jax.shapes.wording.describe`.
+A model that only predicts captions forgets them, and no mapper finds the scene in the states at the vokens.
+So where a sample draws a picture stand filler positions, whose inputs are the mean of the embedding table
+(where voken rows start, reference 2.1) plus noise, and a linear head, thrown away afterwards, reads the
+scene from each of their states.  A second fit, two fifths of it describing pictures, raises the attributes
+described rightly from 0.45 to 0.99.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ from minigpt5_jax.models.common import Linear, Params
 from minigpt5_jax.models.llama.model import Llama, LlamaConfig
 from minigpt5_jax.models.llama_proj.weights import ProjectionConfig
 from minigpt5_jax.shapes import files
-from minigpt5_jax.shapes.backbones.fit import fit, unit_gain
+from minigpt5_jax.shapes.backbones.fit import GATHERING_LAYERS, fit, lower_layers, unit_gain
 from minigpt5_jax.shapes.backbones.heads import Heads, init_heads, read_loss
 from minigpt5_jax.shapes.backbones.llama_data import (
     FILLERS,
@@ -58,11 +52,10 @@ CONFIG = LlamaConfig(
     max_position_embeddings=512,
 )
 READ_WEIGHT = 1.0
-GATHERING_LAYERS = 2  # by then the last word of an object holds it
 LENGTH, PICTURES = 208, 5  # of the longest row
 
 
-class Tongue(nnx.Module):
+class ShapesLanguageModel(nnx.Module):
     """Language model and projection, under the names of the MiniGPT-4 backbone."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -91,7 +84,7 @@ class Tongue(nnx.Module):
 
 def template(config: LlamaConfig = CONFIG) -> Template:
     """Both parts; rows of new tokens are not written."""
-    return Template.of(lambda rngs: Tongue(config, rngs=rngs))
+    return Template.of(lambda rngs: ShapesLanguageModel(config, rngs=rngs))
 
 
 def with_states(made: Rows, scenes: list, look: Look) -> Rows:
@@ -116,11 +109,6 @@ def batches(tokenizer: LlamaTokenizer, kinds: Sequence[Kind], look: Look, seed: 
     return batch
 
 
-def lower_layers(tongue: Params) -> Params:
-    """The parameters of a model that ends after :data:`GATHERING_LAYERS`."""
-    return {p: v[:GATHERING_LAYERS] if p.startswith("llm/layers/") else v for p, v in tongue.items()}
-
-
 def make_loss():
     """Next tokens, what the states at fillers and behind pictures hold, and the words of each object."""
     tower = template()
@@ -139,7 +127,7 @@ def make_loss():
         read, right = read_loss(params["head"], hidden, rows["asked"])
         total, seen = text + READ_WEIGHT * read, {"text": text, "read": read, "right": right}
         if "words" in rows:  # static: only batches of captions have them
-            early = gatherer.bind(lower_layers(params["tongue"]))(rows, jnp.zeros(shape))
+            early = gatherer.bind(lower_layers(params["tongue"], "llm/layers/"))(rows, jnp.zeros(shape))
             words, bound = read_loss(params["word_head"], early, rows["words"])
             total, seen = total + READ_WEIGHT * words, {**seen, "words": words, "bound": bound}
         return total, seen
@@ -184,10 +172,10 @@ def train(
 
 def write(assets: Path, tongue: Params) -> None:
     """Language model and projection into their own files."""
-    for name, prefix in (("llama", "llm/"), ("llama_proj", "llama_proj/")):
+    widths = ProjectionConfig(QFORMER.hidden_size, CONFIG.hidden_size)
+    for name, prefix, sizes in (("llama", "llm/", CONFIG), ("llama_proj", "llama_proj/", widths)):
         params = {path.removeprefix(prefix): v for path, v in tongue.items() if path.startswith(prefix)}
-        widths = ProjectionConfig(QFORMER.hidden_size, CONFIG.hidden_size)
-        files.write_tower(assets, name, params, CONFIG if name == "llama" else widths)
+        files.write_tower(assets, name, params, sizes)
 
 
 def read(assets: Path) -> tuple[Template, Params]:
@@ -202,10 +190,7 @@ def read(assets: Path) -> tuple[Template, Params]:
 def scene_states(
     assets: Path, tokenizer: LlamaTokenizer, look: Look
 ) -> Callable[[Sequence[Sample]], np.ndarray]:
-    """``f(samples) -> f32[n 9 d]``: the states a mapper is given, of samples that draw.
-
-    They are those of the last token before the vokens and of all vokens, noiseless fillers in their place.
-    """
+    """``f(samples) -> f32[n 9 d]``: the mapper's states of samples that draw, by noiseless fillers."""
     tower, params = read(assets)
 
     @jax.jit

@@ -1,12 +1,9 @@
 """The small world's text encoder: padding positions hold the scene, whatever the wording.
 
-The caption target of stage 1 has 77 positions, of which a caption fills 16 to 43.  Features at real
-tokens depend on the wording, which a mapper cannot guess; padding positions attend to the real ones
-(reference 3.3), so they can carry the scene alone.  A linear head, thrown away afterwards, reads the
-whole scene from each of them through noise, and two wordings of a scene must agree there.  Left to itself
-that loss stays for long where the words of all objects are known but not which belong together; so
-another head asks the last word of each object for it, two layers up, and for the emptiness of all other
-places, without which words and place stay apart.
+Features at real tokens depend on the wording, which a mapper cannot guess; padding positions attend to
+the real ones (reference 3.3), so they can carry the scene alone.  A linear head, thrown away afterwards,
+reads the scene from each of them through noise, and two wordings of a scene must agree there.  Another
+head, two layers up, asks the last word of each object for it, so that words are soon bound to objects.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.clip_text.model import ClipTextConfig, ClipTextModel
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.shapes.backbones.fields import UNTOLD, alone, ask, labels
-from minigpt5_jax.shapes.backbones.fit import fit
+from minigpt5_jax.shapes.backbones.fit import GATHERING_LAYERS, fit, in_parts, lower_layers
 from minigpt5_jax.shapes.backbones.heads import Heads, init_heads, read_loss
 from minigpt5_jax.shapes.wording import caption, ends_of_objects
 from minigpt5_jax.shapes.world import Scene, draw_scene
@@ -35,7 +32,6 @@ PADS_PER_STEP = 8  # padding positions drawn for a step; those of the others are
 FEATURE_NOISE = 0.7  # of features of about unit variance: attributes must stand far apart
 AGREEMENT_WEIGHT = 1.0
 WORDS_WEIGHT = 1.0
-GATHERING_LAYERS = 2  # by then the last word of an object holds it; the last layer takes it to its padding
 COUNT_SHARES = (0.25, 0.35, 0.4)  # of scenes with one, two, three objects
 
 
@@ -59,11 +55,7 @@ def template(vocab_size: int, num_hidden_layers: int = 3) -> Template:
 
 
 def first_positions(width: int) -> np.ndarray:
-    """f32[77 width]: where learnt positions start, in size as usual.
-
-    Waves make near positions alike, since words belong together by their distance; random rows would have
-    to learn that first.
-    """
+    """f32[77 width]: where learnt positions start: waves, which make near positions alike."""
     frequency = 0.5 ** (np.arange(width // 2) * 16.0 / width)  # wavelengths of 6 to 1,600 positions
     angle = np.arange(POSITIONS)[:, None] * frequency
     waves = np.sqrt(2.0) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
@@ -89,8 +81,7 @@ def number_of_words(text: str) -> int:
 def batches(tokenizer: ClipTokenizer, size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
     """Two wordings of ``size`` scenes, the second ones behind the first, and the positions of the step.
 
-    ``pads`` are what padding positions are asked, ``words`` what the last word of each object is: words
-    must be gathered into objects before padding positions can find them.
+    ``pads`` are what padding positions are asked, ``words`` what the last word of each object is.
     """
 
     def batch(step: int) -> dict[str, np.ndarray]:
@@ -112,11 +103,6 @@ def batches(tokenizer: ClipTokenizer, size: int, seed: int) -> Callable[[int], d
     return batch
 
 
-def lower_layers(params: Params) -> Params:
-    """The parameters of a tower that ends after :data:`GATHERING_LAYERS`."""
-    return {path: v[:GATHERING_LAYERS] if path.startswith("layers/") else v for path, v in params.items()}
-
-
 def train(
     tokenizer: ClipTokenizer, steps: int, seed: int, size: int = 24, checkpoint: Path | None = None
 ) -> tuple[Params, Heads, float]:
@@ -134,7 +120,7 @@ def train(
         read, right = read_loss(params["head"], noisy, batch["pads"])
         one = slice(None, size)  # one of the two wordings is enough
         ids, mask = (batch[name][one, :WORDS_AT_MOST] for name in ("ids", "mask"))
-        early = gatherer.bind(lower_layers(tables))(ids, mask)
+        early = gatherer.bind(lower_layers(tables, "layers/"))(ids, mask)
         words, bound = read_loss(params["word_head"], early, batch["words"][one])
         first, second = jnp.split(features[:, WORDS_AT_MOST:], 2)
         apart = jnp.square(first - second).mean()
@@ -147,16 +133,8 @@ def train(
         "head": init_heads(jax.random.fold_in(key, 1), 128),
         "word_head": init_heads(jax.random.fold_in(key, 2), 128),
     }
-    fitted, seconds = fit(
-        loss,
-        params,
-        batches(tokenizer, size, seed),
-        steps=steps,
-        learning_rate=2e-3,
-        seed=seed,
-        name="text",
-        checkpoint=checkpoint,
-    )
+    batch = batches(tokenizer, size, seed)
+    fitted, seconds = fit(loss, params, batch, steps=steps, seed=seed, name="text", checkpoint=checkpoint)
     return fitted["text"], fitted["head"], seconds
 
 
@@ -170,8 +148,7 @@ def make_features(params: Params) -> Callable[[np.ndarray, np.ndarray], np.ndarr
 
 def features(params: Params, ids: np.ndarray, mask: np.ndarray, size: int = 128) -> np.ndarray:
     """f32[n 77 128] of captions, with the attention mask as in stage 1."""
-    run = make_features(params)
-    return np.concatenate([run(ids[i : i + size], mask[i : i + size]) for i in range(0, len(ids), size)])
+    return in_parts(make_features(params), size, ids, mask)
 
 
 def measure(params: Params, heads: Heads, tokenizer: ClipTokenizer, seed: int = 1) -> dict[str, float]:

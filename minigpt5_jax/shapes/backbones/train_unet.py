@@ -1,9 +1,8 @@
 """The small world's UNet, driven by the finished text encoder's features of captions.
 
-Latents of some thousand training scenes are computed once, features of their captions anew in every
-batch.  The UNet learns from features that were disturbed the way a mapper disturbs them: noise, and
-real-token positions that belong to another caption or say nothing.  So it listens to the padding
-positions, which hold the scene.
+Latents of some thousand training scenes are computed once, features of their captions in every batch
+again.  The UNet learns from features that were disturbed the way a mapper disturbs them: noise, and
+real-token positions that belong to another caption or say nothing, so that it listens to the padding.
 """
 
 from __future__ import annotations

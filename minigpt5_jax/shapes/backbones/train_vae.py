@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.models.vae.model import AutoencoderKL, VaeConfig, sample_posterior
-from minigpt5_jax.shapes.backbones.fit import fit
+from minigpt5_jax.shapes.backbones.fit import fit, in_parts
 from minigpt5_jax.shapes.oracle import right
 from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, render, render_cells
 from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, draw_scene, kinds
@@ -64,11 +65,7 @@ def batches(size: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarra
 def train(
     steps: int, decoder_steps: int, seed: int, size: int = 8, checkpoints: Path | None = None
 ) -> tuple[Params, VaeConfig, float]:
-    """(parameters, configuration with its scaling factor, seconds).
-
-    The last ``decoder_steps`` train the decoder alone: the latents hold a held-out object sooner than
-    the decoder can draw it.  ``checkpoints`` is a folder.
-    """
+    """(parameters, configuration with its scaling factor, seconds); the decoder is trained on alone."""
     template = Template.of(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))
 
     def loss(params, batch, key):
@@ -86,7 +83,6 @@ def train(
         template.init(jax.random.key(seed)),
         batches(size, seed),
         steps=steps,
-        learning_rate=2e-3,
         seed=seed,
         name="vae",
         checkpoint=checkpoints and checkpoints / "vae.npz",
@@ -127,7 +123,6 @@ def train_decoder(
         decoder,
         batches(size, seed),
         steps=steps,
-        learning_rate=2e-3,
         seed=seed,
         name="vae decoder",
         checkpoint=checkpoints and checkpoints / "vae_decoder.npz",
@@ -138,9 +133,7 @@ def train_decoder(
 def encode(template: Template, params: Params, pictures: np.ndarray, size: int = 64) -> np.ndarray:
     """Moments of pictures u8[n 64 64 3], f32[n 8 8 8]."""
     run = jax.jit(lambda p, x: template.bind(p).encode(x.astype(jnp.float32) / 127.5 - 1.0))
-    return np.concatenate(
-        [np.asarray(run(params, pictures[i : i + size])) for i in range(0, len(pictures), size)]
-    )
+    return in_parts(functools.partial(run, params), size, pictures)
 
 
 def reconstruct(
@@ -151,9 +144,7 @@ def reconstruct(
     mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
     random = np.random.default_rng(seed)
     latents = mean + noise * mean.std() * random.standard_normal(mean.shape).astype(np.float32)
-    pixels = np.concatenate(
-        [np.asarray(run(params, latents[i : i + 64])) for i in range(0, len(latents), 64)]
-    )
+    pixels = in_parts(functools.partial(run, params), 64, latents)
     return np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 

@@ -1,8 +1,7 @@
-"""The small world's eyes: EVA-type ViT and Q-Former, trained to tell what is in a picture.
+"""The small world's vision: EVA-type ViT and Q-Former, trained to name what is in a picture.
 
-Query q of the Q-Former tells of the background and of place q mod 4: a linear head, thrown away
-afterwards, reads that from its state through noise.  The projection to the language model is learnt with
-that (``train_llama``), on these towers as they are stored.
+A linear head, thrown away afterwards, reads the background and place q mod 4 from the state of query q
+through noise.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.backbones.fields import ask, by_turns, labels, scenes_of
 from minigpt5_jax.shapes.backbones.fit import fit, unit_gain
 from minigpt5_jax.shapes.backbones.heads import Heads, init_heads, read, read_loss
-from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, object_of, render, render_cells
+from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, render, render_cells, scenes_of_cells
 from minigpt5_jax.shapes.world import BACKGROUNDS, PLACES, SIZES, Object, Scene, draw_scene, kinds
 
 VIT = EvaVitConfig(
@@ -53,7 +52,7 @@ Look = Callable[[np.ndarray], np.ndarray]
 BLUR = 0.7  # largest share of a blurred picture: what a UNet draws is soft
 
 
-class Eyes(nnx.Module):
+class ShapesVision(nnx.Module):
     """ViT, its norm and Q-Former, under the names of the MiniGPT-4 backbone."""
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -69,7 +68,7 @@ class Eyes(nnx.Module):
 
 def template() -> Template:
     """The towers."""
-    return Template.of(lambda rngs: Eyes(rngs=rngs))
+    return Template.of(lambda rngs: ShapesVision(rngs=rngs))
 
 
 def batches(size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
@@ -83,10 +82,7 @@ def batches(size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
         chosen = cells[random.integers(len(cells), size=(size, len(PLACES)))]
         chosen = np.where(random.random((size, 1)) < random.random((size, len(PLACES))), chosen, 0)
         background = random.integers(len(BACKGROUNDS), size=size)
-        scenes = []
-        for row, ground in zip(chosen, background, strict=True):
-            found = (object_of(int(index), place) for place, index in enumerate(row))
-            scenes.append(Scene(int(ground), tuple(item for item in found if item is not None)))
+        scenes = scenes_of_cells(chosen, background)
         every = np.ones((size, QFORMER.num_query_tokens), bool)
         return {"pictures": render_cells(chosen, background), "asked": ask(labels(scenes), every, fields)}
 
@@ -127,16 +123,8 @@ def train(
         "eyes": start(tower, key),
         "head": init_heads(jax.random.fold_in(key, 1), QFORMER.hidden_size),
     }
-    fitted, seconds = fit(
-        loss,
-        params,
-        batches(size, seed),
-        steps=steps,
-        learning_rate=2e-3,
-        seed=seed,
-        name="vision",
-        checkpoint=checkpoint,
-    )
+    batch = batches(size, seed)
+    fitted, seconds = fit(loss, params, batch, steps=steps, seed=seed, name="vision", checkpoint=checkpoint)
     return fitted["eyes"], fitted["head"], seconds
 
 
@@ -174,7 +162,7 @@ def see(look: Look, heads: Heads, pictures: UInt8[np.ndarray, "i 64 64 3"]) -> l
 
 
 def measure(params: Params, heads: Heads, seed: int = 1) -> dict[str, float]:
-    """Share of held-out pictures of which everything is told rightly."""
+    """Share of held-out pictures of which everything is read rightly."""
     random, result, look = np.random.default_rng(seed), {}, make_look(params)
     for count in (1, 2, 3):
         scenes = [draw_scene(random, held_out=True, count=count) for _ in range(300)]

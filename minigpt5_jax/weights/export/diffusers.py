@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from minigpt5_jax.models.tower import Tower
-from minigpt5_jax.weights.export.model import ExportableModel, PretrainedTower, cast
+from minigpt5_jax.weights.export.model import ExportableModel, PretrainedTower
 from minigpt5_jax.weights.foreign.rewrite import describe
+from minigpt5_jax.weights.formats.load import cast
 from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 from minigpt5_jax.weights.view import View
 
@@ -20,26 +21,15 @@ ABSENT = ("feature_extractor", "image_encoder", "safety_checker")
 """Parts that diffusers' pipelines may have and ours have not."""
 
 
-@runtime_checkable
-class Files(Protocol):
-    """What is asked of a generator's files (:class:`minigpt5_jax.parts.contracts.Use`)."""
-
-    tower: Tower | None
-    subfolder: str
-
-
 def write(
-    model: ExportableModel, folder: Path, *, uses: Mapping[str, Files], pipeline: str, dtype: Any = None
+    model: ExportableModel, folder: Path, *, uses: Mapping[str, Any], pipeline: str, dtype: Any = None
 ) -> int:
-    """A folder that ``DiffusionPipeline.from_pretrained`` loads, ``mapper/`` and ``example.py``.
+    """A folder that ``DiffusionPipeline.from_pretrained`` loads, and the mapper; returns how many tensors.
 
     Args:
-      uses: the generator's files by their names under ``config.weights``.
+      uses: the generator's files (``parts.contracts.Use``) by their names under ``config.weights``.
       pipeline: class of diffusers that the folder is for.
       dtype: of all tensors; by default that of the frozen ones (the mapper's is float32).
-
-    Returns:
-      number of tensors.
     """
     count, index = 0, {"_class_name": pipeline, "requires_safety_checker": False}
     for name, use in uses.items():

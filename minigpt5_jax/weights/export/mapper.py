@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.weights.export.model import ExportableModel, cast
+from minigpt5_jax.weights.export.model import ExportableModel
+from minigpt5_jax.weights.formats.load import cast
 from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 from minigpt5_jax.weights.table import Table
 
@@ -25,13 +26,10 @@ Feature mapper of MiniGPT-5, exported from minigpt5_jax.
 
 
 def write(model: ExportableModel, folder: Path, *, table: Table, module: str, dtype: Any = None) -> int:
-    """``mapper.safetensors`` under PyTorch's names (the original's 129 at full size), its module and sizes.
+    """``mapper.safetensors`` under PyTorch's names, its module and sizes; returns the number of tensors.
 
     Args:
       table: names of the mapper's tensors.  module: its PyTorch source, a file beside this one.
-
-    Returns:
-      number of tensors.
     """
     sizes = model.made["mapper"]["config"]
     named = table.to_source(model.below("mapper/"))

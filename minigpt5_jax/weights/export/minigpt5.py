@@ -13,7 +13,6 @@ from minigpt5_jax.weights.table import WeightTableError
 
 LIGHTNING_VERSION = "2.0.9"  # the format of the original's requirements; newer ones migrate it
 ROWS = (f"{LLM}embed_tokens/voken", f"{LLM}lm_head/voken")
-STAGES = (1, 2)
 
 
 def state_dict(llm: LanguageModel, stage: int | None = None) -> dict[str, np.ndarray]:
@@ -51,13 +50,10 @@ def state_dict(llm: LanguageModel, stage: int | None = None) -> dict[str, np.nda
 
 
 def write(llm: LanguageModel, path: Path, *, stage: int | None = None) -> int:
-    """A Lightning ``.ckpt`` that the original loads, and that ``torch.load`` reads with ``weights_only``.
+    """A Lightning ``.ckpt`` for the original and ``torch.load(weights_only=True)``; returns how many tensors.
 
     Args:
       path: file to write.  stage: see :func:`state_dict`.
-
-    Returns:
-      number of tensors.
 
     Raises:
       ExportError: torch is not installed, or as :func:`state_dict` says.

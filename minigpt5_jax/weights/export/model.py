@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ import numpy as np
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.models.lora import LoraConfig
 from minigpt5_jax.models.prefix import PrefixConfig
-from minigpt5_jax.weights.formats.load import is_floating
-from minigpt5_jax.weights.table import Assignment, Table, WeightTableError
-from minigpt5_jax.weights.view import Tensors
+from minigpt5_jax.weights.table import Assignment, Table
+from minigpt5_jax.weights.view import Tensors, View
 
 WORD_TABLES = {llama.EMBED: "embed_tokens", llama.HEAD: "lm_head"}
 """The two tables of words under Hugging Face's names, and their modules here."""
@@ -24,7 +24,7 @@ class ExportError(ValueError):
     """A model has no place in the format that was asked for; the message says what has."""
 
 
-class PretrainedTower(Mapping):
+class PretrainedTower(View):
     """A pretrained tower as the model computes with it, under the names of its file.
 
     A tensor is read, and cast to the dtype of the parameter it fills, when it is asked for.
@@ -39,15 +39,12 @@ class PretrainedTower(Mapping):
     """
 
     def __init__(
-        self,
-        table: Table,
-        source: Tensors,
-        shapes: Mapping[str, Any],
-        own: Mapping[str, np.ndarray],
+        self, table: Table, source: Tensors, shapes: Mapping[str, Any], own: Mapping[str, np.ndarray]
     ):
-        self._source, self._shapes, self._own = source, shapes, own
-        plan = table.plan(list(source), {path: shape.shape for path, shape in shapes.items()})
-        self._by_key = {item.key: item for item in plan}
+        self._own, self._dtypes = own, {path: shape.dtype for path, shape in shapes.items()}
+        self._shapes = {path: shape.shape for path, shape in shapes.items()}
+        plan = table.plan(list(source), self._shapes)
+        super().__init__(source, {item.key: functools.partial(self._read, item) for item in plan})
         self._by_path: dict[str, list[tuple[Assignment, int]]] = {}
         for item in sorted(plan, key=lambda item: item.index or 0):
             for number, path in enumerate(item.targets):
@@ -58,27 +55,11 @@ class PretrainedTower(Mapping):
         if all(path in self._own for path in item.targets):
             whole = [np.asarray(self._own[path]) for path in item.targets]
             return tuple(value if item.index is None else value[item.index] for value in whole)
-        values = item.op.forward(self._source[item.key])
-        for path, value in zip(item.targets, values, strict=True):
-            want = tuple(self._shapes[path].shape)[0 if item.index is None else 1 :]
-            if value.shape != want:
-                raise WeightTableError(f"{item.key!r} gives {value.shape} for {path!r}, the model has {want}")
-        return tuple(
-            value.astype(self._shapes[path].dtype, copy=False) for path, value in zip(item.targets, values)
-        )
+        values = item.apply(self.source[item.key], self._shapes)
+        return tuple(v.astype(self._dtypes[path], copy=False) for path, v in zip(item.targets, values))
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        item = self._by_key[key]
+    def _read(self, item: Assignment) -> np.ndarray:
         return np.ascontiguousarray(item.op.backward(self._parts(item)))
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._by_key
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_key)
-
-    def __len__(self) -> int:
-        return len(self._by_key)
 
     def paths(self) -> tuple[str, ...]:
         """Paths of every parameter."""
@@ -189,8 +170,3 @@ class LanguageModel:
         if decay is not None:
             rows = rows.astype(np.float32) * (1 - np.float32(decay))
         return rows.astype(dtype, copy=False)
-
-
-def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
-    """Floating values in ``dtype``; others, and everything for None, as they are."""
-    return value.astype(dtype, copy=False) if dtype is not None and is_floating(value.dtype) else value

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.models.llama import weights as llama
-from minigpt5_jax.weights.export.model import WORD_TABLES, ExportError, LanguageModel, cast
+from minigpt5_jax.weights.export.model import WORD_TABLES, ExportError, LanguageModel
+from minigpt5_jax.weights.formats.load import cast
 from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 
 PREFIX = "base_model.model."
@@ -51,13 +52,10 @@ def config(llm: LanguageModel) -> dict[str, Any]:
 
 
 def write(llm: LanguageModel, folder: Path, *, dtype: Any = None) -> int:
-    """``adapter_config.json`` and ``adapter_model.safetensors``.
+    """``adapter_config.json`` and ``adapter_model.safetensors``; returns the number of tensors.
 
     The base model's tables must have V + n rows before the adapter is loaded
     (``base.resize_token_embeddings``).
-
-    Returns:
-      number of tensors.
 
     Raises:
       ExportError: the run has no LoRA.

@@ -17,11 +17,7 @@ SPACE = "\u2581"  # sentencepiece's mark of a word's start
 
 
 def write(tokens: Tokens, max_length: int, folder: Path) -> None:
-    """The tokenizer's files.
-
-    Args:
-      max_length: positions the model was made for.
-    """
+    """The tokenizer's files, for a model of ``max_length`` positions."""
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokens.model_file.read_bytes())

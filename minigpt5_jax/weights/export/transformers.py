@@ -10,16 +10,16 @@ import numpy as np
 
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.weights.export import tokenizer
-from minigpt5_jax.weights.export.model import WORD_TABLES, ExportError, LanguageModel, cast
+from minigpt5_jax.weights.export.model import WORD_TABLES, ExportError, LanguageModel
+from minigpt5_jax.weights.formats.load import cast
 from minigpt5_jax.weights.formats.save import save_sharded, write_json
-from minigpt5_jax.weights.view import View
+from minigpt5_jax.weights.view import View, made
 
 _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)\.weight")
 
 
 def merged(llm: LanguageModel, key: str, value: np.ndarray) -> np.ndarray:
-    """A projection [out, in] with its low-rank update: ``W + lora_alpha / r * B A`` (reference 7.5), fp32;
-    any other tensor as it is."""
+    """A projection [out, in] with its low-rank update: ``W + lora_alpha / r * B A`` (reference 7.5), fp32."""
     found = _ATTENTION.fullmatch(key)
     if llm.lora is None or found is None or found[2] not in llm.lora.target_modules:
         return value
@@ -41,7 +41,7 @@ def tensors(llm: LanguageModel, *, merge: bool, dtype: Any) -> View:
             return llm.table(key, dtype)
         return cast(merged(llm, key, tower[key]) if merge else tower[key], dtype)
 
-    return View(tower, {key: lambda key=key: read(key) for key in tower})
+    return made(tower, tower, read)
 
 
 def config(llm: LanguageModel, dtype: str) -> dict[str, Any]:
@@ -69,14 +69,11 @@ def generation_config(llm: LanguageModel) -> dict[str, Any]:
 
 
 def write(llm: LanguageModel, folder: Path, *, dtype: Any = None, merge: bool = True) -> int:
-    """A folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+    """A folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the number of tensors.
 
     Args:
       dtype: of all tensors; by default that of the frozen ones.
       merge: fold LoRA into the projections; without it the folder is the base of the ``peft`` adapter.
-
-    Returns:
-      number of tensors.
 
     Raises:
       ExportError: a prefix, which cannot be folded into weights.

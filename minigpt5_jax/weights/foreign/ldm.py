@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
-from minigpt5_jax.weights.table import Op, Rule, Table, split
+from minigpt5_jax.weights.table import Op, Rule, Table, each, split
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 
@@ -29,22 +29,15 @@ IGNORED = {
 }
 
 
-def _both(source: str, target: str) -> tuple[Rule, Rule]:
+def _both(source: str, target: str) -> tuple[Rule, ...]:
     """Weight and bias, unchanged."""
     return tuple(Rule(f"{source}.{name}", f"{target}.{name}") for name in ("weight", "bias"))
 
 
 def _resnet(source: str, target: str) -> Iterator[Rule]:
-    names = {
-        "in_layers.0": "norm1",
-        "in_layers.2": "conv1",
-        "emb_layers.1": "time_emb_proj",
-        "out_layers.0": "norm2",
-        "out_layers.3": "conv2",
-        "skip_connection": "conv_shortcut",
-    }
-    for old, new in names.items():
-        yield from _both(f"{source}.{old}", f"{target}.{new}")
+    names = "in_layers.0>norm1 in_layers.2>conv1 emb_layers.1>time_emb_proj out_layers.0>norm2"
+    names += " out_layers.3>conv2 skip_connection>conv_shortcut"
+    yield from each(_both, f"{source}.", f"{target}.", names.split())
 
 
 def _transformer(source: str, target: str) -> Iterator[Rule]:
@@ -52,8 +45,7 @@ def _transformer(source: str, target: str) -> Iterator[Rule]:
     block = "transformer_blocks.0"
     both = ["norm", "proj_in", "proj_out", *(f"{block}.norm{k}" for k in (1, 2, 3))]
     both += [f"{block}.attn{k}.to_out.0" for k in (1, 2)] + [f"{block}.ff.net.0.proj", f"{block}.ff.net.2"]
-    for name in both:
-        yield from _both(f"{source}.{name}", f"{target}.{name}")
+    yield from each(_both, f"{source}.", f"{target}.", both)
     for k in (1, 2):
         for name in ("to_q", "to_k", "to_v"):
             yield Rule(f"{source}.{block}.attn{k}.{name}.weight", f"{target}.{block}.attn{k}.{name}.weight")
@@ -61,8 +53,7 @@ def _transformer(source: str, target: str) -> Iterator[Rule]:
 
 def _unet_rules(config: UNetConfig) -> Iterator[Rule]:
     yield from _both("input_blocks.0.0", "conv_in")
-    yield from _both("time_embed.0", "time_embedding.linear_1")
-    yield from _both("time_embed.2", "time_embedding.linear_2")
+    yield from each(_both, "time_embed.", "time_embedding.", ("0>linear_1", "2>linear_2"))
     levels, place = len(config.block_out_channels), 1
     for i, kind in enumerate(config.down_block_types):
         for j in range(config.layers_per_block):
@@ -96,13 +87,11 @@ def _vae_rules(config: VaeConfig) -> Iterator[Rule]:
     last = len(config.block_out_channels) - 1
 
     def resnet(source: str, target: str) -> Iterator[Rule]:
-        for name in ("norm1", "conv1", "norm2", "conv2"):
-            yield from _both(f"{source}.{name}", f"{target}.{name}")
-        yield from _both(f"{source}.nin_shortcut", f"{target}.conv_shortcut")
+        names = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut>conv_shortcut")
+        yield from each(_both, f"{source}.", f"{target}.", names)
 
     for side in ("encoder", "decoder"):
-        for name, new in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
-            yield from _both(f"{side}.{name}", f"{side}.{new}")
+        yield from each(_both, f"{side}.", f"{side}.", ("conv_in", "norm_out>conv_norm_out", "conv_out"))
         for k in (1, 2):
             yield from resnet(f"{side}.mid.block_{k}", f"{side}.mid_block.resnets.{k - 1}")
         old, new = f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"
@@ -118,8 +107,7 @@ def _vae_rules(config: VaeConfig) -> Iterator[Rule]:
             yield from resnet(f"decoder.up.{i}.block.{j}", f"{up}.resnets.{j}")
         yield from _both(f"encoder.down.{i}.downsample.conv", f"{down}.downsamplers.0.conv")
         yield from _both(f"decoder.up.{i}.upsample.conv", f"{up}.upsamplers.0.conv")
-    yield from _both("quant_conv", "quant_conv")
-    yield from _both("post_quant_conv", "post_quant_conv")
+    yield from each(_both, "", "", ("quant_conv", "post_quant_conv"))
 
 
 def _text_rules() -> Iterator[Rule]:
@@ -130,15 +118,8 @@ def _text_rules() -> Iterator[Rule]:
     for name in ("weight", "bias"):
         heads = tuple(f"{new}.self_attn.{part}_proj.{name}" for part in "qkv")
         yield Rule(f"{old}.attn.in_proj_{name}", heads, split(3))
-    names = {
-        "attn.out_proj": "self_attn.out_proj",
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    for source, target in names.items():
-        yield from _both(f"{old}.{source}", f"{new}.{target}")
+    names = "attn.out_proj>self_attn.out_proj ln_1>layer_norm1 ln_2>layer_norm2 mlp.c_fc>mlp.fc1"
+    yield from each(_both, f"{old}.", f"{new}.", f"{names} mlp.c_proj>mlp.fc2".split())
 
 
 def unet(config: UNetConfig) -> Table:

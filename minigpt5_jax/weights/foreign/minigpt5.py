@@ -7,6 +7,7 @@ PEFT has wrapped the language model; :func:`wrap` and :func:`unwrap` are its nam
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -79,18 +80,10 @@ def table(vit: EvaVitConfig, qformer_config: QFormerConfig) -> Table:
     )
 
 
-def split_rows(source: Mapping[str, np.ndarray], num_new: int = 9) -> dict[str, np.ndarray]:
-    """A state dict with the ``num_new`` new rows of both tables under keys of their own.
-
-    Raises:
-      WeightTableError: a table is missing or too short.
-    """
-    return llama.split_tables(source, num_new, LLAMA_PREFIX)
-
-
-def join_rows(source: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inverse of :func:`split_rows`."""
-    return llama.join_tables(source, LLAMA_PREFIX)
+split_rows = functools.partial(llama.split_tables, num_new=9, prefix=LLAMA_PREFIX)
+"""A state dict with the new rows (nine, or ``num_new``) of both tables under keys of their own."""
+join_rows = functools.partial(llama.join_tables, prefix=LLAMA_PREFIX)
+"""Inverse of :func:`split_rows`."""
 
 
 def stage1_to_params(
@@ -104,7 +97,7 @@ def stage1_to_params(
     Raises:
       WeightTableError: naming keys that are missing, unexpected or of another shape.
     """
-    cut = split_rows(source, num_new)
+    cut = split_rows(source, num_new=num_new)
     for key in (llama.EMBED, llama.HEAD):
         del cut[LLAMA_PREFIX + key]  # Vicuna's rows come from Vicuna
     return STAGE1_TABLE.to_params(cut, shapes)

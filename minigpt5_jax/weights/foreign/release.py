@@ -24,7 +24,7 @@ from minigpt5_jax.weights.foreign.minigpt5 import (
     unwrap,
 )
 from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError
-from minigpt5_jax.weights.view import Tensors, View
+from minigpt5_jax.weights.view import Tensors, View, made
 
 TABLES = {llama.EMBED: f"{LLM}embed_tokens/embedding", llama.HEAD: f"{LLM}lm_head/kernel"}
 """The two tables in a file, and where their old rows go."""
@@ -96,8 +96,7 @@ def read_release(
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r} is none of {', '.join(ROWS)}")
     _check_stages(stage1, stage2)
-    files = {"stage 1": stage1} | ({} if stage2 is None else {"stage 2": stage2})
-    owner, named = _merge(files)
+    files, owner, named = _merge(stage1, stage2)
     old = _check_vocabulary(named, vocab_size, num_new)
     _check_tuning(named, shapes)
     wanted = {path: tuple(shape) for path, shape in shapes.items()}
@@ -108,7 +107,8 @@ def read_release(
     try:
         plan = RELEASE_TABLE.plan(list(cut), wanted)
         checked = check_tensors(plan, cut, wanted)
-        params = RELEASE_TABLE.to_params(_in_fp32(checked), wanted)
+        in_fp32 = made(checked, checked, lambda key: np.asarray(checked[key], np.float32))
+        params = RELEASE_TABLE.to_params(in_fp32, wanted)
     except WeightTableError as error:
         raise WeightTableError(_explain(str(error), named, wanted)) from None
     consumed = {item.key: item.targets for item in plan}
@@ -137,7 +137,7 @@ def compare_rows(
     Raises:
       WeightTableError: more than ``limit`` of the norm is left over: other weights.
     """
-    _, named = _merge({"stage 1": stage1} | ({} if stage2 is None else {"stage 2": stage2}))
+    *_, named = _merge(stage1, stage2)
     found = {}
     for key, path in TABLES.items():
         ours = np.asarray(pretrained(path))
@@ -177,12 +177,15 @@ def _check_stages(stage1: Tensors, stage2: Tensors | None) -> None:
         raise WeightTableError(f"the stage-2 file lacks {', '.join(lost[:8])} ({len(lost)} in all)")
 
 
-def _merge(files: Mapping[str, Tensors]) -> tuple[dict[str, tuple[str, str]], View]:
-    """(plain name -> (file, key there), tensors by plain name); the later file wins.
+def _merge(
+    stage1: Tensors, stage2: Tensors | None
+) -> tuple[dict[str, Tensors], dict[str, tuple[str, str]], View]:
+    """(files, plain name -> (file, key there), tensors by plain name); the later file wins.
 
     Raises:
       WeightTableError: a file has two tensors for the same place.
     """
+    files = {"stage 1": stage1} | ({} if stage2 is None else {"stage 2": stage2})
     owner: dict[str, tuple[str, str]] = {}
     for name, source in files.items():
         for key in source:
@@ -191,7 +194,7 @@ def _merge(files: Mapping[str, Tensors]) -> tuple[dict[str, tuple[str, str]], Vi
                 raise WeightTableError(f"the {name} file holds both {other!r} and {key!r}: one tensor")
             owner[unwrap(key)] = (name, key)
     readers = {plain: lambda f=file, k=key: files[f][k] for plain, (file, key) in owner.items()}
-    return owner, View(next(iter(files.values())), readers)
+    return files, owner, View(stage1, readers)
 
 
 def _check_vocabulary(named: Tensors, vocab_size: int, num_new: int) -> int:
@@ -251,10 +254,6 @@ def _cut_rows(named: View, old: int, rows: str) -> View:
         if rows == "all":
             readers[key + ".old"] = lambda key=key: named[key][:old]
     return View(named, readers)
-
-
-def _in_fp32(source: View) -> View:
-    return View(source, {key: lambda key=key: np.asarray(source[key], np.float32) for key in source})
 
 
 def _explain(message: str, named: Tensors, shapes: Mapping[str, Sequence[int]]) -> str:

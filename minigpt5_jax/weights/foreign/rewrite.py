@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.models.clip_text.weights import TOWER as TEXT_ENCODER
@@ -30,7 +30,7 @@ from minigpt5_jax.weights.foreign import ldm
 from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 from minigpt5_jax.weights.table import Table, WeightTableError
-from minigpt5_jax.weights.view import Tensors, rename, replaced, subset
+from minigpt5_jax.weights.view import Tensors, made, rename, replaced
 
 LLAMA_FILES = (
     "tokenizer.model",
@@ -66,15 +66,6 @@ TOWERS = {"llm": llama.TOWER, "vit": EVA_VIT, "qformer": QFORMER, "llama_proj": 
 """What a file that does not fit may be instead."""
 
 
-@runtime_checkable
-class Options(Protocol):
-    """What the ``convert`` command may be told (:class:`minigpt5_jax.parts.contracts.ConvertOptions`)."""
-
-    sizes: str | None
-    keep_rows: bool
-    tokenizer: str | None
-
-
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name ``path`` when everything is in it.
@@ -95,14 +86,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def convert_llama(name: str, tower: Tower, source: Path, output: Path, options: Options) -> list[Coverage]:
-    """A folder of LLaMA, of MiniGPT-5's size unless ``options.sizes`` says otherwise."""
+def convert_llama(name: str, tower: Tower, source: Path, output: Path, options: Any) -> list[Coverage]:
+    """A folder of LLaMA, of MiniGPT-5's size unless ``options`` (:class:`ConvertOptions`) have sizes."""
     if options.sizes is None:
         require_preset(name, tower, tower.read_sizes(source / "config.json"))
     return [write_llm(open_source(source), source, output, keep_rows=options.keep_rows)]
 
 
-def convert_tower(name: str, tower: Tower, source: Path, output: Path, options: Options) -> list[Coverage]:
+def convert_tower(name: str, tower: Tower, source: Path, output: Path, options: Any) -> list[Coverage]:
     """A folder of one tower, of MiniGPT-5's size unless ``options.sizes`` says otherwise."""
     sizes = tower.read_sizes(_sizes_file(source, options.sizes))
     if options.sizes is None:
@@ -118,7 +109,7 @@ def _sizes_file(source: Path, given: str | None) -> Path | None:
     return beside if given == "source" or (source.is_dir() and beside.is_file()) else None
 
 
-def convert_diffusion(source: Path, output: Path, options: Options) -> list[Coverage]:
+def convert_diffusion(source: Path, output: Path, options: Any) -> list[Coverage]:
     """A diffusers folder, of a diffusers folder or of one file of Stable Diffusion.
 
     Raises:
@@ -136,10 +127,7 @@ def convert_diffusion(source: Path, output: Path, options: Options) -> list[Cove
 
 
 def check_scheduler(path: Path) -> NoiseSchedule:
-    """Noise schedule of a diffusion model, which must predict noise.
-
-    Args:
-      path: its ``scheduler_config.json``.
+    """Noise schedule in a ``scheduler_config.json`` of a diffusion model, which must predict noise.
 
     Raises:
       WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
@@ -289,16 +277,8 @@ def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> li
         sizes = tower.read_sizes(config)
         if not any_size:
             require_preset(name, tower, sizes)
-        found.append(
-            write_tower(
-                name,
-                tower,
-                open_weights(source / name),
-                sizes,
-                output / name,
-                config=json.loads(config.read_text()),
-            )
-        )
+        weights, values = open_weights(source / name), json.loads(config.read_text())
+        found.append(write_tower(name, tower, weights, sizes, output / name, config=values))
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, output / name)
     return found
@@ -334,10 +314,10 @@ def write_single_file(
             parts[owner].append(key)
     found = []
     for name, keys in parts.items():
-        made = DIFFUSION[name].read_sizes(sizes / name / "config.json" if sizes else None)
-        table = SINGLE_FILE[name][1](made)
-        part = rename(table, subset(source, {key: key for key in keys}))
-        coverage = write_tower(name, DIFFUSION[name], part, made, output / name)
+        numbers = DIFFUSION[name].read_sizes(sizes / name / "config.json" if sizes else None)
+        table = SINGLE_FILE[name][1](numbers)
+        part = rename(table, made(source, keys, source.__getitem__))
+        coverage = write_tower(name, DIFFUSION[name], part, numbers, output / name)
         dropped = {key: reason for key in keys if (reason := table.reason(key)) is not None}
         found.append(dataclasses.replace(coverage, ignored={**coverage.ignored, **dropped}))
     found[0] = dataclasses.replace(found[0], ignored={**found[0].ignored, **ignored})

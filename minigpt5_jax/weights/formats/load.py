@@ -6,9 +6,10 @@ no memory beyond what is made of it, whatever the size of the files.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.formats.safetensors import SafetensorsFile
+from minigpt5_jax.weights.formats.safetensors import open_safetensors
 from minigpt5_jax.weights.formats.torch import read_torch
 from minigpt5_jax.weights.table import Table, WeightTableError
+from minigpt5_jax.weights.view import Tensors, View, made
 
 STEMS = (
     "model.safetensors",
@@ -28,40 +30,12 @@ STEMS = (
 )
 """Files of a Hugging Face folder, the first that is there counts; each may be split, with an index."""
 
-Tensors = Mapping[str, np.ndarray]
 
-
-class Weights(Tensors):
-    """Tensors of one or more files by name, each a read-only view of its file.
-
-    Dtypes are those of the file, tensor by tensor (bfloat16 is ``ml_dtypes.bfloat16``).
-
-    Attributes:
-      path: the file or folder that was opened.
-      metadata: the strings stored in the header (of the first file, if there are several).
-    """
-
-    def __init__(self, path: Path, tensors: Mapping[str, Tensors], metadata: Mapping[str, str]):
-        """``tensors``: name -> the file's tensors it is among."""
-        self.path, self.metadata = path, dict(metadata)
-        self._owners = dict(tensors)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        view = self._owners[name][name]
-        return view if view.flags.aligned else view.copy()  # old PyTorch files put tensors anywhere
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._owners
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-
-def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Weights:
+def open_weights(path: str | os.PathLike[str], key: str | None = None) -> View:
     """Open a weight file, or a folder in Hugging Face layout; no tensor is read before it is used.
+
+    Tensors are read-only views of their files, in the dtype each has there (bfloat16 is
+    ``ml_dtypes.bfloat16``); ``path`` is what was opened, ``metadata`` the first file's strings.
 
     A file is safetensors or one of PyTorch (``.bin``, ``.pth``, ``.pt``, ``.ckpt``), told by its content.  A
     folder holds one of ``STEMS``, or its index and shards; safetensors come first.
@@ -107,12 +81,22 @@ def open_container(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _single(path: Path, file: Path, key: str | None) -> Weights:
+def _joined(path: Path, owners: Mapping[str, Tensors], metadata: Mapping[str, str]) -> View:
+    """Tensors of some files; ``owners``: name -> the file's tensors it is among."""
+
+    def read(name: str) -> np.ndarray:
+        view = owners[name][name]
+        return view if view.flags.aligned else view.copy()  # old PyTorch files put tensors anywhere
+
+    return View(path, {name: functools.partial(read, name) for name in owners}, metadata)
+
+
+def _single(path: Path, file: Path, key: str | None) -> View:
     tensors = _open_file(file, key)
-    return Weights(path, dict.fromkeys(tensors, tensors), getattr(tensors, "metadata", {}))
+    return _joined(path, dict.fromkeys(tensors, tensors), getattr(tensors, "metadata", {}))
 
 
-def _sharded(path: Path, index: Path, key: str | None) -> Weights:
+def _sharded(path: Path, index: Path, key: str | None) -> View:
     owners: dict[str, Tensors] = {}
     metadata: Mapping[str, str] = {}
     for file, wanted in _indexed_files(index).items():
@@ -129,7 +113,7 @@ def _sharded(path: Path, index: Path, key: str | None) -> Weights:
             )
         metadata = metadata or getattr(tensors, "metadata", {})
         owners.update(dict.fromkeys(wanted, tensors))
-    return Weights(path, owners, metadata)
+    return _joined(path, owners, metadata)
 
 
 def _is_torch(path: Path) -> bool:
@@ -147,7 +131,7 @@ def _is_torch(path: Path) -> bool:
 def _open_file(path: Path, key: str | None) -> Tensors:
     """Tensors of one file."""
     if not _is_torch(path):
-        return SafetensorsFile(path)
+        return open_safetensors(path)
     tensors = content = open_container(path)
     if key is not None:
         if not isinstance(content.get(key), dict):
@@ -210,21 +194,9 @@ def count_non_finite(value: np.ndarray) -> int:
     return bad
 
 
-class _Cast(Tensors):
-    """A source whose floating tensors arrive in ``dtype``: cast before stacking, never twice in memory."""
-
-    def __init__(self, source: Mapping[str, np.ndarray], dtype: Any):
-        self.source, self.dtype = source, np.dtype(dtype)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        value = np.asarray(self.source[name])
-        return value.astype(self.dtype, copy=False) if is_floating(value.dtype) else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.source)
-
-    def __len__(self) -> int:
-        return len(self.source)
+def cast(value: np.ndarray, dtype: Any) -> np.ndarray:
+    """Floating values in ``dtype``; others, and everything for None, as they are."""
+    return value.astype(dtype, copy=False) if dtype is not None and is_floating(value.dtype) else value
 
 
 def load_tower(
@@ -243,7 +215,8 @@ def load_tower(
     """
     plain = {path: tuple(getattr(shape, "shape", shape)) for path, shape in shapes.items()}
     try:
-        return table.to_params(source if dtype is None else _Cast(source, dtype), plain)
+        # Cast before stacking: never twice in memory.
+        return table.to_params(made(source, source, lambda k: cast(np.asarray(source[k]), dtype)), plain)
     except WeightTableError as error:
         where = getattr(source, "path", None)
         raise WeightTableError(f"{where}: {error}" if where else str(error)) from None

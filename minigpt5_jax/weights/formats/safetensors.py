@@ -6,9 +6,9 @@ when they are touched and drops when it likes.  Slicing and transposing it there
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -16,67 +16,47 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.view import View
 
 DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-    "C64": np.dtype(np.complex64),
-}
+    f"{dtype.kind.upper()}{8 * dtype.itemsize}": dtype
+    for dtype in map(
+        np.dtype,
+        "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex64".split(),
+    )
+} | {"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(np.bool_)}
 """Names in a header; what is missing (8-bit floats and below) is a clear error when it is read."""
 
 
-class SafetensorsFile(Mapping[str, np.ndarray]):
+def open_safetensors(path: Path) -> View:
     """Tensors of one file by name: read-only views in the dtype of the file.
 
-    Attributes:
-      path: the file.  metadata: the strings stored in its header.
+    Raises:
+      WeightFileError: the file is truncated or of another kind.
     """
+    try:
+        with safe_open(path, framework="np") as handle:  # checks sizes, overlaps and gaps
+            metadata = handle.metadata()
+    except SafetensorError as error:
+        raise WeightFileError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
+            "download it again"
+        ) from None
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
 
-    def __init__(self, path: Path):
-        """Raises WeightFileError if the file is truncated or of another kind."""
-        self.path = path
-        try:
-            with safe_open(path, framework="np") as handle:  # checks sizes, overlaps and gaps
-                self.metadata: dict[str, str] = handle.metadata() or {}
-        except SafetensorError as error:
-            raise WeightFileError(
-                f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file ({error}); "
-                "download it again"
-            ) from None
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            self._header = json.loads(file.read(size))
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._header.pop("__metadata__", None)
-        self._start = 8 + size
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        about = self._header[name]
+    def read(name: str) -> np.ndarray:
+        about = header[name]
         dtype = DTYPES.get(about["dtype"])
         if dtype is None:
             raise WeightFileError(
-                f"{self.path}: {name!r} is {about['dtype']}, which is not supported; take the files in "
+                f"{path}: {name!r} is {about['dtype']}, which is not supported; take the files in "
                 "float32, float16 or bfloat16"
             )
-        offset = self._start + about["data_offsets"][0]
-        return np.ndarray(tuple(about["shape"]), dtype, buffer=self._map, offset=offset)
+        offset = start + about["data_offsets"][0]
+        return np.ndarray(tuple(about["shape"]), dtype, buffer=data, offset=offset)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._header
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
-
-    def __len__(self) -> int:
-        return len(self._header)
+    return View(path, {name: functools.partial(read, name) for name in header}, metadata)

@@ -26,22 +26,10 @@ from minigpt5_jax.weights.errors import WeightFileError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 DTYPES = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "uint16": np.uint16,
-    "uint32": np.uint32,
-    "uint64": np.uint64,
-    "bool": np.bool_,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-}
+    name: np.dtype(name)
+    for name in """float64 float32 float16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64
+    complex128""".split()
+} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -85,7 +73,7 @@ class _Tensor:
 
     def array(self) -> np.ndarray:
         """A view of the storage; numpy refuses one that reaches beyond it."""
-        dtype = np.dtype(DTYPES[self.dtype or self.storage.dtype])
+        dtype = DTYPES[self.dtype or self.storage.dtype]
         strides = tuple(step * dtype.itemsize for step in self.stride)
         offset, shape = self.offset * dtype.itemsize, tuple(self.size)
         return np.ndarray(shape, dtype, buffer=self.storage.data, offset=offset, strides=strides)
@@ -181,19 +169,7 @@ def read_torch(path: Path) -> Any:
                 "never let run code; save its tensors alone where it comes from "
                 "(`torch.save(model.state_dict(), path)`, or safetensors)"
             ) from None
-        except (
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            EOFError,
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-            MemoryError,
-        ) as error:
+        except Exception as error:  # a damaged pickle or zip file fails in any way
             raise WeightFileError(
                 f"{path} ({len(data)} bytes) is truncated or no file of PyTorch ({error}); download it again"
             ) from None
@@ -251,7 +227,7 @@ def _read_legacy(file: mmap.mmap) -> Any:
     start = file.tell()
     for key in keys:
         storage = storages[str(key)]
-        size = int.from_bytes(data[start : start + 8], "little") * np.dtype(DTYPES[storage.dtype]).itemsize
+        size = int.from_bytes(data[start : start + 8], "little") * DTYPES[storage.dtype].itemsize
         if start + 8 + size > len(data):
             raise ValueError(f"storage {key} ends beyond the file")
         storage.data = data[start + 8 : start + 8 + size]
