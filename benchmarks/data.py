@@ -6,14 +6,14 @@
 The files are made first, alike for both: 256-pixel JPEGs of about 20 kB with white borders, each named by
 many rows of a table, because grain's shuffle is slow on very short ones.  Rows:
 
-* ``cc3m``: a caption and a 512-pixel target picture (stage 1).
-* ``vist``: one to four 224-pixel input pictures, a target and a story.
-* ``features``: as ``cc3m``, with ready moments bf16[64 64 8] in the place of the picture.
+* ``cc3m``: a caption and a 512-pixel target image (stage 1).
+* ``vist``: one to four 224-pixel input images, a target and a story.
+* ``features``: as ``cc3m``, with ready moments bf16[64 64 8] in the place of the image.
 
 The PyTorch side does what the original's Dataset and collator do: PIL decode, white square, resize, crop,
 flip, scale to float, normalise, pad the ids, collate in bf16.  It gets its ids from our tokenizer, which
 is faster than the original's, and no caption ids.  Ours hands over bytes; scaling is done on the device.
-Its features are the original's too: a ``.pt`` file a picture; ours come from our store.
+Its features are the original's too: a ``.pt`` file an image; ours come from our store.
 Blocks of either side alternate; figures are medians over blocks with their least and greatest.  Without
 worker processes the clock is this process's CPU time, which neighbours on the machine disturb little; with
 them it is the wall, divided by the workers.
@@ -39,7 +39,7 @@ from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.prepare.feature_writer import write_features
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
-from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
+from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
 ASSETS = Path(__file__).parents[1] / "minigpt5_jax" / "shapes" / "assets"
@@ -78,11 +78,11 @@ def cc3m(folder: Path, names: list[str]) -> Source:
 
 
 def features(folder: Path, source: Source) -> FeatureSource:
-    """Random moments: in our store, and a ``.pt`` file beside each picture."""
+    """Random moments: in our store, and a ``.pt`` file beside each image."""
     import torch
 
     spec = FeatureSpec(
-        pictures=picture_fingerprint(source),
+        pictures=image_fingerprint(source),
         samples=len(source),
         towers={"vae": "none"},
         target=(64, 64, 8),
@@ -102,7 +102,7 @@ def features(folder: Path, source: Source) -> FeatureSource:
 
 
 def vist(folder: Path, names: list[str]) -> Source:
-    """Steps of stories: one to four pictures read, one drawn."""
+    """Steps of stories: one to four images read, one drawn."""
     ring, lines = itertools.cycle(names), []
     for i, name in enumerate(itertools.islice(itertools.cycle(names), ROWS)):
         history = [
@@ -161,7 +161,7 @@ def torch_loader(
     from torch.utils.data import DataLoader, Dataset
 
     class Pictures(Dataset):
-        """One sample: ids, label mask, pictures as normalised floats."""
+        """One sample: ids, label mask, images as normalised floats."""
 
         def __init__(self):
             random = np.random.default_rng(SEED)

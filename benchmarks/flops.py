@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python benchmarks/flops.py            # about a minute
 
-In TFLOP per sample: a 512-pixel picture, a 224-pixel picture, a caption of 77 tokens, eight voken
+In TFLOP per sample: a 512-pixel image, a 224-pixel image, a caption of 77 tokens, eight voken
 states, or 24 tokens through the language model and its head.  ``torch`` is what torch's counter gives
 for the original's towers.  Where training goes through a tower, ``with_gradient`` adds the backward
 pass: through frozen towers to their input or condition only, through the mapper to its weights too.

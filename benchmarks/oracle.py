@@ -1,8 +1,8 @@
-"""How far the small world's oracle can be trusted: what it reads from corrupted pictures.  JSON lines.
+"""How far the small world's oracle can be trusted: what it reads from corrupted images.  JSON lines.
 
     python -m benchmarks.oracle [--count 300]
 
-Each line: number of objects, what corrupted the pictures, share read wholly right, share of each attribute.
+Each line: number of objects, what corrupted the images, share read wholly right, share of each attribute.
 Half of the scenes are held out; for the VAE all are.
 """
 

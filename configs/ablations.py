@@ -26,7 +26,7 @@ Stage 2, everything else as configs/stage2_vist.py (with `shapes`: configs/shape
     no_stage1      stage 2 at once, without run.init_from; the mapper's MLP and queries train too
 
 Pieces of different kinds combine (`vokens_4,no_cap`).  Guidance scales and contexts are no variants: they are
-chosen when pictures are drawn (`python -m minigpt5_jax.generate --inference guidance_scale=5`).
+chosen when images are drawn (`python -m minigpt5_jax.generate --inference guidance_scale=5`).
 Hardware: that of the run a variant starts from.
 Expected numbers: docs/results/shapes.md, in the small world; the papers' at full size stand beside them.
 """
@@ -43,7 +43,7 @@ from minigpt5_jax.parts.contracts import FROZEN
 
 
 def no_cfg(config: ConfigDict) -> None:
-    """T(0) means nothing then, so the negative is the generator's own (reference 9.1)."""
+    """T(0) means nothing then, so the negative is the generator's own (fidelity 9.1)."""
     config.loss.cfg_dropout = 0.0
     config.inference.cfg_negative = "empty_prompt"
 

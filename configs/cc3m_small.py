@@ -1,11 +1,11 @@
-"""A small run on CC3M-format data of one's own: real captions and pictures, the packaged tiny backbones.
+"""A small run on CC3M-format data of one's own: real captions and images, the packaged tiny backbones.
 
     python -m minigpt5_jax.train --config configs/cc3m_small.py --workdir runs/cc3m_small \
         --config.data.train=CC3M/cc3m_val.tsv --config.data.validation=CC3M/cc3m_val.tsv
 
 The tsv has the header `caption<TAB>image_path`; paths are relative to its folder.  Shows that a data
 folder, training, checkpoints and resuming work before the large weights are at hand; the tiny
-backbones know shapes only, so its pictures are none of your captions.
+backbones know shapes only, so its images are none of your captions.
 Hardware: two CPU cores, minutes.  Expected numbers: none, a check of the machinery.
 """
 
@@ -14,7 +14,7 @@ from minigpt5_jax.config import get_config as base
 
 
 def get_config(variant: str | None = None):
-    """The base configuration with small towers, pictures of 64 pixels and 100 steps."""
+    """The base configuration with small towers, images of 64 pixels and 100 steps."""
     config = base()
     use_shapes_backbones(config)
     config.run.update(

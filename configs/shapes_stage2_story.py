@@ -4,7 +4,7 @@
         --config.run.init_from=runs/shapes_full/checkpoints
 
 Data: stories drawn into the workdir in VIST's files; a story of five steps gives 13 samples, as VIST's.
-Other than in the paper, 0.15 of the samples that have steps before read texts only of them and 0.15 pictures
+Other than in the paper, 0.15 of the samples that have steps before read texts only of them and 0.15 images
 only, so that no context it is judged with is new to this little language model (README: what that brings).
 Hardware: two CPU cores.  Expected numbers: minigpt5_jax/shapes/README.md.
 """

@@ -9,7 +9,7 @@
         --config.weights.llama_proj=llama_proj.safetensors \
         --config.weights.stable_diffusion=stable-diffusion-2-1-base
 
-Data: MMDialog as it is published, a conversation a line, pictures as ID.jpg (docs/data.md).
+Data: MMDialog as it is published, a conversation a line, images as ID.jpg (docs/data.md).
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.
 Steps: four epochs over the samples at batch 32.

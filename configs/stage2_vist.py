@@ -8,8 +8,8 @@
         --config.weights.llama_proj=llama_proj.safetensors \
         --config.weights.stable_diffusion=stable-diffusion-2-1-base
 
-Data: VIST as the original has it, `train_cleaned.json` beside `train_image_mapping.json` and the pictures
-(docs/data.md); each story gives 13 samples.  Rows have the length of their bucket: a history of k pictures
+Data: VIST as the original has it, `train_cleaned.json` beside `train_image_mapping.json` and the images
+(docs/data.md); each story gives 13 samples.  Rows have the length of their bucket: a history of k images
 takes about 80 + 48 k positions.
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.

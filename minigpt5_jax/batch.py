@@ -13,13 +13,13 @@ Array = Any  # numpy on the host, jax.Array or an abstract value on the device
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One (micro-)batch with static shapes; b rows of t tokens, i input pictures, m target pictures.
+    """One (micro-)batch with static shapes; b rows of t tokens, i input images, m target images.
 
     Every index is made on the host and relative to this batch.  With gradient accumulation each
     array has one more leading axis, and indices are relative to their micro-batch.
 
     Attributes:
-      tokens: i32[b t].  BOS first; a picture is ``image_tokens`` slots of ``<ImageHere>``.
+      tokens: i32[b t].  BOS first; an image is ``image_tokens`` slots of ``<ImageHere>``.
       labels: i32[b t].  Id of the token *at* this position, -100 where it is no target (unshifted,
         as the original's).
       label_positions: i32[b l].  Positions of the row's targets, sample by sample; 0 fills unused slots
@@ -27,21 +27,21 @@ class Batch:
       positions: i32[b t].  Position inside its segment.
       segment_ids: i32[b t].  1, 2, ... for packed samples of a row; 0 is padding.
       row_id: i32[b].  Global sample number of the row; seeds LoRA dropout.
-      images: u8[i H W 3].  Input pictures, resized and cropped, not normalised.
-      image_row, image_start: i32[i].  Row and first slot of each picture's tokens.
+      images: u8[i H W 3].  Input images, resized and cropped, not normalised.
+      image_row, image_start: i32[i].  Row and first slot of each image's tokens.
       image_mask: bool[i].  False for an empty slot of the static shape.
-      target: u8[m H W 3].  Pictures to draw.
-      voken_row, voken_start: i32[m].  Row and position of ``[IMG0]`` of each target picture
+      target: u8[m H W 3].  Images to draw.
+      voken_row, voken_start: i32[m].  Row and position of ``[IMG0]`` of each target image
         (``voken_start >= 1``; the mapper reads positions ``voken_start - 1 ... + n - 2``).
-      item_id: i32[m].  Global number of the target picture; seeds every draw made for it.
+      item_id: i32[m].  Global number of the target image; seeds every draw made for it.
       item_mask: bool[m].  False for an empty slot.
       caption_ids: i32[m c].  CLIP ids of the caption.
       caption_mask: i32[m c].  1 on real tokens (BOS and EOS included), 0 on padding.
       has_caption: bool[m].  False where the item takes no part in the caption loss.
-      target_moments: f32 or bf16[m h w 2c].  Ready posterior moments of the pictures to draw, None where
-        pictures travel; ``target`` then is u8[m 0 0 3].
-      image_states: f32 or bf16[i q c].  Ready states of the input pictures before the projection into
-        the language model, None where pictures travel; ``images`` then is u8[i 0 0 3].
+      target_moments: f32 or bf16[m h w 2c].  Precomputed posterior moments of the images to draw, None where
+        images travel; ``target`` then is u8[m 0 0 3].
+      image_states: f32 or bf16[i q c].  Precomputed states of the input images before the projection into
+        the language model, None where images travel; ``images`` then is u8[i 0 0 3].
     """
 
     tokens: Array

@@ -1,6 +1,6 @@
 """What the commands that take ``--config`` share: flags, overrides, and errors a user can read.
 
-    python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a --config.run.seed=1
+python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a --config.run.seed=1
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Run file, FILE.py or FILE.py:variant.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: metrics, pictures, checkpoints.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: metrics, images, checkpoints.")
 HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
 LIST_KEYS = "--help_config lists every key"
 

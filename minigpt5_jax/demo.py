@@ -3,7 +3,7 @@
     python -m minigpt5_jax.demo --config configs/shapes_stage1.py --workdir runs/demo
 
 An earlier demo in the same workdir is replaced.  The last line is one JSON object: configuration,
-steps, seconds, losses (first and last), validation, the oracle's count for pictures drawn from vokens
+steps, seconds, losses (first and last), validation, the oracle's count for images drawn from vokens
 and by the native UNet, the share of captions behind which vokens were written, and where to look.  The page
 has the oracle's table.
 """
@@ -23,7 +23,7 @@ from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.evaluation.held_out import watchers
-from minigpt5_jax.evaluation.shapes.pairs import native_pictures, shares, voken_pictures
+from minigpt5_jax.evaluation.shapes.pairs import native_images, shares, voken_images
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.shapes.dataset import read_scenes
 from minigpt5_jax.wiring.restore import load_run
@@ -80,13 +80,13 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     data = workdir / "data"
     source = Cc3mSource(data / "shapes_held_out.tsv", training=False, num_vokens=run.tokenizer.num_vokens)
     captions, scenes = [source[i].source for i in range(count)], read_scenes(data, "held_out")[:count]
-    drawn = voken_pictures(run, captions)
-    native = native_pictures(run, captions)
+    drawn = voken_images(run, captions)
+    native = native_images(run, captions)
     ours, ceiling = shares(drawn, scenes), shares(native, scenes)
     counted = {f"right: {name}": value for name, value in table(ours, ceiling).items()}
     print("\n".join(f"{name:18} {value}" for name, value in counted.items()))
     entries = [
-        Entry([caption], ["(no picture)" if picture is None else picture, beside], seed=number, notes=NOTE)
+        Entry([caption], ["(no image)" if picture is None else picture, beside], seed=number, notes=NOTE)
         for number, (caption, picture, beside) in enumerate(zip(captions, drawn, native, strict=True))
     ]
     metadata = {"checkpoint": workdir, "held-out captions": count, **counted}

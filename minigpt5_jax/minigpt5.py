@@ -1,7 +1,7 @@
 """MiniGPT-5: backbone + mapper + generator, its losses, and the random draws of a step.
 
 The composite wires the three parts and turns a batch into ``{loss name: (sum, count)}``; it knows
-their protocols only (:mod:`minigpt5_jax.parts.contracts`).  Reference sections 2.4, 3.
+their protocols only (:mod:`minigpt5_jax.parts.contracts`).  Fidelity 2.4, 3.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Loss(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """How the losses are put together (reference 3.1, Q8).
+    """How the losses are put together (fidelity 3.1, Q8).
 
     Attributes:
       weights: loss name -> weight; a loss without a weight is not computed.
@@ -144,26 +144,26 @@ class MiniGPT5(nnx.Module):
     def voken_states(
         self, hidden: Float[Array, "b t d"], row: Int[Array, " m"], start: Int[Array, " m"]
     ) -> Float[Array, "m n d"]:
-        """The n hidden states that feed the mapper, for each target picture (reference 2.4)."""
+        """The n hidden states that feed the mapper, for each target image (fidelity 2.4)."""
         columns = start[:, None] - self.backbone.voken_state_shift + jnp.arange(self.backbone.num_vokens)
         return hidden[row[:, None], columns].astype(jnp.float32)
 
     def condition(
         self, vokens: Float[Array, "m n d"], drop: Bool[Array, " m"] | None = None
     ) -> Float[Array, "m q c"]:
-        """Mapper output; dropped items are mapped from zeros, so biases still act (reference 3.2)."""
+        """Mapper output; dropped items are mapped from zeros, so biases still act (fidelity 3.2)."""
         if drop is not None:
             vokens = jnp.where(drop[:, None, None], 0.0, vokens)
         return self.mapper(vokens).astype(jnp.float32)
 
     def unconditional(self) -> Float[Array, "1 q c"]:
-        """T(0), the negative condition of voken guidance (reference 3.5)."""
+        """T(0), the negative condition of voken guidance (fidelity 3.5)."""
         # What a dropped item was trained with: zeros in, so biases and queries act.  The empty prompt's
         # features are another point, away from which guidance would also undo what the mapper always adds.
         return self.condition(jnp.zeros((1, self.backbone.num_vokens, self.backbone.hidden_size)))
 
     def target_latents(self, batch: Batch, draws: StepRandomness) -> Float[Array, "m h w c"]:
-        """Latents of the pictures to draw, from pixels or from ready moments with the same draws."""
+        """Latents of the images to draw, from pixels or from precomputed moments with the same draws."""
         moments = batch.target_moments
         if moments is None:
             moments = self.generator.moments(batch.target)
@@ -207,7 +207,7 @@ def text_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax.
 
 
 def text_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
-    """Next-token cross-entropy at label positions only (reference 2.2, 2.3).
+    """Next-token cross-entropy at label positions only (fidelity 2.2, 2.3).
 
     Logits are two blocks, frozen vocabulary and new rows, joined in the logsumexp: one array of all rows
     would copy the head of a vocabulary-sharded model every step.  Also reports how often ``[IMG0]`` is the
@@ -237,7 +237,7 @@ def image_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax
 
 
 def image_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
-    """Latent-diffusion loss of every target image (reference 3.4), also by signal-to-noise ratio.
+    """Latent-diffusion loss of every target image (fidelity 3.4), also by signal-to-noise ratio.
 
     SNR falls with the timestep: ``image_t0_249`` is the mean over items whose timestep is 0 ... 249 and so on
     (of 1,000 timesteps).  The bins split the items, at no cost but their sums.
@@ -261,7 +261,7 @@ def caption_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> j
 
 
 def caption_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
-    """MSE between the condition and the caption's text features (reference 3.2, 3.3)."""
+    """MSE between the condition and the caption's text features (fidelity 3.2, 3.3)."""
     target = model.generator.caption_features(batch.caption_ids, batch.caption_mask)
     drop = outputs.draws.cfg_drop[:, None, None]
     target = jnp.where(drop, model.generator.empty_caption_features(), target)

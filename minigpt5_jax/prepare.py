@@ -6,7 +6,7 @@
 
 The first form writes ArrayRecord files through TFDS, with a report; an interrupted run continues when the
 same command is given again.  The second lists what is wrong with a file, line by line, and ends with status
-1 where anything is.  The third runs the frozen picture towers of a configuration once over its training
+1 where anything is.  The third runs the frozen image towers of a configuration once over its training
 samples.  docs/data.md has the whole way for each data set.
 """
 
@@ -133,17 +133,17 @@ def main(argv: Sequence[str]) -> None:
 def define_flags() -> None:
     """The flags of this command."""
     flags.DEFINE_string("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
-    flags.DEFINE_string("image_root", None, "folder that picture paths are relative to; default: the file's")
-    flags.DEFINE_string("mapping", None, "VIST's picture paths; default: the file beside the stories")
+    flags.DEFINE_string("image_root", None, "folder that image paths are relative to; default: the file's")
+    flags.DEFINE_string("mapping", None, "VIST's image paths; default: the file beside the stories")
     flags.DEFINE_string("output", None, "folder the prepared data set is made in")
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)
-    flags.DEFINE_integer("letterbox", None, "fit pictures into white squares of that side", lower_bound=1)
+    flags.DEFINE_integer("letterbox", None, "fit images into white squares of that side", lower_bound=1)
     flags.DEFINE_string("error_budget", "0.01", "unusable units allowed: a count, or a fraction with a point")
     flags.DEFINE_string("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
     flags.DEFINE_enum("format", None, list(READERS), "check: what the data is; default: guessed")
     flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")
-    flags.DEFINE_integer("workers", None, "check: processes that decode; default: by the number of pictures")
+    flags.DEFINE_integer("workers", None, "check: processes that decode; default: by the number of images")
     flags.DEFINE_integer("limit", 100, "check: problems that are listed", lower_bound=0)
     flags.DEFINE_enum(
         "feature_dtype", "bfloat16", ["bfloat16", "float32"], "features: type of the stored numbers"

@@ -140,7 +140,7 @@ def trainable(spec: ModelSpec) -> int:
 
 
 ROWS_OF = 2 * 4096  # of each voken and of <ImageHere>, in both tables
-FC, QUERIES = 5_244_928, 78_848  # reference 1.12
+FC, QUERIES = 5_244_928, 78_848  # fidelity 1.12
 
 
 @pytest.mark.parametrize(

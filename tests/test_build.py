@@ -34,7 +34,7 @@ from minigpt5_jax.wiring.weights_plan import make_plan, source_status
 
 ROOT = Path(__file__).parents[1]
 
-# Reference section 1.12; the language model with 9 new rows in both tables.
+# Fidelity 1.12; the language model with 9 new rows in both tables.
 TOWERS = {
     "backbone/vit": 985_894_528,
     "backbone/ln_vision": 2_816,

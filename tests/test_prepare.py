@@ -33,7 +33,7 @@ def table(tmp_path: Path) -> Path:
         noise = np.random.default_rng(row).integers(0, 256, (20, 30, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / f"raw/{row}.jpg")
     path = tmp_path / "raw/cc3m_val.tsv"
-    rows = [f"A <b>red</b> circle {row} .\t{row}.jpg" for row in range(6)]  # picture 5 is missing
+    rows = [f"A <b>red</b> circle {row} .\t{row}.jpg" for row in range(6)]  # image 5 is missing
     path.write_text("\n".join(["caption\timage_path", *rows]))
     return path
 
@@ -44,7 +44,7 @@ def test_prepare_writes_data_and_a_report(tmp_path, table):
     failed = run("cc3m", *arguments, "--tokenizer", TOKENIZER, status=1)
     assert failed.stderr.splitlines()[-3:-1] == [
         "error: 1 of 6 units are unusable, the error budget allows 0; the first:",
-        f"  {table}:7, {tmp_path}/raw/5.jpg: picture cannot be read (No such file or directory)",
+        f"  {table}:7, {tmp_path}/raw/5.jpg: image cannot be read (No such file or directory)",
     ]
     done = run("cc3m", *arguments, "--tokenizer", TOKENIZER, "--error_budget", "1", "--letterbox", "16")
     folder = out / "cc3m/validation/1.0.0"
@@ -92,7 +92,7 @@ def test_lengths_of_the_report():
 def test_check_lists_and_fails(tmp_path, table):
     found = run("check", table, status=1)
     lines = found.stdout.splitlines()
-    assert lines[0].startswith(f"{table}:7: {tmp_path}/raw/5.jpg: picture cannot be read")
+    assert lines[0].startswith(f"{table}:7: {tmp_path}/raw/5.jpg: image cannot be read")
     assert lines[1].startswith("format: cc3m (guessed from its name")
     assert lines[-1] == "1 problem in 1 of 7 lines"
     table.write_text(table.read_text() + "\nmore\nand more")

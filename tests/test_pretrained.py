@@ -135,7 +135,7 @@ def test_whole_model_from_the_originals_files_is_the_originals(released, oracle_
 
 
 def test_it_answers_and_draws_as_the_original_did(released, oracle_cases):
-    """Recorded case ``s1/i1_forced``: ids, the forced answer, T(h), T(0), five PNDM steps, the picture."""
+    """Recorded case ``s1/i1_forced``: ids, the forced answer, T(h), T(0), five PNDM steps, the image."""
     case = {k.removeprefix("s1/i1_forced/"): v for k, v in oracle_cases.items() if "s1/i1_forced/" in k}
     tokenizer, template = released.tokenizer, released.spec.template
     ids = [tokenizer.bos_id, *tokenizer.encode(str(case["in/text"]))]

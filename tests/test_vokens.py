@@ -1,4 +1,4 @@
-"""Other numbers of vokens than eight, from the words of a sample to a picture (the papers' Figure 6)."""
+"""Other numbers of vokens than eight, from the words of a sample to an image (the papers' Figure 6)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "count, labels",
-    # Reference 2.2: the slice behind [IMG0] ends one short, so the last voken stays a target.
+    # Fidelity 2.2: the slice behind [IMG0] ends one short, so the last voken stays a target.
     [(1, [V]), (2, [V, V + 1]), (4, [V, V + 3]), (16, [V, V + 15])],
 )
 def test_data(oracle_dir, pictures, count, labels):
@@ -111,7 +111,7 @@ def test_a_train_step(model):
 
 
 def test_what_is_decoded_is_what_was_trained(model, oracle_configs):
-    """An answer's picture is that of the states which training reads on the same words."""
+    """An answer's image is that of the states which training reads on the same words."""
     count, template, params, batch, tokenizer = model
     session = Session(
         template,

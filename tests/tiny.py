@@ -127,7 +127,7 @@ def make_tiny_params(template: Template) -> dict[str, jax.Array]:
 
 
 def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24) -> Batch:
-    """Stage-1 rows of different lengths with one picture each."""
+    """Stage-1 rows of different lengths with one image each."""
     random = np.random.default_rng(seed)
     tokens = np.full((rows, length), 2, np.int32)
     labels = np.full((rows, length), -100, np.int32)

@@ -23,22 +23,22 @@ the sign of the paper's and is larger than that; **does not agree**, it is large
 nothing. Rows of a seed are judged on the same captions and stories, of which the errors make no use. The
 verdicts are computed.
 
-The paper measures CLIP-I, CLIP-T, IS and FID on photographs. Here the oracle reads the pictures, and shares
+The paper measures CLIP-I, CLIP-T, IS and FID on photographs. Here the oracle reads the images, and shares
 that are right stand beside CLIP-I's ordering; "mean" is over 1, 2 and 3 objects, "attributes" over
-background, shape, colour, size, texture and place: in pair tables the share of pictures in which it is right
+background, shape, colour, size, texture and place: in pair tables the share of images in which it is right
 of all objects, in story tables the share of objects. Caption error (MSE) and image loss (at fixed noise) are
 those of the last validation, by teacher forcing.
 
 What the small world builds in, other than the paper's Vicuna: the frozen language model has read stories and
 dialogues of these very formats, and was trained to hold the whole scene in the states of eight fillers where
-vokens stand, of what pictures before them show, too. So a model after stage 1 only is not new to stories
+vokens stand, of what images before them show, too. So a model after stage 1 only is not new to stories
 (zero-shot), less is lost without stage 1, every voken can tell everything (Figure 6), and vokens beyond eight
 stand where no filler was. The text encoder's padding positions all tell the whole scene, and the UNet was
 trained to heed them; a decoder-only mapper fills as many positions as there are vokens and leaves zeros
 behind them, which this UNet has never seen. Rows of stage 1 that are trained for fewer steps than
 `configs/shapes_stage1.py:full` show how fast a variant learns as much as how far it comes. Stories of all
 rows are drawn with stage 2's guidance, captions with stage 1's, but for Figure 5. Held-out stories begin
-with a kind of object that no part has seen; where it changes, later pictures may show seen kinds only."""
+with a kind of object that no part has seen; where it changes, later images may show seen kinds only."""
 
 
 def shown(value: Estimate | None, digits: int = 3) -> Cell:
@@ -113,14 +113,14 @@ def pair_section(results: Results, rows: dict[str, tuple[float, ...]], name: str
     claims = paper.orderings(rows, "all", name)
     nothing = [paper.LABELS[v] for v in rows if results.get(v) and not any(map(any_all_right, results[v]))]
     note = (
-        f"\n\nNot one picture was all right of: {', '.join(nothing)}. A verdict about such a row says that "
+        f"\n\nNot one image was all right of: {', '.join(nothing)}. A verdict about such a row says that "
         "it is behind after so many steps, not how far it would come."
     )
     return f"{table(head, lines)}\n\n{verdicts(results, claims, tally)}{note if nothing else ''}"
 
 
 def any_all_right(result: Result) -> bool:
-    """Whether any picture of a row was all right."""
+    """Whether any image of a row was all right."""
     value = METRICS["all"](result)
     return value is not None and value.value > 0
 
@@ -196,10 +196,10 @@ def voken_section(results: Results, folder: Path, tally) -> str:
 
 
 CONTEXT_NOTE = """\
-The picture of a story's last step, drawn with nothing before it but its own narration (none), the earlier
-narrations (text), pictures (image) or both. "attributes": all attributes of all objects and the background,
+The image of a story's last step, drawn with nothing before it but its own narration (none), the earlier
+narrations (text), images (image) or both. "attributes": all attributes of all objects and the background,
 compared with the paper's ordering; "pictures only": those that no text tells, "texture" among them. Other
-than the paper's, the rows of stage 2 were trained with some of the samples reading texts only or pictures
+than the paper's, the rows of stage 2 were trained with some of the samples reading texts only or images
 only of the steps before (`data.context_dropout` in their JSON); the zero-shot row was not."""
 
 
@@ -221,8 +221,8 @@ def context_section(results: Results, folder: Path, tally) -> str:
 
 
 STORY_NOTE = """\
-The last step after the whole history: its picture (attributes and all right as above), and its narration
-by ROUGE-L, asked with the picture to draw (multimodal) or from the true picture (understanding). Beside them
+The last step after the whole history: its image (attributes and all right as above), and its narration
+by ROUGE-L, asked with the image to draw (multimodal) or from the true image (understanding). Beside them
 what the true narration of another story has: the manner without the story."""
 
 

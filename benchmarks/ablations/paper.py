@@ -1,6 +1,6 @@
 """The papers' numbers beside which ours are set, and what their orderings claim.
 
-Tables are those of the newer paper; "old" ones those of the first version (reference 8.3, 8.4).  Figures 5
+Tables are those of the newer paper; "old" ones those of the first version (fidelity 8.3, 8.4).  Figures 5
 and 6 were published as plots only: their claims are the text's.
 """
 

@@ -112,7 +112,7 @@ def mean_share(shares: Sequence[tuple[float, float]]) -> Measured:
 
 
 def pairs(name: str, objects: Sequence[str] = ("1", "2", "3"), by: str = "vokens") -> Callable:
-    """Reads a share of pictures, the mean over numbers of objects."""
+    """Reads a share of images, the mean over numbers of objects."""
 
     def read(result: Result) -> Measured | None:
         scores = result["scores"]
@@ -120,7 +120,7 @@ def pairs(name: str, objects: Sequence[str] = ("1", "2", "3"), by: str = "vokens
             return None
         names = ATTRIBUTES if name == "attributes" else (name,)
         rows = [scores[number] for number in objects]
-        # The attributes of a picture are right or wrong together, so it counts once.
+        # The attributes of an image are right or wrong together, so it counts once.
         return mean_share(
             [(sum(row[by].get(n, 0.0) for n in names) / len(names), row["count"]) for row in rows]
         )
@@ -161,7 +161,7 @@ def stories(*names: str) -> Callable:
 
 
 def chance(name: str) -> Callable:
-    """Reads how often guessing is right in what only pictures reveal."""
+    """Reads how often guessing is right in what only images reveal."""
 
     def read(result: Result) -> Measured | None:
         found = within(result["scores"], ("contexts", "none", "picture_only", name)).get("chance")
@@ -181,7 +181,7 @@ METRICS: dict[str, Callable[[Result], Measured | None]] = {
     "image": held_out("image"),
     **{f"pictures only, {c}": stories("contexts", c, "picture_only", "together") for c in CONTEXTS},
     **{f"texture, {c}": stories("contexts", c, "picture_only", "texture") for c in CONTEXTS},
-    "chance, pictures only": chance("together"),
+    "chance, images only": chance("together"),
     "chance, texture": chance("texture"),
     **{f"attributes, {c}": stories("contexts", c, "all_attributes", "together") for c in CONTEXTS},
     **{f"all right, {c}": stories("contexts", c, "all_attributes", "all_right") for c in CONTEXTS},

@@ -19,7 +19,7 @@ def unset(kind: type, why: str, **rules: Any) -> Key:
 KEYS: dict[str, Key] = {
     # -- run ------------------------------------------------------------------------------------
     "run.name": Key("run", "name in logs and pages"),
-    "run.workdir": unset(str, "folder of metrics, pictures and checkpoints; the --workdir flag sets it"),
+    "run.workdir": unset(str, "folder of metrics, images and checkpoints; the --workdir flag sets it"),
     "run.seed": Key(42, "weights that start from nothing, data order and draws (the original's seed)", low=0),
     "run.num_steps": unset(int, "updates; not set: run.epochs over the training data", low=1),
     "run.epochs": Key(2.0, "passes over the training data where run.num_steps is not set", low=0.0),
@@ -27,7 +27,7 @@ KEYS: dict[str, Key] = {
     "run.eval_every": Key(1000, "steps between validations, and at the end; 0 for never", low=0),
     "run.eval_batches": Key(8, "batches of a validation, the same ones every time", low=1),
     "run.save_every": Key(1000, "steps between checkpoints; the last step is always saved", low=1),
-    "run.grid_every": Key(1000, "steps between picture grids; 0 for never", low=0),
+    "run.grid_every": Key(1000, "steps between image grids; 0 for never", low=0),
     "run.grid_pictures": Key(8, "held-out captions in a grid", low=1),
     "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
     "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
@@ -57,12 +57,10 @@ KEYS: dict[str, Key] = {
     "data.train": unset(str, "training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),
     "data.validation": unset(str, "held-out data, same format"),
     "data.train_mapping": unset(
-        str, "VIST's picture paths; not set: the file's name with image_mapping for cleaned (Q29)"
+        str, "VIST's image paths; not set: the file's name with image_mapping for cleaned (Q29)"
     ),
     "data.validation_mapping": unset(str, "the same for data.validation"),
-    "data.image_root": unset(
-        str, "folder that picture paths are relative to; not set: the file's own folder"
-    ),
+    "data.image_root": unset(str, "folder that image paths are relative to; not set: the file's own folder"),
     "data.global_batch": Key(48, "samples per update over all devices (paper, stage 1)", low=1),
     "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
     "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),
@@ -75,9 +73,9 @@ KEYS: dict[str, Key] = {
         "~/.cache/minigpt5_jax/lengths", "folder of sample lengths, which buckets and packing plan from"
     ),
     "data.max_length": Key(
-        256, "positions of a row, pictures included; longer ones follow data.truncation", low=16
+        256, "positions of a row, images included; longer ones follow data.truncation", low=16
     ),
-    "data.max_images": Key(0, "input pictures of a row at most; 0 for text-only input (CC3M)", low=0),
+    "data.max_images": Key(0, "input images of a row at most; 0 for text-only input (CC3M)", low=0),
     "data.max_targets": Key(8, "target positions of a row at most", low=3),
     "data.truncation": Key(
         "left_history",
@@ -91,7 +89,7 @@ KEYS: dict[str, Key] = {
     "data.tasks": Key((), "VIST's tasks, of gen, multimodal, understanding; () for all three (5.3)"),
     "data.context_dropout": Key(
         0.0,
-        "share of VIST's samples that read only texts or only pictures of the steps before; the original: 0",
+        "share of VIST's samples that read only texts or only images of the steps before; the original: 0",
         low=0.0,
         high=1.0,
     ),
@@ -101,10 +99,10 @@ KEYS: dict[str, Key] = {
         choices=("head", "release"),
     ),
     "data.bad_media_ids": Key(
-        ("-3872362534310063124", "3713630103994725971"), "MMDialog's pictures that end a conversation (Q28)"
+        ("-3872362534310063124", "3713630103994725971"), "MMDialog's images that end a conversation (Q28)"
     ),
     "data.features": unset(
-        str, "folder that `prepare features` made: pictures go through the frozen towers once, not each step"
+        str, "folder that `prepare features` made: images go through the frozen towers once, not each step"
     ),
     "data.instruction_every": Key(
         100, "every n-th CC3M row gives an instruction sample too; 0 none (5.2)", low=0
@@ -116,8 +114,8 @@ KEYS: dict[str, Key] = {
         "horizontal flips, p=0.5, input and output apart as in the original (Q17)",
         choices=("independent", "shared", "off"),
     ),
-    "data.pad_input_square": Key(False, "letterbox input pictures white before the crop (Q30)"),
-    "data.strict_image_count": Key(True, "as many placeholders as pictures, or the sample is skipped (Q31)"),
+    "data.pad_input_square": Key(False, "letterbox input images white before the crop (Q30)"),
+    "data.strict_image_count": Key(True, "as many placeholders as images, or the sample is skipped (Q31)"),
     "data.error_budget": Key(
         0.01,
         "share of unusable samples after which training stops; each is logged and counted",
@@ -192,11 +190,11 @@ KEYS: dict[str, Key] = {
     "inference.top_k": Key(50, "tokens kept, the original's implicit value; 0 for all (Q32)", low=0),
     "inference.top_p": Key(0.9, "probability mass kept, after top_k", low=0.0, high=1.0),
     "inference.repetition_penalty": Key(2.0, "over generated tokens, not the prompt (6.2)", low=0.01),
-    "inference.max_new_tokens": Key(256, "tokens at most; room for one picture is kept", low=1),
+    "inference.max_new_tokens": Key(256, "tokens at most; room for one image is kept", low=1),
     "inference.eos_ids": Key((2,), "ids that end a text besides ###; the original: (1,) (Q34)"),
     "inference.force_image": Key(
         "off",
-        "make a picture certain: at once, or after the text (Q35)",
+        "make an image certain: at once, or after the text (Q35)",
         choices=("off", "first", "after_text"),
     ),
     "inference.max_images": Key(1, "pictures drawn per answer (Q36)", low=0),

@@ -157,7 +157,7 @@ def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
 
 
 def use_stage2(config: ConfigDict) -> ConfigDict:
-    """The paper's stage 2: LoRA, one rate of 2e-5, batch 32, four epochs, no caption loss (4.1, 4.2)."""
+    """The paper's stage 2: LoRA, one rate of 2e-5, batch 32, four epochs, no caption loss (fidelity 4.1)."""
     config.run.update(epochs=4.0, eval_every=2000, grid_every=2000)
     config.data.update(global_batch=32, accumulation=4, max_length=512, max_targets=128)
     config.loss.caption = 0.0
@@ -170,7 +170,7 @@ def use_stage2(config: ConfigDict) -> ConfigDict:
 def use_shapes_stage2(config: ConfigDict) -> ConfigDict:
     """The paper's losses, masks, trainables and guidance of stage 2; rates, steps and text weight scaled.
 
-    With the paper's text weight of 0.01, 0.13 of a story's pictures were not begun after 600 steps.
+    With the paper's text weight of 0.01, 0.13 of a story's images were not begun after 600 steps.
     """
     use_shapes_backbones(use_stage2(config))
     config.run.update(
@@ -184,7 +184,7 @@ def use_shapes_stage2(config: ConfigDict) -> ConfigDict:
 
 
 def use_prefix(config: ConfigDict) -> ConfigDict:
-    """Prefix tuning in place of LoRA (390,562,816 trainable parameters, 4.4)."""
+    """Prefix tuning in place of LoRA (390,562,816 trainable parameters, fidelity 4.4)."""
     if not apply_setting(config, PREFIX):
         raise ConfigError(f"backbone {config.model.backbone.name!r} has no prefix tuning")
     return config

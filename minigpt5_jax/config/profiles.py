@@ -3,8 +3,8 @@
     --config configs/stage2_vist.py:release_2023_10
     --config configs/stage1.py:release_2023_10,compat=original
 
-The original exists in two code generations (reference section 0); released weights fit the first.  What the
-original does besides, quirk by quirk (reference section 10), is ``compat=original``.
+The original exists in two code generations (fidelity 0); released weights fit the first.  What the
+original does besides, quirk by quirk (fidelity 10), is ``compat=original``.
 """
 
 from __future__ import annotations

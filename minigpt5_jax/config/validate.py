@@ -61,7 +61,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
     if buckets and data.pack > 1:
         yield "data.buckets and data.pack exclude each other; packed rows all have data.max_length positions"
     if data.features and data.flip_mode != "off":
-        yield f"data.features are of pictures as they are; set data.flip_mode=off, it is {data.flip_mode!r}"
+        yield f"data.features are of images as they are; set data.flip_mode=off, it is {data.flip_mode!r}"
     if data.context_dropout and data.features:
         yield f"data.features are of whole contexts; set data.context_dropout=0, it is {data.context_dropout}"
     if data.context_dropout and data.format not in STORY_FORMATS:

@@ -1,4 +1,4 @@
-"""Pictures: decoding, and the original's resize, crop and flip (reference 5.5), on the host as bytes.
+"""Pictures: decoding, and the original's resize, crop and flip (fidelity 5.5), on the host as bytes.
 
 Pixels are those of PIL calls with torchvision's rounding; normalisation happens on the device.  What is
 done with unusual files:
@@ -6,7 +6,7 @@ done with unusual files:
 * the EXIF orientation is not applied and transparency is dropped, both as in the original;
 * of an animation the first frame is taken;
 * CMYK becomes RGB by PIL's plain rule, Adobe's inverted CMYK JPEGs included; colour profiles are ignored;
-* 16-bit pictures are brought to 8 bits by their high byte (PIL alone would clip them);
+* 16-bit images are brought to 8 bits by their high byte (PIL alone would clip them);
 * the content decides what a file is, never its name; :data:`FORMATS` are read, nothing else;
 * a file that is cut short is used only if all its pixels are there;
 * everything else is one :class:`~minigpt5_jax.data.errors.SampleError` that names the file.
@@ -31,15 +31,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 BAND = 32  # rows worked on at a time, so that they stay in the processor's cache
 FLIP_MODES = ("independent", "shared", "off")
 
-Picture = str | Path | bytes
+ImageSource = str | Path | bytes
 
 
-def picture_name(picture: Picture) -> str:
-    """What to call a picture in a report."""
+def picture_name(picture: ImageSource) -> str:
+    """What to call an image in a report."""
     return f"<{len(picture)} bytes in memory>" if isinstance(picture, bytes) else str(picture)
 
 
-def load_picture(picture: Picture) -> Image.Image:
+def load_image(picture: ImageSource) -> Image.Image:
     """Decodes a file or bytes to 8-bit RGB.
 
     Raises:
@@ -61,7 +61,7 @@ def load_picture(picture: Picture) -> Image.Image:
     except SampleError:
         raise
     except UnidentifiedImageError:
-        raise SampleError(name, f"no known picture format ({len(data):,} bytes)") from None
+        raise SampleError(name, f"no known image format ({len(data):,} bytes)") from None
     except Image.DecompressionBombError:
         raise SampleError(name, f"picture has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise what they like, struct.error for one
@@ -91,7 +91,7 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
 
 
 def pad_square(image: Image.Image) -> Image.Image:
-    """Centres a picture on a white square of its longer side."""
+    """Centres an image on a white square of its longer side."""
     width, height = image.size
     if width == height:
         return image
@@ -113,7 +113,7 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Middle ``size`` x ``size`` of a picture at least that large; offsets round half to even."""
+    """Middle ``size`` x ``size`` of an image at least that large; offsets round half to even."""
     width, height = image.size
     if width == height == size:
         return image
@@ -125,7 +125,7 @@ def double(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Bilinear enlargement to twice the sides: PIL's to the last pixel, at a fraction of its cost.
 
     All files of the papers' data sets are 256 pixels wide and targets are 512, so nearly every target
-    picture comes this way.  PIL works along rows, rounds, and works along columns; at this factor each
+    image comes this way.  PIL works along rows, rounds, and works along columns; at this factor each
     new pixel is (3 near + far + 2) // 4 in whole numbers, with the outermost pixels repeated.
     """
     height, width, _ = pixels.shape
@@ -154,29 +154,29 @@ def _quarters(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> tuple[
     return first, three
 
 
-def prepare_picture(
-    picture: Picture, size: int, *, square: bool, flip: bool
+def prepare_image(
+    picture: ImageSource, size: int, *, square: bool, flip: bool
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """One picture as the model wants it, u8[size size 3].
+    """One image as the model wants it, u8[size size 3].
 
     Args:
       picture: file or encoded bytes.
       size: side in pixels.
-      square: pad to a white square first (target pictures; input pictures only on request, quirk Q30).
+      square: pad to a white square first (target images; input images only on request, quirk Q30).
       flip: mirror left to right.
 
     Raises:
-      SampleError: as :func:`load_picture`, or so elongated that resizing would exceed
+      SampleError: as :func:`load_image`, or so elongated that resizing would exceed
         :data:`MAX_PIXELS`.
     """
-    image = load_picture(picture)
+    image = load_image(picture)
     name, short, long = picture_name(picture), min(image.size), max(image.size)
     _refuse_huge(name, *((long, long) if square else (size, int(size * long / short))))
     image = pad_square(image) if square else image
     doubles = image.size == (size // 2, size // 2) and size % 2 == 0
     if not doubles:
         image = center_crop(resize_shorter(image, size), size)
-    if flip:  # doubling is the same from either side, and the small picture is cheaper to mirror
+    if flip:  # doubling is the same from either side, and the small image is cheaper to mirror
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(image)
     return double(pixels) if doubles else pixels
@@ -184,7 +184,7 @@ def prepare_picture(
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-    """Which pictures of one sample are mirrored."""
+    """Which images of one sample are mirrored."""
 
     target: bool
     images: tuple[bool, ...]
@@ -196,7 +196,7 @@ def draw_flips(mode: str, key: tuple[int, ...], num_images: int) -> Flips:
     Args:
       mode: ``independent`` (the original, quirk Q17), ``shared`` (all or none) or ``off``.
       key: non-negative integers that name the draw, here (seed, epoch, place in the source).
-      num_images: number of input pictures.
+      num_images: number of input images.
     """
     if mode not in FLIP_MODES:
         raise DataError(f"flip_mode must be one of {', '.join(FLIP_MODES)}; got {mode!r}")

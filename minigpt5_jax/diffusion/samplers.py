@@ -4,7 +4,7 @@ PNDM (as PLMS), DDIM and DPM-Solver++ 2M are all linear multistep rules: the nex
 weighted sum of the current latents and of the last few model outputs.  A sampler is therefore a
 table of weights computed once in float64, and one loop serves them all.
 
-Sources: PNDM arXiv 2202.09778 and reference section 1.10, DDIM arXiv 2010.02502, DPM-Solver++
+Sources: PNDM arXiv 2202.09778 and fidelity 1.10, DDIM arXiv 2010.02502, DPM-Solver++
 arXiv 2211.01095.  Each is tested against diffusers' scheduler of the same name.
 """
 
@@ -160,7 +160,7 @@ class DPMSolverPlusPlus(LinearMultistep):
     """DPM-Solver++ 2M (diffusers ``DPMSolverMultistepScheduler`` with its defaults), one call per step.
 
     Second order in the prediction of the clean latents; first and last steps are first order, the
-    last one arrives at zero noise.  Good pictures in about 20 calls.
+    last one arrives at zero noise.  Good images in about 20 calls.
     """
 
     def __init__(self, schedule: NoiseSchedule, num_inference_steps: int):
@@ -222,7 +222,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, num_inference_steps: int) -
 
 
 def guided(denoise_pair: Denoise, guidance_scale: float) -> Denoise:
-    """Classifier-free guidance (reference 3.5): ``e_u + guidance_scale * (e_c - e_u)``.
+    """Classifier-free guidance (fidelity 3.5): ``e_u + guidance_scale * (e_c - e_u)``.
 
     ``denoise_pair`` sees the latents twice, [2m h w c], and returns epsilon without the condition
     for the first m and with it for the last m: both branches share one batch.

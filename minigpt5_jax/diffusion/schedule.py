@@ -1,6 +1,6 @@
 """Noise schedule of the diffusion model: forward process and the min-SNR loss weight.
 
-Sources: reference sections 1.10 and 3.4; min-SNR: Hang et al., arXiv 2303.09556.
+Sources: fidelity 1.10 and 3.4; min-SNR: Hang et al., arXiv 2303.09556.
 """
 
 from __future__ import annotations

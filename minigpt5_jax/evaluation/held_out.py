@@ -1,4 +1,4 @@
-"""What a run shows of its held-out samples: losses, drawn pictures, the oracle's verdict."""
+"""What a run shows of its held-out samples: losses, drawn images, the oracle's verdict."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Validate = Callable[[Params], dict[str, float]]
 Grid = Callable[[Params], np.ndarray]
 
 
-class HeldOutPictures:
+class HeldOutImages:
     """Pictures of one held-out batch, drawn from its own vokens (teacher forcing) and always the same noise.
 
-    Every process calls it and gets all of them, wherever their devices are.  The pictures of a set of
+    Every process calls it and gets all of them, wherever their devices are.  The images of a set of
     parameters are kept until another is asked, so that a grid and a score of one step are drawn once.
 
     Args:
       draw: ``(params, batch, keys[m]) -> u8[m H W 3]``.
-      batches: placed on ``mesh``; the first that holds a picture to draw is taken.
+      batches: placed on ``mesh``; the first that holds an image to draw is taken.
       seed: of the noise.
     """
 
@@ -50,7 +50,7 @@ class HeldOutPictures:
         everywhere = replicated(mesh)
         read = jax.jit(lambda batch: (batch.item_mask, batch.target), out_shardings=everywhere)
         self.targets = np.zeros((0, 0, 0, 3), np.uint8)
-        """u8[n H W 3]: the data's own pictures; none where no batch has any."""
+        """u8[n H W 3]: the data's own images; none where no batch has any."""
         for batch in batches:
             mask, targets = jax.device_get(read(batch))
             if mask.any():
@@ -64,7 +64,7 @@ class HeldOutPictures:
         self._last: tuple[Params, np.ndarray] | None = None
 
     def __call__(self, trainable: Params) -> UInt8[np.ndarray, "n H W 3"]:
-        """A picture for each of ``targets``."""
+        """An image for each of ``targets``."""
         if self._last is None or self._last[0] is not trainable:
             pictures = np.asarray(self._draw({**self._frozen, **trainable}, self._batch))
             self._last = trainable, pictures[self._items]
@@ -79,10 +79,10 @@ def watchers(
     mesh: jax.sharding.Mesh,
     sampler: Sampler,
 ) -> tuple[Validate | None, Grid | None]:
-    """(validation, picture grid) over held-out samples; None for what cannot be.
+    """(validation, image grid) over held-out samples; None for what cannot be.
 
     The numbers are global, and of the small world those of :func:`oracle_score` are among them.  There is no
-    grid without held-out pictures.
+    grid without held-out images.
     """
     if held_out is None:
         return None, None
@@ -93,7 +93,7 @@ def watchers(
     validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
     inference = config.inference
     sample = make_batch_sampler(spec.template, sampler, inference.guidance_scale, inference.cfg_negative)
-    drawn = HeldOutPictures(sample, batches, frozen, mesh, config.run.seed)
+    drawn = HeldOutImages(sample, batches, frozen, mesh, config.run.seed)
     judged = bool(len(drawn.targets)) and readable(config)
 
     def validate(trainable: Params) -> dict[str, float]:
@@ -109,12 +109,12 @@ def watchers(
 
 
 def readable(config: ConfigDict) -> bool:
-    """Whether the oracle can read the pictures: of the small world, in the size it draws them."""
+    """Whether the oracle can read the images: of the small world, in the size it draws them."""
     return config.data.format in SHAPES and config.model.generator.image_size == IMAGE_SIZE
 
 
 def oracle_score(
     drawn: UInt8[np.ndarray, "n 64 64 3"], targets: UInt8[np.ndarray, "n 64 64 3"]
 ) -> dict[str, float]:
-    """Shares of :func:`minigpt5_jax.shapes.oracle.score`, the data's pictures being the truth."""
+    """Shares of :func:`minigpt5_jax.shapes.oracle.score`, the data's images being the truth."""
     return {f"oracle_{name}": share for name, share in oracle.score(drawn, oracle.read(targets)).items()}

@@ -41,7 +41,7 @@ class Report:
       step: of the checkpoint.  parameters: how many.  source: the prompt.
       logit, rank: of ``[IMG0]`` where it is likeliest in the answer; rank 1 is the arg-max.
       drawn: whether the greedy answer draws by itself.
-      forced: whether a picture can be forced.
+      forced: whether an image can be forced.
       spread: standard deviation among the voken rows, relative to their size.
       difference: |T(h) - T(0)| / |T(0)|.
       correlation: of the predicted noise with the noise at the last timestep.
@@ -112,11 +112,11 @@ def problems_of(report: Report, top_k: int) -> list[str]:
     if report.spread < 1e-6:  # a mean of nine equal numbers is rounded
         problems.append("  all voken rows are the same: they were never trained")
     if not report.forced:
-        problems.append("  a picture cannot be forced: the vokens are out of the decoder's reach")
+        problems.append("  an image cannot be forced: the vokens are out of the decoder's reach")
     if top_k and report.rank > top_k and not report.drawn:
         problems.append(f"  [IMG0] is never among the {top_k} likeliest ids (inference.top_k)")
     if report.difference < DIFFERENCE:
-        problems.append("  the condition hardly differs from T(0): pictures do not depend on the vokens")
+        problems.append("  the condition hardly differs from T(0): images do not depend on the vokens")
     if report.correlation < CORRELATION:
         problems.append(
             "  the UNet does not predict noise: it predicts v (the 768-pixel model), or is not trained"
@@ -184,7 +184,7 @@ def _answer(run: LoadedModel, ids: list[int], sampling: SamplingConfig) -> Any:
 
 
 def _logits(run: LoadedModel, ids: list[int], answer: list[int]) -> np.ndarray:
-    """Logits of each id of the answer, f32[n V], up to its first picture."""
+    """Logits of each id of the answer, f32[n V], up to its first image."""
     first = run.tokenizer.first_voken_id
     shown = answer[: answer.index(first) if first in answer else len(answer) - 1]
 

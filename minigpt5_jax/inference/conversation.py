@@ -14,28 +14,28 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
 from minigpt5_jax.inference.session import Generation, Prompt, Session
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Message:
-    """One turn: text and pictures (paths or encoded bytes) in order; role ``user`` or ``assistant``."""
+    """One turn: text and images (paths or encoded bytes) in order; role ``user`` or ``assistant``."""
 
     role: str
     parts: tuple["str | ImagePart", ...]
 
     def texts(self, style: PromptStyle) -> list[str]:
-        """Its texts, and a placeholder for each picture."""
+        """Its texts, and a placeholder for each image."""
         return [part if isinstance(part, str) else style.image for part in self.parts]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePart:
-    """A picture of a turn; wrapped, since a path is a string as texts are."""
+    """An image of a turn; wrapped, since a path is a string as texts are."""
 
-    picture: Picture
+    picture: ImageSource
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,7 +62,7 @@ class Conversation:
 
 
 def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    """A picture as the model reads it again: nothing is lost."""
+    """An image as the model reads it again: nothing is lost."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG")
     return file.getvalue()
@@ -75,7 +75,7 @@ def answer_turn(answer: Generation) -> Message:
 
 
 def story_prompt(conversation: Conversation, request: str = "", style: PromptStyle = VICUNA_V0) -> Prompt:
-    """Everything so far and the request for the next scene, as stage 2 trains it (reference 5.3)."""
+    """Everything so far and the request for the next scene, as stage 2 trains it (fidelity 5.3)."""
     messages = conversation.messages
     before = [text for turn in messages for text in turn.texts(style)]
     source = style.story(before, request or style.next_scene)
@@ -85,13 +85,13 @@ def story_prompt(conversation: Conversation, request: str = "", style: PromptSty
 def dialog_prompt(
     conversation: Conversation, window: int | None = None, style: PromptStyle = VICUNA_V0
 ) -> Prompt:
-    """The last ``window`` turns (None for all) and the opening of the assistant's (reference 5.4)."""
+    """The last ``window`` turns (None for all) and the opening of the assistant's (fidelity 5.4)."""
     messages = conversation.messages if window is None else conversation.messages[-window:]
     spoken = [(style.speakers[turn.role], " ".join(turn.texts(style))) for turn in messages]
     return Prompt(style.dialog(conversation.system, spoken), _pictures(messages), conversation.next_seed())
 
 
-def _pictures(messages: Sequence[Message]) -> tuple[Picture, ...]:
+def _pictures(messages: Sequence[Message]) -> tuple[ImageSource, ...]:
     return tuple(part.picture for turn in messages for part in turn.parts if isinstance(part, ImagePart))
 
 

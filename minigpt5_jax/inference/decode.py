@@ -1,4 +1,4 @@
-"""Batched generation of text and voken states in one compiled loop (reference sections 2.5, 6.2).
+"""Batched generation of text and voken states in one compiled loop (fidelity 2.5, 6.2).
 
 Each turn of the loop draws one id per row and feeds it.  A row that drew ``[IMG0]`` is fed all n
 vokens in that turn, so its next id is drawn from the state on the last of them; other rows of the
@@ -47,11 +47,11 @@ class DecodeResult:
     """Answers of a batch; o is 1 where ``dummy_token_id`` is given, else 0.
 
     Attributes:
-      tokens: i32[b o+max_new_tokens].  Ids with the end (``###``) and one ``[IMG0]`` per picture;
+      tokens: i32[b o+max_new_tokens].  Ids with the end (``###``) and one ``[IMG0]`` per image;
         0 from ``lengths`` on.
       lengths: i32[b].  Ids in each row.
-      voken_states: f32[b max_images n d].  Mapper input of each picture: the state that predicted
-        ``[IMG0]``, then those on the first n - 1 vokens.  Zeros where there is no picture.
+      voken_states: f32[b max_images n d].  Mapper input of each image: the state that predicted
+        ``[IMG0]``, then those on the first n - 1 vokens.  Zeros where there is no image.
       voken_position: i32[b max_images].  Index of each ``[IMG0]`` in ``tokens``, -1 for none.
       num_images: i32[b].
       finish_reason: i32[b].  Index into ``FINISH_REASONS``.
@@ -97,7 +97,7 @@ def decode(
       lengths: entries of each prompt, at least 1.
       keys: one per row.  A row's answer depends on its prompt and its key, not on the other rows.
       config: rules, static.
-      first_voken_id: id of ``[IMG0]``.  num_vokens: n, vokens of a picture.
+      first_voken_id: id of ``[IMG0]``.  num_vokens: n, vokens of an image.
     """
     state = _prefill(llm, inputs_embeds, lengths, config, num_vokens)
 
@@ -113,7 +113,7 @@ def decode(
             seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
             done=done,
             cache=cache,
-            result=_record_picture(result, states, bursting),
+            result=_record_image(result, states, bursting),
         )
 
     return jax.lax.while_loop(lambda state: ~state.done.all(), turn, state).result
@@ -124,7 +124,7 @@ def _prefill(
 ) -> _State:
     """Feed the prompts; an empty answer."""
     batch, longest, width = inputs_embeds.shape
-    # A picture is one id but num_vokens entries; there is always room for its vokens.
+    # An image is one id but num_vokens entries; there is always room for its vokens.
     room = config.max_new_tokens + config.max_images * (num_vokens - 1)
     positions = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), (batch, longest))
     hidden, cache = llm.decode(
@@ -192,7 +192,7 @@ def _feed(
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Feed what was drawn: (state that predicts the next id, cache, mapper input of bursting rows).
 
-    A turn in which no row starts a picture costs one entry per row.  A row whose very last id is ``[IMG0]``
+    A turn in which no row starts an image costs one entry per row.  A row whose very last id is ``[IMG0]``
     is still fed the vokens.
     """
     batch, width = state.hidden.shape
@@ -226,8 +226,8 @@ def _do_if(wanted: jax.Array, function: Callable[[Any], Any], carry: Any) -> Any
     )[1]
 
 
-def _record_picture(result: DecodeResult, states: jax.Array, bursting: jax.Array) -> DecodeResult:
-    """Keep mapper input and place of the pictures that rows ``bursting`` have just started."""
+def _record_image(result: DecodeResult, states: jax.Array, bursting: jax.Array) -> DecodeResult:
+    """Keep mapper input and place of the images that rows ``bursting`` have just started."""
     rows = jnp.arange(bursting.shape[0])
     slot = jnp.where(bursting, result.num_images, result.voken_position.shape[1])
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Pictures from conditions: guided sampling with the whole scheduler loop compiled (reference 3.5, 6.3)."""
+"""Pictures from conditions: guided sampling with the whole scheduler loop compiled (fidelity 3.5, 6.3)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from minigpt5_jax.parts.contracts import Generator
 
 
 def initial_latents(keys: Key[Array, " m"], latent_shape: tuple[int, int, int]) -> Float[Array, "m h w c"]:
-    """N(0, I), one key per picture, so that a picture does not depend on the batch it is made in."""
+    """N(0, I), one key per image, so that an image does not depend on the batch it is made in."""
     return jax.vmap(lambda key: jax.random.normal(key, latent_shape))(keys)
 
 
-def sample_pictures(
+def sample_images(
     generator: Generator,
     sampler: Sampler,
     condition: Float[Array, "m q c"],
@@ -43,7 +43,7 @@ def sample_pictures(
 
 
 def negative_condition(model: MiniGPT5, cfg_negative: str) -> Float[Array, "1 q c"]:
-    """What pictures are guided away from: T(0), or the empty prompt (``CFG_NEGATIVES``, Q38)."""
+    """What images are guided away from: T(0), or the empty prompt (``CFG_NEGATIVES``, Q38)."""
     if cfg_negative == "empty_prompt":
         return model.generator.empty_prompt_features()[None]
     return model.unconditional()
@@ -52,9 +52,9 @@ def negative_condition(model: MiniGPT5, cfg_negative: str) -> Float[Array, "1 q 
 def make_batch_sampler(
     template: Template, sampler: Sampler, guidance_scale: float, cfg_negative: str = "voken_zero"
 ) -> Callable[[Params, Batch, jax.Array], jax.Array]:
-    """``f(params, batch, keys[m]) -> u8[m H W 3]``: pictures of a batch whose vokens are already written.
+    """``f(params, batch, keys[m]) -> u8[m H W 3]``: images of a batch whose vokens are already written.
 
-    The states are those that decoding would give (reference 2.5).
+    The states are those that decoding would give (fidelity 2.5).
     """
 
     def sample(params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def make_batch_sampler(
         hidden = model.backbone.hidden(model.backbone.embed(batch), batch, None)
         condition = model.condition(model.voken_states(hidden, batch.voken_row, batch.voken_start))
         latents = initial_latents(keys, model.generator.latent_shape)
-        return sample_pictures(
+        return sample_images(
             model.generator,
             sampler,
             condition,

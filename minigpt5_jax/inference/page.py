@@ -1,4 +1,4 @@
-"""HTML pages of interleaved text and pictures, and picture grids."""
+"""HTML pages of interleaved text and images, and image grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 Part = str | np.ndarray
-"""One piece of an interleaved sequence: text, or a picture u8[H W 3]."""
+"""One piece of an interleaved sequence: text, or an image u8[H W 3]."""
 
 _MARK = '<meta name="generator" content="minigpt5_jax">'
 _PICTURES = "pictures"
@@ -52,7 +52,7 @@ class Entry:
       notes: one line under the sequence, such as the held-out caption or the time it took.
 
     Raises:
-      ValueError: a picture of another shape or dtype.
+      ValueError: an image of another shape or dtype.
     """
 
     prompt: Sequence[Part]
@@ -100,17 +100,17 @@ def write_page(
 
 
 def draw_grid(pictures: np.ndarray, columns: int, *, min_side: int = 128) -> np.ndarray:
-    """u8[n H W 3] as one picture u8[h w 3] of ``columns`` columns, row by row.
+    """u8[n H W 3] as one image u8[h w 3] of ``columns`` columns, row by row.
 
-    Pictures narrower than ``min_side`` pixels are enlarged by a whole factor.
+    Images narrower than ``min_side`` pixels are enlarged by a whole factor.
 
     Raises:
-      ValueError: pictures of another shape or dtype, or no columns.
+      ValueError: images of another shape or dtype, or no columns.
     """
     _check_pictures(pictures, dims=4)
     count, height, width, _ = pictures.shape
     if columns < 1 or not count:
-        raise ValueError(f"{count} pictures in {columns} columns: need at least one of each")
+        raise ValueError(f"{count} images in {columns} columns: need at least one of each")
     factor = max(1, -(-min_side // width))
     width, height, gap = width * factor, height * factor, 6
     columns, rows = min(columns, count), -(-count // columns)
@@ -125,11 +125,11 @@ def draw_grid(pictures: np.ndarray, columns: int, *, min_side: int = 128) -> np.
 def _check_pictures(value: np.ndarray, dims: int) -> None:
     if value.ndim != dims or value.shape[-1] != 3 or value.dtype != np.uint8:
         want = "u8[H W 3]" if dims == 3 else "u8[n H W 3]"
-        raise ValueError(f"a picture must be {want}, got {value.dtype}{list(value.shape)}")
+        raise ValueError(f"an image must be {want}, got {value.dtype}{list(value.shape)}")
 
 
 def _claim(directory: Path) -> None:
-    """Make ``directory``, or clear the pictures of our earlier page; refuse what is not ours."""
+    """Make ``directory``, or clear the images of our earlier page; refuse what is not ours."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, a page needs a directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _html_entry(number: int, entry: Entry) -> str:
     sections = {"prompt": "", "output": ""}
     for section, part, name in _named_parts(number, entry):
         if name:
-            sections[section] += f'<img src="{name}" alt="{section} picture of entry {number}">\n'
+            sections[section] += f'<img src="{name}" alt="{section} image of entry {number}">\n'
         else:
             sections[section] += f"<p>{html.escape(part)}</p>\n"
     body = "".join(

@@ -26,7 +26,7 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
     """
     if not dialog:
         if images or IMAGE_TOKEN in text:
-            raise DataError("a caption has no pictures; use --template dialog")
+            raise DataError("a caption has no images; use --template dialog")
         caption = templates.clean_caption(text)
         if not caption:
             raise DataError(f"prompt {text!r} is empty" + (" after cleaning" if text.strip() else ""))
@@ -42,7 +42,7 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
 
 
 def file_prompts(path: str | Path) -> list[Prompt]:
-    """A prompt from each line of a JSONL file; picture paths are relative to its folder.
+    """A prompt from each line of a JSONL file; image paths are relative to its folder.
 
     Raises:
       DataError: no such file, a line that breaks the schema or ends in an assistant's turn, no line.

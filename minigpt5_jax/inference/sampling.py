@@ -1,4 +1,4 @@
-"""Rules for the next token: settings, penalties and filters on scores (reference section 6.2, Q32-Q37)."""
+"""Rules for the next token: settings, penalties and filters on scores (fidelity 6.2, Q32-Q37)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class SamplingConfig:
     """How an answer is drawn.  Defaults are the original's, with its defects repaired.
 
     Attributes:
-      max_new_tokens: ids at most, a picture counting as one (its vokens are not written out).
+      max_new_tokens: ids at most, an image counting as one (its vokens are not written out).
       do_sample: draw from the distribution; False takes the most likely id.
       temperature, top_k, top_p: shape of the distribution, applied in this order after the penalty;
         ``top_k=0`` and ``top_p=1`` switch a filter off.
       repetition_penalty: positive scores of ids already generated are divided by it, negative ones
         multiplied.  The prompt does not count.
-      force_image: ``"off"``; ``"first"``: a picture as soon as ``min_text_tokens`` ids are there,
+      force_image: ``"off"``; ``"first"``: an image as soon as ``min_text_tokens`` ids are there,
         with 0 before any text (the original's forced generation); ``"after_text"``: where the text
         would end.
-      min_text_tokens: ids before which neither a picture nor the end may come.
-      max_images: pictures drawn per answer; ``[IMG0]`` cannot be drawn again after that many.
+      min_text_tokens: ids before which neither an image nor the end may come.
+      max_images: images drawn per answer; ``[IMG0]`` cannot be drawn again after that many.
       eos_ids: ids that end an answer.  stop_sequences: id sequences that do.
       dummy_token_id: the original's stray first id, which is penalised and written out but never
         fed to the model (Q33); None leaves it away.
-      ban_inner_vokens: never draw ``[IMG1]...`` or the picture placeholder.  The original lets them
+      ban_inner_vokens: never draw ``[IMG1]...`` or the image placeholder.  The original lets them
         stray into the text.
     """
 
@@ -146,7 +146,7 @@ def force(
     first_voken_id: int,
     config: SamplingConfig,
 ) -> Int[Array, " b"]:
-    """``[IMG0]`` instead of ``token`` where ``force_image`` wants a picture now."""
+    """``[IMG0]`` instead of ``token`` where ``force_image`` wants an image now."""
     if config.force_image == "off":
         return token
     if config.force_image == "first":

@@ -1,4 +1,4 @@
-"""Prompts in, interleaved text and pictures out, on a model that stays compiled (reference 6.1-6.3)."""
+"""Prompts in, interleaved text and images out, on a model that stays compiled (fidelity 6.1-6.3)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from absl import logging
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import Picture, prepare_picture
+from minigpt5_jax.data.images import ImageSource, prepare_image
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
 from minigpt5_jax.data.text.templates import Expanded, expand
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LanguageTokenizer
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.decode import DecodeResult, decode
-from minigpt5_jax.inference.images import initial_latents, negative_condition, sample_pictures
+from minigpt5_jax.inference.images import initial_latents, negative_condition, sample_images
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.models.abstract import Template
 
@@ -32,12 +32,12 @@ class Prompt:
     Attributes:
       source: text as the model reads it, ``<ImageHere>`` once for each of ``images``
         (:mod:`minigpt5_jax.data.text.templates` writes it).
-      images: input pictures, paths or encoded bytes.
+      images: input images, paths or encoded bytes.
       seed: of this answer's draws, 0 ... 2**32 - 1; the answer depends on nothing else in the batch.
     """
 
     source: str
-    images: tuple[Picture, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     seed: int = 0
 
 
@@ -46,9 +46,9 @@ class Generation:
     """An answer.
 
     Attributes:
-      parts: text and pictures u8[H W 3] in the order they were written; text without its ``###``.
+      parts: text and images u8[H W 3] in the order they were written; text without its ``###``.
       text: the text parts joined.
-      token_ids: everything drawn, ``[IMG0]`` standing for a picture, the end included.
+      token_ids: everything drawn, ``[IMG0]`` standing for an image, the end included.
       source, seed: of the prompt.
       dropped: positions of the prompt that were cut off to fit (the oldest ones).
     """
@@ -62,7 +62,7 @@ class Generation:
 
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
-        """The picture parts."""
+        """The image parts."""
         return tuple(part for part in self.parts if not isinstance(part, str))
 
 
@@ -91,7 +91,7 @@ class _Row:
 class Session:
     """A model ready to answer.
 
-    The two compiled functions (text; pictures) are kept, one per padded prompt length, so a second
+    The two compiled functions (text; images) are kept, one per padded prompt length, so a second
     call costs no compilation.  ``params`` may be sharded over any mesh; rows are not spread.
 
     Args:
@@ -99,12 +99,12 @@ class Session:
       tokenizer: of the language model.
       style: how the language model is spoken to.
       sampling: rules for text; None takes the defaults with this tokenizer's :func:`stop_sequences`.
-      sampler: of pictures (:func:`minigpt5_jax.diffusion.samplers.make_sampler`).
-      guidance_scale: of pictures.
-      cfg_negative: what pictures are guided away from, ``voken_zero`` for T(0) or ``empty_prompt`` (Q38).
+      sampler: of images (:func:`minigpt5_jax.diffusion.samplers.make_sampler`).
+      guidance_scale: of images.
+      cfg_negative: what images are guided away from, ``voken_zero`` for T(0) or ``empty_prompt`` (Q38).
       max_length: positions of a prompt at most; of a longer one the oldest are dropped, with a warning.
-      batch_size: answers, and pictures, made together; a smaller rest is padded to it.
-      pad_input_square: pad input pictures to a square instead of cropping them.
+      batch_size: answers, and images, made together; a smaller rest is padded to it.
+      pad_input_square: pad input images to a square instead of cropping them.
 
     Raises:
       ValueError: a setting is out of range.
@@ -147,11 +147,11 @@ class Session:
         if max_length + room > self._backbone.max_positions:
             raise ValueError(
                 f"a prompt of max_length={max_length} and an answer of {room} positions (max_new_tokens="
-                f"{self.sampling.max_new_tokens}, {self.sampling.max_images} pictures) exceed the language "
+                f"{self.sampling.max_new_tokens}, {self.sampling.max_images} images) exceed the language "
                 f"model's {self._backbone.max_positions} positions; lower one of them"
             )
         self._write = jax.jit(self._write_rows)
-        self._draw = jax.jit(self._draw_pictures)
+        self._draw = jax.jit(self._draw_images)
 
     def generate(self, prompts: Sequence[Prompt], *, pictures: bool = True) -> list[Generation]:
         """An answer to each prompt.  All of them are checked before anything is compiled.
@@ -160,8 +160,8 @@ class Session:
           pictures: False samples none: one that was started leaves ``[IMG0]`` in ``token_ids`` and no part.
 
         Raises:
-          DataError: an empty prompt, vokens in it, pictures that do not fit its placeholders or that
-            the backbone cannot see, a picture that cannot be read; naming the prompt.
+          DataError: an empty prompt, vokens in it, images that do not fit its placeholders or that
+            the backbone cannot see, an image that cannot be read; naming the prompt.
         """
         rows = [self._read(number, prompt) for number, prompt in enumerate(prompts)]
         answers = [answer for some in self._batches(rows) for answer in self._answer(some)]
@@ -180,8 +180,8 @@ class Session:
         """Pictures u8[H W 3] from voken states f32[n d] each.
 
         Args:
-          vokens: mapper input of each picture.
-          seeds: seed of the answer it belongs to.  numbers: which picture of that answer it is.
+          vokens: mapper input of each image.
+          seeds: seed of the answer it belongs to.  numbers: which image of that answer it is.
         """
         pictures: list[np.ndarray] = []
         for some in self._batches(list(zip(vokens, seeds, numbers))):
@@ -206,18 +206,18 @@ class Session:
             num_vokens=model.backbone.num_vokens,
         )
 
-    def _draw_pictures(self, params, vokens, seeds, numbers) -> jax.Array:
+    def _draw_images(self, params, vokens, seeds, numbers) -> jax.Array:
         model = self._template.bind(params)
         negative = negative_condition(model, self._negative)
         keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
         latents = initial_latents(keys, model.generator.latent_shape)
         condition = model.condition(vokens)
-        return sample_pictures(model.generator, self._sampler, condition, negative, latents, self._guidance)
+        return sample_images(model.generator, self._sampler, condition, negative, latents, self._guidance)
 
     # -- on the host ----------------------------------------------------------------------------
 
     def _read(self, number: int, prompt: Prompt) -> _Row:
-        """Check and tokenise a prompt, read its pictures."""
+        """Check and tokenise a prompt, read its images."""
 
         def refuse(reason: str) -> DataError:
             return DataError(f"prompt {number + 1}: {reason}")
@@ -231,9 +231,9 @@ class Session:
             raise refuse(f"contains {min(special)}; vokens mean nothing in a prompt")
         places = prompt.source.count(IMAGE_TOKEN)
         if places != len(prompt.images):
-            raise refuse(f"has {places} {IMAGE_TOKEN} for {len(prompt.images)} pictures")
+            raise refuse(f"has {places} {IMAGE_TOKEN} for {len(prompt.images)} images")
         if places and not self._backbone.image_tokens:
-            raise refuse("has pictures, but this model has no vision tower")
+            raise refuse("has images, but this model has no vision tower")
         expanded = expand(
             self.tokenizer,
             prompt.source,
@@ -249,11 +249,11 @@ class Session:
                 self.max_length,
             )
         size, square = self._backbone.image_size, self.pad_input_square
-        pictures = [prepare_picture(p, size, square=square, flip=False) for p in prompt.images]
+        pictures = [prepare_image(p, size, square=square, flip=False) for p in prompt.images]
         return _Row(prompt, expanded, [pictures[i] for i in expanded.images])
 
     def _answer(self, rows: list[_Row]) -> list[tuple[list[int], list[np.ndarray]]]:
-        """(ids, voken states of each picture) of at most ``batch_size`` prompts."""
+        """(ids, voken states of each image) of at most ``batch_size`` prompts."""
         batch = self._padded(rows)
         longest = max(len(row.expanded.tokens) for row in batch)
         tokens = np.full(
@@ -263,7 +263,7 @@ class Session:
             tokens[place, : len(row.expanded.tokens)] = row.expanded.tokens
         lengths = np.int32([len(row.expanded.tokens) for row in batch])
         seeds = np.uint32([row.prompt.seed for row in batch])
-        result = self._write(self._params, tokens, lengths, *self._place_pictures(batch), seeds)
+        result = self._write(self._params, tokens, lengths, *self._place_input_images(batch), seeds)
         result = jax.tree.map(np.asarray, result)
         return [
             (
@@ -273,8 +273,8 @@ class Session:
             for i in range(len(rows))
         ]
 
-    def _place_pictures(self, batch: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(pictures, their rows, their first slots); as many as batch_size times the most of any row."""
+    def _place_input_images(self, batch: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images, their rows, their first slots); as many as batch_size times the most of any row."""
         size = self._backbone.image_size
         room = len(batch) * max(len(row.pictures) for row in batch)
         images = np.zeros((room, size, size, 3), np.uint8)
@@ -289,7 +289,7 @@ class Session:
         return images, image_row, image_start
 
     def _assemble(self, row: _Row, ids: list[int], drawn: int, pictures: Any) -> Generation:
-        """Text and pictures in the order of ``ids``."""
+        """Text and images in the order of ``ids``."""
         parts: list[str | np.ndarray] = []
         chunk: list[int] = []
         written = ids if self.sampling.dummy_token_id is None else ids[1:]
@@ -326,5 +326,5 @@ class Session:
 
 
 def _keys(seed: jax.Array) -> jax.Array:
-    """(key of the text, key of the pictures) of an answer."""
+    """(key of the text, key of the images) of an answer."""
     return jax.random.split(jax.random.key(seed))

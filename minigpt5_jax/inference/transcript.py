@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.data.errors import SampleError
-from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.samples.records import Record, RecordImage
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message
 from minigpt5_jax.inference.page import Entry, Part
@@ -33,7 +33,7 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
     found: dict[str, Record] = {}
     for where, record in file_records(path):
         if record.pair:
-            raise SampleError(where, "is a pair of caption and picture; stories and dialogues have turns")
+            raise SampleError(where, "is a pair of caption and image; stories and dialogues have turns")
         name = record.id if record.id is not None else f"{Path(path).stem}_{where.rpartition(':')[2]}"
         if name in found:
             raise SampleError(where, f"id {name!r} was used already")
@@ -42,13 +42,13 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
 
 
 def turns_of(record: Record, image_root: Path) -> list[Message]:
-    """A record's turns, their pictures known to be readable; SampleError where one is not."""
+    """A record's turns, their images known to be readable; SampleError where one is not."""
 
     def part(value: str | RecordImage) -> str | ImagePart:
         if isinstance(value, str):
             return value
         path = image_root / value.path
-        load_picture(path)
+        load_image(path)
         return ImagePart(path)
 
     return [Message(turn.role, tuple(map(part, turn.parts))) for turn in record.turns]
@@ -66,7 +66,7 @@ def entry_of(conversation: Conversation, given: int) -> Entry:
         for turn in turns:
             for part in turn.parts:
                 if isinstance(part, ImagePart):
-                    yield np.asarray(load_picture(part.picture))
+                    yield np.asarray(load_image(part.picture))
                 else:
                     yield f"You: {part}" if named and turn.role == "user" else part
 
@@ -83,9 +83,9 @@ def entry_of(conversation: Conversation, given: int) -> Entry:
 
 
 def record_of(conversation: Conversation, given: int, number: int) -> dict[str, Any]:
-    """A conversation in the schema, its pictures where ``write_page`` puts those of entry ``number``.
+    """A conversation in the schema, its images where ``write_page`` puts those of entry ``number``.
 
-    An assistant's turn ends with its picture there, so an answer that goes on after one becomes two turns.
+    An assistant's turn ends with its image there, so an answer that goes on after one becomes two turns.
     """
     turns = []
     for section, messages in (

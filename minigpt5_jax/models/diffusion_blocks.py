@@ -1,4 +1,4 @@
-"""Convolutional blocks that the UNet and the autoencoder share (reference 1.8, 1.9).
+"""Convolutional blocks that the UNet and the autoencoder share (fidelity 1.8, 1.9).
 
 Everything is NHWC.  The residual stream is in the compute ``dtype``; group-norm statistics and
 softmax are fp32.

@@ -1,4 +1,4 @@
-"""Low-rank adaptation of frozen dense layers (reference sections 4.3, 7.3)."""
+"""Low-rank adaptation of frozen dense layers (fidelity 4.3, 7.3)."""
 
 from __future__ import annotations
 

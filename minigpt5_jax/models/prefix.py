@@ -1,4 +1,4 @@
-"""Prefix tuning: trainable keys and values in front of the sequence (reference section 4.4)."""
+"""Prefix tuning: trainable keys and values in front of the sequence (fidelity 4.4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minigpt5_jax.models.common import normal, param, torch_linear
 
 @dataclasses.dataclass(frozen=True)
 class PrefixConfig:
-    """PEFT's prefix tuning with projection (reference 4.4), the alternative to LoRA."""
+    """PEFT's prefix tuning with projection (fidelity 4.4), the alternative to LoRA."""
 
     num_virtual_tokens: int = 5
     encoder_hidden_size: int = 1024

@@ -3,7 +3,7 @@
     python -m minigpt5_jax.shapes.dataset --out DIR [--kind pairs|stories|dialogs] [--max_objects 3]
 
 Nothing that reads them knows about shapes.  Beside each table stands its truth (``shapes_*.jsonl``),
-which only the oracle's users read.  Everything is a function of (split, number, seed): pictures that are
+which only the oracle's users read.  Everything is a function of (split, number, seed): images that are
 there already are kept, if today's code drew them, and the table appears last, when all it names is there.
 """
 
@@ -29,7 +29,7 @@ from minigpt5_jax.shapes.world import Scene, all_scenes, draw_scene
 
 SPLITS = ("train", "held_out")
 OBJECT_SHARES = {1: (1.0,), 2: (0.5, 0.5), 3: (0.3, 0.4, 0.3)}  # most objects -> shares of their numbers
-CHUNK = 256  # pictures rendered together
+CHUNK = 256  # images rendered together
 DRAWN_BY = ("world.py", "render.py", "wording.py", "stories.py", "dialogs.py", "dataset.py")
 # Kinds of data, as parts of a generator's seed.
 _PAIRS, _STORIES, _DIALOGS = 1, 2, 3
@@ -38,10 +38,10 @@ _PAIRS, _STORIES, _DIALOGS = 1, 2, 3
 def draw_pairs(
     split: str, count: int, seed: int, max_objects: int = 1
 ) -> tuple[list[int], list[Scene], list[str]]:
-    """``count`` scenes of a split with captions: (number of the picture, scene, caption) of each.
+    """``count`` scenes of a split with captions: (number of the image, scene, caption) of each.
 
     One-object scenes come in random order, and none comes twice before all have come once; their
-    pictures are numbered as in ``all_scenes``.  With more objects, scenes are drawn one by one.
+    images are numbered as in ``all_scenes``.  With more objects, scenes are drawn one by one.
 
     Raises:
       ValueError: an unknown split, no scene asked for, or a number of objects that has no captions.
@@ -92,7 +92,7 @@ def write_pairs(
     pairs = zip(captions, scenes, strict=True)
     truth = [{"caption": text, **scene.to_json()} for text, scene in pairs]
     files_and_scenes = dict(zip(files, scenes, strict=True))
-    # One-object pictures are the same for every seed, so that they are never drawn twice.
+    # One-object images are the same for every seed, so that they are never drawn twice.
     stamp = "one object" if max_objects == 1 else f"{max_objects} objects, seed {seed}"
     return _write(
         directory / f"shapes_{split}.tsv",
@@ -106,7 +106,7 @@ def write_pairs(
 
 
 def write_stories(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
-    """Write stories in VIST's files (reference 5.3), with their truth; returns ``<split>_cleaned.json``."""
+    """Write stories in VIST's files (fidelity 5.3), with their truth; returns ``<split>_cleaned.json``."""
     directory = Path(directory)
     cleaned, mapping, truth, pictures = {}, {}, [], {}
     for number, story in enumerate(draw_stories(split, count, seed)):
@@ -135,7 +135,7 @@ def write_stories(directory: str | os.PathLike[str], split: str, count: int, see
 
 
 def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
-    """Write dialogues in MMDialog's files (reference 5.4), with their truth; returns the conversations."""
+    """Write dialogues in MMDialog's files (fidelity 5.4), with their truth; returns the conversations."""
     directory = Path(directory)
     lines, truth, pictures = [], [], {}
     for number, turns in enumerate(draw_dialogs(split, count, seed)):
@@ -180,7 +180,7 @@ def read_truth(directory: str | os.PathLike[str], split: str, kind: str) -> list
 
 
 def scenes_of_pictures(directory: str | os.PathLike[str], split: str, kind: str) -> dict[str, Scene]:
-    """Scene of every picture of written stories or dialogues, by the path a reader gives it."""
+    """Scene of every image of written stories or dialogues, by the path a reader gives it."""
     steps = "steps" if kind == "stories" else "turns"
     return {
         str(Path(directory) / part["image"]): Scene.from_json(part["scene"])
@@ -219,7 +219,7 @@ def _write(
     same = mark.is_file() and mark.read_text() == stamp
     if same and table.is_file() and table.read_text() == content and truth_file.is_file():
         return table
-    table.unlink(missing_ok=True)  # it may name pictures that are about to change
+    table.unlink(missing_ok=True)  # it may name images that are about to change
     root = truth_file.parent
     if not same:
         _begin(folder, mark, stamp)
@@ -231,13 +231,13 @@ def _write(
 
 @functools.cache
 def _code() -> str:
-    """Hash of everything that a picture, or the scene behind its name, depends on."""
+    """Hash of everything that an image, or the scene behind its name, depends on."""
     sources = (Path(__file__).with_name(name).read_bytes() for name in DRAWN_BY)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def _begin(folder: Path, mark: Path, stamp: str) -> None:
-    """A folder for pictures of one kind, seed and code; others are removed first."""
+    """A folder for images of one kind, seed and code; others are removed first."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (*folder.glob("*.png"), *folder.glob("*.jpg")):
         path.unlink()

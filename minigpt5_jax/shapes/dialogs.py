@@ -1,7 +1,7 @@
-"""Dialogues about pictures: turns that call for a picture, and turns that call for words only.
+"""Dialogues about images: turns that call for an image, and turns that call for words only.
 
 Even turns are the human's, odd ones the assistant's, two and two an exchange.  MMDialog's reader shows
-a turn two or three turns of its past (reference 5.4), so a request or question that needs a picture comes
+a turn two or three turns of its past (fidelity 5.4), so a request or question that needs an image comes
 only right after an exchange that has one.
 """
 
@@ -29,7 +29,7 @@ from minigpt5_jax.shapes.world import (
 )
 
 EXCHANGES = (2, 3, 4)
-OBJECTS_AT_START = (0.6, 0.4)  # shares of one and two objects in pictures asked for or shown
+OBJECTS_AT_START = (0.6, 0.4)  # shares of one and two objects in images asked for or shown
 OBJECTS_AT_MOST = 3
 STARTS = {"show": 0.75, "look": 0.25}
 AFTER_PICTURE = {"edit": 0.45, "ask": 0.3, "show": 0.1, "look": 0.1, "thank": 0.05}
@@ -74,7 +74,7 @@ class Turn:
 
     Attributes:
       text: words; never empty, as MMDialog's reader stops at an empty turn.
-      scene: of the picture that comes with it, or None.
+      scene: of the image that comes with it, or None.
       kind: of the exchange it belongs to.
       answer: (what was asked, the right value) of the assistant's turn of an ``ask``.
     """
@@ -85,18 +85,18 @@ class Turn:
     answer: tuple[str, str] | None = None
 
     def to_json(self) -> dict:
-        """The truth of this turn; ``wants_picture`` counts for the assistant's turns."""
+        """The truth of this turn; ``wants_image`` counts for the assistant's turns."""
         return {
             "text": self.text,
             "kind": self.kind,
-            "wants_picture": self.scene is not None,
+            "wants_image": self.scene is not None,
             "scene": self.scene and self.scene.to_json(),
             "answer": self.answer and {"asked": self.answer[0], "value": self.answer[1]},
         }
 
 
 class _Talk:
-    """A dialogue while it is made up; ``scene`` is the picture in sight, if any."""
+    """A dialogue while it is made up; ``scene`` is the image in sight, if any."""
 
     def __init__(self, random: np.random.Generator, held_out: bool):
         self.random, self.held_out = random, held_out
@@ -190,7 +190,7 @@ class _Talk:
 
 
 def draw_dialog(random: np.random.Generator, held_out: bool = False) -> tuple[Turn, ...]:
-    """Turns of a dialogue; pictures of a held-out one are asked for with held-out kinds."""
+    """Turns of a dialogue; images of a held-out one are asked for with held-out kinds."""
     talk = _Talk(random, held_out)
     for number in range(int(random.choice(EXCHANGES))):
         shares = STARTS if not number else AFTER_PICTURE if talk.scene else AFTER_WORDS

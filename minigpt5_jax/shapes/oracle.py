@@ -23,7 +23,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
-    """Scene in each picture, u8 or float in 0 ... 255."""
+    """Scene in each image, u8 or float in 0 ... 255."""
     count = len(pictures)
     parts = pictures.astype(np.float32).reshape(count, 2, CELL, 2, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
     parts = parts.reshape(count * 4, -1) / 127.5 - 1.0
@@ -36,7 +36,7 @@ def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
 
 
 def score(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of pictures in which everything is right (``all``), the background, and each attribute.
+    """Share of images in which everything is right (``all``), the background, and each attribute.
 
     An attribute is right where the objects, in order of their places, have the scene's values of it.
     """
@@ -68,7 +68,7 @@ def _box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
 def corrupted(
     pictures: UInt8[np.ndarray, "n 64 64 3"], random: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(how, pictures in 0 ... 255) for several ways of corrupting them, ``clean`` first."""
+    """(how, images in 0 ... 255) for several ways of corrupting them, ``clean`` first."""
     clean = pictures.astype(np.float32)
     yield "clean", clean
     for sd in (0.2, 0.4, 0.8):

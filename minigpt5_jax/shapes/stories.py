@@ -2,7 +2,7 @@
 
 A story has a subject, which stays to the end, and up to two companions, which come and go.  In a stated
 share of stories the text never describes the subject, so its shape, colour and texture can be known from
-earlier pictures only; what was told, step by step, is kept with the story.
+earlier images only; what was told, step by step, is kept with the story.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One picture and its sentence.
+    """One image and its sentence.
 
     Attributes:
       text: tokenised and in lower case, as VIST's.  event: what happened.
-      shapes: everything in the picture, the subject first.  background: index.
+      shapes: everything in the image, the subject first.  background: index.
       background_told: whether the texts up to now have told the background.
-      revealed: attributes of the subject (and ``background``) that earlier pictures show as they are
+      revealed: attributes of the subject (and ``background``) that earlier images show as they are
         now, and no text up to now has told.
     """
 
@@ -89,7 +89,7 @@ class Step:
 
     @property
     def scene(self) -> Scene:
-        """What the picture shows."""
+        """What the image shows."""
         return make_scene(self.background, (seen.item for seen in self.shapes))
 
     def to_json(self) -> dict:

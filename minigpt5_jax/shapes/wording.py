@@ -94,7 +94,7 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The one way in which a picture is described: place first, so that one is looked at at a time."""
+    """The one way in which an image is described: place first, so that one is looked at at a time."""
     phrases = [PHRASES[-1].format(**item.names) for item in scene.objects]
     return f"a {BACKGROUNDS[scene.background]} picture with " + " and ".join(phrases)
 

@@ -48,7 +48,7 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300)
 
 
 def main_process() -> bool:
-    """Whether this process writes metrics, pictures and messages."""
+    """Whether this process writes metrics, images and messages."""
     return jax.process_index() == 0
 
 

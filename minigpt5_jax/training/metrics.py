@@ -1,4 +1,4 @@
-"""What a run shows while it runs: progress bar, ``metrics.jsonl``, TensorBoard, picture grids.
+"""What a run shows while it runs: progress bar, ``metrics.jsonl``, TensorBoard, image grids.
 
 Values are read back one step late, so that the host never waits for the step it has just sent off.
 clu's writer brings TensorFlow along (seconds to import), so it is imported at the first write, and a

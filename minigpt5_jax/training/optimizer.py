@@ -1,4 +1,4 @@
-"""AdamW over the trainable groups, frozen leaves held by Optax masks (reference section 4.1).
+"""AdamW over the trainable groups, frozen leaves held by Optax masks (fidelity 4.1).
 
 Every leaf of the full parameter dict carries a label; ``optax.partition`` gives each group its
 own learning rate and ``set_to_zero`` to the frozen ones.  A frozen leaf's gradient is an
@@ -19,7 +19,7 @@ from minigpt5_jax.training.tuning import FROZEN, TABLE_DECAY
 def linear_warmup_decay(learning_rate: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
     """Linear from 0 over ``warmup_steps``, then linear to 0 at ``num_steps``; the first update has rate 0.
 
-    The factor at 0-based step s is s/warmup, then (T-s)/(T-warmup) floored at 0 (reference 4.1).
+    The factor at 0-based step s is s/warmup, then (T-s)/(T-warmup) floored at 0 (fidelity 4.1).
 
     Raises:
       ValueError: if the warm-up is not shorter than the run.

@@ -19,7 +19,7 @@ from minigpt5_jax.models.common import Axis
 
 MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-ITEMS = ("data", "fsdp", "tensor")  # pictures cost most and need no model axis: spread over all
+ITEMS = ("data", "fsdp", "tensor")  # images cost most and need no model axis: spread over all
 
 Rules = Sequence[tuple[str, Mapping[str, str]]]
 """(Start of a path, logical axis -> mesh axis): the first match decides; what none matches is replicated.
@@ -113,7 +113,7 @@ def state_shardings(state, parameters: Mapping[str, NamedSharding], mesh: Mesh):
 
 
 def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
-    """Sharding of every batch field: rows over data x fsdp, target pictures over the whole mesh.
+    """Sharding of every batch field: rows over data x fsdp, target images over the whole mesh.
 
     Raises:
       ShardingError: naming the field, its size and the devices that do not divide it.
@@ -123,7 +123,7 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
     lead = (None,) if accumulation > 1 else ()
 
     def of(name: str, value) -> NamedSharding:
-        # Input pictures are scattered into rows; like rows they stay off the tensor axis.
+        # Input images are scattered into rows; like rows they stay off the tensor axis.
         axes = ROWS if name in row_fields | image_fields else ITEMS
         size, places = np.shape(value)[len(lead)], math.prod(mesh.shape[a] for a in axes)
         if size % places:

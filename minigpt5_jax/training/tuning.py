@@ -19,7 +19,7 @@ REST = (r".*", FROZEN)
 
 
 def rules_of(parts: Iterable[Any], stage: str, before: Rules = ()) -> Rules:
-    """The patterns of a whole model (reference 4.2).
+    """The patterns of a whole model (fidelity 4.2).
 
     Args:
       parts: records of backbone, mapper and generator.  stage: ``stage1`` or ``stage2``.

@@ -170,7 +170,7 @@ def training_progress(config: ConfigDict, meta: Meta, step: int) -> dict[str, An
 
 
 def _hyper_parameters(config: ConfigDict) -> dict[str, Any]:
-    """Training arguments under the original's names (reference 7.1)."""
+    """Training arguments under the original's names (fidelity 7.1)."""
     return {
         "num_train_epochs": config.run.epochs,
         "real_batch_size": config.data.global_batch,

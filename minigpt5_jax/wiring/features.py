@@ -1,9 +1,9 @@
-"""Precomputed features of a run's pictures: made once, read by every step (performance: a third of stage 1).
+"""Precomputed features of a run's images: made once, read by every step (performance: a third of stage 1).
 
     python -m minigpt5_jax.prepare features --config configs/stage1.py --output features/cc3m
 
-runs the VAE's encoder over every target picture and, where the configuration reads pictures, the vision
-tower and the Q-Former over every input picture.  Training takes them with ``data.features=FOLDER`` and
+runs the VAE's encoder over every target image and, where the configuration reads images, the vision
+tower and the Q-Former over every input image.  Training takes them with ``data.features=FOLDER`` and
 ``data.flip_mode=off``.  Format and checks: :mod:`minigpt5_jax.data.sources.features`.
 """
 
@@ -22,7 +22,7 @@ from minigpt5_jax.data.batches.collate import BatchSpec
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prepare.feature_writer import Encoder, write_features
 from minigpt5_jax.data.sources import Source
-from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
+from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.provenance import hash_parameters
@@ -84,7 +84,7 @@ def make_encoder(template: Template, kind: str, params: Mapping[str, jax.Array])
 def feature_spec(
     config: ConfigDict, spec: ModelSpec, source: Source, hashes: Mapping[str, str], *, dtype: str
 ) -> FeatureSpec:
-    """What a store for this configuration and source holds: input pictures where it reads any."""
+    """What a store for this configuration and source holds: input images where it reads any."""
 
     def shape_of(kind: str, size: int) -> tuple[int, ...]:
         pictures = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
@@ -95,7 +95,7 @@ def feature_spec(
 
     kinds = feature_kinds(config, spec)
     return FeatureSpec(
-        pictures=picture_fingerprint(source),
+        pictures=image_fingerprint(source),
         samples=len(source),
         towers=dict(hashes),
         target=shape_of("target", spec.generator.image_size),
@@ -122,15 +122,15 @@ def prepare_features(
       source: the training samples of ``config``.
       folder: of the store.
       dtype: of stored numbers: ``bfloat16`` (65 kB a 512-pixel target) or ``float32``.
-      batch_size: pictures in one call of a tower.
-      threads: that decode pictures meanwhile.
+      batch_size: images in one call of a tower.
+      threads: that decode images meanwhile.
 
     Returns:
       A line that says what was made.
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: a tower cannot be read.
-      DataError: the folder holds features of other pictures or towers; contexts are thinned.
+      DataError: the folder holds features of other images or towers; contexts are thinned.
     """
     _check_contexts(config)
     spec = build(config)
@@ -161,7 +161,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
     _check_contexts(config)
     if config.data.flip_mode != "off":  # also of callers that have no validated configuration
         raise DataError(
-            "precomputed features are of pictures as they are, never mirrored; set data.flip_mode=off, it is "
+            "precomputed features are of images as they are, never mirrored; set data.flip_mode=off, it is "
             f"{config.data.flip_mode!r}"
         )
     store, hashes = FeatureStore(folder), {}
@@ -172,16 +172,16 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
 
 
 def _check_contexts(config: ConfigDict) -> None:
-    """Refuse ``data.context_dropout``: it reads other images each epoch, and a store has each sample's once."""
+    """Refuse ``data.context_dropout``: it reads other images each epoch, a store has each sample's once."""
     if config.data.context_dropout:
         raise DataError(
-            "precomputed features are of whole contexts, the same each epoch; set data.context_dropout=0, it is "
-            f"{config.data.context_dropout}"
+            "precomputed features are of whole contexts, the same each epoch; set data.context_dropout=0, "
+            f"it is {config.data.context_dropout}"
         )
 
 
 def with_features(batch: BatchSpec, store: FeatureSpec) -> BatchSpec:
-    """Shapes of a batch that holds a store's features in the place of pictures."""
+    """Shapes of a batch that holds a store's features in the place of images."""
     return dataclasses.replace(
         batch,
         target_moments=store.target if batch.items else None,

@@ -11,7 +11,7 @@ from absl import logging
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.images import load_image
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, chat, continue_story
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.inference.prompts import file_prompts, text_prompt
@@ -112,7 +112,7 @@ def single_prompts(run: OpenedRun, request: Request) -> list[Prompt]:
     prompts = [text_prompt(text, request.images, dialog=dialog, style=style) for text in request.texts]
     prompts += file_prompts(request.jsonl) if request.jsonl else []
     for image in {image for prompt in prompts for image in prompt.images}:
-        load_picture(image)
+        load_image(image)
     return [
         dataclasses.replace(prompt, seed=request.seed + sample)
         for prompt in prompts
@@ -126,7 +126,7 @@ def entry(prompt: Prompt, answer: Generation, placeholder: str) -> Entry:
     for number, piece in enumerate(pieces):
         shown += [piece.strip()] if piece.strip() else []
         if number < len(prompt.images):
-            shown.append(np.asarray(load_picture(prompt.images[number])))
+            shown.append(np.asarray(load_image(prompt.images[number])))
     notes = f"{answer.dropped} positions of the prompt did not fit" if answer.dropped else ""
     return Entry(shown, list(answer.parts) or ["(nothing)"], seed=answer.seed, notes=notes)
 

@@ -61,8 +61,7 @@ def _wording(config: ConfigDict) -> dict[str, Any]:
 
 
 def _open_cc3m(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    """Held-out captions have no instruction samples, unlike the original's validation: every number of it
-    is then about captions alone."""
+    """A table of captions; held-out ones give no instruction samples, unlike the original's validation."""
     every = config.data.instruction_every
     return Cc3mSource(
         path, config.data.image_root, training=training, instruction_every=every, **_wording(config)

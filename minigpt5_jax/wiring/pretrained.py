@@ -1,4 +1,4 @@
-"""A model from pretrained weights, and from the checkpoints that the original released (reference 7).
+"""A model from pretrained weights, and from the checkpoints that the original released (fidelity 7).
 
 :func:`load_pretrained` is the way for Python; ``python -m minigpt5_jax.convert minigpt5`` writes the same as
 a checkpoint of ours.

@@ -323,7 +323,7 @@ def warm_start(
     tokenizer: Mapping[str, Any],
     weights: Mapping[str, str],
 ) -> dict[str, jax.Array]:
-    """``fresh`` with everything that a parent run trained put in its place (reference 4.5).
+    """``fresh`` with everything that a parent run trained put in its place (fidelity 4.5).
 
     Args:
       path: workdir or checkpoints of the parent run.

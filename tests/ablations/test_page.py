@@ -229,9 +229,9 @@ def test_the_page_says_where_nothing_was_right_and_which_guidance_is_best(read):
         for name, s, n in (("guidance_1", 0.5, 0.9), ("guidance_5", 0.7, 0.8), ("guidance_15", 0.6, 0.7))
     ]
     text = read(*rows)
-    assert "Not one picture was all right of: w/o L_CAP. A verdict about such a row" in text
+    assert "Not one image was all right of: w/o L_CAP. A verdict about such a row" in text
     assert "Most is right, by the means: from vokens at 5, natively at 1." in text
-    assert text.count("Not one picture") == 1  # of two tables
+    assert text.count("Not one image") == 1  # of two tables
 
 
 def test_a_whole_page_has_every_row_and_spread_over_seeds(read):

@@ -14,8 +14,8 @@ IMAGE_ID = 1008  # of the tiny tokenizer
 def check_golden(oracle_dir):
     """``check(example, source, target, source_ids, target_ids, labels, voken)``.
 
-    ``source_ids`` has 1008 once for each picture, ``labels`` are those of the target, and ``voken`` is the
-    position of ``[IMG0]`` with BOS at 0 and pictures 32 positions wide, or None.
+    ``source_ids`` has 1008 once for each image, ``labels`` are those of the target, and ``voken`` is the
+    position of ``[IMG0]`` with BOS at 0 and images 32 positions wide, or None.
     """
     tokenizer = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
 
@@ -30,7 +30,7 @@ def check_golden(oracle_dir):
         assert got.labels.tolist() == [IGNORE] * (1 + len(wide)) + labels
         assert got.image_start == tuple(1 + n + 31 * before for before, n in enumerate(places))
         assert (got.voken_start, got.dropped) == (voken, 0)
-        if voken is not None:  # the mapper reads the states that predict the vokens (reference 2.4)
+        if voken is not None:  # the mapper reads the states that predict the vokens (fidelity 2.4)
             assert got.tokens[voken - 1 : voken + 7].tolist()[1:] == list(range(1000, 1007))
 
     return check

@@ -19,7 +19,7 @@ from PIL import Image
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.prepare.builders.run import prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
-from minigpt5_jax.data.prepare.builders.units import Raw, encode_picture
+from minigpt5_jax.data.prepare.builders.units import Raw, encode_image
 from minigpt5_jax.data.sources import PreparedSource
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def draw(path: Path, seed: int, size=(12, 9)) -> None:
 
 
 def cc3m(folder: Path, rows: int = 7) -> Path:
-    """A table with its pictures."""
+    """A table with its images."""
     lines = ["caption\timage_path"]
     for row in range(rows):
         draw(folder / f"val/{row:09d}.jpg", row)
@@ -141,11 +141,11 @@ from pathlib import Path
 from minigpt5_jax.data.prepare.builders import shards
 from minigpt5_jax.data.prepare.builders.run import prepare
 
-read = shards.encode_picture
-def slow(picture, letterbox):
+read = shards.encode_image
+def slow(image, letterbox):
     time.sleep(0.15)
-    return read(picture, letterbox)
-shards.encode_picture = slow
+    return read(image, letterbox)
+shards.encode_image = slow
 prepare(shards.Job.plan(shards.Raw("cc3m", sys.argv[1]), sys.argv[2], num_shards=4), show_progress=False)
 """
 
@@ -239,17 +239,17 @@ def test_settings_that_are_wrong(tmp_path):
 def test_letterbox_keeps_the_whole_picture_on_white(tmp_path):
     draw(tmp_path / "a.png", 0, size=(40, 10))
     Image.new("RGB", (40, 10), (10, 20, 30)).save(tmp_path / "a.png")
-    stored = encode_picture(str(tmp_path / "a.png"), letterbox=16)
+    stored = encode_image(str(tmp_path / "a.png"), letterbox=16)
     image = Image.open(io.BytesIO(stored.data))
     assert (stored.width, stored.height) == image.size == (16, 16) and image.format == "JPEG"
     pixels = np.asarray(image.convert("RGB")).astype(int)
     np.testing.assert_allclose(pixels[7:9, 2:14].reshape(-1, 3).mean(0), (10, 20, 30), atol=6)
-    assert pixels[:4].min() > 245 and pixels[-4:].min() > 245  # 4 of 16 rows are the picture
+    assert pixels[:4].min() > 245 and pixels[-4:].min() > 245  # 4 of 16 rows are the image
     square = tmp_path / "b.jpg"
     draw(square, 1, size=(16, 16))
-    assert encode_picture(str(square), letterbox=16).data == square.read_bytes()  # not encoded again
-    with pytest.raises(SampleError, match=r"none\.jpg: picture cannot be read"):
-        encode_picture(str(tmp_path / "none.jpg"))
+    assert encode_image(str(square), letterbox=16).data == square.read_bytes()  # not encoded again
+    with pytest.raises(SampleError, match=r"none\.jpg: image cannot be read"):
+        encode_image(str(tmp_path / "none.jpg"))
 
 
 def test_metadata_says_what_was_done(tmp_path):

@@ -50,14 +50,14 @@ def test_a_good_table(tmp_path):
     assert (found.format, found.samples, found.pictures) == ("cc3m", 4, 3)
     assert found.sizes == {"12x9": 2}  # each file once
     assert found.notes["lines end in CR LF"][0] == 3
-    assert found.notes["rows whose picture another row has too"] == (1, f"{path}:4: a.jpg")
+    assert found.notes["rows whose image another row has too"] == (1, f"{path}:4: a.jpg")
     assert "nothing is wrong" in found.summary(256)
 
 
 def test_every_problem_of_a_table_is_listed(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(draw(tmp_path / "a.jpg").read_bytes()[:120])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     rows = [
         "A cat\ta.jpg",
         "no tab",
@@ -82,16 +82,16 @@ def test_every_problem_of_a_table_is_listed(tmp_path):
         "cc3m.tsv:3: 1 tab-separated cells, the header has 2",
         "cc3m.tsv:4: empty caption",
         "cc3m.tsv:5: empty image_path",
-        f"cc3m.tsv:6: the same caption and picture as {path}:2",
+        f"cc3m.tsv:6: the same caption and image as {path}:2",
         "cc3m.tsv:7: 3 tab-separated cells, the header has 2",
-        f"cc3m.tsv:9: {pictures}/nope.jpg: picture cannot be read (No such file or directory)",
-        f"cc3m.tsv:10: {pictures}/nope.jpg: picture cannot be read (No such file or directory)",
+        f"cc3m.tsv:9: {pictures}/nope.jpg: image cannot be read (No such file or directory)",
+        f"cc3m.tsv:10: {pictures}/nope.jpg: image cannot be read (No such file or directory)",
         listed(found)[7],  # PIL's own words
-        f"cc3m.tsv:12: {pictures}/empty.jpg: picture file is empty (0 bytes)",
-        f"cc3m.tsv:13: {pictures}/text.jpg: no known picture format (10 bytes)",
+        f"cc3m.tsv:12: {pictures}/empty.jpg: image file is empty (0 bytes)",
+        f"cc3m.tsv:13: {pictures}/text.jpg: no known image format (10 bytes)",
         "cc3m.tsv:14: not UTF-8 (byte 0xe9 at column 4)",
     ]
-    assert listed(found)[7].startswith(f"cc3m.tsv:11: {pictures}/broken.jpg: picture is broken (")
+    assert listed(found)[7].startswith(f"cc3m.tsv:11: {pictures}/broken.jpg: image is broken (")
     assert found.bad == 11 and "11 problems in 11 of 13 lines" in found.summary(256)
 
 
@@ -123,7 +123,7 @@ def test_pictures_that_cannot_be_padded_to_a_square(tmp_path):
     path = table(tmp_path, "wide\twide.png")
     Image.new("L", (20_000, 1)).save(tmp_path / "wide.png")
     (problem,) = listed(check(path))
-    assert "a white square around this picture of 20000x1 has over 89,478,485 pixels" in problem
+    assert "a white square around this image of 20000x1 has over 89,478,485 pixels" in problem
 
 
 def test_lengths_against_the_limit(tmp_path):
@@ -194,14 +194,10 @@ def test_stories_that_are_wrong_are_all_listed(tmp_path):
     line = {name: 1 + lines.index(f' "{name}": [') for name in ("10", "11", "12", "14")}
     problems = listed(check(path))
     assert len(problems) == 4
-    assert problems[0].startswith(
-        f"val_cleaned.json:{line['11']}: story 11: step 1.image_id: picture x is not"
-    )
+    assert problems[0].startswith(f"val_cleaned.json:{line['11']}: story 11: step 1.image_id: image x is not")
     assert problems[1].startswith(f"val_cleaned.json:{line['12']}: story 12: step 1: lacks caption")
     assert problems[2].endswith("story 13: no steps")
-    assert problems[3].startswith(
-        f"val_cleaned.json:{line['14']}: {tmp_path}/gone.jpg: picture cannot be read"
-    )
+    assert problems[3].startswith(f"val_cleaned.json:{line['14']}: {tmp_path}/gone.jpg: image cannot be read")
 
 
 def test_json_that_is_cut_or_repeats_itself(tmp_path):
@@ -252,7 +248,7 @@ def test_dialogues(tmp_path):
     assert found.format == "mmdialog"
     problems = listed(found)
     wanted = [
-        (2, "8.jpg: picture cannot be read"),
+        (2, "8.jpg: image cannot be read"),
         (3, f"conversation_id 1 is that of {path}:1 too"),
         (4, "turn 1: no text; the dialogue ends before it"),
         (6, "turn 0: the dialogue has 1 turns"),
@@ -263,7 +259,7 @@ def test_dialogues(tmp_path):
     assert len(problems) == len(wanted)
     for problem, (line, words) in zip(problems, wanted):
         assert problem.startswith(f"train.jsonl:{line}: ") and words in problem
-    assert found.notes["turns: further pictures of a turn"][0] == 1
+    assert found.notes["turns: further images of a turn"][0] == 1
     assert found.notes["turns: over 50 tokens"][0] == 1
 
 

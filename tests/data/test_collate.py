@@ -11,7 +11,7 @@ from PIL import Image
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate, empty_arrays, encode
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import draw_flips, prepare_picture
+from minigpt5_jax.data.images import draw_flips, prepare_image
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.text.templates import IGNORE, IMAGE, target_text
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -83,7 +83,7 @@ def test_batch_fields(examples, config, pictures, oracle_cases):
         start = batch.voken_start[item]
         assert batch.tokens[item, start : start + 8].tolist() == list(config.tokenizer.voken_ids)
     assert batch.voken_start[2] == 1
-    np.testing.assert_array_equal(batch.target[0], prepare_picture(pictures[0], 24, square=True, flip=False))
+    np.testing.assert_array_equal(batch.target[0], prepare_image(pictures[0], 24, square=True, flip=False))
     assert not batch.target[2].any()
 
     assert batch.image_mask.tolist() == [False, False, True, True, False, False]
@@ -91,7 +91,7 @@ def test_batch_fields(examples, config, pictures, oracle_cases):
     for slot in (2, 3):
         start = batch.image_start[slot]
         assert batch.tokens[1, start : start + 3].tolist() == [config.tokenizer.image_id] * 3
-        want = prepare_picture(pictures[slot - 1], 16, square=False, flip=False)
+        want = prepare_image(pictures[slot - 1], 16, square=False, flip=False)
         np.testing.assert_array_equal(batch.images[slot], want)
     assert (batch.tokens == config.tokenizer.image_id).sum() == 6
 
@@ -133,7 +133,7 @@ def test_rows_with_more_pictures_than_slots_keep_the_last_ones(examples, config,
     one = dataclasses.replace(SPEC, images=3)
     sample = encode(examples[1], config, one, (0, 0, 0))
     assert sample.text.dropped and sample.text.images == (1,)
-    want = prepare_picture(pictures[2], 16, square=False, flip=False)
+    want = prepare_image(pictures[2], 16, square=False, flip=False)
     np.testing.assert_array_equal(sample.images, want[None])
 
 
@@ -142,27 +142,27 @@ def test_flips_follow_the_key(examples, config, pictures):
     for key in ((1, 0, i) for i in range(4)):
         sample, flips = encode(examples[1], flipping, SPEC, key), draw_flips("independent", key, 2)
         np.testing.assert_array_equal(
-            sample.target, prepare_picture(pictures[3], 24, square=True, flip=flips.target)
+            sample.target, prepare_image(pictures[3], 24, square=True, flip=flips.target)
         )
         for i in (0, 1):
-            want = prepare_picture(pictures[1 + i], 16, square=False, flip=flips.images[i])
+            want = prepare_image(pictures[1 + i], 16, square=False, flip=flips.images[i])
             np.testing.assert_array_equal(sample.images[i], want)
 
 
 def test_square_padding_of_input_pictures_on_request(examples, config, pictures):
     sample = encode(examples[1], dataclasses.replace(config, pad_input_square=True), SPEC, (0, 0, 0))
-    np.testing.assert_array_equal(sample.images[0], prepare_picture(pictures[1], 16, square=True, flip=False))
+    np.testing.assert_array_equal(sample.images[0], prepare_image(pictures[1], 16, square=True, flip=False))
 
 
 def test_samples_that_do_not_add_up(examples, config, pictures, tmp_path):
     more = dataclasses.replace(examples[0], images=(pictures[0],))
-    with pytest.raises(SampleError, match="f:1: id has 0 picture placeholders and 1 pictures"):
+    with pytest.raises(SampleError, match="f:1: id has 0 image placeholders and 1 images"):
         encode(more, config, SPEC, (0, 0, 0))
     lenient = dataclasses.replace(config, strict_image_count=False)
     assert encode(more, lenient, SPEC, (0, 0, 0)).images == ()
-    with pytest.raises(SampleError, match="2 picture placeholders and 0 pictures"):
+    with pytest.raises(SampleError, match="2 image placeholders and 0 images"):
         encode(dataclasses.replace(examples[1], images=()), lenient, SPEC, (0, 0, 0))
-    with pytest.raises(SampleError, match="2 picture placeholders and 1 pictures"):
+    with pytest.raises(SampleError, match="2 image placeholders and 1 images"):
         encode(dataclasses.replace(examples[1], images=(pictures[0],)), config, SPEC, (0, 0, 0))
     with pytest.raises(SampleError, match="vokens exactly where it has a target"):
         encode(dataclasses.replace(examples[0], target_image=None), config, SPEC, (0, 0, 0))
@@ -170,7 +170,7 @@ def test_samples_that_do_not_add_up(examples, config, pictures, tmp_path):
         encode(examples[0], config, dataclasses.replace(SPEC, items=0), (0, 0, 0))
     (tmp_path / "zero.jpg").write_bytes(b"")
     broken = dataclasses.replace(examples[0], target_image=str(tmp_path / "zero.jpg"))
-    with pytest.raises(SampleError, match=r"f:1: id: .*zero\.jpg: picture file is empty"):
+    with pytest.raises(SampleError, match=r"f:1: id: .*zero\.jpg: image file is empty"):
         encode(broken, config, SPEC, (0, 0, 0))
 
 
@@ -183,7 +183,7 @@ def test_text_only_shapes(examples, config):
 
 
 def test_input_pictures_are_not_dropped_for_want_of_room(examples, config):
-    with pytest.raises(DataError, match=r"f:1: id reads 2 pictures.*set data.max_images"):
+    with pytest.raises(DataError, match=r"f:1: id reads 2 images.*set data.max_images"):
         encode(examples[1], config, dataclasses.replace(SPEC, images=0), (0, 0, 0))
 
 

@@ -1,4 +1,4 @@
-"""Dialogues: windows, filters and both loader generations; samples by hand (reference 5.4)."""
+"""Dialogues: windows, filters and both loader generations; samples by hand (fidelity 5.4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minigpt5_jax.data.samples.dialogs import BAD_MEDIA_IDS, LOADERS, Dialog, Di
 
 
 def turns(*items):
-    """Turns of texts, or of (text, id of its picture, ...)."""
+    """Turns of texts, or of (text, id of its image, ...)."""
     made = []
     for item in items:
         text, *media = (item,) if isinstance(item, str) else item
@@ -85,12 +85,12 @@ END = "; the dialogue ends before it"
         (("  ", "7"), "empty text", "no text"),
         ("photo.jpg", "file name as text", "the text 'photo.jpg' is a file name"),
         (LONG, "over 50 tokens", "51 tokens"),
-        (("t", "gone"), "missing picture", "picture gone is missing"),
-        (("t", "gone", "7"), "missing picture", "picture gone is missing"),
-        (("t", BAD_MEDIA_IDS[0]), "bad picture", "picture -3872362534310063124 is in the list of bad ones"),
+        (("t", "gone"), "missing image", "picture gone is missing"),
+        (("t", "gone", "7"), "missing image", "picture gone is missing"),
+        (("t", BAD_MEDIA_IDS[0]), "bad image", "picture -3872362534310063124 is in the list of bad ones"),
         (
             ("t", "3713630103994725971"),
-            "bad picture",
+            "bad image",
             "picture 3713630103994725971 is in the list of bad ones",
         ),
     ],
@@ -122,7 +122,7 @@ def test_the_limits_themselves_pass():
 def test_the_older_loader_looks_for_less():
     dialog = turns("a", "photo.jpg", ("", "7"), ("t", BAD_MEDIA_IDS[0]), ("t", "gone"), "e")
     usable, remarks = use(DialogRules("release"), dialog)
-    assert usable == 4 and [kind for kind, _ in remarks] == ["missing picture"]
+    assert usable == 4 and [kind for kind, _ in remarks] == ["missing image"]
     example = DialogRules("release").example(dialog, 2)
     assert example.target == "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7] ###"
 
@@ -135,7 +135,7 @@ def test_bad_pictures_are_a_setting():
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_what_is_not_used_is_said(loader):
-    more = ("further pictures of a turn", "f.jsonl:3: turn 1: 3 pictures, the first is used")
+    more = ("further images of a turn", "f.jsonl:3: turn 1: 3 images, the first is used")
     rules = DialogRules(loader)
     assert use(rules, turns("a", ("b", "1", "2", "3"))) == (2, [more])
     assert rules.example(turns("a", ("b", "1", "2", "3")), 1).target_image == "1.jpg"
@@ -146,7 +146,7 @@ def test_what_is_not_used_is_said(loader):
 
 # ------------------------------------------------------------------------------------------ golden
 
-# Ids by the pieces of the tiny tokenizer and the rules of reference 1.6.  What both system prompts share:
+# Ids by the pieces of the tiny tokenizer and the rules of fidelity 1.6.  What both system prompts share:
 # ▁Give ▁the ▁following ▁images ▁in ▁< Img > ImageContent </ Img > ▁format . ▁You ▁will ▁be ▁able ▁to ▁see
 # ▁the ▁images ▁once ▁I ▁provide ▁it ▁to ▁you . ▁Please ▁generate ▁con ve r s at i on
 SHARED = [

@@ -1,4 +1,4 @@
-"""Ready features: what is stored, for which samples, and that a batch of them is as good as its pictures."""
+"""Ready features: what is stored, for which samples, and that a batch of them is as good as its images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from PIL import Image
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import prepare_picture
+from minigpt5_jax.data.images import prepare_image
 from minigpt5_jax.data.prepare.feature_writer import write_features
 from minigpt5_jax.data.samples.example import Ready
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
-from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, picture_fingerprint
+from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.models.abstract import Template
@@ -33,7 +33,7 @@ ROWS, BROKEN = 7, 4
 
 
 def pooled(pictures):
-    """Stands for a tower: the means of four quarters, as [n 2 2 6], by which a picture is known again."""
+    """Stands for a tower: the means of four quarters, as [n 2 2 6], by which an image is known again."""
     n, size = len(pictures), pictures.shape[1] // 2
     means = pictures.reshape(n, 2, size, 2, size, 3).astype(np.float32).mean((2, 4))
     return np.concatenate([means, 255 - means], -1)
@@ -62,7 +62,7 @@ def pairs(folder):
 
 def spec_of(source, **changes):
     values = dict(
-        pictures=picture_fingerprint(source),
+        pictures=image_fingerprint(source),
         samples=len(source),
         towers={"vae": "v" * 64},
         target=(2, 2, 6),
@@ -88,7 +88,7 @@ def test_a_samples_features_are_those_of_its_picture(folder, pairs):
                 source.example(i)
             continue
         ready = source.example(i, 2)
-        want = pooled(prepare_picture(plain.target_image, 8, square=True, flip=False)[None])[0]
+        want = pooled(prepare_image(plain.target_image, 8, square=True, flip=False)[None])[0]
         assert isinstance(ready.target_image, Ready)
         np.testing.assert_array_equal(ready.target_image.values, want)
         assert dataclasses.replace(ready, target_image=plain.target_image) == plain
@@ -116,7 +116,7 @@ def test_a_picture_of_two_samples_is_stored_once(folder, pairs):
 def test_bfloat16_is_stored_in_half_the_bytes(folder, pairs):
     write_features(folder / "store", pairs, spec_of(pairs, dtype="bfloat16"), {"target": pooled})
     values = FeatureStore(folder / "store").target(0)
-    want = pooled(prepare_picture(folder / "0.png", 8, square=True, flip=False)[None])[0]
+    want = pooled(prepare_image(folder / "0.png", 8, square=True, flip=False)[None])[0]
     assert values.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(values, want.astype(ml_dtypes.bfloat16))
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_continues(folder, pairs):
     assert len(calls) == 1
     write_features(folder / "other", pairs, spec_of(pairs), {"target": pooled})
     got, want = FeatureStore(store), FeatureStore(folder / "other")
-    for i in set(range(len(pairs))) - {6}:  # sample 6 is the broken picture's
+    for i in set(range(len(pairs))) - {6}:  # sample 6 is the broken image's
         np.testing.assert_array_equal(got.target(i), want.target(i))
 
 
@@ -165,7 +165,7 @@ def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(f
         store.check(spec_of(pairs, target_size=16))
     (folder / "pairs.tsv").write_text("caption\timage_path\ndog\t0.png\n")
     changed = Cc3mSource(folder / "pairs.tsv", instruction_every=3)
-    mine, theirs = picture_fingerprint(pairs), picture_fingerprint(changed)
+    mine, theirs = image_fingerprint(pairs), image_fingerprint(changed)
     with pytest.raises(
         DataError, match=f"pictures: stored '{mine}', now '{theirs}'\n  samples: stored 10, now 2"
     ):
@@ -218,7 +218,7 @@ def test_input_pictures_in_their_order(folder, stories):
         assert (example.target_image is None) == (target is None)
         assert len(example.images) == len(names)
         for name, ready in zip(names, example.images):
-            pixels = prepare_picture(folder / f"{name}.png", 4, square=False, flip=False)
+            pixels = prepare_image(folder / f"{name}.png", 4, square=False, flip=False)
             np.testing.assert_array_equal(ready.values, states(pixels[None])[0])
 
 
@@ -274,8 +274,8 @@ def test_settings_that_do_not_go_together(folder, stories, config):
     with pytest.raises(DataError, match="never mirrored; set flip_mode to 'off', it is 'shared'"):
         make_loader(source, flips, batch_spec(target_moments=(2, 2, 6)), global_batch=2)
     for data, spec, reason in [
-        (source, batch_spec(), "the batch holds pictures, the data gives features"),
-        (stories, batch_spec(target_moments=(2, 2, 6)), "the batch holds ready features .* gives pictures"),
+        (source, batch_spec(), "the batch holds images, the data gives features"),
+        (stories, batch_spec(target_moments=(2, 2, 6)), "the batch holds ready features .* gives images"),
         (source, batch_spec(target_moments=(4, 4, 6)), r"features of shape \(4, 4, 6\), the data gives"),
     ]:
         with pytest.raises(DataError, match=reason):

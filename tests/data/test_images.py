@@ -10,7 +10,7 @@ from PIL import Image
 
 from minigpt5_jax.data import images as transforms
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import double, draw_flips, prepare_picture
+from minigpt5_jax.data.images import double, draw_flips, prepare_image
 
 
 def noise(width, height, seed=0):
@@ -42,10 +42,10 @@ def test_input_picture_is_torchvisions(width, height, resized, offset):
     image = noise(width, height)
     want = image if image.size == resized else image.resize(resized, Image.Resampling.BILINEAR)
     want = want.crop((*offset, offset[0] + 64, offset[1] + 64))
-    got = prepare_picture(encoded(image), 64, square=False, flip=False)
+    got = prepare_image(encoded(image), 64, square=False, flip=False)
     np.testing.assert_array_equal(got, np.asarray(want))
     assert got.dtype == np.uint8
-    mirrored = prepare_picture(encoded(image), 64, square=False, flip=True)
+    mirrored = prepare_image(encoded(image), 64, square=False, flip=True)
     np.testing.assert_array_equal(mirrored, got[:, ::-1])
 
 
@@ -55,14 +55,14 @@ def test_target_picture_gets_a_white_square(tmp_path):
     white = np.full((30, 30, 3), 255, np.uint8)
     white[6:23] = np.asarray(noise(30, 17))  # (30 - 17) // 2 = 6
     want = Image.fromarray(white).resize((48, 48), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(prepare_picture(file, 48, square=True, flip=False), np.asarray(want))
+    np.testing.assert_array_equal(prepare_image(file, 48, square=True, flip=False), np.asarray(want))
 
 
 def test_jpeg_decoding_is_pils(tmp_path):
     file = tmp_path / "a.jpg"
     noise(64, 64).save(file, quality=80)
     want = np.asarray(Image.open(file).convert("RGB"))
-    np.testing.assert_array_equal(prepare_picture(str(file), 64, square=True, flip=False), want)
+    np.testing.assert_array_equal(prepare_image(str(file), 64, square=True, flip=False), want)
 
 
 def independent(image, size, square):
@@ -97,7 +97,7 @@ def test_jpegs_of_odd_sizes_are_as_torch_resizes_them(width, height, square):
     data = encoded(noise(width, height, width), "JPEG", quality=90)
     for size in (64, 48):
         want = independent(Image.open(io.BytesIO(data)).convert("RGB"), size, square)
-        got = prepare_picture(data, size, square=square, flip=False)
+        got = prepare_image(data, size, square=square, flip=False)
         assert np.abs(got - want).max() <= 1.01
 
 
@@ -111,8 +111,8 @@ def test_doubling_is_pils_resize_to_the_last_pixel(width, height):
 @pytest.mark.parametrize("width, height", [(32, 32), (32, 9), (48, 48)])
 def test_a_mirrored_picture_is_the_picture_mirrored(width, height):
     data = encoded(noise(width, height))
-    got = prepare_picture(data, 64, square=True, flip=True)
-    np.testing.assert_array_equal(got, prepare_picture(data, 64, square=True, flip=False)[:, ::-1])
+    got = prepare_image(data, 64, square=True, flip=True)
+    np.testing.assert_array_equal(got, prepare_image(data, 64, square=True, flip=False)[:, ::-1])
 
 
 def test_flips_are_a_function_of_the_key():

@@ -103,18 +103,18 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     assert [source[i].item_id for i in range(len(source))] == ["1_1-mm", "3_1-mm", "5_1-mm", "7_1-mm"]
     assert source.counts == {
         "over 50 tokens": 1,
-        "missing picture": 1,
-        "further pictures of a turn": 1,
+        "missing image": 1,
+        "further images of a turn": 1,
         "empty text": 1,
         "fewer than two turns": 2,
-        "bad picture": 1,
+        "bad image": 1,
         "file name as text": 1,
     }
-    (missing,) = source.remarks["missing picture"]
-    assert str(missing) == f"{path}:2: turn 1: picture gone is missing; the dialogue ends before it"
+    (missing,) = source.remarks["missing image"]
+    assert str(missing) == f"{path}:2: turn 1: image gone is missing; the dialogue ends before it"
     assert source.describe().endswith(
-        f"4 samples of 8 dialogues in {path}; left out: 1 bad picture, 1 empty text, 2 fewer than two turns, "
-        "1 file name as text, 1 further pictures of a turn, 1 missing picture, 1 over 50 tokens"
+        f"4 samples of 8 dialogues in {path}; left out: 1 bad image, 1 empty text, 2 fewer than two turns, "
+        "1 file name as text, 1 further images of a turn, 1 missing image, 1 over 50 tokens"
     )
     assert str(missing) in caplog.text and "fewer than two turns, 2 times" in caplog.text
 
@@ -123,11 +123,11 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     release = MMDialogSource(path, loader="release")
     assert release.counts == {
         "over 20 words": 1,
-        "missing picture": 1,
-        "further pictures of a turn": 1,
+        "missing image": 1,
+        "further images of a turn": 1,
         "fewer than two turns": 2,
     }
-    assert read(path, bad_media_ids=[1]).counts["bad picture"] == 1
+    assert read(path, bad_media_ids=[1]).counts["bad image"] == 1
 
 
 def test_only_the_first_few_are_kept_by_name(tmp_path):
@@ -174,8 +174,8 @@ BROKEN = [
     (raw({"turn": [{"__TEXT__": "a"}, {"__TEXT__": "b"}]}), "turn 0: has 2 texts"),
     (raw(turn(5)), "turn 0, part 0: expected text, found int"),
     (raw(turn("a", 1.5)), "turn 0, part 1: expected text, found float"),
-    (raw(turn("a", " ")), "turn 0, part 1: path of a picture is empty"),
-    (raw(turn("a", "../b")), "turn 0, part 1: picture id '../b' is no file name"),
+    (raw(turn("a", " ")), "turn 0, part 1: path of an image is empty"),
+    (raw(turn("a", "../b")), "turn 0, part 1: image id '../b' is no file name"),
     (raw(turn("half a pair \ud83d")), "turn 0, part 0: text is no Unicode at character 12"),
     (raw(turn("a [IMG0]")), r"turn 0, part 0: text contains \[IMG0\]"),
     (raw(turn("a"), turn("an <ImageHere>")), "turn 1, part 0: text contains <ImageHere>"),
@@ -222,9 +222,9 @@ def test_files_that_are_wrong(tmp_path):
 
 
 def test_from_lines_to_batches(tmp_path, oracle_dir):
-    """All loaders give batches; a file that is no picture is counted and named."""
+    """All loaders give batches; a file that is no image is counted and named."""
     path = write(tmp_path, [GOOD, "{", conversation(5, turn("a", "bad"), "b")], ["-17", "4"])
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     llama = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
     config = EncodeConfig(llama, ClipTokenizer(oracle_dir / "tokenizer_clip"))
     for loader in ("head", "release"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from minigpt5_jax.data import images as transforms
 from minigpt5_jax.data.errors import SampleError
-from minigpt5_jax.data.images import load_picture, prepare_picture
+from minigpt5_jax.data.images import load_image, prepare_image
 
 
 def noise(width, height, seed=0):
@@ -21,7 +21,7 @@ def noise(width, height, seed=0):
 
 
 def smooth(width, height):
-    """A picture that JPEG keeps almost as it is."""
+    """An image that JPEG keeps almost as it is."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
 
@@ -52,7 +52,7 @@ def same(got, want):
 
 def test_cmyk_is_read_by_pils_rule():
     base = noise(8, 8)
-    same(load_picture(encoded(base.convert("CMYK"), "TIFF")), base)
+    same(load_image(encoded(base.convert("CMYK"), "TIFF")), base)
 
 
 def test_adobes_inverted_cmyk_jpeg_has_the_right_colours(tmp_path):
@@ -62,32 +62,32 @@ def test_adobes_inverted_cmyk_jpeg_has_the_right_colours(tmp_path):
     assert data[6:11] == b"Adobe"
     for name, content in {"a.jpg": data, "unmarked.jpg": data.replace(b"Adobe", b"Adobf", 1)}.items():
         (tmp_path / name).write_bytes(content)
-        got = np.asarray(load_picture(tmp_path / name)).astype(int)
+        got = np.asarray(load_image(tmp_path / name)).astype(int)
         assert np.abs(got - np.asarray(base)).max() <= 4
 
 
 def test_16_bits_are_brought_to_8_by_their_high_byte():
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     want = np.repeat((grey >> 8)[..., None], 3, -1)
-    same(load_picture(encoded(Image.fromarray(grey))), want)
-    same(load_picture(encoded(Image.fromarray(grey), "TIFF")), want)
+    same(load_image(encoded(Image.fromarray(grey))), want)
+    same(load_image(encoded(Image.fromarray(grey), "TIFF")), want)
     header = b"P5 8 8 65535\n"
-    same(load_picture(header + grey.astype(">u2").tobytes()), want)
+    same(load_image(header + grey.astype(">u2").tobytes()), want)
 
 
 @pytest.mark.filterwarnings("ignore:Palette images")
 def test_palette_and_transparency_are_read_without_the_transparency():
     palette = noise(8, 8).quantize(16)
-    same(load_picture(encoded(palette)), palette.convert("RGB"))
-    same(load_picture(encoded(palette, transparency=3)), palette.convert("RGB"))
-    same(load_picture(encoded(palette, transparency=bytes(range(0, 160, 10)))), palette.convert("RGB"))
+    same(load_image(encoded(palette)), palette.convert("RGB"))
+    same(load_image(encoded(palette, transparency=3)), palette.convert("RGB"))
+    same(load_image(encoded(palette, transparency=bytes(range(0, 160, 10)))), palette.convert("RGB"))
     alpha = noise(8, 8).convert("RGBA")
     alpha.putalpha(0)
-    same(load_picture(encoded(alpha)), noise(8, 8))
+    same(load_image(encoded(alpha)), noise(8, 8))
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    same(load_picture(encoded(grey.convert("LA"))), grey.convert("RGB"))
+    same(load_image(encoded(grey.convert("LA"))), grey.convert("RGB"))
     same(
-        load_picture(encoded(grey.point(lambda x: 255 * (x > 30)).convert("1"))),
+        load_image(encoded(grey.point(lambda x: 255 * (x > 30)).convert("1"))),
         np.asarray(grey.point(lambda x: 255 * (x > 30)).convert("RGB")),
     )
 
@@ -98,41 +98,41 @@ def test_of_an_animation_the_first_frame_is_taken(fmt):
     lossless = {"lossless": True} if fmt == "WEBP" else {}
     data = encoded(frames[0], fmt, save_all=True, append_images=frames[1:], **lossless)
     assert Image.open(io.BytesIO(data)).n_frames == 3
-    same(load_picture(data), frames[0].convert("RGB"))
+    same(load_image(data), frames[0].convert("RGB"))
 
 
 def test_exif_orientation_is_ignored_as_in_the_original():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to view
     image = smooth(8, 4)
-    same(load_picture(encoded(image, "JPEG", exif=exif)), load_picture(encoded(image, "JPEG")))
+    same(load_image(encoded(image, "JPEG", exif=exif)), load_image(encoded(image, "JPEG")))
 
 
 def test_one_pixel_fills_the_picture():
     data = encoded(Image.new("RGB", (1, 1), (10, 20, 30)))
     for square in (False, True):
-        same(prepare_picture(data, 64, square=square, flip=True), np.full((64, 64, 3), (10, 20, 30)))
+        same(prepare_image(data, 64, square=square, flip=True), np.full((64, 64, 3), (10, 20, 30)))
 
 
 def test_the_content_and_not_the_name_says_what_a_file_is(tmp_path):
     (tmp_path / "really_a_png.jpg").write_bytes(encoded(noise(8, 8)))
     (tmp_path / "no_extension").write_bytes(encoded(noise(8, 8), "WEBP", lossless=True))
     for name in ("really_a_png.jpg", "no_extension"):
-        same(load_picture(tmp_path / name), noise(8, 8))
+        same(load_image(tmp_path / name), noise(8, 8))
 
 
 def test_a_pillow_without_a_format_reads_the_others(monkeypatch):
     monkeypatch.setattr(transforms, "FORMATS", ("FORMAT OF TOMORROW", "PNG"))
     transforms._formats.cache_clear()
-    same(load_picture(encoded(noise(8, 8))), noise(8, 8))
-    with pytest.raises(SampleError, match="no known picture format"):
-        load_picture(encoded(noise(8, 8), "BMP"))
+    same(load_image(encoded(noise(8, 8))), noise(8, 8))
+    with pytest.raises(SampleError, match="no known image format"):
+        load_image(encoded(noise(8, 8), "BMP"))
     transforms._formats.cache_clear()
 
 
 def test_a_wide_picture_within_the_limit_is_prepared():
     wide = encoded(smooth(20_000, 100))
-    got = prepare_picture(wide, 64, square=False, flip=False)
+    got = prepare_image(wide, 64, square=False, flip=False)
     same(got, smooth(20_000, 100).resize((12_800, 64), Image.Resampling.BILINEAR).crop((6368, 0, 6432, 64)))
 
 
@@ -150,15 +150,15 @@ def damaged_files():
         "empty.jpg": (b"", r"empty \(0 bytes\)"),
         "cut.jpg": (jpeg[: len(jpeg) // 2], "broken .*truncated"),
         "cut_progressive.jpg": (progressive[: len(progressive) // 3], "broken .*truncated"),
-        "head_only.jpg": (jpeg[:20], "broken|no known picture format"),
+        "head_only.jpg": (jpeg[:20], "broken|no known image format"),
         "cut.png": (whole[: len(whole) // 2], "broken .*truncated"),
         "cut.webp": (webp[: len(webp) // 2], "broken"),
         "cut.gif": (gif[: len(gif) // 2], "broken"),
-        "cut.tif": (tiff[: len(tiff) // 2], "broken|no known picture format"),
+        "cut.tif": (tiff[: len(tiff) // 2], "broken|no known image format"),
         "damaged.png": (whole[:60] + bytes(20) + whole[80:], "broken"),
-        "page.jpg": (b"<html>404 not found</html>", "no known picture format"),
-        "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known picture format"),
-        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known picture format"),
+        "page.jpg": (b"<html>404 not found</html>", "no known image format"),
+        "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no known image format"),
+        "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known image format"),
         "floats.tif": (encoded(floats, "TIFF"), "floating-point"),
         "bomb.png": (png(60_000, 60_000), "more than 89,478,485 pixels"),
         "bomb_text.png": (png(4, 4, bytes(52), text=bytes(2 * 10**6)), "broken .*too large"),
@@ -171,17 +171,17 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     for picture in (tmp_path / name, str(tmp_path / name)):
         with pytest.raises(SampleError, match=reason) as caught:
-            prepare_picture(picture, 64, square=True, flip=False)
+            prepare_image(picture, 64, square=True, flip=False)
         assert caught.value.where == str(tmp_path / name)
     with pytest.raises(SampleError, match=reason) as caught:
-        prepare_picture(data, 64, square=False, flip=False)
+        prepare_image(data, 64, square=False, flip=False)
     assert caught.value.where == f"<{len(data)} bytes in memory>"
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
     for picture in (tmp_path / "missing.jpg", tmp_path, tmp_path / "a\0.jpg"):
         with pytest.raises(SampleError, match="cannot be read") as caught:
-            load_picture(picture)
+            load_image(picture)
         assert caught.value.where == str(picture)
 
 
@@ -189,18 +189,18 @@ def test_a_wide_picture_whose_square_is_too_large_is_refused(tmp_path):
     """20,000 pixels wide: the white square of a target would have 400 million pixels."""
     file = tmp_path / "panorama.png"
     smooth(20_000, 100).save(file)
-    with pytest.raises(SampleError, match="panorama.png: picture of 20000x20000 has more than 89,478,485"):
-        prepare_picture(file, 64, square=True, flip=False)
+    with pytest.raises(SampleError, match="panorama.png: image of 20000x20000 has more than 89,478,485"):
+        prepare_image(file, 64, square=True, flip=False)
     Image.new("RGB", (20_000, 1)).save(file)  # the shorter side goes to 80, the longer to 1,600,000
-    with pytest.raises(SampleError, match="panorama.png: picture of 80x1600000"):
-        prepare_picture(file, 80, square=False, flip=False)
+    with pytest.raises(SampleError, match="panorama.png: image of 80x1600000"):
+        prepare_image(file, 80, square=False, flip=False)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_between_pils_warning_and_its_error_is_refused(tmp_path):
     (tmp_path / "large.png").write_bytes(png(10_000, 9_000))
-    with pytest.raises(SampleError, match="large.png: picture of 10000x9000 has more than 89,478,485"):
-        load_picture(tmp_path / "large.png")
+    with pytest.raises(SampleError, match="large.png: image of 10000x9000 has more than 89,478,485"):
+        load_image(tmp_path / "large.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -218,7 +218,7 @@ def test_random_damage_gives_a_picture_or_a_sample_error(fmt, monkeypatch):
         places = random.integers(0, min(len(data), 400), random.integers(1, 6))
         data[places] = random.integers(0, 256, len(places))
         try:
-            picture = load_picture(data[: random.integers(len(data) // 2, len(data) + 1)].tobytes())
+            picture = load_image(data[: random.integers(len(data) // 2, len(data) + 1)].tobytes())
         except SampleError:
             failed += 1
         else:

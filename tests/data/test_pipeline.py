@@ -32,7 +32,7 @@ def config(oracle_dir):
 
 @pytest.fixture
 def table(tmp_path):
-    """Ten captioned pictures, each of its own colours."""
+    """Ten captioned images, each of its own colours."""
     (tmp_path / "val").mkdir()
     lines = ["caption\timage_path"]
     for i in range(ROWS):
@@ -178,7 +178,7 @@ def test_a_last_epoch_ends_in_empty_rows(table, config):
 
 
 def break_pictures(table):
-    """Zero bytes, half a file, no file, no picture: rows 1, 3, 5, 7."""
+    """Zero bytes, half a file, no file, no image: rows 1, 3, 5, 7."""
     folder = table.parent / "val"
     (folder / "1.png").write_bytes(b"")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
@@ -208,10 +208,10 @@ def test_unusable_samples_are_masked_counted_and_named(table, config, workers, c
         segments = np.concatenate([b.segment_ids for b in epoch])
         assert segments.any(1).tolist() == good.tolist()
         targets = np.concatenate([b.target for b in epoch])
-        assert not targets[~good].any()  # never another sample's picture
+        assert not targets[~good].any()  # never another sample's image
     assert len(loader.skipped) == 4  # each once, although met in both epochs
     assert [skip.index for skip in loader.skipped] == [1, 3, 5, 7]
-    reasons = ["empty", "broken", "cannot be read", "no known picture format"]
+    reasons = ["empty", "broken", "cannot be read", "no known image format"]
     for skip, reason, row in zip(loader.skipped, reasons, (1, 3, 5, 7)):
         assert reason in skip.reason and f"{row}.png" in skip.reason and f"cc3m_{row}" in skip.reason
         assert skip.where == f"{table}:{row + 2}"
@@ -227,7 +227,7 @@ def test_a_spent_budget_is_one_error_that_names_the_first(table, config, budget,
     )
     with pytest.raises(DataError, match=rf"{allowed + 1} samples .* allows {allowed}") as caught:
         list(loader)
-    assert "cc3m.tsv:3: cc3m_1:" in str(caught.value) and "1.png: picture file is empty" in str(caught.value)
+    assert "cc3m.tsv:3: cc3m_1:" in str(caught.value) and "1.png: image file is empty" in str(caught.value)
     assert loader.state == 2 * allowed + 2  # at once
 
 

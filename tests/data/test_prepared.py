@@ -51,7 +51,7 @@ def write_cc3m(folder: Path, rows: int = 8) -> Path:
 
 
 def write_vist(folder: Path) -> Path:
-    """Stories of five, one and six steps; pictures are shared between stories."""
+    """Stories of five, one and six steps; images are shared between stories."""
     stories, mapping = {}, {}
     for name, steps in {"40470": 5, "7": 1, "8": 6}.items():
         stories[name] = [
@@ -72,8 +72,8 @@ def turn(text: str, *media: int) -> dict:
 
 
 def write_mmdialog(folder: Path) -> Path:
-    """Dialogues with one picture, with two in a turn, with a missing and with a broken one, and an empty
-    turn; picture 33 is missing."""
+    """Dialogues with one image, with two in a turn, with a missing and with a broken one, and an empty
+    turn; image 33 is missing."""
     for name in (-11, 22, 44, 55):
         draw(folder / f"{name}.jpg", abs(name))
     (folder / "55.jpg").write_bytes((folder / "55.jpg").read_bytes()[:200])
@@ -95,7 +95,7 @@ def prepared(raw: Raw, output: Path, **settings) -> Path:
 
 
 def as_bytes(example: Example) -> Example:
-    """With pictures as bytes, and without the folder of the place."""
+    """With images as bytes, and without the folder of the place."""
     read = lambda picture: Path(picture).read_bytes() if isinstance(picture, str) else picture  # noqa: E731
     target = None if example.target_image is None else read(example.target_image)
     return dataclasses.replace(
@@ -216,7 +216,7 @@ def test_dialogues(tmp_path, settings):
     same_samples(stored, raw)
     for kind, count in raw.counts.items():
         assert f"{count:,} {kind}" in stored.describe()
-    ((unit, where, reason),) = stored.metadata["tally"]["cut"]  # picture 33; the dialogue ends there
+    ((unit, where, reason),) = stored.metadata["tally"]["cut"]  # image 33; the dialogue ends there
     assert unit == 2 and where.endswith(f"jsonl:3, {tmp_path / 'raw/33.jpg'}") and "No such file" in reason
 
 
@@ -276,7 +276,7 @@ def test_the_folder_of_the_raw_files_leaves_no_trace(tmp_path):
 def test_picture_fingerprint_is_that_of_the_pictures(tmp_path):
     folder = prepared(Raw("vist", str(write_vist(tmp_path / "raw"))), tmp_path / "out")
     prints = [
-        PreparedSource(folder, **settings).picture_fingerprint()
+        PreparedSource(folder, **settings).image_fingerprint()
         for settings in ({}, {"seed": 1, "prompt_set": "release"}, {"training": False}, {"tasks": ("gen",)})
     ]
     assert prints[0] == prints[1] != prints[2] == prints[3]

@@ -1,4 +1,4 @@
-"""Every prompt as the original spells it, and CC3M's samples id by id (reference 5.2 to 5.4)."""
+"""Every prompt as the original spells it, and CC3M's samples id by id (fidelity 5.2 to 5.4)."""
 
 from __future__ import annotations
 

@@ -243,8 +243,8 @@ BROKEN = [
     (turns(("user", ""), ("assistant", "a")), r"turns\[0\].content\[0\].text: text is empty"),
     (turns(("user", []), ("assistant", "a")), r"turns\[0\].content: expected text or a list"),
     (turns(("user", [{"type": "video"}])), r"turns\[0\].content\[0\]: expected an object with type"),
-    (turns(("user", [{"type": "image", "path": " "}])), r"content\[0\].path: path of a picture is empty"),
-    (turns(("assistant", [IMAGE, IMAGE])), r"turns\[0\]: an assistant turn has at most one picture"),
+    (turns(("user", [{"type": "image", "path": " "}])), r"content\[0\].path: path of an image is empty"),
+    (turns(("assistant", [IMAGE, IMAGE])), r"turns\[0\]: an assistant turn has at most one image"),
     (turns(("assistant", [IMAGE, {"type": "text", "text": "a"}])), "as its last part"),
     ('{"caption": "half \\ud83d", "image": "b"}', "caption: text is no Unicode at character 5"),
     (turns(("user", "see [IMG0]"), ("assistant", "a")), r"contains \[IMG0\]"),
@@ -254,7 +254,7 @@ BROKEN = [
     (turns((["user"], "a")), r"turns\[0\].role: expected user or assistant, found \['user'\]"),
     ('{"caption": "a", "image": "b.jpg", "caption": "c"}', "key 'caption' occurs twice in one object"),
     ("[" * 100_000, "no valid JSON .nested too deeply"),
-    ({"caption": "a", "image": "b\0.jpg"}, "image: path of a picture contains a null character"),
+    ({"caption": "a", "image": "b\0.jpg"}, "image: path of an image contains a null character"),
 ]
 
 

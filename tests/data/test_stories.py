@@ -1,4 +1,4 @@
-"""Stories: samples, their order and wordings; strings, ids, labels and positions by hand (reference 5.3)."""
+"""Stories: samples, their order and wordings; strings, ids, labels and positions by hand (fidelity 5.3)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_texts_are_taken_as_they_are_written():
 
 # ------------------------------------------------------------------------------------------ golden
 
-# Ids by the pieces of the tiny tokenizer and the rules of reference 1.6.  The system prompt up to its last
+# Ids by the pieces of the tiny tokenizer and the rules of fidelity 1.6.  The system prompt up to its last
 # word: ▁Give ▁the ▁following ▁images ▁in ▁< Img > ImageContent </ Img > ▁format . ▁You ▁will ▁be ▁able ▁to
 # ▁see ▁the ▁images ▁once ▁I ▁provide ▁it ▁to ▁you . ▁Please ▁understanding ▁images ▁and ▁generate ▁story;
 # its full stop joins the turn mark: .### Human :
@@ -360,7 +360,7 @@ def test_number_of_vokens(num_vokens):
     assert StoryRules(num_vokens=num_vokens).example(STORY, 1, "multimodal").target == f"a dog . {vokens} ###"
 
 
-# Reference 11, stock LLaMA tokenizer, story 40470 of VIST's validation split:
+# Fidelity 11, stock LLaMA tokenizer, story 40470 of VIST's validation split:
 # step -> (source ids, expanded length, [IMG0], first and last state the mapper reads).
 STOCK = {
     0: (69, 79, 70, 69, 76),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.sources import tar_index
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
@@ -79,7 +79,7 @@ def test_a_source_is_a_source_and_travels_to_workers(shards):
     assert isinstance(source, Source)
     example = pickle.loads(pickle.dumps(source))[4]
     assert example.caption == "a dog, number 10001" and example.where == f"{shards}/00001.tar:000010001"
-    assert load_picture(example.target_image).size == (8, 8)
+    assert load_image(example.target_image).size == (8, 8)
     assert "CC3M test: 5 samples of 5 pairs in 2 tar shards" in source.describe()
     with pytest.raises(IndexError):
         source[5]
@@ -134,7 +134,7 @@ def test_missing_members_are_samples_that_cannot_be_fetched(tmp_path):
     assert len(source) == 5 and source[2].caption == "a dog, number 2"
     reasons = {
         0: "no caption (.txt)",
-        1: "no picture",
+        1: "no image",
         3: "caption is not UTF-8 (byte 0xe9)",
         4: "empty caption",
     }
@@ -167,7 +167,7 @@ def broken_shards(whole):
         "damaged": (whole[:1100] + b"zzz" + whole[1103:], "no tar header at byte 1,024.*damaged"),
         "no tar": (b"<html>404</html>" * 100, "no tar header at byte 0.*damaged"),
         "compressed": (gzip.compress(whole), "compressed; unpack it"),
-        "two pictures": (doubled.getvalue(), "sample a has a second picture, a.png, besides a.jpg"),
+        "two images": (doubled.getvalue(), "sample a has a second image, a.png, besides a.jpg"),
     }
 
 

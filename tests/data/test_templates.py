@@ -1,4 +1,4 @@
-"""Templates against the recorded stage-1 batch and sequences written out by hand (reference 2.2, 5.2)."""
+"""Templates against the recorded stage-1 batch and sequences written out by hand (fidelity 2.2, 5.2)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_prompt_is_a_sample_without_target(tokenizer):
 
 
 def long_sample(tokenizer, **kwargs):
-    """Two pictures and a tail; 1 + 7 + 4 * 2 + ... positions."""
+    """Two images and a tail; 1 + 7 + 4 * 2 + ... positions."""
     source = f"one{IMAGE}two{IMAGE} the lake ###"
     whole = expand(tokenizer, source, target_text("we went", draws=True), image_tokens=4, max_length=99)
     cut = expand(tokenizer, source, target_text("we went", draws=True), image_tokens=4, **kwargs)
@@ -190,7 +190,7 @@ def test_long_histories_lose_whole_turns_from_the_left(tokenizer, source, left):
         np.testing.assert_array_equal(cut.tokens, want.tokens)
         np.testing.assert_array_equal(cut.labels, want.labels)
         assert cut.dropped == sizes[0] - len(want.tokens) and cut.image_start == want.image_start
-        assert cut.images == tuple(range(2 - len(want.images), 2)), "the newest pictures stay"
+        assert cut.images == tuple(range(2 - len(want.images), 2)), "the newest images stay"
     assert len(expanded(source, sizes[2] - 1).tokens) == sizes[2] - 1, "a single turn is cut by tokens"
     fewer = expanded(source, max_images=1)
     np.testing.assert_array_equal(fewer.tokens, expanded(left[0]).tokens)

@@ -27,7 +27,7 @@ def steps(story, count=5, start=0):
 
 
 def write(folder, stories, mapping=None, name="val_cleaned.json"):
-    """The two files; every picture that a story names is in the mapping, unless one is given."""
+    """The two files; every image that a story names is in the mapping, unless one is given."""
     if mapping is None:
         ids = [s["image_id"] for story in stories.values() for s in story]
         mapping = {i: f"val_images/{n:09d}.jpg" for n, i in enumerate(ids)}
@@ -94,7 +94,7 @@ def test_files_by_name(tmp_path):
     with pytest.raises(DataError, match="image folder not found"):
         VistSource(other, mapping, tmp_path / "nowhere")
     mapping.unlink()
-    with pytest.raises(DataError, match=r"file of picture paths not found: .*image_mapping"):
+    with pytest.raises(DataError, match=r"file of image paths not found: .*image_mapping"):
         VistSource(other, mapping)
     with pytest.raises(DataError, match="file of stories not found"):
         VistSource(tmp_path / "none_cleaned.json")
@@ -162,7 +162,7 @@ BROKEN = [
     ("text", "expected a list, found str"),
     ([steps(7)[0], 5], "step 1: expected an object, found int"),
     (without("image_id"), "step 0: lacks image_id"),
-    (changed(3, image_id="nobody"), "step 3.image_id: picture nobody is not in the mapping"),
+    (changed(3, image_id="nobody"), "step 3.image_id: image nobody is not in the mapping"),
     (changed(3, image_id=71), "step 3.image_id: expected text, found int"),
     (changed(2, caption=None), "step 2.caption: expected text, found NoneType"),
     (changed(2, caption=" "), "step 2.caption: text is empty"),
@@ -198,7 +198,7 @@ def test_a_name_that_is_no_text(tmp_path):
 
 def test_a_path_that_is_no_path(tmp_path):
     paths = {step["image_id"]: "a.jpg" for step in steps(7)} | {"72": 5}
-    with pytest.raises(SampleError, match="step 2, path of picture 72: expected text, found int"):
+    with pytest.raises(SampleError, match="step 2, path of image 72: expected text, found int"):
         VistSource(write(tmp_path, {"7": steps(7)}, paths))[0]
 
 
@@ -214,7 +214,7 @@ def test_keys_that_are_not_read_do_not_matter(tmp_path):
 
 
 def test_samples_that_need_a_lost_picture_are_left_out_and_named(tmp_path, oracle_dir):
-    """From the files to batches: of the 13 samples, those that look at the lost picture are counted."""
+    """From the files to batches: of the 13 samples, those that look at the lost image are counted."""
     path = write(tmp_path, {"7": steps(7)})
     (tmp_path / "val_images").mkdir()
     for n in (0, 1, 2, 4):

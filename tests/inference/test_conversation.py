@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import load_picture
+from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.samples.records import parse_record
 from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM, STORY_SYSTEM
 from minigpt5_jax.data.text.templates import IMAGE
@@ -73,7 +73,7 @@ def test_a_story_reads_all_that_was_told_and_drawn(session):
     word = one.answers[0].parts[0]
     assert second.source == f"{STORY_SYSTEM}###Human:we left{IMAGE}we swam{word}{IMAGE}\n{request}"
     assert first.images == (picture(1),) and len(second.images) == 2
-    np.testing.assert_array_equal(np.asarray(load_picture(second.images[1])), one.answers[0].parts[1])
+    np.testing.assert_array_equal(np.asarray(load_image(second.images[1])), one.answers[0].parts[1])
     assert first.seed != second.seed and [turn.role for turn in one.messages] == ["user"] + ["assistant"] * 2
 
 
@@ -134,7 +134,7 @@ def test_what_was_told_is_written_in_the_schema_and_read_again(session, tmp_path
     again = read_records(path)
     assert [name for name, _ in again] == ["a", "b"] and again[1][1].system == "S."
     assert [turn.role for turn in again[0][1].turns] == ["user", "assistant", "assistant"]
-    assert len(again[1][1].turns) == 5, "an answer that goes on behind its picture becomes two turns"
+    assert len(again[1][1].turns) == 5, "an answer that goes on behind its image becomes two turns"
     for (_, record), one in zip(again, told):
         before = [part for turn in one.messages for part in turn.parts]
         after = [part for turn in turns_of(record, tmp_path) for part in turn.parts]
@@ -143,7 +143,7 @@ def test_what_was_told_is_written_in_the_schema_and_read_again(session, tmp_path
             if isinstance(was, str):
                 assert was == now
             else:
-                same = [np.asarray(load_picture(part.picture)) for part in (was, now)]
+                same = [np.asarray(load_image(part.picture)) for part in (was, now)]
                 np.testing.assert_array_equal(*same)
     assert parse_record(path.read_text().splitlines()[0], "f:1").answers() == [1, 2]
 
@@ -175,7 +175,7 @@ def test_a_missing_picture_is_named(tmp_path):
     record = parse_record(
         json.dumps({"turns": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}]}), "f:1"
     )
-    with pytest.raises(DataError, match=r"no\.png: picture cannot be read"):
+    with pytest.raises(DataError, match=r"no\.png: image cannot be read"):
         turns_of(record, tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "no.png")
     assert isinstance(turns_of(record, tmp_path)[0].parts[0], ImagePart)

@@ -144,7 +144,7 @@ def test_every_row_ends_by_its_own_rule():
 
 
 def test_picture_feeds_all_vokens_and_keeps_the_states_before_them():
-    """Row 0 starts a picture in its second turn; row 1 goes on with single entries meanwhile."""
+    """Row 0 starts an image in its second turn; row 1 goes on with single entries meanwhile."""
     model = chain(_3=4, _4=V, **{f"_{V + N - 1}": 11}, _11=2)
     result = answer(model, [[1, 3], [9, 9, 9]])
     assert texts(result) == [[4, V, 11, 2], [9] * 6]

@@ -8,12 +8,12 @@ import numpy as np
 
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
-from minigpt5_jax.inference.images import initial_latents, make_batch_sampler, sample_pictures
+from minigpt5_jax.inference.images import initial_latents, make_batch_sampler, sample_images
 from minigpt5_jax.inference.session import CFG_NEGATIVES
 
 
 def test_grids_are_guided_away_from_what_is_chosen(tiny_template, tiny_params, tiny_batch, oracle_configs):
-    """At a scale of 0 only the negative is left, whose pictures can be made without guidance (Q38)."""
+    """At a scale of 0 only the negative is left, whose images can be made without guidance (Q38)."""
     sampler = make_sampler("ddim", NoiseSchedule.from_hf(oracle_configs["scheduler"]), 2)
     batch, keys = tiny_batch(2), jax.random.split(jax.random.key(0), 2)
 
@@ -30,7 +30,7 @@ def test_grids_are_guided_away_from_what_is_chosen(tiny_template, tiny_params, t
             made[name] = sample(params, batch, jax.random.clone(keys))
             alone = jnp.broadcast_to(negative, (2, *negative.shape[1:]))
             latents = initial_latents(jax.random.clone(keys), model.generator.latent_shape)
-            wanted[name] = sample_pictures(model.generator, sampler, alone, alone, latents, 1.0)
+            wanted[name] = sample_images(model.generator, sampler, alone, alone, latents, 1.0)
         return made, wanted
 
     made, wanted = jax.tree.map(lambda x: np.asarray(x, int), both(tiny_params, batch, keys))

@@ -1,4 +1,4 @@
-"""Pages and picture grids: what is written can be read back, and nothing foreign is overwritten."""
+"""Pages and image grids: what is written can be read back, and nothing foreign is overwritten."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def picture(seed: int, height: int = 8, width: int = 12) -> np.ndarray:
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects tags, picture sources and text; fails on tags that do not close."""
+    """Collects tags, image sources and text; fails on tags that do not close."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sessions: prompts to interleaved parts, pictures read and drawn, batches, compiled programs, bad input."""
+"""Sessions: prompts to interleaved parts, images read and drawn, batches, compiled programs, bad input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.diffusion.samplers import make_sampler
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, continue_story
-from minigpt5_jax.inference.images import initial_latents, sample_pictures
+from minigpt5_jax.inference.images import initial_latents, sample_images
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import Prompt, Session, _keys, stop_sequences
 from minigpt5_jax.minigpt5 import make_template
@@ -134,7 +134,7 @@ def make(seeing, tokenizer, oracle_configs):
         )
         settings = {"batch_size": 2, "guidance_scale": 3.0, "max_length": 48, **settings}
         session = Session(*seeing, tokenizer, sampler=sampler, sampling=sampling, **settings)
-        session._write, session._draw = quick(session._write_rows), quick(session._draw_pictures)
+        session._write, session._draw = quick(session._write_rows), quick(session._draw_images)
         return session
 
     return make
@@ -157,7 +157,7 @@ def compiled(session: Session) -> tuple[int, int]:
 
 
 def equal(one, other) -> bool:
-    """Same ids, and pictures that differ by rounding at most."""
+    """Same ids, and images that differ by rounding at most."""
     return one.token_ids == other.token_ids and all(
         np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(one.pictures, other.pictures)
     )
@@ -224,7 +224,7 @@ def test_pictures_in_the_prompt_are_seen(session):
     assert equal(answers[0][0], answers[1][0])
     for other in (2, 3):
         assert not equal(answers[0][0], answers[other][0]) or np.any(states[0] != states[other])
-        assert equal(answers[0][1], answers[other][1]), "the text-only row sees no picture"
+        assert equal(answers[0][1], answers[other][1]), "the text-only row sees no image"
 
 
 def test_a_long_prompt_loses_its_oldest_part(session, caplog):
@@ -240,7 +240,7 @@ def test_guidance_is_away_from_the_chosen_negative(session, make, seeing):
     zero = session.draw(vokens, [0], [0])[0]
     other = make(cfg_negative="empty_prompt").draw(vokens, [0], [0])[0]
     assert np.abs(zero.astype(int) - other).max() > 5
-    assert (session.draw(vokens, [0], [1])[0] != zero).any(), "each picture of an answer has its own noise"
+    assert (session.draw(vokens, [0], [1])[0] != zero).any(), "each image of an answer has its own noise"
     # T(0) against itself: guidance has no effect.
     still = [np.zeros((8, 32), np.float32)]
     plain = make(guidance_scale=1.0).draw(still, [0], [0])[0]
@@ -267,7 +267,7 @@ def test_the_empty_prompt_is_unmasked_and_the_caption_target_is_not(make, seeing
         generator = template.bind(params).generator
         keys = jax.random.fold_in(_keys(seed)[1], 0)[None]
         latents = initial_latents(keys, generator.latent_shape)
-        return sample_pictures(generator, alone._sampler, condition[None], condition[None], latents, 1.0)[0]
+        return sample_images(generator, alone._sampler, condition[None], condition[None], latents, 1.0)[0]
 
     assert np.abs(drawn - draw(params, prompt, np.uint32(0))).max() <= 1
     assert np.abs(drawn - draw(params, caption, np.uint32(0))).max() > 1
@@ -294,7 +294,7 @@ def test_stories_read_their_own_pictures_and_go_the_same_way_in_any_batch(make):
     continue_story(session, [blank], scenes=1)
     one, other = blank.answers[1], among[0].answers[1]
     assert one.token_ids != other.token_ids or (one.pictures[0] != other.pictures[0]).any(), (
-        "the second scene saw the first one's picture"
+        "the second scene saw the first one's image"
     )
 
 
@@ -303,11 +303,11 @@ def test_stories_read_their_own_pictures_and_go_the_same_way_in_any_batch(make):
     [
         (Prompt(" "), "is empty"),
         (Prompt("a dog [IMG0]"), r"\[IMG0\]"),
-        (Prompt("a dog <ImageHere>"), "1 <ImageHere> for 0 pictures"),
-        (Prompt("a dog", (b"x",)), "0 <ImageHere> for 1 pictures"),
+        (Prompt("a dog <ImageHere>"), "1 <ImageHere> for 0 images"),
+        (Prompt("a dog", (b"x",)), "0 <ImageHere> for 1 images"),
         (Prompt("a dog", seed=-1), "seed -1"),
         (Prompt("a dog <ImageHere>", ("no/such.png",)), "no/such.png"),
-        (Prompt("a dog <ImageHere>", (b"not a picture",)), "no known picture format"),
+        (Prompt("a dog <ImageHere>", (b"not an image",)), "no known image format"),
     ],
 )
 def test_bad_prompts_are_refused_before_anything_compiles(make, prompt, reason):

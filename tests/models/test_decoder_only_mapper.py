@@ -40,7 +40,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 class TorchMapper(torch.nn.Module):
-    """Reference 9.1's reading in torch's own modules: MLP, encoder layers, closing norm, zeros behind."""
+    """Fidelity 9.1's reading in torch's own modules: MLP, encoder layers, closing norm, zeros behind."""
 
     def __init__(self, c: DecoderOnlyMapperConfig):
         super().__init__()

@@ -310,7 +310,7 @@ def test_bf16_keeps_residual_and_new_rows_fp32():
     embeds, positions, segments = rows()
     assert llm.embed(positions).dtype == jnp.float32
     hidden = run(llm, embeds, positions, segments)
-    assert hidden.dtype == jnp.bfloat16  # reference 1.13
+    assert hidden.dtype == jnp.bfloat16  # fidelity 1.13
     assert all(block.dtype == jnp.float32 for block in llm.logit_blocks(hidden))
     exact = template_of(LlamaConfig(**HF), lora=LoraConfig()).bind(
         {path: value.astype(jnp.float32) for path, value in params.items()}

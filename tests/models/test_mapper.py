@@ -42,7 +42,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 class TorchMapper(torch.nn.Module):
-    """Reference section 1.11 in torch's own modules."""
+    """Fidelity 1.11 in torch's own modules."""
 
     def __init__(self, c: MapperConfig):
         super().__init__()

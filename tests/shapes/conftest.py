@@ -14,7 +14,7 @@ from minigpt5_jax.wiring.restore import LoadedModel
 
 @pytest.fixture(scope="session")
 def seeing_run(tmp_path_factory, oracle_dir):
-    """An untrained run of the oracle's sizes: it reads pictures and draws 64 pixels, badly."""
+    """An untrained run of the oracle's sizes: it reads images and draws 64 pixels, badly."""
     config = tiny.write_oracle_sources(tmp_path_factory.mktemp("sources"))
     config.inference.update(sampler="ddim", num_inference_steps=1, max_new_tokens=4)
     spec, random = build(config), np.random.default_rng(0)

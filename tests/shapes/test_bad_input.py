@@ -156,7 +156,7 @@ def test_empty_prompts_of_a_file_are_named(mode, line, message, only_described, 
 
 
 def test_more_pictures_than_there_are_positions(only_described, tmp_path, no_weights):
-    with pytest.raises(ConfigError, match=r"max_length=64 .* 500 pictures\) exceed .*'s \d+ positions"):
+    with pytest.raises(ConfigError, match=r"max_length=64 .* 500 images\) exceed .*'s \d+ positions"):
         command(
             checkpoint=str(only_described),
             prompt=["a red circle"],
@@ -204,7 +204,7 @@ def test_a_history_longer_than_a_row_loses_its_oldest_steps(uneven):
     assert 0 < left <= 5 and sample.text.images == tuple(range(9 - left, 9)), "the last ones are left"
     kept = llama.decode([int(i) for i in sample.text.tokens if 0 < i < llama.first_voken_id])
     assert example.source.split("</Img>")[-1].strip().split()[-1] in kept, "the request stays"
-    with pytest.raises(DataError, match="reads 9 pictures, but a row has room for none; set data.max_images"):
+    with pytest.raises(DataError, match="reads 9 images, but a row has room for none; set data.max_images"):
         encode(example, config, dataclasses.replace(spec, images=0), (0, 0, 0))
 
 

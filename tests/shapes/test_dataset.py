@@ -132,7 +132,7 @@ def test_the_mmdialog_reader_reads_dialogues(split, tmp_path):
     for example in (source[i] for i in range(len(source))):
         dialog, turn = example.item_id.split("-")[0].split("_")
         told = truth[int(dialog)]["turns"][int(turn)]
-        assert (example.target_image is not None) == told["wants_picture"]
+        assert (example.target_image is not None) == told["wants_image"]
         pictures = [*example.images, *([example.target_image] if example.target_image else [])]
         if pictures:
             assert right(np.stack([look_at(p) for p in pictures]), [scenes[str(p)] for p in pictures]).all()

@@ -58,9 +58,9 @@ def test_nothing_drawn():
 
 
 def test_native_pictures_do_not_depend_on_their_batch(seeing_run):
-    """Batches are filled up and cut; a picture does not depend on them."""
+    """Batches are filled up and cut; an image does not depend on them."""
     captions = ["a red circle", "two blue squares", "nothing"]
-    whole, parts = (judging.native_pictures(seeing_run, captions, batch_size=size) for size in (3, 2))
+    whole, parts = (judging.native_images(seeing_run, captions, batch_size=size) for size in (3, 2))
     assert len(parts) == 3
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)

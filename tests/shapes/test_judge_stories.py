@@ -73,7 +73,7 @@ def drawn(scene: Scene) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "context, history, pictures",
+    "context, history, images",
     [
         ("none", "", 0),
         ("text", "abcd\n", 0),
@@ -225,7 +225,7 @@ def test_chance_by_margins_minds_how_often_values_are():
     blue = dataclasses.replace(STAR, colour=2)
     steps = [revealed(STAR), revealed(STAR), revealed(blue), revealed()]
     found = picture_only_shares(steps)
-    # all four are green in truth; two of four pictures have a green subject
+    # all four are green in truth; two of four images have a green subject
     assert found["colour"]["chance_by_margins"] == 0.5 and found["colour"]["share"] == 0.5
     assert found["shape"]["share"] == 0.75 and found["background"]["share"] == 1.0
     assert found["size"]["count"] == 0 and found["size"]["chance"] is None
@@ -236,7 +236,7 @@ def test_chance_by_margins_minds_how_often_values_are():
 
 
 def test_what_cannot_be_judged_is_refused(seeing_run, monkeypatch):
-    with pytest.raises(ConfigError, match="unknown picture; known: none, text, image, image"):
+    with pytest.raises(ConfigError, match="unknown image; known: none, text, image, image"):
         judge_stories.judge_stories(seeing_run, count=2, contexts=["none", "picture"])
     wide = dataclasses.replace(seeing_run, spec=Mock(spec=ModelSpec, generator=Mock(image_size=128)))
     with pytest.raises(ConfigError, match="64 pixels, this run draws 128"):

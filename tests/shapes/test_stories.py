@@ -1,4 +1,4 @@
-"""Stories and dialogues: what happens, what is told, and what only pictures show."""
+"""Stories and dialogues: what happens, what is told, and what only images show."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_splits_of_stories_and_dialogues_are_apart(stories):
 
 
 def test_dialogues_ask_only_about_pictures_in_sight():
-    """The reader of MMDialog shows an answer the three turns before it (reference 5.4)."""
+    """The reader of MMDialog shows an answer the three turns before it (fidelity 5.4)."""
     kinds = set()
     for i in range(300):
         turns = draw_dialog(np.random.default_rng((8, i)))

@@ -1,4 +1,4 @@
-"""One process of the test of held-out pictures: each reads its rows of a batch, all get every picture.
+"""One process of the test of held-out images: each reads its rows of a batch, all get every image.
 
 Usage: python pictures_worker.py RANK COUNT PORT; prints ``PICTURES <targets> <pictures> <noise in them>``.
 """
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import tiny
-from minigpt5_jax.evaluation.held_out import HeldOutPictures
+from minigpt5_jax.evaluation.held_out import HeldOutImages
 from minigpt5_jax.training.sharding import make_mesh
 from minigpt5_jax.wiring.inputs import make_batch_sharder
 
@@ -40,7 +40,7 @@ def draw(params, batch, keys):
     return (batch.target + params["brighter"]).at[:, 0, 0, 0].add(noise)
 
 
-pictures = HeldOutPictures(draw, [placed], {}, mesh, seed=0)
+pictures = HeldOutImages(draw, [placed], {}, mesh, seed=0)
 drawn = pictures({"brighter": np.uint8(100)})
 noise = drawn[:, 0, 0, 0] - drawn[:, 1, 1, 1]
 shown = pictures.targets[:, 0, 0, 0], drawn[:, 1, 1, 1], noise

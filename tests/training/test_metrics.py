@@ -1,4 +1,4 @@
-"""Progress: lines, pictures, reading one step late, divergence, and life without TensorFlow."""
+"""Progress: lines, images, reading one step late, divergence, and life without TensorFlow."""
 
 from __future__ import annotations
 

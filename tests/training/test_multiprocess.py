@@ -1,4 +1,4 @@
-"""Steps and held-out pictures on one process and on two, over localhost: the same."""
+"""Steps and held-out images on one process and on two, over localhost: the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training and validation say of the image loss at each noise level, and of held-out pictures."""
+"""What training and validation say of the image loss at each noise level, and of held-out images."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_fixed_levels_are_reported_one_by_one(tiny_template, tiny_params, tiny_b
     np.testing.assert_allclose(means(one)["image"], got["image_t900"], rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------ held-out pictures
+# ------------------------------------------------------------------------------ held-out images
 
 
 def coloured(mask, first=0):
@@ -92,7 +92,7 @@ def test_pictures_are_drawn_for_the_first_batch_that_has_any():
 
     batches = [coloured([0] * 8), coloured([0, 1, 0, 0, 0, 1, 0, 0], 10), coloured([1] * 8, 20)]
     frozen = {"a": jnp.uint8(100)}
-    drawn = watch.HeldOutPictures(draw, batches, frozen, make_mesh(8, 1, 1), seed=0)
+    drawn = watch.HeldOutImages(draw, batches, frozen, make_mesh(8, 1, 1), seed=0)
     assert drawn.targets[:, 0, 0, 0].tolist() == [11, 15]
     one, two = {"b": jnp.uint8(1)}, {"b": jnp.uint8(2)}
     assert drawn(one)[:, 0, 0, 0].tolist() == [112, 116]
@@ -100,7 +100,7 @@ def test_pictures_are_drawn_for_the_first_batch_that_has_any():
     assert drawn(two)[:, 0, 0, 0].tolist() == [113, 117]
     jax.effects_barrier()
     assert len(calls) == 2
-    assert not len(watch.HeldOutPictures(draw, batches[:1], frozen, make_mesh(8, 1, 1), seed=0).targets)
+    assert not len(watch.HeldOutImages(draw, batches[:1], frozen, make_mesh(8, 1, 1), seed=0).targets)
 
 
 def test_the_oracle_compares_drawn_pictures_with_the_datas():
@@ -128,7 +128,7 @@ def test_only_pictures_of_the_small_world_are_judged():
 
 @pytest.mark.slow
 def test_a_run_shows_itself(tmp_path, monkeypatch, capfd):
-    """Two steps of a random model on scenes: what is in the bar, in metrics.jsonl, and in the pictures."""
+    """Two steps of a random model on scenes: what is in the bar, in metrics.jsonl, and in the images."""
     monkeypatch.setattr("minigpt5_jax.training.metrics._open_tensorboard", lambda directory: None)
     config = tiny.write_oracle_sources(tmp_path / "weights")
     config.model.backbone.update(vit="none", qformer="none")

@@ -1,4 +1,4 @@
-"""Export as the original's Lightning files: its names, shapes and rules of reading (reference 7.1 to 7.5)."""
+"""Export as the original's Lightning files: its names, shapes and rules of reading (fidelity 7.1 to 7.5)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def attention_names(half: str, layers: int, names: tuple[str, ...]) -> set[str]:
 
 
 def transformer_names(layers: int) -> set[str]:
-    """Names under ``llm_to_t2i_mapping`` as reference 7.2 lists them."""
+    """Names under ``llm_to_t2i_mapping`` as fidelity 7.2 lists them."""
     names = attention_names("encoder", layers, ("self_attn",))
     names |= attention_names("decoder", layers, ("self_attn", "multihead_attn"))
     for half, norms in (("encoder", 2), ("decoder", 3)):
@@ -151,7 +151,7 @@ def test_the_container_is_one_that_lightning_reads(exported):
 
 
 class Original(nn.Module):
-    """The original's modules under its names, and its rules for reading a checkpoint (reference 7.4)."""
+    """The original's modules under its names, and its rules for reading a checkpoint (fidelity 7.4)."""
 
     def __init__(self, sizes: MapperConfig, *, lora: bool = False):
         super().__init__()

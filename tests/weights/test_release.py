@@ -47,7 +47,7 @@ def lora_shapes(rank=RANK):
 
 @pytest.fixture(scope="module")
 def stage2(stage1):
-    """Under the names of reference 7.3: tables wrapped by PEFT, LoRA, encoder-decoder; no fc, no queries."""
+    """Under the names of fidelity 7.3: tables wrapped by PEFT, LoRA, encoder-decoder; no fc, no queries."""
     random = np.random.default_rng(0)
     tensors = {
         f"{PEFT}model.embed_tokens.modules_to_save.default.weight": stage1[EMBED] + 1,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import FLIP_MODES, Picture, draw_flips, prepare_picture
+from minigpt5_jax.data.images import FLIP_MODES, ImageSource, draw_flips, prepare_image
 from minigpt5_jax.data.samples.example import Example, Ready
 from minigpt5_jax.data.text.templates import IGNORE, Expanded, expand
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, CaptionTokenizer, LanguageTokenizer
@@ -22,18 +22,18 @@ class BatchSpec:
     Attributes:
       rows: rows b.
       length: positions t of a row, BOS included; longer samples are cut by the template's rule.
-      items: target pictures m, one for each sample; 0 for text only.
-      images: input pictures i, a multiple of the samples; each keeps its last ``images / samples``.
+      items: target images m, one for each sample; 0 for text only.
+      images: input images i, a multiple of the samples; each keeps its last ``images / samples``.
       targets: label slots l of a sample, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
         ``###``).
-      image_size, target_size: sides in pixels of input and target pictures.
+      image_size, target_size: sides in pixels of input and target images.
       caption_length: CLIP ids c of a caption.
-      num_vokens: vokens of a target picture.
-      image_tokens: positions of an input picture.
+      num_vokens: vokens of a target image.
+      image_tokens: positions of an input image.
       pack: samples of a row, each a segment of its own; ``rows * pack`` samples in all.
-      target_moments: (h, w, 2c) where targets come as ready moments, None where they are pictures.
-      image_states: (q, c) where input pictures come as ready states, None where they are pictures.
-      feature_dtype: of ready features, ``float32`` or ``bfloat16``.
+      target_moments: (h, w, 2c) where targets come as precomputed moments, None where they are images.
+      image_states: (q, c) where input images come as ready states, None where they are images.
+      feature_dtype: of precomputed features, ``float32`` or ``bfloat16``.
     """
 
     rows: int
@@ -69,7 +69,7 @@ class BatchSpec:
         return self.rows * self.pack
 
     def bucket(self, length: int, images: int) -> BatchSpec:
-        """Shapes for samples of at most ``length`` positions and ``images`` input pictures each."""
+        """Shapes for samples of at most ``length`` positions and ``images`` input images each."""
         images = min(images, self.images // self.samples) * self.samples
         return dataclasses.replace(self, length=length, images=images, targets=min(self.targets, length))
 
@@ -87,13 +87,13 @@ class EncodeConfig:
 
     Attributes:
       tokenizer: of the language model.
-      caption_tokenizer: of the picture generator's text encoder.
-      flip_mode: mirrors of training pictures: ``independent``, ``shared`` or ``off`` (quirk Q17).
-      pad_input_square: white square around input pictures too (quirk Q30; the demo did).
+      caption_tokenizer: of the image generator's text encoder.
+      flip_mode: mirrors of training images: ``independent``, ``shared`` or ``off`` (quirk Q17).
+      pad_input_square: white square around input images too (quirk Q30; the demo did).
       truncation: ``left_history`` or ``right`` (quirk Q23).
       mask_all_inner_vokens: see :func:`~minigpt5_jax.data.text.templates.label_ids` (quirk Q1).
-      strict_image_count: a sample with more pictures than placeholders is unusable; else the surplus is
-        ignored, as the original did (quirk Q31).  Fewer pictures than placeholders never pass.
+      strict_image_count: a sample with more images than placeholders is unusable; else the surplus is
+        ignored, as the original did (quirk Q31).  Fewer images than placeholders never pass.
     """
 
     tokenizer: LanguageTokenizer
@@ -119,14 +119,14 @@ class EncodeConfig:
             )
         if (spec.target_moments or spec.image_states) and self.flip_mode != "off":
             raise DataError(
-                "ready features are of pictures as they are, never mirrored; set flip_mode to 'off', it is "
-                f"{self.flip_mode!r}"
+                "precomputed features are of images as they are, never mirrored; set flip_mode to 'off', "
+                f"it is {self.flip_mode!r}"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """An encoded example: i pictures read, at most one drawn, as pixels or as ready features."""
+    """An encoded example: i images read, at most one drawn, as pixels or as precomputed features."""
 
     text: Expanded
     images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"], ...]
@@ -139,24 +139,24 @@ class Sample:
 def encode(
     example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[int, ...], limit: int | None = None
 ) -> Sample:
-    """Tokenises an example and decodes its pictures.
+    """Tokenises an example and decodes its images.
 
     Args:
       key: names the draw of its mirrors, (seed, epoch, place in the source).
       limit: positions it may take; all of a row by default.
 
     Raises:
-      SampleError: a picture cannot be read, or placeholders and pictures differ in number (quirk Q31).
-      DataError: the example has input pictures and the batch no room for any.
+      SampleError: an image cannot be read, or placeholders and images differ in number (quirk Q31).
+      DataError: the example has input images and the batch no room for any.
     """
     placeholders, pictures = example.source.count(IMAGE_TOKEN), len(example.images)
     if pictures and not spec.images:
         raise DataError(
-            f"{example.where}: {example.item_id} reads {pictures} pictures, but a row has room for none; set "
+            f"{example.where}: {example.item_id} reads {pictures} images, but a row has room for none; set "
             "data.max_images (and give a backbone that sees)"
         )
     if placeholders > pictures or (config.strict_image_count and placeholders < pictures):
-        counts = f"{placeholders} picture placeholders and {pictures} pictures"
+        counts = f"{placeholders} image placeholders and {pictures} images"
         raise SampleError(example.where, f"{example.item_id} has {counts}")
     text = expand(
         config.tokenizer,
@@ -172,7 +172,7 @@ def encode(
     if (text.voken_start is None) != (example.target_image is None):
         raise SampleError(example.where, f"{example.item_id} must have vokens exactly where it has a target")
     if example.target_image is not None and not spec.items:
-        raise SampleError(example.where, f"{example.item_id} draws a picture, the batch holds text only")
+        raise SampleError(example.where, f"{example.item_id} draws an image, the batch holds text only")
     flips = draw_flips(config.flip_mode, key, len(example.images))
     target = None
     try:
@@ -189,13 +189,13 @@ def encode(
 
 
 def _values(
-    picture: Picture | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
+    picture: ImageSource | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
 ) -> np.ndarray:
-    """Pixels of a picture, or the features it comes as; DataError where the batch wants the other."""
+    """Pixels of an image, or the features it comes as; DataError where the batch wants the other."""
     if not isinstance(picture, Ready):
         if ready is not None:
-            raise DataError(f"the batch holds ready features of shape {ready}, the data gives pictures")
-        return prepare_picture(picture, size, square=square, flip=flip)
+            raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
+        return prepare_image(picture, size, square=square, flip=flip)
     if picture.values.shape != ready:
         wants = f"features of shape {ready}" if ready else "pictures"
         raise DataError(f"the batch holds {wants}, the data gives features of shape {picture.values.shape}")
@@ -245,8 +245,8 @@ def collate(
 ) -> dict[str, np.ndarray]:
     """Fields of a :class:`~minigpt5_jax.batch.Batch`: ``spec.rows`` rows of ``spec.pack`` samples.
 
-    A place without a sample (None: it could not be read) is padding, its items and pictures masked out.
-    Slots of items and pictures belong to places, so that what a row holds does not depend on its
+    A place without a sample (None: it could not be read) is padding, its items and images masked out.
+    Slots of items and images belong to places, so that what a row holds does not depend on its
     neighbours nor on how rows are shared among processes.
 
     Args:

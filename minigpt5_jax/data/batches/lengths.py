@@ -1,6 +1,6 @@
 """How long every sample is: the index that length buckets and packing are planned from.
 
-It is made once from the samples' words (pictures are not opened), of the longest wording a sample may
+It is made once from the samples' words (images are not opened), of the longest wording a sample may
 have, and kept in a file named by what it depends on.
 """
 
@@ -29,8 +29,8 @@ class LengthIndex:
     """Sizes of the n samples of a source, before anything is cut.
 
     Attributes:
-      lengths: i32[n] positions, BOS and the slots of pictures included; 0 for a sample that cannot be read.
-      images: i32[n] input pictures.
+      lengths: i32[n] positions, BOS and the slots of images included; 0 for a sample that cannot be read.
+      images: i32[n] input images.
     """
 
     lengths: Int32[np.ndarray, " n"]
@@ -44,7 +44,7 @@ def measure(source: Source, tokenizer: LanguageTokenizer, image_tokens: int) -> 
     """Tokenises every text a sample may have and keeps the longest.
 
     Args:
-      image_tokens: positions of an input picture.
+      image_tokens: positions of an input image.
     """
     lengths, images = np.zeros((2, len(source)), np.int32)
     for index in tqdm(range(len(source)), desc="measuring samples", delay=2, unit="sample"):
@@ -59,7 +59,7 @@ def measure(source: Source, tokenizer: LanguageTokenizer, image_tokens: int) -> 
 def longest(
     texts: Iterable[tuple[str, str]], tokenizer: LanguageTokenizer, image_tokens: int
 ) -> tuple[int, int]:
-    """Positions and input pictures of the longest of a sample's (source, target) wordings."""
+    """Positions and input images of the longest of a sample's (source, target) wordings."""
     length = images = 0
     for words, answer in texts:
         ids = tokenizer.encode(words)

@@ -197,7 +197,7 @@ class Loader:
 
     def _count(self, report: Report) -> None:
         if report.truncated and not self.truncated:
-            logger.warning("samples have more positions, pictures or targets than fit: cut, and counted")
+            logger.warning("samples have more positions, images or targets than fit: cut, and counted")
         self.truncated += report.truncated
         for skip in report.skips:
             if skip.index not in self._skips:

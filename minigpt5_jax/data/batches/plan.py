@@ -65,9 +65,11 @@ class Shape:
 
 
 class StreamPlan:
-    """Shuffled epochs one after another without a gap: a batch may hold the end of one and the beginning
-    of the next.  Samples follow each other in the rows; with ``shape.places`` above 1 the samples of a
-    micro-batch are packed so that its rows are equally full.
+    """Shuffled epochs one after another without a gap.
+
+    A batch may hold the end of one and the beginning of the next: padding the last batch of an epoch would
+    give its samples another weight, and dropping it would lose them.  Samples follow each other in the rows;
+    with ``shape.places`` above 1 those of a micro-batch are packed so that its rows are equally full.
 
     Args:
       length: samples of the source.
@@ -200,7 +202,7 @@ class BucketPlan:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def images_in(self, bucket: int) -> int:
-        """Input pictures of a sample in this bucket at most; shorter ones may be moved up into it."""
+        """Input images of a sample in this bucket at most; shorter ones may be moved up into it."""
         return int(self._images[self._bucket <= bucket].max(initial=0))
 
     def find(self, number: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """``prepare check``: what is wrong with a user's data, line by line, before any training.
 
 Everything is listed, not only the first: words by the readers of ``checks/``, and
-every picture by decoding it.  Nothing is written.
+every image by decoding it.  Nothing is written.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from minigpt5_jax.data.batches.lengths import longest
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import MAX_PIXELS, Picture, load_picture
+from minigpt5_jax.data.images import MAX_PIXELS, ImageSource, load_image
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options
 from minigpt5_jax.data.prepare.checks.files import READERS, guess_format
 from minigpt5_jax.data.text.tokenizer import LanguageTokenizer
 
-BATCH = 512  # pictures handed to the processes at a time
-MANY = 1000  # pictures from which on processes are worth their start
+BATCH = 512  # images handed to the processes at a time
+MANY = 1000  # images from which on processes are worth their start
 SHOWN_SIZES = 5
 NAMES = {"cc3m_tar": "rows", "vist": "stories", "prepared": "records"}  # of entries, others are lines
 
@@ -80,7 +80,7 @@ class Findings:
         more = f", {len(self.sizes) - SHOWN_SIZES:,} other sizes" if len(self.sizes) > SHOWN_SIZES else ""
         lines = [
             f"format: {self.format}{guessed}",
-            f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.pictures:,} pictures",
+            f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.pictures:,} images",
             f"pictures decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
         ]
         if self.lengths:
@@ -100,14 +100,14 @@ class Findings:
 
 
 class Pictures:
-    """Decodes the pictures of entries in batches, each path once, and says what each reference gets."""
+    """Decodes the images of entries in batches, each path once, and says what each reference gets."""
 
     def __init__(self, findings: Findings, workers: int | None):
         self._findings, self._workers = findings, workers
         self._pool: ProcessPoolExecutor | None = None
         self._good: set[int] = set()  # hashes of paths that could be decoded
         self._failed: dict[str, str] = {}
-        self._waiting: dict[Picture, list[tuple[int, str]]] = {}
+        self._waiting: dict[ImageSource, list[tuple[int, str]]] = {}
 
     def add(self, order: int, entry: Entry) -> None:
         for picture in entry.pictures:
@@ -133,33 +133,33 @@ class Pictures:
             if isinstance(picture, str):
                 self._good.add(hash(picture))
 
-    def _fail(self, order: int, where: str, picture: Picture, reason: str) -> None:
+    def _fail(self, order: int, where: str, picture: ImageSource, reason: str) -> None:
         name = f"{picture}: " if isinstance(picture, str) else ""
         self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
 
-    def _inspect(self, pictures: list[Picture]) -> Iterable[tuple[str, str]]:
+    def _inspect(self, pictures: list[ImageSource]) -> Iterable[tuple[str, str]]:
         if self._pool is None and (
             self._workers or (self._workers is None and self._findings.pictures >= MANY)
         ):
             count = self._workers or os.cpu_count() or 1
             self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
         if self._pool is None:
-            return map(inspect_picture, pictures)
-        return self._pool.map(inspect_picture, pictures, chunksize=16)
+            return map(inspect_image, pictures)
+        return self._pool.map(inspect_image, pictures, chunksize=16)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
-def inspect_picture(picture: Picture) -> tuple[str, str]:
-    """(``WIDTHxHEIGHT``, nothing) of a picture that training can use, or (nothing, what is wrong)."""
+def inspect_image(picture: ImageSource) -> tuple[str, str]:
+    """(``WIDTHxHEIGHT``, nothing) of an image that training can use, or (nothing, what is wrong)."""
     try:
-        width, height = load_picture(picture).size
+        width, height = load_image(picture).size
     except SampleError as error:
         return "", error.reason
     if max(width, height) ** 2 > MAX_PIXELS:
-        return "", f"a white square around this picture of {width}x{height} has over {MAX_PIXELS:,} pixels"
+        return "", f"a white square around this image of {width}x{height} has over {MAX_PIXELS:,} pixels"
     return f"{width}x{height}", ""
 
 
@@ -175,16 +175,16 @@ def check(
     workers: int | None = None,
     show_progress: bool = False,
 ) -> Findings:
-    """Reads all of a data set and decodes all of its pictures.
+    """Reads all of a data set and decodes all of its images.
 
     Args:
       path: a file, or a folder of tar shards or of prepared data.
       format: one of :data:`READERS`; guessed where None.
-      image_root: folder that picture paths are relative to; default: the file's.
-      mapping: VIST's picture paths; default: the file beside the stories.
+      image_root: folder that image paths are relative to; default: the file's.
+      mapping: VIST's image paths; default: the file beside the stories.
       tokenizer: gives lengths, and what the dialogues' limit on tokens leaves out.
-      max_length: positions of a row; image_tokens: positions of an input picture.
-      workers: processes that decode; None for one per core where there are many pictures.
+      max_length: positions of a row; image_tokens: positions of an input image.
+      workers: processes that decode; None for one per core where there are many images.
       show_progress: a bar with the time left.
 
     Raises:

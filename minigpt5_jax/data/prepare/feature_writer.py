@@ -1,4 +1,4 @@
-"""Makes a store of ready features (:mod:`minigpt5_jax.data.sources.features`), shard by shard."""
+"""Makes a store of precomputed features (:mod:`minigpt5_jax.data.sources.features`), shard by shard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import Picture, prepare_picture
+from minigpt5_jax.data.images import ImageSource, prepare_image
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.features import (
@@ -47,11 +47,11 @@ def write_features(
 
     Args:
       folder: of the store.
-      source: its pictures, all samples in epoch 0.
+      source: its images, all samples in epoch 0.
       spec: what to store.
       encoders: ``target`` and ``image``: u8[n H W 3] -> features, always called with ``batch_size``
-        pictures.
-      threads: that decode pictures while the device computes.
+        images.
+      threads: that decode images while the device computes.
       process_index, process_count: this process makes every ``process_count``-th shard.
 
     Returns:
@@ -118,8 +118,8 @@ def _write_shard(
         "target": lambda e: () if e.target_image is None else (e.target_image,),
         "image": lambda e: e.images,
     }
-    rows: dict[str, dict[Picture, int]] = {}
-    bad: dict[Picture, SampleError] = {}
+    rows: dict[str, dict[ImageSource, int]] = {}
+    bad: dict[ImageSource, SampleError] = {}
     for kind in spec.shapes():
         pictures = dict.fromkeys(p for e in examples.values() for p in wanted[kind](e))
         rows[kind], values = _encode_all(list(pictures), kind, spec, encoders[kind], batch_size, pool, bad)
@@ -143,28 +143,28 @@ def _write_shard(
 
 
 def _encode_all(
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSource],
     kind: str,
     spec: FeatureSpec,
     encoder: Encoder,
     batch_size: int,
     pool: concurrent.futures.Executor,
-    bad: dict[Picture, SampleError],
-) -> tuple[dict[Picture, int], np.ndarray]:
-    """(picture -> row, features by row, bf16 as u16); pictures that cannot be read go to ``bad``."""
+    bad: dict[ImageSource, SampleError],
+) -> tuple[dict[ImageSource, int], np.ndarray]:
+    """(image -> row, features by row, bf16 as u16); images that cannot be read go to ``bad``."""
     size = spec.target_size if kind == "target" else spec.image_size
     square = kind == "target" or spec.pad_input_square
 
-    def read(picture: Picture) -> np.ndarray | SampleError:
+    def read(picture: ImageSource) -> np.ndarray | SampleError:
         try:
-            return prepare_picture(picture, size, square=square, flip=False)
+            return prepare_image(picture, size, square=square, flip=False)
         except SampleError as error:
             return error
 
     def submit(start: int) -> list[concurrent.futures.Future]:
         return [pool.submit(read, picture) for picture in pictures[start : start + batch_size]]
 
-    rows: dict[Picture, int] = {}
+    rows: dict[ImageSource, int] = {}
     made: list[np.ndarray] = []
     ahead = submit(0)
     for start in range(0, len(pictures), batch_size):

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.errors import SampleError
-from minigpt5_jax.data.images import Picture, load_picture
+from minigpt5_jax.data.images import ImageSource, load_image
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.sources.prepared import PreparedSource
 from minigpt5_jax.data.text.templates import IMAGE
@@ -62,8 +62,8 @@ def write_report(
 
     Args:
       tokenizer: adds the lengths of the training samples, in positions of the language model.
-      image_tokens: positions of an input picture.
-      samples: how many are drawn, by ``seed``, and shown with their pictures.
+      image_tokens: positions of an input image.
+      samples: how many are drawn, by ``seed``, and shown with their images.
 
     Returns the path of the page.
     """
@@ -137,7 +137,7 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         "left out": f"{facts['skipped']:,}",
         "samples": f"{facts['samples']:,}",
         "pictures": f"{facts['pictures']:,}",
-        "all pictures": _size(facts["picture_bytes"]),
+        "all images": _size(facts["picture_bytes"]),
         "shards": f"{facts['shards']:,}",
     }
     parts = [f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles.items()]
@@ -148,14 +148,14 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>\n" for a, b in rows)
         body += f"<h2>The first of them</h2>\n<table>{cells}</table>\n"
     if facts["pictures_lost"]:
-        body += "<h2>Pictures that dialogues go without, and end before</h2>\n"
+        body += "<h2>Images that dialogues go without, and end before</h2>\n"
         body += _bars(_by_reason(lost["reason"] for lost in facts["pictures_lost"]))
     if facts.get("lengths", {}).get("samples"):
         lengths = facts["lengths"]
         shown = ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p95", "p99", "max"))
         body += f"<h2>Positions of a sample</h2>\n<p>{shown}</p>\n" + _bars(lengths["histogram"])
-    body += "<h2>Pictures by width x height</h2>\n" + _bars(facts["pictures_by_size"])
-    body += "<h2>Pictures by size of file (KiB, from)</h2>\n" + _bars(facts["pictures_by_kilobytes"])
+    body += "<h2>Images by width x height</h2>\n" + _bars(facts["pictures_by_size"])
+    body += "<h2>Images by size of file (KiB, from)</h2>\n" + _bars(facts["pictures_by_kilobytes"])
     body += f"<h2>{len(drawn)} samples</h2>\n" + "".join(_sample(source, index) for index in drawn)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -214,9 +214,9 @@ def _article(example: Example) -> str:
     )
 
 
-def _img(picture: Picture) -> str:
-    """A small copy of a picture, inside the page."""
-    image = load_picture(picture)
+def _img(picture: ImageSource) -> str:
+    """A small copy of an image, inside the page."""
+    image = load_image(picture)
     name = f"{image.width}x{image.height}"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -1,5 +1,6 @@
-"""Samples of a dialogue with pictures: every turn but the first is read from a few turns before
-(reference 5.4, both generations of the original's loader).
+"""Samples of a dialogue with images, by both generations of the original's loader (fidelity 5.4).
+
+Every turn but the first is a sample that reads a few turns before it.
 
 Speakers follow from the number of a turn: even ones are the human's.  Turn ``i`` is written after reading
 turn 0 (i = 1), the 2 turns before (i even) or the 3 turns before (i odd): whole exchanges, so that every
@@ -13,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.text import prompts
 from minigpt5_jax.data.text.templates import IMAGE, target_text
@@ -25,13 +26,13 @@ BAD_MEDIA_IDS = ("-3872362534310063124", "3713630103994725971")  # left out by t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DialogTurn:
-    """What one side says: a text, and a picture (path or encoded bytes) or none.
+    """What one side says: a text, and an image (path or encoded bytes) or none.
 
-    ``media`` are the ids its file gives, of which the first is the picture.
+    ``media`` are the ids its file gives, of which the first is the image.
     """
 
     text: str
-    picture: Picture | None = None
+    picture: ImageSource | None = None
     media: tuple[str, ...] = ()
 
 
@@ -72,7 +73,7 @@ class DialogRules:
       max_tokens: tokens of a turn in training (``head``).
       max_words: words between white space of a turn in training (``release``).
       bad_media_ids: media that end a dialogue (``head``).
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
 
     Raises:
       DataError: an unknown loader.
@@ -97,13 +98,13 @@ class DialogRules:
     def usable(
         self,
         dialog: Dialog,
-        has_picture: Callable[[Picture], bool],
+        has_image: Callable[[ImageSource], bool],
         count_tokens: Callable[[str], int] | None = None,
     ) -> tuple[int, list[Remark]]:
         """How many turns from the first one on can be used, and what is left out.
 
         Args:
-          has_picture: whether a picture is there.
+          has_image: whether an image is there.
           count_tokens: length of a text; needed where :attr:`counts_tokens`.
         """
         remarks = []
@@ -113,13 +114,13 @@ class DialogRules:
 
         usable = len(dialog.turns)
         for number, turn in enumerate(dialog.turns):
-            problem = self._problem(turn, has_picture, count_tokens)
+            problem = self._problem(turn, has_image, count_tokens)
             if problem:
                 remark(problem[0], number, f"{problem[1]}; the dialogue ends before it")
                 usable = number
                 break
             if len(turn.media) > 1:
-                remark("further pictures of a turn", number, f"{len(turn.media)} pictures, the first is used")
+                remark("further images of a turn", number, f"{len(turn.media)} images, the first is used")
         if len(dialog.turns) < 2:
             remark("fewer than two turns", 0, f"the dialogue has {len(dialog.turns)} turns")
         return usable, remarks
@@ -127,7 +128,7 @@ class DialogRules:
     def _problem(
         self,
         turn: DialogTurn,
-        has_picture: Callable[[Picture], bool],
+        has_image: Callable[[ImageSource], bool],
         count_tokens: Callable[[str], int] | None,
     ) -> tuple[str, str] | None:
         """(kind, detail) of why a turn cannot be used, in the order the original looks."""
@@ -142,9 +143,9 @@ class DialogRules:
             return f"over {self.max_words} words", f"{size} words"
         if turn.picture is not None:
             if self.loader == "head" and turn.media and turn.media[0] in self.bad_media_ids:
-                return "bad picture", f"picture {turn.media[0]} is in the list of bad ones"
-            if not has_picture(turn.picture):
-                return "missing picture", f"picture {turn.media[0] if turn.media else ''} is missing"
+                return "bad image", f"picture {turn.media[0]} is in the list of bad ones"
+            if not has_image(turn.picture):
+                return "missing image", f"picture {turn.media[0] if turn.media else ''} is missing"
         return None
 
     @staticmethod

@@ -26,8 +26,7 @@ class Fields:
         return SampleError(self._where, f"{place}: {problem}" if place else problem)
 
     def json(self, line: str, *, unique: bool = False) -> Any:
-        """What a line of JSON holds; ``unique`` refuses an object that names a key twice, of which Python
-        would keep the last without a word."""
+        """What a line of JSON holds; ``unique`` refuses keys given twice, of which Python keeps the last."""
 
         def pairs(found: list[tuple[str, Any]]) -> dict:
             value = dict(found)
@@ -98,7 +97,7 @@ class Fields:
     def path(self, value: Any, place: str) -> str:
         path = self.string(value, place)
         if not path.strip():
-            raise self.fail(place, "path of a picture is empty")
+            raise self.fail(place, "path of an image is empty")
         if "\0" in path:
-            raise self.fail(place, "path of a picture contains a null character")
+            raise self.fail(place, "path of an image contains a null character")
         return path

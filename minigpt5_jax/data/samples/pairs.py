@@ -1,4 +1,4 @@
-"""Samples of CC3M: a pair of caption and picture, whatever file it lies in (reference 5.2).
+"""Samples of CC3M: a pair of caption and image, whatever file it lies in (fidelity 5.2).
 
 The plain sample of row ``i``, ``cc3m_i``, reads the cleaned caption and writes the vokens.  In training,
 rows 0, 100, 200, ... give a second sample, ``cc3m_i_instruction``, with a system prompt and one of seven
@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.text import prompts
 from minigpt5_jax.data.text.templates import clean_caption, target_text
@@ -20,11 +20,11 @@ from minigpt5_jax.data.text.templates import clean_caption, target_text
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A row: its number, the caption as written, the picture (path or encoded bytes), its place."""
+    """A row: its number, the caption as written, the image (path or encoded bytes), its place."""
 
     row: int
     caption: str
-    picture: Picture
+    picture: ImageSource
     where: str
 
 
@@ -37,7 +37,7 @@ class PairRules:
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wording.
       resample_prompts: draw the wording anew each epoch; False keeps the first draw (quirk Q24).
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
 
     Raises:
       DataError: an unknown prompt set or a negative ``every``.

@@ -1,12 +1,12 @@
 """The JSON schema of one's own data, shared by training, generation and evaluation.
 
-One object per line.  A pair of caption and picture is::
+One object per line.  A pair of caption and image is::
 
     {"caption": "a red fox in the snow", "image": "photos/fox.jpg"}
 
 and anything longer (a story, a dialogue) is a list of turns::
 
-    {"id": "walk-7", "system": "Answer with a picture.", "turns": [
+    {"id": "walk-7", "system": "Answer with an image.", "turns": [
       {"role": "user", "content": [{"type": "text", "text": "We left at dawn."},
                                    {"type": "image", "path": "photos/1.jpg"},
                                    {"type": "text", "text": "What came next?"}]},
@@ -14,9 +14,9 @@ and anything longer (a story, a dialogue) is a list of turns::
                                         {"type": "image", "path": "photos/2.jpg"}]}]}
 
 ``content`` may be a plain string.  ``id`` is optional and unique in its file.  ``system`` is optional;
-without it the dialogues' prompt is used, and ``""`` is none.  An assistant turn has at most one picture, at
-its end; a user turn any number, anywhere.  A picture of an assistant turn may carry a ``caption``, which
-lets it take part in the caption loss.  Picture paths are relative to the file's folder.  A record that
+without it the dialogues' prompt is used, and ``""`` is none.  An assistant turn has at most one image, at
+its end; a user turn any number, anywhere.  An image of an assistant turn may carry a ``caption``, which
+lets it take part in the caption loss.  Image paths are relative to the file's folder.  A record that
 ends in a user turn is a prompt to generate from.
 """
 
@@ -35,7 +35,7 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
 @dataclasses.dataclass(frozen=True)
 class RecordImage:
-    """A picture in a turn: its path as written, and the caption it may carry."""
+    """An image in a turn: its path as written, and the caption it may carry."""
 
     path: str
     caption: str | None = None
@@ -43,7 +43,7 @@ class RecordImage:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one side says: texts and pictures in order."""
+    """What one side says: texts and images in order."""
 
     role: str
     parts: tuple[str | RecordImage, ...]
@@ -52,11 +52,11 @@ class Turn:
         return [part for part in self.parts if isinstance(part, RecordImage)]
 
     def text(self) -> str:
-        """Its texts, pictures left out."""
+        """Its texts, images left out."""
         return " ".join(part for part in self.parts if isinstance(part, str))
 
     def spelt(self) -> str:
-        """Its texts and ``<Img><ImageHere></Img>`` for each picture, single spaces between."""
+        """Its texts and ``<Img><ImageHere></Img>`` for each image, single spaces between."""
         return " ".join(part if isinstance(part, str) else templates.IMAGE for part in self.parts)
 
 
@@ -115,7 +115,7 @@ class _Checker(Fields):
         turn = Turn(role, tuple(self.part(p, f"{place}.content[{i}]") for i, p in enumerate(content)))
         images = turn.images()
         if role == "assistant" and (len(images) > 1 or (images and turn.parts[-1] is not images[0])):
-            raise self.fail(place, "an assistant turn has at most one picture, as its last part")
+            raise self.fail(place, "an assistant turn has at most one image, as its last part")
         return turn
 
     def part(self, value: Any, place: str) -> str | RecordImage:
@@ -130,7 +130,7 @@ class _Checker(Fields):
 
 
 def prompt_of(record: Record, turns: int, image_root: Path) -> tuple[str, tuple[str, ...]]:
-    """Source text and input pictures of what follows the first ``turns`` turns of a record."""
+    """Source text and input images of what follows the first ``turns`` turns of a record."""
     history = record.turns[:turns]
     images = tuple(str(image_root / image.path) for turn in history for image in turn.images())
     if record.pair:

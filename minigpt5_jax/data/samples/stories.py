@@ -1,14 +1,14 @@
-"""Samples of a picture story: three tasks for every step, in the original's order (reference 5.3).
+"""Samples of an image story: three tasks for every step, in the original's order (fidelity 5.3).
 
-Step ``k`` of a story reads the texts and pictures of the steps before and
+Step ``k`` of a story reads the texts and images of the steps before and
 
-* ``gen``: its own text; the model draws its picture;
-* ``multimodal`` (k >= 1): nothing more; the model writes its text and draws its picture;
-* ``understanding`` (k >= 1): its own picture; the model writes its text.
+* ``gen``: its own text; the model draws its image;
+* ``multimodal`` (k >= 1): nothing more; the model writes its text and draws its image;
+* ``understanding`` (k >= 1): its own image; the model writes its text.
 
 Training uses all three (13 samples of five steps), testing ``gen`` alone (5 samples).  Texts are taken as
 they are written, and stories take no part in the caption loss.  What a sample reads of the steps before is
-its context (:data:`CONTEXTS`, the papers' context ablation, reference 9.1): both in the original's training.
+its context (:data:`CONTEXTS`, the papers' context ablation, fidelity 9.1): both in the original's training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.text import prompts
 from minigpt5_jax.data.text.templates import IMAGE, target_text
@@ -32,10 +32,10 @@ CONTEXTS = ("none", "text", "image", "image+text")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """A text, its picture (path or encoded bytes) and its number in the file."""
+    """A text, its image (path or encoded bytes) and its number in the file."""
 
     text: str
-    picture: Picture
+    picture: ImageSource
     sequence_index: int
 
 
@@ -87,7 +87,7 @@ def story_example(
       task: one of :data:`TASKS`; all but ``gen`` need a step before.
       wording: which of ``STORY_PROMPTS[prompt_set][task]``.
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
       context: one of :data:`CONTEXTS`, what is read of the steps before.
 
     Raises:
@@ -122,7 +122,7 @@ class StoryRules:
       prompt_set, num_vokens: as :func:`story_example`.
       seed: of the wordings.
       resample_prompts: draw wordings and contexts anew each epoch; False keeps the first draw (quirk Q24).
-      context_dropout: share of the samples with steps before that read their texts or their pictures only,
+      context_dropout: share of the samples with steps before that read their texts or their images only,
         each as often; 0 in the original.
 
     Raises:

@@ -25,7 +25,7 @@ class Source(Protocol):
 
     ``example(index, epoch)`` gives sample ``index``; prompts that are drawn anew each epoch are drawn
     by ``epoch``.  ``texts(index)`` are the (source, target) of all wordings the sample may have, with its
-    whole context, made without touching a picture: the length index takes the longest.  ``fingerprint()``
+    whole context, made without touching an image: the length index takes the longest.  ``fingerprint()``
     changes with the content and the meaning of the samples, and ``describe()`` is one line for the log.
     """
 

@@ -1,4 +1,4 @@
-"""CC3M: pairs of caption and picture (reference 5.2)."""
+"""CC3M: pairs of caption and image (fidelity 5.2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minigpt5_jax.data.sources.base import TextLines
 
 
 class Cc3mSource:
-    """Pairs of caption and picture from a tab-separated table (reference 5.2).
+    """Pairs of caption and image from a tab-separated table (fidelity 5.2).
 
     The table has a header naming at least ``caption`` and ``image_path``; other columns are ignored.
     The source of sample ``cc3m_i`` is its cleaned caption and its target the vokens.  In training, rows
@@ -29,7 +29,7 @@ class Cc3mSource:
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wording.
       resample_prompts: draw the wording anew each epoch; False keeps the first draw (quirk Q24).
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
 
     Raises:
       DataError: the table or the folder is missing, not UTF-8, empty, or lacks a column.
@@ -104,8 +104,8 @@ class Cc3mSource:
         """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
         return self._rules.texts(*self._find(index))
 
-    def picture_fingerprint(self) -> str:
-        """Hash of which picture each sample draws, whatever its wording."""
+    def image_fingerprint(self) -> str:
+        """Hash of which image each sample draws, whatever its wording."""
         return hashlib.sha256(f"cc3m {self._lines.sha256} {self._rules.every}".encode()).hexdigest()
 
     def fingerprint(self) -> str:

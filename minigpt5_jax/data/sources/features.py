@@ -1,15 +1,15 @@
-"""Ready features: pictures that went through their frozen towers once, for every later step and run.
+"""Precomputed features: images that went through their frozen towers once, for every later step and run.
 
 A store is a folder that ``prepare features`` makes for one source and one set of towers::
 
-    manifest.json      what was stored, of which pictures, by which towers (hashes)
+    manifest.json      what was stored, of which images, by which towers (hashes)
     00000.index.npz    rows of the shard's samples, and why a sample has none; written last
-    00000.target.npy   posterior moments of target pictures [rows h w 2c]
-    00000.image.npy    Q-Former states of input pictures [rows q c]
+    00000.target.npy   posterior moments of target images [rows h w 2c]
+    00000.image.npy    Q-Former states of input images [rows q c]
 
-Arrays are memory-mapped when read.  Pictures are stored once a shard, as pixels in [-1, 1] see them (the
+Arrays are memory-mapped when read.  Images are stored once a shard, as pixels in [-1, 1] see them (the
 original's script left that step out, quirk Q9) and never mirrored, so ``flip_mode`` is off with them.
-:class:`FeatureSource` puts them into the samples of a source.  Reference 5.6.
+:class:`FeatureSource` puts them into the samples of a source.  Fidelity 5.6.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ MANIFEST = "manifest.json"
 
 @runtime_checkable
 class FixedPictures(Protocol):
-    """A source that can say which pictures its samples have apart from how they are worded."""
+    """A source that can say which images its samples have apart from how they are worded."""
 
-    def picture_fingerprint(self) -> str: ...
+    def image_fingerprint(self) -> str: ...
 
 
-def picture_fingerprint(source: Source) -> str:
-    """Hash of which pictures each sample has.  Where a source does not know that apart from its words, its
-    whole fingerprint, so that features are refused rather than mixed up."""
-    return source.picture_fingerprint() if isinstance(source, FixedPictures) else source.fingerprint()
+def image_fingerprint(source: Source) -> str:
+    """Hash of which images each sample has; of everything where a source does not know that apart."""
+    return source.image_fingerprint() if isinstance(source, FixedPictures) else source.fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +50,12 @@ class FeatureSpec:
     """What a store holds.
 
     Attributes:
-      pictures: :func:`picture_fingerprint` of the source.  samples: its length.
+      pictures: :func:`image_fingerprint` of the source.  samples: its length.
       towers: tower -> hash of its weights, for the towers that made the features.
-      target: (h, w, 2c) of a target's moments, None where only input pictures are stored.
-      image: (q, c) of an input picture's states, None where only targets are stored.
-      target_size, image_size: sides of the pictures in pixels.
-      pad_input_square: whether input pictures were padded (quirk Q30).
+      target: (h, w, 2c) of a target's moments, None where only input images are stored.
+      image: (q, c) of an input image's states, None where only targets are stored.
+      target_size, image_size: sides of the images in pixels.
+      pad_input_square: whether input images were padded (quirk Q30).
       dtype: of the stored numbers, ``bfloat16`` or ``float32``.
       pixel_range: what the target's tower saw black and white as (quirk Q9).
       shard_samples: samples of a shard.
@@ -78,14 +77,14 @@ class FeatureSpec:
         if self.dtype not in DTYPES:
             raise DataError(f"features are stored as {' or '.join(DTYPES)}, not {self.dtype!r}")
         if self.target is None and self.image is None:
-            raise DataError("a feature store holds targets, input pictures or both")
+            raise DataError("a feature store holds targets, input images or both")
 
     @property
     def shards(self) -> int:
         return -(-self.samples // self.shard_samples)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Kind of picture -> shape of its features."""
+        """Kind of image -> shape of its features."""
         given = {"target": self.target, "image": self.image}
         return {kind: shape for kind, shape in given.items() if shape is not None}
 
@@ -170,11 +169,11 @@ class FeatureStore:
         return {**self.__dict__, "_maps": {}}  # mapped memory stays in its process
 
     def check(self, wanted: FeatureSpec) -> None:
-        """Whether these are features of the pictures, sizes and towers of a run.
+        """Whether these are features of the images, sizes and towers of a run.
 
         Args:
           wanted: what the run would store.  Number format and shards may be others, and a store of targets
-            alone leaves the input pictures to be read as such.
+            alone leaves the input images to be read as such.
 
         Raises:
           DataError: they are not, with both fingerprints.
@@ -203,23 +202,23 @@ class FeatureStore:
         return self._maps[kind, number][row]
 
     def explain(self, sample: int) -> None:
-        """SampleError where a sample's pictures could not be used when the features were made."""
+        """SampleError where a sample's images could not be used when the features were made."""
         if sample in self._reasons:
             raise SampleError(*self._reasons[sample])
 
     def target(self, sample: int) -> Float[np.ndarray, "h w c2"] | None:
-        """Moments of the picture a sample draws; None where it draws none."""
+        """Moments of the image a sample draws; None where it draws none."""
         row = int(self._rows["target"][sample])
         return None if row < 0 else self._values("target", sample, row)
 
     def images(self, sample: int) -> list[Float[np.ndarray, "q c"]]:
-        """States of a sample's input pictures, in their order."""
+        """States of a sample's input images, in their order."""
         start, stop = self._starts[sample : sample + 2].tolist()
         return [self._values("image", sample, int(row)) for row in self._rows["image"][start:stop]]
 
 
 class FeatureSource:
-    """The samples of a source with ready features in the place of pictures.
+    """The samples of a source with precomputed features in the place of images.
 
     Args:
       source: the samples.
@@ -236,7 +235,7 @@ class FeatureSource:
         return self.example(index)
 
     def example(self, index: int, epoch: int = 0) -> Example:
-        """Sample ``index``; SampleError as the source's, or where its pictures were unusable."""
+        """Sample ``index``; SampleError as the source's, or where its images were unusable."""
         self._store.explain(index)
         example, shapes = self._source.example(index, epoch), self._store.spec.shapes()
         changes: dict[str, Any] = {}
@@ -264,4 +263,4 @@ class FeatureSource:
         kinds = " and ".join(
             f"{kind} {'x'.join(map(str, s))}" for kind, s in self._store.spec.shapes().items()
         )
-        return f"{self._source.describe()}, with ready features ({kinds}) of {self._store.folder}"
+        return f"{self._source.describe()}, with precomputed features ({kinds}) of {self._store.folder}"

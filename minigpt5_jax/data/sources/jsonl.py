@@ -14,17 +14,16 @@ from minigpt5_jax.data.sources.base import TextLines
 
 
 class JsonlSource:
-    """Pairs, stories and dialogues of one's own, one JSON object a line in the schema of
-    :mod:`~minigpt5_jax.data.samples.records`.
+    """Users' pairs, stories and dialogues, one JSON object a line (:mod:`minigpt5_jax.data.samples.records`).
 
     Every assistant turn is a sample: the turns before it are read, it is written.
 
     Args:
       path: the file.
-      image_root: folder that picture paths are relative to; default: the file's folder.
+      image_root: folder that image paths are relative to; default: the file's folder.
       strict: raise on lines that break the schema, naming the first of them; False keeps such a line
         as a sample that cannot be fetched, which the pipeline counts against its budget.
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
 
     Raises:
       DataError: the file or the folder is missing, not UTF-8 or empty, an id occurs twice, or (strict)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.samples.dialogs import Dialog, DialogRules, DialogTurn
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
@@ -21,7 +21,7 @@ from minigpt5_jax.data.samples.records import Record, parse_record, to_example
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
 
 Fields = dict[str, Any]
-LOST = b""  # stands for a picture that the dialogue has lost
+LOST = b""  # stands for an image that the dialogue has lost
 UNREAD = "picture"  # stands for one that is not read, where words are all that is wanted
 
 
@@ -31,8 +31,8 @@ class Kind(Protocol):
 
     ``counts`` gives the number of samples of each record, from the lines of the units' file and the number
     each unit had in the raw files; ``example`` and ``texts`` give sample ``place`` of one record, the latter
-    without pictures; ``settings`` is everything they depend on, ``layout`` that part of it which decides
-    what pictures a sample has, ``left_out`` what is not used, by kind.
+    without images; ``settings`` is everything they depend on, ``layout`` that part of it which decides
+    what images a sample has, ``left_out`` what is not used, by kind.
     """
 
     def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
@@ -72,7 +72,7 @@ class PairKind:
     def left_out(self) -> dict[str, int]:
         return {}
 
-    def _pair(self, fields: Fields, picture: Picture) -> Pair:
+    def _pair(self, fields: Fields, picture: ImageSource) -> Pair:
         return Pair(fields["row"], fields["caption"], picture, fields["where"])
 
 
@@ -101,7 +101,7 @@ class StoryKind:
     def left_out(self) -> dict[str, int]:
         return {}
 
-    def _sample(self, fields: Fields, pictures: Iterable[Picture], place: int) -> tuple[Story, int, str]:
+    def _sample(self, fields: Fields, pictures: Iterable[ImageSource], place: int) -> tuple[Story, int, str]:
         steps = tuple(
             Step(step["caption"], picture, step["sequence_index"])
             for step, picture in zip(fields["steps"], pictures, strict=True)
@@ -154,7 +154,7 @@ class DialogKind:
     def _dialog(self, fields: Fields, pictures: list[bytes] | None) -> Dialog:
         turns = []
         for turn in fields["turns"]:
-            picture: Picture | None = LOST if turn["media"] else None
+            picture: ImageSource | None = LOST if turn["media"] else None
             if turn["picture"] >= 0:
                 picture = UNREAD if pictures is None else pictures[turn["picture"]]
             turns.append(DialogTurn(turn["text"], picture, tuple(filter(None, turn["media"].split("/")))))
@@ -173,7 +173,7 @@ class RecordKind:
     def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
         record, example = self._record(fields), self._example(fields, place)
         paths = (str(Path(image.path)) for turn in record.turns for image in turn.images())
-        found: dict[Picture, bytes] = dict(zip(paths, pictures, strict=True))
+        found: dict[ImageSource, bytes] = dict(zip(paths, pictures, strict=True))
         target = None if example.target_image is None else found[example.target_image]
         images = tuple(found[path] for path in example.images)
         return dataclasses.replace(example, images=images, target_image=target)
@@ -195,7 +195,7 @@ class RecordKind:
         return parse_record(fields["record"], fields["where"])
 
     def _example(self, fields: Fields, place: int) -> Example:
-        """The sample with paths for pictures."""
+        """The sample with paths for images."""
         record = self._record(fields)
         return to_example(
             record,

@@ -1,4 +1,4 @@
-"""MMDialog: conversations with pictures, one JSON object a line (reference 5.4)."""
+"""MMDialog: conversations with images, one JSON object a line (fidelity 5.4)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT, MEDIA = "__TEXT__", "__MEDIA__"
 
 
 class MMDialogSource:
-    """Conversations in the form MMDialog is published in (reference 5.4).
+    """Conversations in the form MMDialog is published in (fidelity 5.4).
 
     A line is ``{"conversation_id": number, "conversation": [{"turn": [{"__TEXT__": text}, {"__MEDIA__":
     id}]}, ...]}``; other keys are ignored.  The picture of an id is ``{id}.jpg``.  Every turn but the first
@@ -39,14 +39,14 @@ class MMDialogSource:
 
     Args:
       path: the conversations.
-      image_root: folder of the pictures; default: the file's.
+      image_root: folder of the images; default: the file's.
       training: leave out long turns and what follows them.
       loader: ``head`` or ``release``, the original's two code generations.
       count_tokens: length of a text in tokens (``lambda text: len(tokenizer.encode(text))``); needed in
         training with ``head``.  It is called while the source is made and not kept.
       max_tokens, max_words: of a turn in training, by loader ``head`` and ``release``.
       bad_media_ids: media that end a conversation (``head``).
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
 
     Attributes:
       counts: how often something was left out, by kind.
@@ -93,8 +93,8 @@ class MMDialogSource:
     def _scan(self, count_tokens: Callable[[str], int] | None) -> tuple[np.ndarray, np.ndarray]:
         """Line and turn of every sample; turn -1 for a line that cannot be used."""
         lines, turns, first = array("q"), array("i"), {}
-        there = {entry.name for entry in os.scandir(self._root)}  # one listing, not a call for each picture
-        has_picture = lambda picture: os.path.basename(picture) in there  # noqa: E731
+        there = {entry.name for entry in os.scandir(self._root)}  # one listing, not a call for each image
+        has_image = lambda picture: os.path.basename(picture) in there  # noqa: E731
         for line in tqdm(range(self.rows), desc="reading dialogues", delay=2, unit="line"):
             try:
                 dialog = self.dialog(line)
@@ -105,7 +105,7 @@ class MMDialogSource:
                     self._repeats[line] = first[dialog.id]
                     usable, remarks = -1, ()
                 else:
-                    usable, remarks = self._rules.usable(dialog, has_picture, count_tokens)
+                    usable, remarks = self._rules.usable(dialog, has_image, count_tokens)
             found = range(1, usable) if usable >= 0 else (-1,)
             self._bad += usable < 0
             self._note(remarks)
@@ -155,8 +155,7 @@ class MMDialogSource:
         return [(example.source, example.target)]
 
     def fingerprint(self) -> str:
-        """Hash of the file, of everything that changes the samples made of it, and of the samples found,
-        which depend on the pictures that are there."""
+        """Hash of the file, of what changes its samples, and of the samples found (images may be missing)."""
         found = hashlib.sha256(self._sample_line.tobytes() + self._sample_turn.tobytes()).hexdigest()
         settings = dataclasses.astuple(self._rules)
         return hashlib.sha256(f"mmdialog {self._lines.sha256} {settings} {found}".encode()).hexdigest()
@@ -207,7 +206,7 @@ def _turn(fields: Fields, value: Any, number: int, root: Path) -> DialogTurn:
 
 
 def _media(fields: Fields, value: Any, place: str) -> str:
-    """Id of a picture, spelt as its file is."""
+    """Id of an image, spelt as its file is."""
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else fields.path(value, place)
     if "/" in name:
         raise fields.fail(place, f"picture id {name!r} is no file name")

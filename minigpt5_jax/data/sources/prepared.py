@@ -22,10 +22,10 @@ METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"
 
 
 class PreparedSource:
-    """Samples of a prepared data set: the same, picture for picture, as those of its raw files.
+    """Samples of a prepared data set: the same, image for image, as those of its raw files.
 
-    Words come from the units' file, pictures from the ArrayRecord files, which are opened when first
-    asked for; so the source is small to send to a worker process, and no picture is read for a text.
+    Words come from the units' file, images from the ArrayRecord files, which are opened when first
+    asked for; so the source is small to send to a worker process, and no image is read for a text.
 
     Args:
       folder: the ``--output`` of the preparation, or a folder below it.
@@ -40,7 +40,7 @@ class PreparedSource:
       count_tokens: dialogues: length of a text in tokens; needed in training with ``head``, and not kept.
       max_tokens, max_words, bad_media_ids: dialogues: where they end, as for
         :class:`~minigpt5_jax.data.sources.mmdialog.MMDialogSource`.
-      num_vokens: vokens of one picture.
+      num_vokens: vokens of one image.
       context_dropout: stories: see :class:`~minigpt5_jax.data.samples.stories.StoryRules`.
 
     Raises:
@@ -132,12 +132,11 @@ class PreparedSource:
         return record, index - int(self._starts[record])
 
     def fields(self, record: int) -> Fields:
-        """What a record says besides the pictures."""
+        """What a record says besides the images."""
         return json.loads(self._lines[record])
 
     def pictures(self, record: int) -> list[bytes]:
-        """Encoded pictures of a record; those of the last one asked for are kept, as its samples follow
-        each other."""
+        """Encoded images of a record; the last one's are kept, as its samples follow each other."""
         if self._last[0] != record:
             self._last = (record, self._read(record))
         return self._last[1]
@@ -160,21 +159,21 @@ class PreparedSource:
         return list(features["image"].bytes_list.value)
 
     def example(self, index: int, epoch: int = 0) -> Example:
-        """Sample ``index``, its pictures as encoded bytes; SampleError where the record is broken."""
+        """Sample ``index``, its images as encoded bytes; SampleError where the record is broken."""
         record, place = self.find(index)
         return self._kind.example(self.fields(record), self.pictures(record), place, epoch)
 
     def texts(self, index: int) -> list[tuple[str, str]]:
-        """(source, target) of sample ``index`` in every wording, its context whole; no picture is read."""
+        """(source, target) of sample ``index`` in every wording, its context whole; no image is read."""
         record, place = self.find(index)
         return self._kind.texts(self.fields(record), place)
 
     def fingerprint(self) -> str:
-        """Hash of the words, of the pictures' size and of everything that changes the samples."""
+        """Hash of the words, of the images' size and of everything that changes the samples."""
         return self._hash(self._kind.settings())
 
-    def picture_fingerprint(self) -> str:
-        """Hash of which pictures each sample has, whatever its wording."""
+    def image_fingerprint(self) -> str:
+        """Hash of which images each sample has, whatever its wording."""
         return self._hash(self._kind.layout())
 
     def _hash(self, settings: tuple) -> str:

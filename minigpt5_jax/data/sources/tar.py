@@ -37,11 +37,11 @@ def find_shards(shards: str | Path) -> list[Path]:
 
 
 class Cc3mTarSource:
-    """Pairs of caption and picture from tar shards (``00000.tar`` with ``000000000.jpg``, ``.txt``,
-    ``.json``), the same samples as :class:`~minigpt5_jax.data.sources.cc3m.Cc3mSource` makes of a table.
+    """Pairs of caption and image from tar shards (``00000.tar`` with ``000000000.jpg``, ``.txt``, ``.json``).
 
-    The caption is the ``.txt`` member.  Rows are numbered by the shards' names, then by the order of
-    samples in a shard.  Pictures are read as bytes when a sample is asked for; ``.json`` members and the
+    They are the samples that ``Cc3mSource`` makes of a table.  The caption is the ``.txt`` member.  Rows are
+    numbered by the shards' names, then by the order of samples in a shard.  Images are read as bytes when a
+    sample is asked for; ``.json`` members and the
     ``.parquet`` and ``_stats.json`` files beside the shards are not read.
 
     Args:
@@ -81,7 +81,7 @@ class Cc3mTarSource:
         self._places = np.concatenate([index.places for index in indices])
         self._digest = hashlib.sha256("".join(index.digest for index in indices).encode()).hexdigest()
         if not len(self._keys):
-            raise DataError(f"no samples (pictures with .txt captions) in {shards}")
+            raise DataError(f"no samples (images with .txt captions) in {shards}")
         self._refuse_duplicates()
 
     def _refuse_duplicates(self) -> None:
@@ -110,10 +110,10 @@ class Cc3mTarSource:
         return self.example(index)
 
     def pair(self, row: int, *, picture: bool = True) -> Pair:
-        """A pair as it is in its shard, the picture as bytes (empty where not asked for).
+        """A pair as it is in its shard, the image as bytes (empty where not asked for).
 
         Raises:
-          SampleError: the picture or the caption is missing, the caption is not UTF-8, or the shard
+          SampleError: the image or the caption is missing, the caption is not UTF-8, or the shard
             has changed since it was indexed.
         """
         shard = self._shards[self._shard[row]]
@@ -157,12 +157,12 @@ class Cc3mTarSource:
         row, instruction = self._find(index)
         return self._rules.texts(self.pair(row, picture=False), instruction)
 
-    def picture_fingerprint(self) -> str:
-        """Hash of which picture each sample draws, whatever its wording."""
+    def image_fingerprint(self) -> str:
+        """Hash of which image each sample draws, whatever its wording."""
         return hashlib.sha256(f"cc3m-tar {self._digest} {self._rules.every}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """Hash of keys, captions and sizes of pictures, and of everything that changes the samples."""
+        """Hash of keys, captions and sizes of images, and of everything that changes the samples."""
         settings = dataclasses.astuple(self._rules)
         return hashlib.sha256(f"cc3m-tar {self._digest} {settings}".encode()).hexdigest()
 

@@ -44,8 +44,8 @@ class ShardIndex:
 
     Attributes:
       keys: S[n], the names up to the first dot, UTF-8.
-      places: i64[n 2 2], (start, size) of picture and text; start 0 where the sample lacks it.
-      digest: of keys, texts and sizes of pictures.
+      places: i64[n 2 2], (start, size) of image and text; start 0 where the sample lacks it.
+      digest: of keys, texts and sizes of images.
     """
 
     keys: np.ndarray
@@ -133,8 +133,7 @@ def _pax_records(data: bytes, path: Path) -> dict[str, str]:
 
 
 def make_index(path: Path) -> ShardIndex:
-    """Reads all headers and texts of a shard; DataError as :func:`read_members` or for a key that has
-    two pictures or two texts."""
+    """Reads all headers and texts of a shard; DataError also for a key with two images or two texts."""
     rows: dict[str, list[Member | None]] = {}
     for member in read_members(path):
         folder, _, base = member.name.rpartition("/")

@@ -1,4 +1,4 @@
-"""VIST: stories of five steps, each a text and a picture (reference 5.3)."""
+"""VIST: stories of five steps, each a text and an image (fidelity 5.3)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ STEPS = 5  # of a story as VIST was published
 
 
 class VistSource:
-    """Stories from the two files of the original (reference 5.3).
+    """Stories from the two files of the original (fidelity 5.3).
 
     ``cleaned`` holds an object, story id -> list of steps in order, each ``{"caption": text, "image_id":
     text, "sequence_index": number}``; ``mapping`` holds an object, image id -> path.  A story may have any
-    number of steps from one on.  A story that breaks the form, or that names a picture which is not in the
-    mapping, counts as one sample that cannot be fetched.  Picture files are looked for when they are read.
+    number of steps from one on.  A story that breaks the form, or that names an image which is not in the
+    mapping, counts as one sample that cannot be fetched.  Image files are looked for when they are read.
 
     Args:
       cleaned: the stories.
-      mapping: paths of the pictures; default: beside ``cleaned``, with ``image_mapping`` for ``cleaned`` in
+      mapping: paths of the images; default: beside ``cleaned``, with ``image_mapping`` for ``cleaned`` in
         its name (quirk Q29).
       image_root: folder that paths are relative to; default: the stories' folder.
       training: with all three tasks; else ``gen`` alone.
@@ -37,13 +37,13 @@ class VistSource:
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wordings.
       resample_prompts: draw wordings and contexts anew each epoch; False keeps the first draw (quirk Q24).
-      num_vokens: vokens of one picture.
-      context_dropout: share of samples that read texts or pictures only of the steps before; see
+      num_vokens: vokens of one image.
+      context_dropout: share of samples that read texts or images only of the steps before; see
         :class:`~minigpt5_jax.data.samples.stories.StoryRules`.
 
     Raises:
       DataError: a file or the folder is missing, no JSON, not of this form as a whole, or names a story or
-        a picture twice; no name for the mapping; an unknown task or prompt set; a share outside 0..1.
+        an image twice; no name for the mapping; an unknown task or prompt set; a share outside 0..1.
     """
 
     def __init__(
@@ -130,11 +130,10 @@ class VistSource:
 
 
 def mapping_path(cleaned: Path) -> Path:
-    """File of the picture paths that belongs to a file of stories (quirk Q29); DataError where its name
-    does not tell."""
+    """File of the image paths of a file of stories (Q29); DataError where its name does not say."""
     if "cleaned" not in cleaned.name:
         raise DataError(
-            f"{cleaned.name} has no 'cleaned' in its name to find its picture paths by; give mapping="
+            f"{cleaned.name} has no 'cleaned' in its name to find its image paths by; give mapping="
         )
     return cleaned.with_name(cleaned.name.replace("cleaned", "image_mapping"))
 
@@ -194,6 +193,6 @@ def _step(fields: Fields, value: Any, number: int, paths: dict, root: Path) -> S
     fields.words(value["caption"], f"{place}.caption")
     return Step(
         value["caption"],  # as it is written, white space included
-        str(root / fields.path(paths[image_id], f"{place}, path of picture {image_id}")),
+        str(root / fields.path(paths[image_id], f"{place}, path of image {image_id}")),
         fields.integer(value["sequence_index"], f"{place}.sequence_index"),
     )

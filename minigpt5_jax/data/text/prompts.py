@@ -1,4 +1,4 @@
-"""Words of the original's prompts, as pure functions: data set by data set (reference 5.2 to 5.4, 6.4)."""
+"""Words of the original's prompts, as pure functions: data set by data set (fidelity 5.2 to 5.4, 6.4)."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def cc3m_instruction(caption: str, prompt: str) -> str:
 
 
 def story_source(parts: Sequence[str], request: str) -> str:
-    """Source of a story's step (reference 5.3).
+    """Source of a story's step (fidelity 5.3).
 
     Args:
-      parts: texts and pictures of the steps before, in order; a newline ends them.  A picture is spelt
+      parts: texts and images of the steps before, in order; a newline ends them.  An image is spelt
         :data:`~minigpt5_jax.data.text.templates.IMAGE`; in the original's samples one follows each text.
       request: one of :data:`STORY_PROMPTS`, ``{text}`` filled in.
     """
@@ -85,7 +85,7 @@ def dialog_source(system: str, history: Sequence[tuple[str, str]], speaker: str 
 
     Args:
       system: system prompt.
-      history: (speaker, content) of earlier turns, speaker ``Human`` or ``Assistant``; pictures in
+      history: (speaker, content) of earlier turns, speaker ``Human`` or ``Assistant``; images in
         content are spelt ``<Img><ImageHere></Img>``.
       speaker: whose turn is next.
     """
@@ -94,8 +94,7 @@ def dialog_source(system: str, history: Sequence[tuple[str, str]], speaker: str 
 
 
 def dialog_source_release(system: str, history: Sequence[tuple[str, str]], speaker: str = "Assistant") -> str:
-    """:func:`dialog_source` as the loader before March 2024 spelt it: no space behind the system prompt,
-    a newline behind every turn."""
+    """:func:`dialog_source` before March 2024: no space after the system prompt, a newline after a turn."""
     return system + "".join(f"###{who}: {content}\n" for who, content in history) + f"###{speaker}:"
 
 

@@ -1,8 +1,8 @@
 """From words to ids: caption cleaning, prompts, label masks and the expanded sequence.  Pure functions.
 
-A sample is two strings.  ``source`` is what the model reads, with ``<ImageHere>`` for each input picture;
+A sample is two strings.  ``source`` is what the model reads, with ``<ImageHere>`` for each input image;
 ``target`` is what it writes, with the vokens where it draws and ``###`` at its end.  Everything follows
-the reference, sections 2.2, 2.3, 5.2 and 6.4.
+the fidelity 2.2, 2.3, 5.2 and 6.4.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, voken
 
 IGNORE = -100  # label of a position that is no target
 END = "###"  # ends every turn
-IMAGE = f"<Img>{IMAGE_TOKEN}</Img>"  # an input picture as prompts spell it
+IMAGE = f"<Img>{IMAGE_TOKEN}</Img>"  # an input image as prompts spell it
 
 
 def clean_caption(caption: str) -> str:
@@ -34,14 +34,14 @@ def clean_caption(caption: str) -> str:
 def find_special(text: str) -> str | None:
     """The first added token that ``text`` spells out (``[IMG0]``, ``<ImageHere>``), or None.
 
-    In a user's text it would be taken for a picture, so sources refuse it.
+    In a user's text it would be taken for an image, so sources refuse it.
     """
     found = SPECIAL_PATTERN.search(text)
     return found.group() if found else None
 
 
 def target_text(text: str, *, draws: bool, num_vokens: int = 8) -> str:
-    """What the model shall write: text, the vokens of a picture where it ``draws``, and ``###``."""
+    """What the model shall write: text, the vokens of an image where it ``draws``, and ``###``."""
     return " ".join(part for part in (text, voken_text(num_vokens) if draws else "", END) if part)
 
 
@@ -62,10 +62,10 @@ class Expanded:
     """One sample as the model reads it, t positions with BOS first.
 
     Attributes:
-      tokens: i32[t]; a picture is ``image_tokens`` times ``<ImageHere>``.
+      tokens: i32[t]; an image is ``image_tokens`` times ``<ImageHere>``.
       labels: i32[t]; id of the token at this position where it is a target, else -100.
-      images: which of the sample's pictures are left after truncation.
-      image_start: first slot of each of these pictures.
+      images: which of the sample's images are left after truncation.
+      image_start: first slot of each of these images.
       voken_start: position of ``[IMG0]``, None where the target draws nothing.
       dropped: positions cut off to fit.
     """
@@ -111,8 +111,7 @@ def _cut_target(target: list[int], room: int, first_voken_id: int) -> list[int]:
 def _cut_source(
     source: list[int], room: int, max_images: int | None, image_id: int, image_tokens: int, truncation: str
 ) -> list[int]:
-    """Longest tail (``left_history``) or head (``right``) of source ids that takes at most ``room``
-    positions and ``max_images`` pictures.  A picture stays whole or goes whole."""
+    """Longest tail (``left_history``) or head (``right``) of source ids that fits, images kept whole."""
     ids = source[::-1] if truncation == "left_history" else source
     images = 0
     for kept, i in enumerate(ids):
@@ -130,11 +129,11 @@ _STEP = re.compile(r".*?</Img>", re.DOTALL)
 
 
 def history_spans(source: str) -> list[tuple[int, int]]:
-    """Parts of a source that may be left out, oldest first, each a whole turn of a dialogue or a whole
-    step of a story; the turn or request that is answered is none of them.
+    """Parts of a source that may be left out, oldest first: whole turns of a dialogue, steps of a story.
 
-    They are found by ``###``, which no user's text may contain.  A story opens ``###Human:`` without a
-    space and has its steps there, each with its picture at its end (reference 5.3).
+    The turn or request that is answered is none of them.  They are found by ``###``, which no user's text may
+    contain.  A story opens ``###Human:`` without a space and has its steps there, each with its image at its
+    end (fidelity 5.3).
     """
     marks = [found.start() for found in _TURN.finditer(source)]
     if len(marks) != 2:
@@ -167,7 +166,7 @@ def _drop_turns(
 
 
 def _place_images(source: Sequence[int], image_id: int, image_tokens: int) -> tuple[list[int], list[int]]:
-    """(source ids with each picture's placeholder ``image_tokens`` times, the first slots of these)."""
+    """(source ids with each image's placeholder ``image_tokens`` times, the first slots of these)."""
     tokens, starts = [], []
     for i in source:
         if i == image_id:
@@ -190,19 +189,19 @@ def expand(
     truncation: str = "left_history",
     mask_all_inner_vokens: bool = False,
 ) -> Expanded:
-    """Ids, labels and positions of one sample (reference 2.2, 2.3); an empty target gives a prompt.
+    """Ids, labels and positions of one sample (fidelity 2.2, 2.3); an empty target gives a prompt.
 
     Source and target are tokenised on their own and joined behind BOS.  What does not fit
     ``max_length`` is cut here and reported in ``dropped``: first the source, its oldest turns
     (``left_history``: system prompt and instruction stay, and of a single turn that is too long the end) or
-    from the right (as the original's tokenizer, quirk Q23), whole pictures only; then the end of the
+    from the right (as the original's tokenizer, quirk Q23), whole images only; then the end of the
     target's text.  The vokens, and
     the ``###`` behind them, always survive; the original could lose them.
 
     Args:
-      image_tokens: positions of one input picture, 32 for MiniGPT-4's Q-Former.
+      image_tokens: positions of one input image, 32 for MiniGPT-4's Q-Former.
       max_length: positions at most, BOS included.
-      max_images: pictures at most; None for no limit.
+      max_images: images at most; None for no limit.
       max_targets: labels at most; None for no limit.
 
     Raises:

@@ -1,6 +1,6 @@
 """The two tokenizers: LLaMA's by legacy rules with the vokens added, and CLIP's for captions.
 
-Released weights fit the ids of one old tokenizer only (reference 1.6): text is split at the added
+Released weights fit the ids of one old tokenizer only (fidelity 1.6): text is split at the added
 tokens, white space around each of them is dropped, and every remaining chunk goes through
 sentencepiece on its own, each with its own dummy leading space.  Newer tokenizers give other ids and
 a model that never draws, so the rules are implemented here, directly on ``sentencepiece``.
@@ -20,7 +20,7 @@ from jaxtyping import Int32
 
 from minigpt5_jax.data.errors import DataError
 
-IMAGE_TOKEN = "<ImageHere>"  # one input picture
+IMAGE_TOKEN = "<ImageHere>"  # one input image
 WORDS_KEPT = 100_000  # of captions, with their ids
 # How CLIP's rules (_clip_bpe) split lower-case ASCII.
 _ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
@@ -28,7 +28,7 @@ SPECIAL_PATTERN = re.compile(r"\[IMG\d+\]|<ImageHere>")
 
 
 def voken_text(num_vokens: int) -> str:
-    """The vokens of one picture as a target spells them: ``[IMG0][IMG1]...``, nothing between."""
+    """The vokens of one image as a target spells them: ``[IMG0][IMG1]...``, nothing between."""
     return "".join(f"[IMG{i}]" for i in range(num_vokens))
 
 
@@ -94,7 +94,7 @@ class LlamaTokenizer:
 
     Args:
       model_file: sentencepiece ``tokenizer.model``.
-      num_vokens: vokens of one picture, 8 in the papers.
+      num_vokens: vokens of one image, 8 in the papers.
       bos_id: id put in front of every sample; 2 for weights released in October 2023 (quirk Q21).
       vocab_size: rows of the language model's tables before the added tokens, where these are more
         than the pieces (checkpoints whose tokenizer has ``[PAD]`` as entry 32000).
@@ -132,7 +132,7 @@ class LlamaTokenizer:
         self._added_names = {i: name for name, i in self._added.items()}
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._known: dict[str, list[int]] = {}
-        bare = f"{voken_text(num_vokens)} ###"  # the target of every sample that is a picture only
+        bare = f"{voken_text(num_vokens)} ###"  # the target of every sample that is an image only
         self._known[bare] = self.encode(bare)
         self._sha256 = hashlib.sha256(data).hexdigest()
 
@@ -156,8 +156,9 @@ class LlamaTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ``ids``: single spaces around added tokens, control tokens spelt out and glued to the
-        following word (``<s>we ended the day . [IMG0] ###``, reference 6.2).
+        """Text of ``ids``, single spaces around added tokens.
+
+        Control tokens are spelled out, glued to the next word (``<s>we ended . [IMG0] ###``, fidelity 6.2).
 
         Raises:
           DataError: an id outside the vocabulary.
@@ -182,8 +183,7 @@ class LlamaTokenizer:
         return " ".join(parts)
 
     def _decode_chunk(self, ids: Sequence[int]) -> str:
-        """Text of ordinary pieces; a control token gets a space before it, unless it opens the chunk or
-        follows another one."""
+        """Text of pieces; a control token gets a space before it unless it comes first or after another."""
         text, run, after_control = "", [], False
         for place, i in enumerate(ids):
             if self._pieces.is_control(i) or self._pieces.is_unknown(i):
@@ -242,8 +242,7 @@ class ClipTokenizer:
         self._words: dict[str, list[int]] = {}
 
     def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "m c"], Int32[np.ndarray, "m c"]]:
-        """Ids and mask of ``m`` captions: BOS, at most c - 2 tokens, EOS, padding.  The mask is 1 up to
-        and including EOS."""
+        """Ids of captions (BOS, at most c - 2 tokens, EOS, padding) and their mask, 1 up to and with EOS."""
         ids = np.full((len(texts), self.max_length), self.pad_id, np.int32)
         mask = np.zeros_like(ids)
         for row, text in enumerate(texts):

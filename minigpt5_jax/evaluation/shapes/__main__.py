@@ -9,7 +9,7 @@ Prints one JSON line: what was measured with which checkpoint and ``inference`` 
 (``stories.py``, ``dialogs.py``, ``pairs.py`` say what they mean).  A stage-1 run is
 measured as it is (zero-shot).  ``--inference KEY=VALUE`` and ``--weights NAME=PATH`` as in
 ``minigpt5_jax.generate``, and ``--step``, ``--seed``, ``--batch_size``; for stories and dialogues, where a
-picture is forced, how many there may be and how long a prompt may be is the judges' own choice.
+image is forced, how many there may be and how long a prompt may be is the judges' own choice.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ NEW_TOKENS = 64  # no text of the small world is longer; a run's own limit may b
 Numbers = dict[str, float | int | bool | None]
 
 
-def check_run(run: LoadedModel, *, reads_pictures: bool) -> None:
+def check_run(run: LoadedModel, *, reads_images: bool) -> None:
     """Whether the oracle can read what a run draws, and the run what is put to it.
 
     Raises:
-      ConfigError: pictures of another size than the small world's, or no vision tower.
+      ConfigError: images of another size than the small world's, or no vision tower.
     """
     size = run.spec.generator.image_size
     if size != IMAGE_SIZE:
@@ -36,7 +36,7 @@ def check_run(run: LoadedModel, *, reads_pictures: bool) -> None:
             f"the oracle reads pictures of {IMAGE_SIZE} pixels, this run draws {size} "
             "(model.generator.image_size); judge a run of the small world"
         )
-    if reads_pictures and not run.spec.backbone.image_tokens:
+    if reads_images and not run.spec.backbone.image_tokens:
         raise ConfigError(
             "this run's model has no vision tower and cannot read pictures; "
             "judge its stories with contexts none and text and no narrations, or a run that sees"
@@ -46,7 +46,7 @@ def check_run(run: LoadedModel, *, reads_pictures: bool) -> None:
 def open_session(run: LoadedModel, *, batch_size: int, **inference: object) -> Session:
     """A session with the run's settings, ``inference`` keys replaced.
 
-    A prompt may be as long as the model; an answer has one picture at most, unforced, and room for
+    A prompt may be as long as the model; an answer has one image at most, unforced, and room for
     :data:`NEW_TOKENS`.
 
     Raises:
@@ -84,7 +84,7 @@ def seed_of(seed: int, *numbers: int) -> int:
 
 
 def scenes_drawn(answers: Sequence[Generation]) -> list[Scene | None]:
-    """What the oracle reads in the first picture of each answer; None where there is none."""
+    """What the oracle reads in the first image of each answer; None where there is none."""
     there = [number for number, answer in enumerate(answers) if answer.pictures]
     found: list[Scene | None] = [None] * len(answers)
     if there:

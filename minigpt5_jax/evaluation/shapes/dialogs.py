@@ -1,7 +1,7 @@
-"""Held-out dialogues: a picture exactly when one is called for, the right one, and right answers.
+"""Held-out dialogues: an image exactly when one is called for, the right one, and right answers.
 
 Every turn of the assistant is written after the true turns before it, as many as MMDialog's reader shows
-(reference 5.4), under the run's own rules for text: nothing is forced.
+(fidelity 5.4), under the run's own rules for text: nothing is forced.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Reply:
 
     Attributes:
       kind: of the exchange (``show``, ``edit``, ``look``, ``ask``, ``thank``).
-      wanted: scene of the picture that is called for, or None.
+      wanted: scene of the image that is called for, or None.
       asked: (what, value) of a question's turn, or None.
-      answer: the model's.  drawn: what the oracle reads in its picture, or None.
+      answer: the model's.  drawn: what the oracle reads in its image, or None.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Reply:
 
     @property
     def drew(self) -> bool:
-        """Whether there is a picture."""
+        """Whether there is an image."""
         return bool(self.answer.pictures)
 
     @property
@@ -71,7 +71,7 @@ def judge_dialogs(
     Raises:
       ConfigError: a run of another world, or one that cannot see.
     """
-    counts.check_run(run, reads_pictures=True)
+    counts.check_run(run, reads_images=True)
     session = counts.open_session(run, batch_size=batch_size)
     with counts.folder_of(folder) as directory:
         asked = read_turns(run, directory, count, seed)
@@ -110,16 +110,16 @@ def read_turns(
 
 
 def _reply(truth: dict[str, Any], answer: Generation, drawn: Scene | None) -> Reply:
-    wanted = Scene.from_json(truth["scene"]) if truth["wants_picture"] else None
+    wanted = Scene.from_json(truth["scene"]) if truth["wants_image"] else None
     asked = truth["answer"] and (truth["answer"]["asked"], truth["answer"]["value"])
     return Reply(truth["kind"], wanted, asked, answer, drawn)
 
 
 def placing(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
-    """Whether there is a picture exactly where one is called for.
+    """Whether there is an image exactly where one is called for.
 
-    ``accuracy`` over all turns, ``precision`` (of the turns with a picture, those that call for one),
-    ``recall`` (of the turns that call for one, those with a picture), and ``by_kind``: accuracy of each kind.
+    ``accuracy`` over all turns, ``precision`` (of the turns with an image, those that call for one),
+    ``recall`` (of the turns that call for one, those with an image), and ``by_kind``: accuracy of each kind.
     """
     right: Callable[[Reply], bool] = lambda reply: reply.drew == reply.called_for  # noqa: E731
     kinds = sorted({reply.kind for replies in dialogs for reply in replies})
@@ -134,7 +134,7 @@ def placing(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
 
 
 def pictures(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
-    """``counts.attribute_shares`` of pictures that were called for and drawn: ``all``, and by kind."""
+    """``counts.attribute_shares`` of images that were called for and drawn: ``all``, and by kind."""
     wanted = [reply for replies in dialogs for reply in replies if reply.called_for]
     there = [reply for reply in wanted if reply.drew]
     kinds = {"all": there}

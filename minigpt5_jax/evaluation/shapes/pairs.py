@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from minigpt5_jax.inference.images import initial_latents, sample_pictures
+from minigpt5_jax.inference.images import initial_latents, sample_images
 from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.shapes.backbones.evaluate import held_out_captions
 from minigpt5_jax.shapes.oracle import score
@@ -21,16 +21,16 @@ BATCH_SIZE = 32
 Pictures = list[np.ndarray | None]
 
 
-def voken_pictures(
+def voken_images(
     run: LoadedModel, captions: Sequence[str], seed: int = 0, batch_size: int = BATCH_SIZE
 ) -> Pictures:
-    """What the whole model draws when it reads a caption; None where it wrote no picture."""
+    """What the whole model draws when it reads a caption; None where it wrote no image."""
     session = run.session(batch_size=batch_size)
     prompts = [Prompt(text, (), seed + number) for number, text in enumerate(captions)]
     return [answer.pictures[0] if answer.pictures else None for answer in session.generate(prompts)]
 
 
-def native_pictures(
+def native_images(
     run: LoadedModel, captions: Sequence[str], seed: int = 1, batch_size: int = BATCH_SIZE
 ) -> Pictures:
     """Pictures by the generator's own text encoder: what the frozen UNet can do at best."""
@@ -41,7 +41,7 @@ def native_pictures(
     @jax.jit
     def draw(params, ids, mask, keys):
         generator = run.spec.template.bind(params).generator
-        return sample_pictures(
+        return sample_images(
             generator,
             sampler,
             generator.caption_features(ids, mask),
@@ -58,7 +58,7 @@ def native_pictures(
 
 
 def shares(pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
-    """The oracle's shares, and ``drawn``; a picture that was not drawn is wrong in everything."""
+    """The oracle's shares, and ``drawn``; an image that was not drawn is wrong in everything."""
     there = [i for i, picture in enumerate(pictures) if picture is not None]
     part = len(there) / len(pictures)
     if not there:
@@ -90,9 +90,9 @@ def judge_pairs(
         more_scenes, more_captions = held_out_captions(count, seed, number)
         scenes += more_scenes
         captions += more_captions
-    drawn = {"vokens": voken_pictures(run, captions, seed, batch_size)}
+    drawn = {"vokens": voken_images(run, captions, seed, batch_size)}
     if native:
-        drawn["native"] = native_pictures(run, captions, seed + 1, batch_size)
+        drawn["native"] = native_images(run, captions, seed + 1, batch_size)
 
     def row(start: int) -> dict[str, Any]:
         part = slice(start, start + count)

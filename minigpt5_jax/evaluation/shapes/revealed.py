@@ -1,4 +1,4 @@
-"""Attributes that only pictures reveal: which are drawn right, and how far that is from guessing."""
+"""Attributes that only images reveal: which are drawn right, and how far that is from guessing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VALUES = {name: len(NAMES[name]) for name in ASKED[:-1]} | {"background": len(BA
 
 @dataclasses.dataclass(frozen=True)
 class Revealed:
-    """A last step whose truth lists attributes that only pictures reveal.
+    """A last step whose truth lists attributes that only images reveal.
 
     Attributes:
       got, want: what was drawn (None for nothing) and what is true.
@@ -65,7 +65,7 @@ class Revealed:
 
 
 def picture_only_shares(steps: Sequence[Revealed]) -> dict[str, Any]:
-    """Shares right of what only pictures reveal, each beside what guessing gives.
+    """Shares right of what only images reveal, each beside what guessing gives.
 
     Returns:
       ``{"stories": stories with such attributes, "placed": share of subjects at their place, "found": share
@@ -75,7 +75,7 @@ def picture_only_shares(steps: Sequence[Revealed]) -> dict[str, Any]:
       * ``chance``: mean of 1 / number of values;
       * ``chance_by_texts``: the same over the values that the texts leave open;
       * ``chance_by_margins``: right if the drawn values were dealt out among the stories at random, which
-        minds that values are not equally frequent, and pictures without a subject;
+        minds that values are not equally frequent, and images without a subject;
       * ``from_chance``: how far the share is from the range of ``chance`` to ``chance_by_texts``, in which it
         tells of nothing but texts, in standard errors (of the share or of guessing, the larger);
       * ``near_chance``: whether that is two of them at most.

@@ -1,16 +1,16 @@
-"""Held-out stories: whether what earlier pictures show is drawn again, and whether the story goes on.
+"""Held-out stories: whether what earlier images show is drawn again, and whether the story goes on.
 
-**Pictures** are asked for at the last step, as in the paper's context ablation (reference 9.1): by the
+**Images** are asked for at the last step, as in the paper's context ablation (fidelity 9.1): by the
 image-only prompt, with nothing before it (``none``), the earlier narrations (``text``), the earlier
-pictures (``image``) or both (``image+text``); each with the current narration.  The model is made to
-begin with the picture; how often it would by itself is counted apart.  A story has the same noise in every
+images (``image``) or both (``image+text``); each with the current narration.  The model is made to
+begin with the image; how often it would by itself is counted apart.  A story has the same noise in every
 context.
 
-**Attributes that only pictures reveal**: in half of the stories no text describes the subject.  The subject
+**Attributes that only images reveal**: in half of the stories no text describes the subject.  The subject
 is the object at its true place, else the first one that stands where no companion belongs; the choice looks
 at no attribute, so guessing stays at chance.  Where there is none, all is wrong.
 
-**Texts** are narrations of the last step: with its picture to draw (``multimodal``) and from its picture
+**Texts** are narrations of the last step: with its image to draw (``multimodal``) and from its image
 (``understanding``), after the whole history.  They are measured by ROUGE-L against the true one.
 """
 
@@ -50,7 +50,7 @@ class Tale:
 
     @property
     def scene(self) -> Scene:
-        """What the last picture shows."""
+        """What the last image shows."""
         return Scene.from_json(self.truth["steps"][FINAL]["scene"])
 
 
@@ -76,17 +76,17 @@ def judge_stories(
       attributes right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context
       has ``picture_only`` (:func:`~minigpt5_jax.evaluation.shapes.revealed.picture_only_shares`),
       ``all_attributes`` (``attribute_shares``), ``emitted`` (the model
-      begins a picture by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count
+      begins an image by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count
       and standard error.
 
     Raises:
       ConfigError: an unknown context or narration, a run of another world, one that cannot see and is to
-        read pictures, or no package for ROUGE-L.
+        read images, or no package for ROUGE-L.
     """
     for given, known in ((contexts, CONTEXTS), (narrations, NARRATIONS)):
         if unknown := sorted(set(given) - set(known)):
             raise ConfigError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    counts.check_run(run, reads_pictures=bool(narrations) or any("image" in one for one in contexts))
+    counts.check_run(run, reads_images=bool(narrations) or any("image" in one for one in contexts))
     if narrations:
         counts.rouge_scorer()  # a missing package is reported before the work
     drawer = counts.open_session(run, batch_size=batch_size, force_image="first", max_new_tokens=1)
@@ -132,7 +132,7 @@ def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:
 
 
 def context_prompt(story: Story, context: str, prompt_set: str = "head", seed: int = 0) -> Prompt:
-    """The image-only prompt of the last step with one of :data:`CONTEXTS` before it (reference 9.1)."""
+    """The image-only prompt of the last step with one of :data:`CONTEXTS` before it (fidelity 9.1)."""
     example = story_example(story, FINAL, "gen", wording=0, prompt_set=prompt_set, context=context)
     return Prompt(example.source, example.images, seed)
 
@@ -146,7 +146,7 @@ def texts_read(story: Story, context: str) -> list[str]:
 def judge_context(
     drawer: Session, writer: Session, tales: Sequence[Tale], prompts: Sequence[Prompt], context: str
 ) -> dict[str, Any]:
-    """One context's numbers; ``drawer`` begins with a picture, ``writer`` is free."""
+    """One context's numbers; ``drawer`` begins with an image, ``writer`` is free."""
     answers, free = drawer.generate(prompts), writer.generate(prompts, pictures=False)
     drawn = counts.scenes_drawn(answers)
     voken = writer.tokenizer.first_voken_id

@@ -2,7 +2,7 @@
 
 Hugging Face ``CLIPTextModel`` (Stable Diffusion's ``text_encoder``): learned positions, causal
 pre-norm transformer, closing LayerNorm.  SD 2.1 keeps 23 of OpenCLIP ViT-H's 24 layers, so
-``last_hidden_state`` is the penultimate feature the UNet was trained on (reference, section 1.7).
+``last_hidden_state`` is the penultimate feature the UNet was trained on (fidelity 1.7).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class ClipTextModel(nnx.Module):
     """The text tower; source names in ``weights.py``.
 
     ``dtype`` is that of matmuls and the residual stream; the closing norm returns float32, as the
-    original's caption features are (reference, section 1.13).  ``remat`` recomputes each layer in
+    original's caption features are (fidelity 1.13).  ``remat`` recomputes each layer in
     the backward pass.
     """
 
@@ -146,7 +146,7 @@ class ClipTextModel(nnx.Module):
         Args:
           input_ids: token ids, at most ``max_position_embeddings`` per row.
           attention_mask: nonzero at real tokens.  Without it pads are attended to, as Stable
-            Diffusion's pipelines do; the caption target passes it (reference, section 3.3).  It
+            Diffusion's pipelines do; the caption target passes it (fidelity 3.3).  It
             changes pad positions only where pads follow the text, because attention is causal.
 
         Raises:

@@ -2,7 +2,7 @@
 
 The ablation of the mapper (paper, Table 7) has no encoder-decoder and no queries; what it gives for the
 vokens is padded to the length the generator listens to.  How many layers it has, and what pads it, is not
-published; the reading here (reference 9.1): the encoder layers of the papers' mapper, as many as that has
+published; the reading here (fidelity 9.1): the encoder layers of the papers' mapper, as many as that has
 in both halves, and zero vectors behind.
 """
 

@@ -2,7 +2,7 @@
 
 A pre-norm ViT without closing norm, pooling or head: what leaves the tower is the un-normalised
 output of its last block for every token, CLS included; ``ln_vision`` belongs to the backbone that
-uses it.  EVA-g has 40 blocks, BLIP-2 builds the first 39 (reference, section 1.2).
+uses it.  EVA-g has 40 blocks, BLIP-2 builds the first 39 (fidelity 1.2).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class EvaVitConfig:
 
     Raises:
       ValueError: a head count that does not divide the width, a patch size that does not divide
-        the picture, or an unknown activation.
+        the image, or an unknown activation.
     """
 
     image_size: int = 224
@@ -168,10 +168,10 @@ class EvaVit(nnx.Module):
         """Output of the last block, CLS first, then the patches row by row.
 
         Args:
-          pixels: pictures normalised with CLIP's mean and deviation, ``image_size`` squared.
+          pixels: images normalised with CLIP's mean and deviation, ``image_size`` squared.
 
         Raises:
-          ValueError: pictures of another size.
+          ValueError: images of another size.
         """
         size = self.config.image_size
         if pixels.shape[1:3] != (size, size):

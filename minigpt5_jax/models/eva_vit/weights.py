@@ -114,7 +114,7 @@ def fit_positions(source: Tensors, config: EvaVitConfig) -> View:
 def resize_positions(positions: np.ndarray, grid: int) -> np.ndarray:
     """Bicubic resize of ``[1, 1 + n*n, d]`` to ``[1, 1 + grid*grid, d]``; the class token's stays.
 
-    As the original does by torch's ``interpolate(mode="bicubic", align_corners=False)`` (reference 1.2):
+    As the original does by torch's ``interpolate(mode="bicubic", align_corners=False)`` (fidelity 1.2):
     cubic convolution with a = -0.75, no antialiasing, edges repeated.
 
     Raises:

@@ -1,4 +1,4 @@
-"""LLaMA with voken rows kept apart and LoRA declared at construction (reference sections 1.5, 2.1, 4.3)."""
+"""LLaMA with voken rows kept apart and LoRA declared at construction (fidelity 1.5, 2.1, 4.3)."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class LlamaMlp(nnx.Module):
 
 
 class LlamaBlock(nnx.Module):
-    """Pre-norm block; the residual stream stays fp32 (reference 1.13)."""
+    """Pre-norm block; the residual stream stays fp32 (fidelity 1.13)."""
 
     def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, **kwargs: Any):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
@@ -374,7 +374,7 @@ class Llama(nnx.Module):
 
 
 def init_voken_rows(params: Params, prefix: str = "") -> Params:
-    """``params`` with both voken tables at the mean over the old rows of their table (reference 2.1).
+    """``params`` with both voken tables at the mean over the old rows of their table (fidelity 2.1).
 
     Args:
       params: flat parameters; ``prefix`` is the path of the language model in them.

@@ -1,4 +1,4 @@
-"""LLaMA in Hugging Face layout, and the whole tables of MiniGPT-5 checkpoints (reference 7.2, 7.3, 7.6)."""
+"""LLaMA in Hugging Face layout, and the whole tables of MiniGPT-5 checkpoints (fidelity 7.2, 7.3, 7.6)."""
 
 from __future__ import annotations
 

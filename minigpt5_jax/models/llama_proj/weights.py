@@ -1,4 +1,4 @@
-"""Weight table of MiniGPT-4's projection from the Q-Former to the language model (reference 1.4, 7.6)."""
+"""Weight table of MiniGPT-4's projection from the Q-Former to the language model (fidelity 1.4, 7.6)."""
 
 from __future__ import annotations
 

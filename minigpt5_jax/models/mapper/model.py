@@ -3,7 +3,7 @@
 A two-layer MLP, then an encoder-decoder transformer whose decoder input is a learned prompt of as
 many vectors as the generator's text encoder has positions.  The transformer has the semantics of
 torch's ``nn.Transformer(norm_first=True, activation="relu", dropout=0)``: pre-norm, closing norms
-on both halves, no masks and no positional encodings (reference, section 1.11).
+on both halves, no masks and no positional encodings (fidelity 1.11).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class FeatureMapper(nnx.Module):
     """The mapper tower; source names in ``weights.py``.
 
     ``dtype`` is that of the matmuls; the residual streams, LayerNorms, softmax and the output are
-    float32 (reference, section 1.13).  ``remat`` recomputes each layer in the backward pass.
+    float32 (fidelity 1.13).  ``remat`` recomputes each layer in the backward pass.
     """
 
     config_class = MapperConfig
@@ -202,7 +202,7 @@ class FeatureMapper(nnx.Module):
         """Condition [n, num_queries, d_model] in float32 for n groups of voken states.
 
         A group of zeros gives the unconditional branch of classifier-free guidance: the biases and
-        the queries still act (reference, sections 3.2 and 3.5).
+        the queries still act (fidelity 3.2 and 3.5).
         """
         memory = self.encoder(self.fc(vokens).astype(jnp.float32))
         queries = self.queries[...].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Weight table of the feature mapper: the 129 names of MiniGPT-5's checkpoints (reference 7.2)."""
+"""Weight table of the feature mapper: the 129 names of MiniGPT-5's checkpoints (fidelity 7.2)."""
 
 from __future__ import annotations
 

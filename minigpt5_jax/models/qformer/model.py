@@ -1,7 +1,7 @@
 """Q-Former, query branch only: 32 learned queries read the image tokens by cross-attention.
 
 BERT's post-norm layers; the text branch of BLIP-2 (word embeddings, text feed-forward, LM head) is
-not built, as in MiniGPT-4 (reference, section 1.3).
+not built, as in MiniGPT-4 (fidelity 1.3).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class QFormer(nnx.Module):
     """Queries and encoder; source names in ``weights.py``.
 
     Matmuls run in ``dtype``; the residual stream leaves every post-norm, and the tower, in float32
-    (reference, section 1.13).  ``remat`` recomputes each group of layers in the backward pass.
+    (fidelity 1.13).  ``remat`` recomputes each group of layers in the backward pass.
     """
 
     def __init__(

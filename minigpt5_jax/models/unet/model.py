@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNet, conditioned on a sequence of vectors (reference 1.8).
+"""Stable Diffusion's UNet, conditioned on a sequence of vectors (fidelity 1.8).
 
 Module names and hyper-parameters are those of diffusers' ``UNet2DConditionModel``.  Activations are
 NHWC; the time embedding's sinusoid, group-norm statistics and softmax are fp32.

@@ -1,4 +1,4 @@
-"""AutoencoderKL of Stable Diffusion (reference 1.9): pictures to latent moments and back.
+"""AutoencoderKL of Stable Diffusion (fidelity 1.9): images to latent moments and back.
 
 Module names are those of diffusers.  Scaling by ``scaling_factor`` belongs to the caller: the
 moments are those of the unscaled posterior, and ``decode`` takes unscaled latents.

@@ -1,4 +1,4 @@
-"""MiniGPT-4: EVA ViT -> Q-Former -> linear projection -> LLaMA (reference sections 1.2-1.5, 2.3)."""
+"""MiniGPT-4: EVA ViT -> Q-Former -> linear projection -> LLaMA (fidelity 1.2-1.5, 2.3)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from minigpt5_jax.weights.export import minigpt5, peft, transformers
 from minigpt5_jax.weights.export.model import ExportableModel, LanguageModel
 from minigpt5_jax.weights.foreign import rewrite
 
-# CLIP's normalisation (reference section 5.5).
+# CLIP's normalisation (fidelity 5.5).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -111,16 +111,16 @@ class MiniGPT4(nnx.Module):
             )
 
     def image_states(self, images: UInt8[Array, "i H W 3"]) -> Float[Array, "i q c"]:
-        """The Q-Former's output for input pictures: what may be made beforehand, as its towers are frozen."""
+        """The Q-Former's output for input images: what may be made beforehand, as its towers are frozen."""
         if not self.image_tokens:
-            raise ValueError("this backbone has no vision tower; it cannot read pictures")
+            raise ValueError("this backbone has no vision tower; it cannot read images")
         mean, std = jnp.asarray(IMAGE_MEAN), jnp.asarray(IMAGE_STD)
         pixels = (images.astype(jnp.float32) / 255.0 - mean) / std
         patches = self.ln_vision(self.vit(pixels.astype(self.dtype)))
         return self.qformer(patches)
 
     def project(self, states: Float[Array, "i q c"]) -> Float[Array, "i q d"]:
-        """Features of input pictures in the language model's embedding space, fp32."""
+        """Features of input images in the language model's embedding space, fp32."""
         return self.llama_proj(states.astype(jnp.float32)).astype(jnp.float32)
 
     def place_images(
@@ -131,7 +131,7 @@ class MiniGPT4(nnx.Module):
         return embeds.at[row[:, None], columns].set(self.project(states), mode="drop")
 
     def embed(self, batch: Batch) -> jax.Array:
-        """Token embeddings with picture features in their slots, f32[b t d]."""
+        """Token embeddings with image features in their slots, f32[b t d]."""
         embeds = self.llm.embed(batch.tokens)
         if batch.images.shape[0] == 0:  # static: a text-only batch never touches the vision tower
             return embeds
@@ -240,7 +240,7 @@ USES = {
         packaged="llama/tokenizer.model",
         beside="llm",
         file="tokenizer.model",
-        # 499,723 bytes (reference 1.6).
+        # 499,723 bytes (fidelity 1.6).
         stock={"9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347": "LLaMA's own tokenizer"},
     ),
     "vit": Use(
@@ -337,7 +337,7 @@ def conflicts(keys: Keys) -> Iterator[str]:
 
 
 def initial(fresh: Params, pretrained: Params, keys: Keys, key: jax.Array) -> Params:
-    """Voken rows at the mean of the old rows of their table (reference 2.1).
+    """Voken rows at the mean of the old rows of their table (fidelity 2.1).
 
     With ``voken_init='mean+noise'`` plus normal noise of a hundredth of that table's spread (Q5).
     """
@@ -373,7 +373,7 @@ PART = Part(
     prompts=VICUNA_V0,
     offers=lambda sizes: {"hidden_size": sizes["llm"].hidden_size},
     trainable={
-        # Voken rows at the base rate, in stage 2 also LoRA or a prefix, whichever there is (reference 4.2).
+        # Voken rows at the base rate, in stage 2 also LoRA or a prefix, whichever there is (fidelity 4.2).
         "stage1": (NEW_ROWS,),
         "stage2": (NEW_ROWS, (r"llm/(.*/lora_[ab]|prefix_encoder/.*)", "llm")),
     },

@@ -1,6 +1,6 @@
 """Stable Diffusion 2.1: UNet, VAE and text encoder behind the Generator protocol.
 
-Reference sections 1.7-1.10, 3.3, 3.4.  All three towers are frozen in every stage; the gradient
+Fidelity 1.7-1.10, 3.3, 3.4.  All three towers are frozen in every stage; the gradient
 only passes through the UNet on its way to the condition.
 """
 
@@ -38,7 +38,7 @@ class StableDiffusion(nnx.Module):
     Args:
       unet, vae, text_encoder: tower configurations.
       schedule: noise schedule (Hugging Face scheduler config).
-      image_size: side of its pictures in pixels.
+      image_size: side of its images in pixels.
       empty_caption_ids: CLIP ids of the empty string, padded to the context length: the caption
         target of a CFG-dropped item.  empty_caption_length: its real tokens (BOS and EOS: 2).
       caption_attn_mask: text encoder attends to real tokens only (Q10; the original does).
@@ -97,7 +97,7 @@ class StableDiffusion(nnx.Module):
     def latents(
         self, moments: Float[Array, "m h w c2"], posterior_noise: Float[Array, "m h w c"]
     ) -> Float[Array, "m h w c"]:
-        """One posterior sample per picture, scaled; fp32 whatever the towers' dtype (Q12)."""
+        """One posterior sample per image, scaled; fp32 whatever the towers' dtype (Q12)."""
         return self.scaling_factor * sample_posterior(moments, posterior_noise)
 
     def caption_features(
@@ -131,7 +131,7 @@ class StableDiffusion(nnx.Module):
         timesteps: Int[Array, " m"],
         noise: Float[Array, "m h w c"],
     ) -> Float[Array, " m"]:
-        """min-SNR weighted squared error of each item, mean over its latent (reference 3.4)."""
+        """min-SNR weighted squared error of each item, mean over its latent (fidelity 3.4)."""
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         error = jnp.square(self.predict_noise(noisy, timesteps, condition) - noise)
         weight = self.schedule.min_snr_weight(timesteps, self.min_snr_gamma)
@@ -150,7 +150,7 @@ class StableDiffusion(nnx.Module):
         return make_sampler(name, self.schedule, num_inference_steps)
 
     def decode(self, latents: Float[Array, "m h w c"]) -> UInt8[Array, "m H W 3"]:
-        """Scaled latents -> pictures; clamp(x/2 + 0.5) x 255, rounded (reference 6.3)."""
+        """Scaled latents -> images; clamp(x/2 + 0.5) x 255, rounded (fidelity 6.3)."""
         pixels = self.vae.decode(latents / self.scaling_factor).astype(jnp.float32)
         return jnp.round(jnp.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 

@@ -1,4 +1,4 @@
-"""The mapper ablation behind the Mapper protocol (reference section 9.1)."""
+"""The mapper ablation behind the Mapper protocol (fidelity 9.1)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PART = Part(
     },
     trainable={
         "stage1": ((r".*", "mapper"),),
-        # Stage 2 leaves the MLP as stage 1 left it (reference 4.2, 4.5).
+        # Stage 2 leaves the MLP as stage 1 left it (fidelity 4.2, 4.5).
         "stage2": ((r"fc/.*", FROZEN), (r".*", "mapper")),
     },
     sharding=SHARDING,

@@ -1,4 +1,4 @@
-"""The papers' feature mapper behind the Mapper protocol (reference section 1.11)."""
+"""The papers' feature mapper behind the Mapper protocol (fidelity 1.11)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PART = Part(
     },
     trainable={
         "stage1": ((r".*", "mapper"),),
-        # Stage 2 leaves the MLP and the queries as stage 1 left them (reference 4.2, 4.5).
+        # Stage 2 leaves the MLP and the queries as stage 1 left them (fidelity 4.2, 4.5).
         "stage2": ((r"(fc|queries)(/.*)?", FROZEN), (r".*", "mapper")),
     },
     sharding=SHARDING,

@@ -1,4 +1,4 @@
-"""How well the small world's language model describes pictures, and what it keeps of stories."""
+"""How well the small world's language model describes images, and what it keeps of stories."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_on(template: Template, params: Params, rows: Rows, steps: int) -> np.n
 
 
 def descriptions(assets: Path, scenes: Sequence[Scene]) -> list[str]:
-    """What the language model says of pictures of the scenes, asked in the first of the ways."""
+    """What the language model says of images of the scenes, asked in the first of the ways."""
     tokenizer, look = tokenizer_of(assets), train_vision.make_look(train_vision.read_eyes(assets), ROWS)
     template, params = train_llama.read(assets)
     ask, _ = description(scenes[0], np.random.default_rng(0))
@@ -93,7 +93,7 @@ def attributes_right(said: Description, scene: Scene) -> tuple[int, int]:
 
 
 def described(assets: Path, count: int = 100, seed: int = 2) -> dict[str, float]:
-    """Share of attributes that descriptions of held-out pictures tell rightly, by number of objects."""
+    """Share of attributes that descriptions of held-out images tell rightly, by number of objects."""
     random, result, total = np.random.default_rng(seed), {}, np.zeros(2)
     for objects in (1, 2, 3):
         scenes = [draw_scene(random, held_out=True, count=objects) for _ in range(count)]

@@ -46,7 +46,7 @@ def native(
     guidance: float = 2.0,
     padding_only: bool = False,
 ) -> dict[str, float]:
-    """The oracle's scores of pictures for ``count`` held-out captions of so many ``objects``.
+    """The oracle's scores of images for ``count`` held-out captions of so many ``objects``.
 
     ``padding_only`` replaces the features at real tokens, which depend on the wording, by their mean.
     """

@@ -30,9 +30,9 @@ from minigpt5_jax.shapes.dataset import read_truth, scenes_of_pictures, write_di
 from minigpt5_jax.shapes.wording import caption, ends_of_objects
 from minigpt5_jax.shapes.world import Scene
 
-FILLERS = 8  # vokens of a picture
+FILLERS = 8  # vokens of an image
 DIALOG_SHARE = 0.4  # of samples with a history; the others are stories'
-DESCRIBED_SHARE = 0.75  # of samples with one picture; the others are questions about it
+DESCRIBED_SHARE = 0.75  # of samples with one image; the others are questions about it
 Rows = dict[str, Any]
 """Arrays of a batch by name; see :func:`empty_rows`."""
 
@@ -43,8 +43,8 @@ class Sample:
 
     Attributes:
       source, target: what is read, what is written.
-      scenes: of the pictures read, in order.
-      drawn: scene of the picture that is drawn, or None.
+      scenes: of the images read, in order.
+      drawn: scene of the image that is drawn, or None.
       whole: whether the source is learnt as well.
     """
 
@@ -56,13 +56,13 @@ class Sample:
 
 
 def plain(scene: Scene, random: np.random.Generator) -> Sample:
-    """A caption, and its picture behind it."""
+    """A caption, and its image behind it."""
     text = clean_caption(caption(scene, random))
     return Sample(text, target_text("", draws=True, num_vokens=FILLERS), drawn=scene, whole=True)
 
 
 def told(scene: Scene, random: np.random.Generator) -> Sample:
-    """One of the texts about a scene that is described in words or by a picture."""
+    """One of the texts about a scene that is described in words or by an image."""
     kind = random.integers(6)
     if kind == 0:
         asked = instruction(scene, random)
@@ -73,7 +73,7 @@ def told(scene: Scene, random: np.random.Generator) -> Sample:
 
 
 def seen(scene: Scene, random: np.random.Generator) -> Sample:
-    """A picture that is described, or, less often, asked about."""
+    """An image that is described, or, less often, asked about."""
     kind = description if random.random() < DESCRIBED_SHARE else picture_question
     return Sample(*kind(scene, random), scenes=(scene,))
 
@@ -100,7 +100,7 @@ class Histories:
         return self.of_example(source.example(index, epoch))
 
     def of_example(self, example: Example) -> Sample:
-        """What a reader gives, with the scenes of its pictures."""
+        """What a reader gives, with the scenes of its images."""
         seen = tuple(self.scenes[str(path)] for path in example.images)
         drawn = None if example.target_image is None else self.scenes[str(example.target_image)]
         return Sample(example.source, example.target, seen, drawn)
@@ -127,7 +127,7 @@ def number(tokenizer: LlamaTokenizer, sample: Sample, image_tokens: int, length:
 
 
 def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, given: Expanded) -> None:
-    """Write one sample, pictures aside.  Rows of new tokens, which no file holds, have id 0."""
+    """Write one sample, images aside.  Rows of new tokens, which no file holds, have id 0."""
     tokens, size = given.tokens, len(given.tokens)
     made["ids"][i, :size] = np.where(tokens < tokenizer.vocab_size, tokens, 0)
     made["valid"][i, :size] = 1
@@ -146,10 +146,10 @@ def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, give
 def place_pictures(
     made: Rows, i: int, at: int, given: Expanded, scenes: Sequence[int], asked: np.ndarray, image_tokens: int
 ) -> int:
-    """Write the pictures of a row behind the first ``at`` ones; returns how many there are then.
+    """Write the images of a row behind the first ``at`` ones; returns how many there are then.
 
-    ``scenes`` are the numbers of the pictures' scenes, ``asked`` their labels: the state behind a
-    picture is asked what it shows.
+    ``scenes`` are the numbers of the images' scenes, ``asked`` their labels: the state behind a
+    image is asked what it shows.
     """
     for which, start in zip(given.images, given.image_start, strict=True):
         made["image"][at], made["image_row"][at] = scenes[which], i
@@ -161,7 +161,7 @@ def place_pictures(
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One kind of batch: what it is made of, its length, rows and pictures at most."""
+    """One kind of batch: what it is made of, its length, rows and images at most."""
 
     draw: Callable[[np.random.Generator], Sample]
     length: int
@@ -196,7 +196,7 @@ def kinds_of_batches(histories: Histories) -> tuple[Kind, ...]:
 
 
 def kinds_of_describing(histories: Histories) -> tuple[Kind, ...]:
-    """One turn of the training that follows: two fifths of it tell what is in a picture."""
+    """One turn of the training that follows: two fifths of it tell what is in an image."""
     described = Kind(lambda random: seen(draw_training_scene(random), random), 88, 32, 32)
     captions, history, *_ = kinds_of_batches(histories)
     return captions, history, described, history, described

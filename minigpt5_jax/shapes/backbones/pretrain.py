@@ -45,7 +45,7 @@ class Job:
 
     Attributes:
       assets: folder of the finished parts.  work: of what is kept to go on (:meth:`kept`).
-      steps: by name of the fit.  pictures: held-out pictures of each measurement.
+      steps: by name of the fit.  images: held-out images of each measurement.
     """
 
     assets: Path

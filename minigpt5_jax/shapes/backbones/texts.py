@@ -1,4 +1,4 @@
-"""Texts besides stories and dialogues: captions, instructions, questions, and the same about pictures."""
+"""Texts besides stories and dialogues: captions, instructions, questions, and the same about images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw_training_scene(random: np.random.Generator) -> Scene:
 
 
 def instruction(scene: Scene, random: np.random.Generator) -> str:
-    """A caption as stage 1's instruction samples ask for its picture."""
+    """A caption as stage 1's instruction samples ask for its image."""
     return cc3m_instruction(clean_caption(caption(scene, random)), choose(CC3M_PROMPTS["head"], random))
 
 
@@ -64,13 +64,13 @@ def recall(scene: Scene, random: np.random.Generator) -> Sample:
 
 
 def description(scene: Scene, random: np.random.Generator) -> Sample:
-    """A picture, and what is in it."""
+    """An image, and what is in it."""
     ask = choose(DESCRIBE, random)
     return f"###Human: {IMAGE} {ask} ###Assistant:", f"{clean_caption(describe(scene))} {END}"
 
 
 def picture_question(scene: Scene, random: np.random.Generator) -> Sample:
-    """A picture and a question about it."""
+    """An image and a question about it."""
     ask, answer = asked(scene, random)
     return f"###Human: {IMAGE} {ask} ###Assistant:", f"{answer} {END}"
 

@@ -1,9 +1,9 @@
 """The small world's language model: next tokens, and states behind a text that hold its scene.
 
 A model that only predicts captions forgets them, and no mapper finds the scene in the states at the vokens.
-So where a sample draws a picture stand filler positions, whose inputs are the mean of the embedding table
-(where voken rows start, reference 2.1) plus noise, and a linear head, thrown away afterwards, reads the
-scene from each of their states.  A second fit, two fifths of it describing pictures, raises the attributes
+So where a sample draws an image stand filler positions, whose inputs are the mean of the embedding table
+(where voken rows start, fidelity 2.1) plus noise, and a linear head, thrown away afterwards, reads the
+scene from each of their states.  A second fit, two fifths of it describing images, raises the attributes
 described rightly from 0.45 to 0.99.
 """
 
@@ -65,7 +65,7 @@ class ShapesLanguageModel(nnx.Module):
     def embed(self, rows: Rows, noise: jax.Array) -> jax.Array:
         """Inputs [n t d]; ``noise`` [n t d] is that of the fillers, in deviations of the table.
 
-        ``rows["states"]`` are those of the pictures' queries.
+        ``rows["states"]`` are those of the images' queries.
         """
         table = jax.lax.stop_gradient(self.llm.embed_tokens.embedding[...])
         filler = table.mean(0) + noise * table.std()
@@ -88,7 +88,7 @@ def template(config: LlamaConfig = CONFIG) -> Template:
 
 
 def with_states(made: Rows, scenes: list, look: Look) -> Rows:
-    """Rows with the states of their pictures in place of the scenes' numbers."""
+    """Rows with the states of their images in place of the scenes' numbers."""
     held = {name: value for name, value in made.items() if name != "image"}
     width = (len(made["image"]), QFORMER.num_query_tokens, QFORMER.hidden_size)
     if not (held["words"] >= 0).any():
@@ -110,7 +110,7 @@ def batches(tokenizer: LlamaTokenizer, kinds: Sequence[Kind], look: Look, seed: 
 
 
 def make_loss():
-    """Next tokens, what the states at fillers and behind pictures hold, and the words of each object."""
+    """Next tokens, what the states at fillers and behind images hold, and the words of each object."""
     tower = template()
     gatherer = template(dataclasses.replace(CONFIG, num_hidden_layers=GATHERING_LAYERS))
 

@@ -1,7 +1,7 @@
 """The small world's text encoder: padding positions hold the scene, whatever the wording.
 
 Features at real tokens depend on the wording, which a mapper cannot guess; padding positions attend to
-the real ones (reference 3.3), so they can carry the scene alone.  A linear head, thrown away afterwards,
+the real ones (fidelity 3.3), so they can carry the scene alone.  A linear head, thrown away afterwards,
 reads the scene from each of them through noise, and two wordings of a scene must agree there.  Another
 head, two layers up, asks the last word of each object for it, so that words are soon bound to objects.
 """

@@ -72,7 +72,7 @@ class Examples:
         count: int,
         seed: int,
     ) -> Examples:
-        """``moments`` encodes and scales pictures u8[n 64 64 3]; it is called once."""
+        """``moments`` encodes and scales images u8[n 64 64 3]; it is called once."""
         scenes = tuple(train_text.draw_scenes(np.random.default_rng(seed), count))
         features = train_text.make_features(text)
 

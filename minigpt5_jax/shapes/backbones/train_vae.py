@@ -1,4 +1,4 @@
-"""The small world's VAE: 64x64 pictures to 8x8x4 latents, from nothing."""
+"""The small world's VAE: 64x64 images to 8x8x4 latents, from nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = VaeConfig.from_hf(
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
 )
-FILLED = 0.7  # share of places with an object; a full picture teaches more per step than a sparse one
+FILLED = 0.7  # share of places with an object; a full image teaches more per step than a sparse one
 KL_WEIGHT = 3e-5
 OBJECT_WEIGHT = 3.0
 DECODER_NOISE = 0.15  # largest noise on latents, in their standard deviations
@@ -93,7 +93,7 @@ def train(
 
 
 def spread_of_latents(template: Template, params: Params) -> float:
-    """Standard deviation of the latents of training pictures."""
+    """Standard deviation of the latents of training images."""
     pictures = render(list(all_scenes(False))[::5])
     return float(np.split(encode(template, params, pictures), 2, axis=-1)[0].std())
 
@@ -131,7 +131,7 @@ def train_decoder(
 
 
 def encode(template: Template, params: Params, pictures: np.ndarray, size: int = 64) -> np.ndarray:
-    """Moments of pictures u8[n 64 64 3], f32[n 8 8 8]."""
+    """Moments of images u8[n 64 64 3], f32[n 8 8 8]."""
     run = jax.jit(lambda p, x: template.bind(p).encode(x.astype(jnp.float32) / 127.5 - 1.0))
     return in_parts(functools.partial(run, params), size, pictures)
 

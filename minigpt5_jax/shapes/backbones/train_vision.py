@@ -1,4 +1,4 @@
-"""The small world's vision: EVA-type ViT and Q-Former, trained to name what is in a picture.
+"""The small world's vision: EVA-type ViT and Q-Former, trained to name what is in an image.
 
 A linear head, thrown away afterwards, reads the background and place q mod 4 from the state of query q
 through noise.
@@ -49,7 +49,7 @@ STATE_NOISE = 0.5  # of states of unit variance
 PIXEL_NOISE = 0.15  # largest standard deviation, of a range of -1 ... 1
 Look = Callable[[np.ndarray], np.ndarray]
 """Pictures u8[i 64 64 3] to states of the queries f32[i q d]."""
-BLUR = 0.7  # largest share of a blurred picture: what a UNet draws is soft
+BLUR = 0.7  # largest share of a blurred image: what a UNet draws is soft
 
 
 class ShapesVision(nnx.Module):
@@ -90,7 +90,7 @@ def batches(size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
 
 
 def disturb(pictures: jax.Array, key: jax.Array) -> jax.Array:
-    """Noise and blur of a random strength, picture by picture; f32 in 0 ... 255."""
+    """Noise and blur of a random strength, image by image; f32 in 0 ... 255."""
     keys, pixels = jax.random.split(key, 3), pictures.astype(jnp.float32)
     one = (len(pictures), 1, 1, 1)
     soft = sum(jnp.roll(pixels, (dy, dx), (1, 2)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)) / 9.0
@@ -131,7 +131,7 @@ def train(
 def make_look(params: Params, size: int = 50, seed: int | None = None) -> Look:
     """``f(pictures u8[i 64 64 3]) -> f32[i q d]``, states of the queries, compiled once.
 
-    With a ``seed`` the pictures are disturbed as in training.
+    With a ``seed`` the images are disturbed as in training.
     """
     tower, root = template(), jax.random.key(seed or 0)
 
@@ -162,7 +162,7 @@ def see(look: Look, heads: Heads, pictures: UInt8[np.ndarray, "i 64 64 3"]) -> l
 
 
 def measure(params: Params, heads: Heads, seed: int = 1) -> dict[str, float]:
-    """Share of held-out pictures of which everything is read rightly."""
+    """Share of held-out images of which everything is read rightly."""
     random, result, look = np.random.default_rng(seed), {}, make_look(params)
     for count in (1, 2, 3):
         scenes = [draw_scene(random, held_out=True, count=count) for _ in range(300)]

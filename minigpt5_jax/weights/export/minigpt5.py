@@ -1,4 +1,4 @@
-"""The original's own checkpoints: Lightning files of stage 1 and stage 2 (reference 7.1 to 7.5)."""
+"""The original's own checkpoints: Lightning files of stage 1 and stage 2 (fidelity 7.1 to 7.5)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def tensors(llm: LanguageModel) -> dict[str, np.ndarray]:
 
 
 def config(llm: LanguageModel) -> dict[str, Any]:
-    """``adapter_config.json`` (reference 4.3)."""
+    """``adapter_config.json`` (fidelity 4.3)."""
     lora = llm.lora
     assert lora is not None
     return {

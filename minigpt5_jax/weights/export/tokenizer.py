@@ -1,6 +1,6 @@
 """LLaMA's tokenizer with the new tokens as Hugging Face files, ids as this package makes them.
 
-``tokenizer.json`` carries the legacy rules (reference 1.6): text is cut at the new tokens, white space
+``tokenizer.json`` carries the legacy rules (fidelity 1.6): text is cut at the new tokens, white space
 around them is dropped, and every piece between them begins with its own dummy space.
 """
 

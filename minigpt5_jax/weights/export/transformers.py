@@ -19,7 +19,7 @@ _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)\.weight")
 
 
 def merged(llm: LanguageModel, key: str, value: np.ndarray) -> np.ndarray:
-    """A projection [out, in] with its low-rank update: ``W + lora_alpha / r * B A`` (reference 7.5), fp32."""
+    """A projection [out, in] with its low-rank update: ``W + lora_alpha / r * B A`` (fidelity 7.5), fp32."""
     found = _ATTENTION.fullmatch(key)
     if llm.lora is None or found is None or found[2] not in llm.lora.target_modules:
         return value

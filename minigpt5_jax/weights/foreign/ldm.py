@@ -24,7 +24,7 @@ IGNORED = {
         "a table of the noise schedule; scheduler_config.json has its parameters"
     ),
     r"model_ema\..*": "running averages kept for training on; the weights themselves are read",
-    r"cond_stage_model\.model\.(text_projection|logit_scale)": "CLIP's joint space with pictures; not used",
+    r"cond_stage_model\.model\.(text_projection|logit_scale)": "CLIP's joint space with images; not used",
     r"cond_stage_model\.model\.attn_mask": "the causal mask, a buffer",
 }
 
@@ -99,7 +99,7 @@ def _vae_rules(config: VaeConfig) -> Iterator[Rule]:
         for name, target in {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.items():
             yield Rule(f"{old}.{name}.weight", f"{new}.{target}.weight", SQUEEZE)
             yield Rule(f"{old}.{name}.bias", f"{new}.{target}.bias")
-    for i in range(last + 1):  # the original counts the decoder's levels from the picture
+    for i in range(last + 1):  # the original counts the decoder's levels from the image
         down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{last - i}"
         for j in range(config.layers_per_block):
             yield from resnet(f"encoder.down.{i}.block.{j}", f"{down}.resnets.{j}")

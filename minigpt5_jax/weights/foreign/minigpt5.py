@@ -1,4 +1,4 @@
-"""The original's whole state dict, and what it saves, by our paths (reference sections 7.2 to 7.4).
+"""The original's whole state dict, and what it saves, by our paths (fidelity 7.2 to 7.4).
 
 The two tables of words hold the new rows as the last rows of the whole vocabulary; :func:`split_rows` and
 :func:`join_rows` stand between such a state dict and the weight tables here.  In a stage-2 file with LoRA
@@ -31,7 +31,7 @@ _WRAPPED = re.compile(re.escape(LLAMA_PREFIX + _PEFT) + r"(.*)\.modules_to_save\
 
 
 def vision_table(vit: EvaVitConfig, qformer_config: QFormerConfig) -> Table:
-    """From pictures to the language model: EVA ViT, its norm, Q-Former, projection."""
+    """From images to the language model: EVA ViT, its norm, Q-Former, projection."""
     parts = Table((*norm_rules("ln_vision", "ln_vision"), *linear_rules("llama_proj", "llama_proj")))
     parts += eva_vit.table(vit).prefixed("visual_encoder.", "vit/")
     parts += qformer.table(qformer_config).prefixed(target="qformer/")
@@ -54,7 +54,7 @@ STAGE1_TABLE = MAPPER_TABLE + ROWS_TABLE
 or written (the other rows are Vicuna's, shrunk by the original's weight decay, Q3)."""
 
 LORA_TABLE = llama.lora_table().prefixed(LLAMA_PREFIX, LLM)
-"""PEFT's low-rank factors of ``q_proj`` and ``v_proj``: 128 tensors in 32 layers (reference 7.3)."""
+"""PEFT's low-rank factors of ``q_proj`` and ``v_proj``: 128 tensors in 32 layers (fidelity 7.3)."""
 
 PREFIX_TABLE = Table(
     (
@@ -63,7 +63,7 @@ PREFIX_TABLE = Table(
         *linear_rules("model.prefix_encoder.transform.2", f"{LLM}prefix_encoder/transform/1"),
     )
 )
-"""The five tensors of a prefix encoder (reference 7.3)."""
+"""The five tensors of a prefix encoder (fidelity 7.3)."""
 
 TRAINED_TABLE = STAGE1_TABLE + LORA_TABLE + PREFIX_TABLE
 """Every name any stage saves.  A file holds what its stage trained: with LoRA 254 tensors, without ``fc``
@@ -120,7 +120,7 @@ def unwrap(key: str) -> str:
 def trained_to_source(
     params: Mapping[str, np.ndarray], embedding: np.ndarray, head: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The tensors the original writes for what a stage trained, fp32 (reference 7.2, 7.3).
+    """The tensors the original writes for what a stage trained, fp32 (fidelity 7.2, 7.3).
 
     Args:
       params: what trained, the new rows among it; with LoRA factors the tables get PEFT's names.

@@ -1,4 +1,4 @@
-"""Import of checkpoints that the original wrote: stage 1, stage 2 by LoRA or by a prefix (reference 7.2-7.4).
+"""Import of checkpoints that the original wrote: stage 1, stage 2 by LoRA or by a prefix (fidelity 7.2-7.4).
 
 A stage-2 file holds no ``fc`` and no decoder prompt, so it is laid on top of its stage-1 file.  The tables of
 words are whole in them (V rows, the last nine of them new); by default only the new rows are read, since the

@@ -53,7 +53,7 @@ SCHEDULER = {
     "clip_sample": False,
     "trained_betas": None,
 }
-"""Scheduler of Stable Diffusion 2.1-base (reference 1.10); a single file has none."""
+"""Scheduler of Stable Diffusion 2.1-base (fidelity 1.10); a single file has none."""
 DIFFUSION: Mapping[str, Tower] = {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}
 SINGLE_FILE = {
     "unet": (ldm.UNET, ldm.unet),

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.prepare.builders.units import Encoded, Raw, Unit, Units, encode_picture, keep_pictures
+from minigpt5_jax.data.prepare.builders.units import Encoded, Raw, Unit, Units, encode_image, keep_pictures
 
 PARTS = "parts"
 SHARD_BYTES = 128 * 2**20
@@ -44,7 +44,7 @@ class Job:
       count: units of the raw files.
       fingerprint: of the raw files.
       num_shards: files that are written.
-      letterbox: side of the square pictures are fitted into; None keeps their bytes.
+      letterbox: side of the square images are fitted into; None keeps their bytes.
       budget: units that may be unusable.
     """
 
@@ -117,7 +117,7 @@ class Job:
 
 
 def _mean_bytes(units: Units, looks: int = 100) -> float:
-    """Mean size of a unit's picture files, from some of them spread over the data set."""
+    """Mean size of a unit's image files, from some of them spread over the data set."""
     sizes = []
     for index in sorted({len(units) * i // looks for i in range(looks)}):
         try:
@@ -130,7 +130,7 @@ def _mean_bytes(units: Units, looks: int = 100) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A unit ready to be written: its pictures, its fields, and the pictures it has lost."""
+    """A unit ready to be written: its images, its fields, and the images it has lost."""
 
     unit: Unit
     pictures: list[Encoded]
@@ -142,7 +142,7 @@ class Record:
         return {**self.fields, "image": [io.BytesIO(picture.data) for picture in self.pictures]}
 
     def line(self, raw: Raw) -> str:
-        """The unit without its pictures, one line of JSON."""
+        """The unit without its images, one line of JSON."""
         return json.dumps({**self.fields, "where": raw.place(self.unit.where)}, ensure_ascii=False) + "\n"
 
 
@@ -153,10 +153,10 @@ class Tally:
     Attributes:
       kept: records written.
       skipped: (unit, where, reason) of each that was left out.
-      cut: (unit, where, reason) of each picture that a dialogue goes without; it ends before it.
+      cut: (unit, where, reason) of each image that a dialogue goes without; it ends before it.
       pictures: how many were stored, of ``bytes`` in all.
-      sizes: pictures by ``WIDTHxHEIGHT``.
-      bytes_log2: pictures by the power of two below their number of bytes.
+      sizes: images by ``WIDTHxHEIGHT``.
+      bytes_log2: images by the power of two below their number of bytes.
     """
 
     kept: int = 0
@@ -252,12 +252,12 @@ class ShardWork:
         write_whole(self.file("json"), json.dumps(vars(tally)))
 
     def record(self, index: int) -> Record:
-        """A unit with its pictures read; SampleError naming the unit and the picture."""
+        """A unit with its images read; SampleError naming the unit and the image."""
         unit = self.job.raw.open()[index]
         pictures, kept, lost = [], [], []
         for number, picture in enumerate(unit.pictures):
             try:
-                pictures.append(encode_picture(picture, self.job.letterbox))
+                pictures.append(encode_image(picture, self.job.letterbox))
                 kept.append(number)
             except SampleError as error:
                 lost.append(SampleError(f"{unit.where}, {error.where}", error.reason))

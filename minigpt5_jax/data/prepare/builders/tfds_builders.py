@@ -95,9 +95,9 @@ class PreparedBuilder(tfds.core.ShardBasedBuilder):
 
 
 class Cc3m(PreparedBuilder):
-    """Pairs of caption and picture."""
+    """Pairs of caption and image."""
 
-    DESCRIPTION = "Pairs of caption and picture, the caption as written."
+    DESCRIPTION = "Pairs of caption and image, the caption as written."
     FIELDS: ClassVar = {
         "row": tfds.features.Scalar(dtype=np.int64),
         "caption": tfds.features.Text(),
@@ -106,9 +106,9 @@ class Cc3m(PreparedBuilder):
 
 
 class Vist(PreparedBuilder):
-    """Stories; picture k is that of step k."""
+    """Stories; image k is that of step k."""
 
-    DESCRIPTION = "Stories of texts and pictures, step by step."
+    DESCRIPTION = "Stories of texts and images, step by step."
     FIELDS: ClassVar = {
         "id": tfds.features.Text(),
         "steps": tfds.features.Sequence(
@@ -122,10 +122,13 @@ class Vist(PreparedBuilder):
 
 
 class Mmdialog(PreparedBuilder):
-    """Dialogues.  A turn's ``picture`` counts in ``image``, -1 for none, or a lost one if it has ``media``:
-    ids with ``/`` between, as TFDS needs TensorFlow to write lists within lists."""
+    """Dialogues.
 
-    DESCRIPTION = "Dialogues with pictures, turn by turn, the first turn a human's."
+    A turn's ``picture`` counts in ``image``, -1 for none, or a lost one if it has ``media``: ids with ``/``
+    between, as TFDS needs TensorFlow to write lists within lists.
+    """
+
+    DESCRIPTION = "Dialogues with images, turn by turn, the first turn a human's."
     FIELDS: ClassVar = {
         "id": tfds.features.Text(),
         "turns": tfds.features.Sequence(
@@ -139,7 +142,7 @@ class Mmdialog(PreparedBuilder):
 
 
 class Jsonl(PreparedBuilder):
-    """Lines of one's own, as written; pictures in the order a line names them."""
+    """Lines of one's own, as written; images in the order a line names them."""
 
     DESCRIPTION = "Pairs, stories and dialogues of one's own, one JSON object each."
     FIELDS: ClassVar = {"name": tfds.features.Text(), "record": tfds.features.Text()}

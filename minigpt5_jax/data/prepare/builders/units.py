@@ -1,4 +1,4 @@
-"""What one record holds: a pair, a story or a dialogue as the raw files spell it, and its pictures."""
+"""What one record holds: a pair, a story or a dialogue as the raw files spell it, and its images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import Picture, load_picture, pad_square, picture_name
+from minigpt5_jax.data.images import ImageSource, load_image, pad_square, picture_name
 from minigpt5_jax.data.samples.records import parse_record
 from minigpt5_jax.data.sources import (
     Cc3mSource,
@@ -33,14 +33,14 @@ class Unit:
     """One unit of a data set.
 
     Attributes:
-      fields: what its record says besides the pictures, as plain JSON values.
+      fields: what its record says besides the images, as plain JSON values.
       pictures: paths or encoded bytes, in the order its fields count them.
       where: place in the raw files (``train.tsv:18``).
-      whole: whether the unit is unusable without one of its pictures.  A dialogue is not: it ends there.
+      whole: whether the unit is unusable without one of its images.  A dialogue is not: it ends there.
     """
 
     fields: dict[str, Any]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImageSource, ...]
     where: str
     whole: bool = True
 
@@ -63,8 +63,8 @@ class Raw:
     Attributes:
       dataset: one of :data:`UNITS`.
       path: the annotations; for ``cc3m`` a table, or tar shards (a folder, a pattern or one file).
-      image_root: folder that picture paths are relative to; None for the annotations' own.
-      mapping: VIST's picture paths; None for the file beside the stories.
+      image_root: folder that image paths are relative to; None for the annotations' own.
+      mapping: VIST's image paths; None for the file beside the stories.
     """
 
     dataset: str
@@ -81,12 +81,12 @@ class Raw:
         if self.dataset not in UNITS:
             raise DataError(f"unknown data set {self.dataset!r}; known: {', '.join(UNITS)}")
         if self.mapping is not None and self.dataset != "vist":
-            raise DataError(f"{self.dataset} has no mapping of picture paths")
+            raise DataError(f"{self.dataset} has no mapping of image paths")
         paths = [path for path in (self.path, self.mapping) if path and os.path.exists(path)]
         return _open(self, tuple((os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths))
 
     def root(self) -> Path:
-        """Folder that picture paths are relative to."""
+        """Folder that image paths are relative to."""
         return Path(self.path).parent if self.image_root is None else Path(self.image_root)
 
     def place(self, where: str) -> str:
@@ -94,8 +94,8 @@ class Raw:
         folder = Path(self.path) if os.path.isdir(self.path) else Path(self.path).parent
         return where.removeprefix(f"{folder}{os.sep}")
 
-    def name(self, picture: Picture) -> str:
-        """Path of a picture as the files give it; nothing for one in a tar shard."""
+    def name(self, picture: ImageSource) -> str:
+        """Path of an image as the files give it; nothing for one in a tar shard."""
         return "" if isinstance(picture, bytes) else os.path.relpath(picture, self.root())
 
 
@@ -213,19 +213,19 @@ UNITS: Mapping[str, type[Units]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A picture as it is stored: encoded bytes, width and height in pixels."""
+    """An image as it is stored: encoded bytes, width and height in pixels."""
 
     data: bytes
     width: int
     height: int
 
 
-def encode_picture(picture: Picture, letterbox: int | None = None) -> Encoded:
-    """Bytes of a picture as they are, decoded once to see that they can be.
+def encode_image(picture: ImageSource, letterbox: int | None = None) -> Encoded:
+    """Bytes of an image as they are, decoded once to see that they can be.
 
     Args:
-      letterbox: side of a white square that the picture is fitted into, kept whole (reference 5.5); a
-        picture that has that size already keeps its bytes, another is stored as JPEG.
+      letterbox: side of a white square that the image is fitted into, kept whole (fidelity 5.5); a
+        image that has that size already keeps its bytes, another is stored as JPEG.
 
     Raises:
       SampleError: missing or broken.
@@ -233,7 +233,7 @@ def encode_picture(picture: Picture, letterbox: int | None = None) -> Encoded:
     name = picture_name(picture)
     try:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-        image = load_picture(data)
+        image = load_image(data)
     except SampleError as error:
         raise SampleError(name, error.reason) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
@@ -250,8 +250,7 @@ def encode_picture(picture: Picture, letterbox: int | None = None) -> Encoded:
 
 
 def keep_pictures(fields: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A dialogue's fields with pictures ``kept`` alone, counted anew; a turn that has lost its own has media
-    and picture -1."""
+    """A dialogue's fields with images ``kept`` alone; a turn that has lost its own has media and image -1."""
     place = {number: new for new, number in enumerate(kept)}
     turns = [{**turn, "picture": place.get(turn["picture"], -1)} for turn in fields["turns"]]
     return {**fields, "turns": turns}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from minigpt5_jax.data.images import Picture
+from minigpt5_jax.data.images import ImageSource
 
 Texts = list[tuple[str, str]]
 
@@ -27,7 +27,7 @@ class Entry:
     where: str
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    pictures: list[Picture] = dataclasses.field(default_factory=list)
+    pictures: list[ImageSource] = dataclasses.field(default_factory=list)
     samples: list[Texts] = dataclasses.field(default_factory=list)
 
 
@@ -36,8 +36,8 @@ class Options:
     """What the user said besides the path.
 
     Attributes:
-      image_root: folder that picture paths are relative to; None for the file's own.
-      mapping: VIST's picture paths; None for the file beside the stories.
+      image_root: folder that image paths are relative to; None for the file's own.
+      mapping: VIST's image paths; None for the file beside the stories.
       count_tokens: length of a text, or None without a tokenizer.
     """
 

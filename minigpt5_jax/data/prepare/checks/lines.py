@@ -78,9 +78,9 @@ class Table:
             entry.pictures.append(str(self._root / path))
         first = self._seen.setdefault(hash((caption, path)), entry.where)
         if first != entry.where:
-            entry.problems.append(f"the same caption and picture as {first}")
+            entry.problems.append(f"the same caption and image as {first}")
         elif path in self._pictures:
-            entry.notes.append(("rows whose picture another row has too", path))
+            entry.notes.append(("rows whose image another row has too", path))
         self._pictures.add(path)
         pair = Pair(self._row, caption, path, entry.where)
         kinds = (False, True) if self._rules.every and self._row % self._rules.every == 0 else (False,)
@@ -115,7 +115,7 @@ class Records:
 class Dialogues:
     """MMDialog, line by line."""
 
-    ACCEPTED = ("over ", "further pictures")  # kinds of remarks that are the original's own limits
+    ACCEPTED = ("over ", "further images")  # kinds of remarks that are the original's own limits
 
     def __init__(self, path: Path, options: Options):
         self._root, self._ids, self._count = options.root(path), {}, options.count_tokens
