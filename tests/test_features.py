@@ -90,7 +90,7 @@ def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
         validate(thinned)
     fewer = config.copy_and_resolve_references()
     fewer.data.instruction_every = 2
-    with pytest.raises(DataError, match="(?s)does not belong to this run.*images: stored '.*', now '"):
+    with pytest.raises(DataError, match="(?s)does not belong to this run.*pictures: stored '.*', now '"):
         open_features(fewer, spec, open_sources(fewer, spec.sizes)[0], folder)
     reworded = config.copy_and_resolve_references()
     reworded.run.seed = 7  # another order, other wordings, other scenes

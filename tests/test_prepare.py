@@ -53,7 +53,7 @@ def test_prepare_writes_data_and_a_report(tmp_path, table):
     assert "6/6" in done.stderr  # the bar went to its end
     report = json.loads((folder / "report.json").read_text())
     assert (report["units"], report["kept"], report["skipped"]) == (6, 5, 1)
-    assert report["skipped_by_reason"] == {"picture cannot be read (No such file or directory)": 1}
+    assert report["skipped_by_reason"] == {"image cannot be read (No such file or directory)": 1}
     assert report["pictures_by_size"] == {"16x16": 5}
     assert sum(report["lengths"]["histogram"].values()) == report["lengths"]["samples"] == 6
     page = (folder / "report.html").read_text()

@@ -197,7 +197,7 @@ KEYS: dict[str, Key] = {
         "make an image certain: at once, or after the text (Q35)",
         choices=("off", "first", "after_text"),
     ),
-    "inference.max_images": Key(1, "pictures drawn per answer (Q36)", low=0),
+    "inference.max_images": Key(1, "images drawn per answer (Q36)", low=0),
 }
 
 DEFAULT_PARTS = {"backbone": "minigpt4", "mapper": "encoder_decoder", "generator": "stable_diffusion"}

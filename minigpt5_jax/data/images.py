@@ -51,9 +51,9 @@ def load_image(picture: ImageSource) -> Image.Image:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
-        raise SampleError(name, f"picture cannot be read ({reason})") from None
+        raise SampleError(name, f"image cannot be read ({reason})") from None
     if not data:
-        raise SampleError(name, "picture file is empty (0 bytes)")
+        raise SampleError(name, "image file is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _refuse_huge(name, *image.size)
@@ -63,9 +63,9 @@ def load_image(picture: ImageSource) -> Image.Image:
     except UnidentifiedImageError:
         raise SampleError(name, f"no known image format ({len(data):,} bytes)") from None
     except Image.DecompressionBombError:
-        raise SampleError(name, f"picture has more than {MAX_PIXELS:,} pixels") from None
+        raise SampleError(name, f"image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise what they like, struct.error for one
-        raise SampleError(name, f"picture is broken ({error or type(error).__name__})") from None
+        raise SampleError(name, f"image is broken ({error or type(error).__name__})") from None
 
 
 @functools.cache
@@ -77,12 +77,12 @@ def _formats() -> tuple[str, ...]:
 
 def _refuse_huge(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise SampleError(name, f"picture of {width}x{height} has more than {MAX_PIXELS:,} pixels")
+        raise SampleError(name, f"image of {width}x{height} has more than {MAX_PIXELS:,} pixels")
 
 
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise SampleError(name, "picture has floating-point pixels; save it with 8 bits per channel")
+        raise SampleError(name, "image has floating-point pixels; save it with 8 bits per channel")
     if image.mode.startswith("I"):  # 16 bits per pixel, in one of PIL's spellings
         high = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
         return Image.fromarray(high.astype(np.uint8)).convert("RGB")

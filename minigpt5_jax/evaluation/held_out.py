@@ -28,7 +28,7 @@ Grid = Callable[[Params], np.ndarray]
 
 
 class HeldOutImages:
-    """Pictures of one held-out batch, drawn from its own vokens (teacher forcing) and always the same noise.
+    """Images of one held-out batch, drawn from its own vokens (teacher forcing) and always the same noise.
 
     Every process calls it and gets all of them, wherever their devices are.  The images of a set of
     parameters are kept until another is asked, so that a grid and a score of one step are drawn once.

@@ -1,4 +1,4 @@
-"""Pictures from conditions: guided sampling with the whole scheduler loop compiled (fidelity 3.5, 6.3)."""
+"""Images from conditions: guided sampling with the whole scheduler loop compiled (fidelity 3.5, 6.3)."""
 
 from __future__ import annotations
 

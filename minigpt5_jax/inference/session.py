@@ -177,7 +177,7 @@ class Session:
     def draw(
         self, vokens: Sequence[np.ndarray], seeds: Sequence[int], numbers: Sequence[int]
     ) -> list[np.ndarray]:
-        """Pictures u8[H W 3] from voken states f32[n d] each.
+        """Images u8[H W 3] from voken states f32[n d] each.
 
         Args:
           vokens: mapper input of each image.

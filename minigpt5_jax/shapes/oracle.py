@@ -41,7 +41,7 @@ def score(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> di
     An attribute is right where the objects, in order of their places, have the scene's values of it.
     """
     if len(pictures) != len(scenes) or not len(scenes):
-        raise ValueError(f"{len(pictures)} pictures and {len(scenes)} scenes")
+        raise ValueError(f"{len(pictures)} images and {len(scenes)} scenes")
     rows = [_compare(got, want) for got, want in zip(read(pictures), scenes, strict=True)]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 

@@ -106,7 +106,7 @@ def object_of(index: int, place: int) -> Object | None:
 
 
 def render_cells(contents: np.ndarray, backgrounds: np.ndarray) -> UInt8[np.ndarray, "n 64 64 3"]:
-    """Pictures from cell indices [n 4] (places in order) and backgrounds [n]."""
+    """Images from cell indices [n 4] (places in order) and backgrounds [n]."""
     parts = cells()[contents, backgrounds[:, None]]  # [n 4 32 32 3]
     grid = parts.reshape(-1, 2, 2, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
     return np.ascontiguousarray(grid.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
@@ -122,7 +122,7 @@ def scenes_of_cells(contents: np.ndarray, backgrounds: np.ndarray) -> list[Scene
 
 
 def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "n 64 64 3"]:
-    """Pictures of scenes."""
+    """Images of scenes."""
     contents = np.zeros((len(scenes), 4), np.int64)
     for row, scene in enumerate(scenes):
         for item in scene.objects:

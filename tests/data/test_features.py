@@ -94,7 +94,8 @@ def test_a_samples_features_are_those_of_its_picture(folder, pairs):
         assert dataclasses.replace(ready, target_image=plain.target_image) == plain
         assert source.texts(i) == pairs.texts(i)
     assert (
-        source.fingerprint() != pairs.fingerprint() and "ready features (target 2x2x6)" in source.describe()
+        source.fingerprint() != pairs.fingerprint()
+        and "precomputed features (target 2x2x6)" in source.describe()
     )
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again[0].target_image.values, source[0].target_image.values)
@@ -275,7 +276,11 @@ def test_settings_that_do_not_go_together(folder, stories, config):
         make_loader(source, flips, batch_spec(target_moments=(2, 2, 6)), global_batch=2)
     for data, spec, reason in [
         (source, batch_spec(), "the batch holds images, the data gives features"),
-        (stories, batch_spec(target_moments=(2, 2, 6)), "the batch holds ready features .* gives images"),
+        (
+            stories,
+            batch_spec(target_moments=(2, 2, 6)),
+            "holds precomputed features .* gives images",
+        ),
         (source, batch_spec(target_moments=(4, 4, 6)), r"features of shape \(4, 4, 6\), the data gives"),
     ]:
         with pytest.raises(DataError, match=reason):

@@ -81,11 +81,11 @@ def drawn(scene: Scene) -> np.ndarray:
         ("image+text", "".join(f"{text}<Img><ImageHere></Img>" for text in "abcd") + "\n", 4),
     ],
 )
-def test_what_is_read_before_the_last_picture(context, history, pictures):
+def test_what_is_read_before_the_last_image(context, history, images):
     prompt = judge_stories.context_prompt(TALE, context, seed=5)
     request = "Generate an image with the scene description: e"
     assert prompt.source == f"{SYSTEM}###Human:{history} {request} ###Assistant:"
-    assert prompt.images == ("a.png", "b.png", "c.png", "d.png")[:pictures] and prompt.seed == 5
+    assert prompt.images == ("a.png", "b.png", "c.png", "d.png")[:images] and prompt.seed == 5
 
 
 def test_the_full_context_is_the_sample_of_training():
@@ -236,7 +236,7 @@ def test_chance_by_margins_minds_how_often_values_are():
 
 
 def test_what_cannot_be_judged_is_refused(seeing_run, monkeypatch):
-    with pytest.raises(ConfigError, match="unknown image; known: none, text, image, image"):
+    with pytest.raises(ConfigError, match="unknown picture; known: none, text, image, image"):
         judge_stories.judge_stories(seeing_run, count=2, contexts=["none", "picture"])
     wide = dataclasses.replace(seeing_run, spec=Mock(spec=ModelSpec, generator=Mock(image_size=128)))
     with pytest.raises(ConfigError, match="64 pixels, this run draws 128"):

@@ -100,5 +100,5 @@ def test_scores_tell_the_attributes_apart():
 
 
 def test_scores_need_as_many_pictures_as_scenes():
-    with pytest.raises(ValueError, match="1 pictures and 0 scenes"):
+    with pytest.raises(ValueError, match="1 images and 0 scenes"):
         score(render([draw_scene(np.random.default_rng(0))]), [])

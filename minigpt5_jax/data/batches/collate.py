@@ -197,7 +197,7 @@ def _values(
             raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
         return prepare_image(picture, size, square=square, flip=flip)
     if picture.values.shape != ready:
-        wants = f"features of shape {ready}" if ready else "pictures"
+        wants = f"features of shape {ready}" if ready else "images"
         raise DataError(f"the batch holds {wants}, the data gives features of shape {picture.values.shape}")
     return picture.values
 

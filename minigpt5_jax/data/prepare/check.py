@@ -81,7 +81,7 @@ class Findings:
         lines = [
             f"format: {self.format}{guessed}",
             f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.pictures:,} images",
-            f"pictures decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
+            f"images decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
         ]
         if self.lengths:
             lengths = np.asarray(self.lengths)

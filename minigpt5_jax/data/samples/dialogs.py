@@ -143,9 +143,9 @@ class DialogRules:
             return f"over {self.max_words} words", f"{size} words"
         if turn.picture is not None:
             if self.loader == "head" and turn.media and turn.media[0] in self.bad_media_ids:
-                return "bad image", f"picture {turn.media[0]} is in the list of bad ones"
+                return "bad image", f"image {turn.media[0]} is in the list of bad ones"
             if not has_image(turn.picture):
-                return "missing image", f"picture {turn.media[0] if turn.media else ''} is missing"
+                return "missing image", f"image {turn.media[0] if turn.media else ''} is missing"
         return None
 
     @staticmethod

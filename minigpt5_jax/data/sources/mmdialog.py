@@ -209,5 +209,5 @@ def _media(fields: Fields, value: Any, place: str) -> str:
     """Id of an image, spelt as its file is."""
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else fields.path(value, place)
     if "/" in name:
-        raise fields.fail(place, f"picture id {name!r} is no file name")
+        raise fields.fail(place, f"image id {name!r} is no file name")
     return name

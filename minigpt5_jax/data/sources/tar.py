@@ -118,7 +118,7 @@ class Cc3mTarSource:
         """
         shard = self._shards[self._shard[row]]
         where = f"{shard}:{self._keys[row].decode()}"
-        for column, name in ((PICTURE, "picture (.jpg, .png or .webp)"), (TEXT, "caption (.txt)")):
+        for column, name in ((PICTURE, "image (.jpg, .png or .webp)"), (TEXT, "caption (.txt)")):
             if not self._places[row, column, 0]:
                 raise SampleError(where, f"no {name} in the shard")
         try:

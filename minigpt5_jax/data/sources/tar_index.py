@@ -143,7 +143,7 @@ def make_index(path: Path) -> ShardIndex:
             continue
         row = rows.setdefault(f"{folder}/{stem}" if folder.strip("./") else stem, [None, None])
         if row[column] is not None:
-            what = ("picture", "text")[column]
+            what = ("image", "text")[column]
             raise DataError(
                 f"{path}: sample {stem} has a second {what}, {member.name}, besides {row[column].name}"
             )

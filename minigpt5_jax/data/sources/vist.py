@@ -69,7 +69,7 @@ class VistSource:
             training, tasks, prompt_set, seed, resample_prompts, num_vokens, context_dropout
         )
         values, stories_hash = _read_object(self.path, "stories")
-        paths, mapping_hash = _read_object(self.mapping_path, "picture paths")
+        paths, mapping_hash = _read_object(self.mapping_path, "image paths")
         if not values:
             raise DataError(f"no stories in {self.path}")
         self._hash = f"{stories_hash} {mapping_hash}"
@@ -189,7 +189,7 @@ def _step(fields: Fields, value: Any, number: int, paths: dict, root: Path) -> S
     value = fields.object(value, place, ("caption", "image_id", "sequence_index"), optional=None)
     image_id = fields.string(value["image_id"], f"{place}.image_id")
     if image_id not in paths:
-        raise fields.fail(f"{place}.image_id", f"picture {image_id} is not in the mapping")
+        raise fields.fail(f"{place}.image_id", f"image {image_id} is not in the mapping")
     fields.words(value["caption"], f"{place}.caption")
     return Step(
         value["caption"],  # as it is written, white space included

@@ -33,12 +33,12 @@ def check_run(run: LoadedModel, *, reads_images: bool) -> None:
     size = run.spec.generator.image_size
     if size != IMAGE_SIZE:
         raise ConfigError(
-            f"the oracle reads pictures of {IMAGE_SIZE} pixels, this run draws {size} "
+            f"the oracle reads images of {IMAGE_SIZE} pixels, this run draws {size} "
             "(model.generator.image_size); judge a run of the small world"
         )
     if reads_images and not run.spec.backbone.image_tokens:
         raise ConfigError(
-            "this run's model has no vision tower and cannot read pictures; "
+            "this run's model has no vision tower and cannot read images; "
             "judge its stories with contexts none and text and no narrations, or a run that sees"
         )
 

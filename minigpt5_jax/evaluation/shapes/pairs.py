@@ -33,7 +33,7 @@ def voken_images(
 def native_images(
     run: LoadedModel, captions: Sequence[str], seed: int = 1, batch_size: int = BATCH_SIZE
 ) -> Pictures:
-    """Pictures by the generator's own text encoder: what the frozen UNet can do at best."""
+    """Images by the generator's own text encoder: what the frozen UNet can do at best."""
     inference = run.config.inference
     ids, mask = caption_tokenizer(run.config, run.spec.sizes).encode(list(captions))
     sampler = open_sampler(run.config, run.spec)

@@ -175,7 +175,7 @@ class EvaVit(nnx.Module):
         """
         size = self.config.image_size
         if pixels.shape[1:3] != (size, size):
-            raise ValueError(f"pictures of {pixels.shape[1:3]} pixels, image_size={size}")
+            raise ValueError(f"images of {pixels.shape[1:3]} pixels, image_size={size}")
         patches = self.patch_embed(pixels)
         images, width = patches.shape[0], patches.shape[-1]
         patches = patches.reshape(images, -1, width)

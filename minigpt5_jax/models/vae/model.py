@@ -207,7 +207,7 @@ class AutoencoderKL(nnx.Module):
         """
         (height, width), factor = pixels.shape[1:3], self.config.downsampling
         if height % factor or width % factor:
-            raise ValueError(f"pictures of {height} x {width} do not divide by the VAE's factor {factor}")
+            raise ValueError(f"images of {height} x {width} do not divide by the VAE's factor {factor}")
         mean, logvar = jnp.split(self.quant_conv(self.encoder(pixels)).astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(logvar, *LOGVAR_RANGE)], axis=-1)
 

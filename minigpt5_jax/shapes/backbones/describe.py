@@ -143,7 +143,7 @@ def histories_kept(histories: Histories, share) -> dict[str, float]:
         if task != "gen" or step == "0":
             continue
         silent = truth[name]["picture_only"]
-        kind = "subject known from pictures only" if silent else "subject described"
+        kind = "subject known from images only" if silent else "subject described"
         sample = histories.of_example(example)
         groups.setdefault(f"story's scene read at the vokens, {kind}", []).append(sample)
     for index in range(len(histories.dialogs)):

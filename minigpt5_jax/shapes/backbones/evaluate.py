@@ -76,7 +76,7 @@ def held_out_captions(count: int, seed: int, objects: int) -> tuple[list[Scene],
 
 
 def make_native(assets: Path, *, sampler: str, steps: int, guidance: float):
-    """``f(features [n 77 128], empty [77 128], key) -> pictures u8[n 64 64 3]`` of the written towers."""
+    """``f(features [n 77 128], empty [77 128], key) -> images u8[n 64 64 3]`` of the written towers."""
     towers = {name: files.read_tower(assets, name) for name in ("unet", "vae", "text_encoder")}
     params = {f"{name}/{path}": value for name, tower in towers.items() for path, value in tower.items()}
     sizes = {name: files.read_config(assets, name) for name in towers}
@@ -107,10 +107,10 @@ def main() -> None:
     from absl import app, flags
 
     assets = flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored backbones")
-    count = flags.DEFINE_integer("count", 500, "held-out pictures of each number of objects", lower_bound=1)
+    count = flags.DEFINE_integer("count", 500, "held-out images of each number of objects", lower_bound=1)
     objects = flags.DEFINE_multi_enum("objects", ["1", "2", "3"], ["1", "2", "3"], "number of objects")
     only = flags.DEFINE_multi_enum("only", list(PARTS), list(PARTS), "what to measure")
-    sampler = flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "picture sampler")
+    sampler = flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "image sampler")
     steps = flags.DEFINE_integer("steps", 20, "denoising steps", lower_bound=1)
     guidance = flags.DEFINE_float("guidance", 2.0, "guidance scale")
     seed = flags.DEFINE_integer("seed", 0, "of captions and noise")

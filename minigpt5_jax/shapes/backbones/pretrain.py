@@ -92,7 +92,7 @@ def text(job: Job) -> Result:
 
 
 def scaled_moments(assets: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Pictures u8[n 64 64 3] to moments f32[n 8 8 8] as the UNet sees them, from the written VAE."""
+    """Images u8[n 64 64 3] to moments f32[n 8 8 8] as the UNet sees them, from the written VAE."""
     config, params = files.read_config(assets, "vae"), files.read_tower(assets, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
 

@@ -46,7 +46,7 @@ def train_contents() -> np.ndarray:
 
 
 def batches(size: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """Pictures u8[n 64 64 3] with each place filled at random, and weights f32[n 64 64 1]."""
+    """Images u8[n 64 64 3] with each place filled at random, and weights f32[n 64 64 1]."""
     contents = train_contents()
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +139,7 @@ def encode(template: Template, params: Params, pictures: np.ndarray, size: int =
 def reconstruct(
     template: Template, params: Params, pictures: np.ndarray, noise: float, seed: int = 0
 ) -> np.ndarray:
-    """Pictures through the VAE, latents disturbed by ``noise`` standard deviations of themselves."""
+    """Images through the VAE, latents disturbed by ``noise`` standard deviations of themselves."""
     run = jax.jit(lambda p, z: template.bind(p).decode(z))
     mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
     random = np.random.default_rng(seed)

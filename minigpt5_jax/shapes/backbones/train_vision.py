@@ -48,7 +48,7 @@ POSITION_SPREAD = 0.5  # of what patches bring, about 1
 STATE_NOISE = 0.5  # of states of unit variance
 PIXEL_NOISE = 0.15  # largest standard deviation, of a range of -1 ... 1
 Look = Callable[[np.ndarray], np.ndarray]
-"""Pictures u8[i 64 64 3] to states of the queries f32[i q d]."""
+"""Images u8[i 64 64 3] to states of the queries f32[i q d]."""
 BLUR = 0.7  # largest share of a blurred image: what a UNet draws is soft
 
 
@@ -61,7 +61,7 @@ class ShapesVision(nnx.Module):
         self.qformer = QFormer(QFORMER, rngs=rngs)
 
     def __call__(self, pictures: jax.Array) -> jax.Array:
-        """Pictures [i 64 64 3] in 0 ... 255 to states of the queries [i 8 128]."""
+        """Images [i 64 64 3] in 0 ... 255 to states of the queries [i 8 128]."""
         pixels = (pictures.astype(jnp.float32) / 255.0 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
         return self.qformer(self.ln_vision(self.vit(pixels)))
 
@@ -72,7 +72,7 @@ def template() -> Template:
 
 
 def batches(size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
-    """Pictures with up to four training objects, and their labels."""
+    """Images with up to four training objects, and their labels."""
     objects = [Object(s, c, z, t, 0) for s, c, t in kinds(False) for z in range(len(SIZES))]
     cells = np.array([cell_index(item) for item in objects])
     fields = by_turns(QFORMER.num_query_tokens)

@@ -32,7 +32,7 @@ def voken_states(folder, prompt, mapper):
 
 @torch.no_grad()
 def draw(pipeline, mapper, states, **options):
-    """Pictures of states [n, vokens, width]; ``options`` are the pipeline's (steps, guidance, latents)."""
+    """Images of states [n, vokens, width]; ``options`` are the pipeline's (steps, guidance, latents)."""
     condition, negative = mapper(states), mapper.unconditional()
     return pipeline(
         prompt_embeds=condition.to(pipeline.unet.dtype),
@@ -42,7 +42,7 @@ def draw(pipeline, mapper, states, **options):
 
 
 def main():
-    """Draws one prompt and writes the picture."""
+    """Draws one prompt and writes the image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--language_model", required=True)
     parser.add_argument("--prompt", required=True)

@@ -238,7 +238,7 @@ def encode_image(picture: ImageSource, letterbox: int | None = None) -> Encoded:
         raise SampleError(name, error.reason) from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
-        raise SampleError(name, f"picture cannot be read ({reason})") from None
+        raise SampleError(name, f"image cannot be read ({reason})") from None
     if letterbox is None or image.size == (letterbox, letterbox):
         return Encoded(data, *image.size)
     longer = max(image.size)

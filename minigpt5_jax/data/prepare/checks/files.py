@@ -88,7 +88,7 @@ class Stories:
             yield entry
         idle = [name for name, path in self._mapping.items() if str(self._root / str(path)) not in used]
         if idle and self._stories:
-            notes = [("pictures of the mapping that no usable story shows", name) for name in idle]
+            notes = [("images of the mapping that no usable story shows", name) for name in idle]
             yield Entry(str(self._mapping_path), notes=notes)
 
 
