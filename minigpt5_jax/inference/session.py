@@ -13,7 +13,7 @@ from absl import logging
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import ImageSource, prepare_image
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
-from minigpt5_jax.data.text.templates import Expanded, expand
+from minigpt5_jax.data.text.templates import TokenizedSample, expand
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LanguageTokenizer
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.decode import DecodeResult, decode
@@ -84,7 +84,7 @@ class _Row:
     """A prompt in numbers."""
 
     prompt: Prompt
-    expanded: Expanded
+    expanded: TokenizedSample
     pictures: list[np.ndarray]  # those left after truncation
 
 

@@ -85,13 +85,13 @@ END = "; the dialogue ends before it"
         (("  ", "7"), "empty text", "no text"),
         ("photo.jpg", "file name as text", "the text 'photo.jpg' is a file name"),
         (LONG, "over 50 tokens", "51 tokens"),
-        (("t", "gone"), "missing image", "picture gone is missing"),
-        (("t", "gone", "7"), "missing image", "picture gone is missing"),
-        (("t", BAD_MEDIA_IDS[0]), "bad image", "picture -3872362534310063124 is in the list of bad ones"),
+        (("t", "gone"), "missing image", "image gone is missing"),
+        (("t", "gone", "7"), "missing image", "image gone is missing"),
+        (("t", BAD_MEDIA_IDS[0]), "bad image", "image -3872362534310063124 is in the list of bad ones"),
         (
             ("t", "3713630103994725971"),
             "bad image",
-            "picture 3713630103994725971 is in the list of bad ones",
+            "image 3713630103994725971 is in the list of bad ones",
         ),
     ],
 )

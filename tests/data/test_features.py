@@ -160,7 +160,7 @@ def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(f
     reworded = Cc3mSource(folder / "pairs.tsv", instruction_every=3, seed=9, prompt_set="release")
     store.check(spec_of(reworded))
     other = f"'{'w' * 64}'"
-    with pytest.raises(DataError, match=f"(?s)anew:.*towers: stored.*'{'v' * 64}'.*, now.*{other}"):
+    with pytest.raises(DataError, match=f"(?s)again:.*towers: stored.*'{'v' * 64}'.*, now.*{other}"):
         store.check(spec_of(pairs, towers={"vae": "w" * 64}))
     with pytest.raises(DataError, match="target_size: stored 8, now 16"):
         store.check(spec_of(pairs, target_size=16))

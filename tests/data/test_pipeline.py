@@ -88,7 +88,7 @@ def test_order_visits_every_sample_once_an_epoch(source, config):
     rows = np.concatenate([b.tokens for b in batches]).reshape(4, 11, -1)
     epochs = [[tuple(row) for row in epoch] for epoch in rows]
     plain = {row for row in epochs[0]} & {row for row in epochs[1]}
-    assert len(plain) >= 10  # the eleventh is an instruction sample, worded anew each epoch
+    assert len(plain) >= 10  # the eleventh is an instruction sample, worded again each epoch
     assert all(len(set(epoch)) == 11 and plain <= set(epoch) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert_equal(batches[5], run(source, config, steps=6)[5])

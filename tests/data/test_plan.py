@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.data.batches.lengths import LengthIndex
-from minigpt5_jax.data.batches.plan import NOBODY, BucketPlan, Shape, StreamPlan, crowded_share, pack
+from minigpt5_jax.data.batches.plan import EMPTY_SLOT, BucketPlan, Shape, StreamPlan, overflow_fraction, pack
 from minigpt5_jax.data.errors import DataError
 
 
@@ -28,7 +28,7 @@ def bucket_plan(n=103, lengths=(16, 32, 64), shape=None, epochs=None, seed=1):
 def places_of(plan, steps):
     """Place in the source of each sample of some steps; empty places left out."""
     numbers = np.concatenate([plan.step(s).numbers.ravel() for s in steps])
-    return [plan.find(int(n)) for n in numbers if n != NOBODY]
+    return [plan.find(int(n)) for n in numbers if n != EMPTY_SLOT]
 
 
 def test_an_epoch_of_buckets_reads_every_sample_once():
@@ -69,7 +69,7 @@ def test_samples_too_long_for_any_bucket_go_to_the_last():
     short = BucketPlan(
         LengthIndex(lengths[:2], np.zeros(2, np.int32)), (16,), seed=0, num_epochs=1, shape=Shape(1, 4)
     )
-    assert short.epoch_steps == 1 and (short.step(0).numbers == NOBODY).sum() == 2
+    assert short.epoch_steps == 1 and (short.step(0).numbers == EMPTY_SLOT).sum() == 2
 
 
 def test_bucket_plans_depend_on_the_seed_only_and_survive_pickling():
@@ -121,8 +121,8 @@ def test_packed_steps_hold_the_samples_of_unpacked_ones():
         for numbers, limits in zip(part.numbers[0], part.limits[0]):
             assert limits.tolist() == [index.lengths[packed.find(int(n))[1]] for n in numbers]
             assert limits.sum() <= 64
-    assert crowded_share(index, Shape(1, 4, 3), 64) == 0.0
-    assert 0.2 < crowded_share(index, Shape(1, 4, 3), 48) < 1.0
+    assert overflow_fraction(index, Shape(1, 4, 3), 64) == 0.0
+    assert 0.2 < overflow_fraction(index, Shape(1, 4, 3), 48) < 1.0
 
 
 def test_the_last_packed_step_has_empty_places():
@@ -132,4 +132,4 @@ def test_the_last_packed_step_has_empty_places():
     )
     assert plan.num_steps == 2
     last = plan.step(1)
-    assert (last.numbers == NOBODY).sum() == 2 and (last.limits[last.numbers == NOBODY] == 0).all()
+    assert (last.numbers == EMPTY_SLOT).sum() == 2 and (last.limits[last.numbers == EMPTY_SLOT] == 0).all()

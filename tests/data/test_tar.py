@@ -230,7 +230,7 @@ def test_the_index_is_kept_and_made_anew_when_a_shard_changes(shards, tmp_path, 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(shards, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way of the cache folder")
     source = Cc3mTarSource(shards, cache_dir=tmp_path / "file" / "cache")
-    assert source.rows == 5 and "is made anew by every run" in caplog.text
+    assert source.rows == 5 and "is rebuilt by every run" in caplog.text
 
 
 def test_the_fingerprint_is_of_content_and_meaning_not_of_names(shards):

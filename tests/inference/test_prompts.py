@@ -18,8 +18,8 @@ def test_what_a_user_types_becomes_what_the_model_was_trained_on():
     asked = text_prompt("What next?", ["1.png", "2.png"], dialog=True)
     assert asked.source == f"{head} {IMAGE} {IMAGE} What next? ###Assistant:"
     assert asked.images == ("1.png", "2.png")
-    for spelt in ("<ImageHere>", IMAGE):
-        placed = text_prompt(f"Look {spelt} well", ["1.png"], dialog=True)
+    for placeholder in ("<ImageHere>", IMAGE):
+        placed = text_prompt(f"Look {placeholder} well", ["1.png"], dialog=True)
         assert placed.source == f"{head} Look {IMAGE} well ###Assistant:"
     with pytest.raises(DataError, match="ends a turn"):
         text_prompt("a ### b", [], dialog=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import FLIP_MODES, ImageSource, draw_flips, prepare_image
 from minigpt5_jax.data.samples.example import Example, Ready
-from minigpt5_jax.data.text.templates import IGNORE, Expanded, expand
+from minigpt5_jax.data.text.templates import IGNORE, TokenizedSample, expand
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, CaptionTokenizer, LanguageTokenizer
 
 
@@ -128,7 +128,7 @@ class EncodeConfig:
 class Sample:
     """An encoded example: i images read, at most one drawn, as pixels or as precomputed features."""
 
-    text: Expanded
+    text: TokenizedSample
     images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"], ...]
     target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "y x c2"] | None
     caption_ids: Int32[np.ndarray, " c"]

@@ -21,7 +21,7 @@ from absl import flags
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, Sample, collate, encode
 from minigpt5_jax.data.batches.lengths import LengthIndex
-from minigpt5_jax.data.batches.plan import NOBODY, BucketPlan, Plan, Shape, StreamPlan, crowded_share
+from minigpt5_jax.data.batches.plan import EMPTY_SLOT, BucketPlan, Plan, Shape, StreamPlan, overflow_fraction
 from minigpt5_jax.data.errors import DataError, SampleError, Skip
 from minigpt5_jax.data.sources import Source
 
@@ -80,12 +80,12 @@ class StepReader:
     def _read(
         self, numbers: list[int], limits: list[int], spec: BatchSpec, skips: list[Skip]
     ) -> list[Sample | None]:
-        """Samples, None for an empty place and where one is unusable.
+        """Samples, None for an empty slot and where one is unusable.
 
         All are found, then fetched, then encoded: step by step the code stays in the processor's cache, which
         saves a quarter of the time of samples without pixels.
         """
-        keys = [None if number == NOBODY else self._plan.find(number) for number in numbers]
+        keys = [None if number == EMPTY_SLOT else self._plan.find(number) for number in numbers]
         fetch, config = self._source.example, self._config
         examples = [key and _attempt(key[1], skips, fetch, key[1], key[0]) for key in keys]
         return [
@@ -153,7 +153,7 @@ class Loader:
         self._step = state
 
     def close(self) -> None:
-        """Ends worker processes and threads; the next batch starts them anew."""
+        """Ends worker processes and threads; the next batch starts them again."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -239,7 +239,7 @@ def _check_sizes(
         raise DataError(f"process_index = {process_index} of {process_count} processes")
 
 
-CROWDED = 0.01  # share of packed rows that may be too full before it is an error
+MAX_OVERFLOW = 0.01  # share of packed rows that may be too full before it is an error
 
 
 def _make_plan(
@@ -264,7 +264,7 @@ def _make_plan(
         plan = BucketPlan(index, buckets, seed=seed, num_epochs=num_epochs, shape=shape)
         return plan, [spec.bucket(size, plan.images_in(i)) for i, size in enumerate(buckets)]
     packed = index if spec.pack > 1 else None
-    if packed and (share := crowded_share(packed, shape, spec.length)) > CROWDED:
+    if packed and (share := overflow_fraction(packed, shape, spec.length)) > MAX_OVERFLOW:
         raise DataError(
             f"{share:.0%} of rows of {spec.length} positions do not hold {spec.pack} samples; use longer "
             "rows (data.max_length) or fewer samples in each (data.pack)"

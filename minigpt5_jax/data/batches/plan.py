@@ -19,7 +19,7 @@ from jaxtyping import Int, Int32, Int64
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.errors import DataError
 
-NOBODY = -1  # number of an empty place
+EMPTY_SLOT = -1  # number of an empty slot
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class StepPlan:
     """The samples of one step: a micro-batches of r rows with p places each.
 
     Attributes:
-      numbers: i64[a r p] global number of each sample, :data:`NOBODY` for an empty place.
+      numbers: i64[a r p] global number of each sample, :data:`EMPTY_SLOT` for an empty slot.
       limits: i32[a r p] positions the sample may take.
       bucket: which of the plan's lengths the rows have.
     """
@@ -75,7 +75,7 @@ class StreamPlan:
       length: samples of the source.
       seed: of the order.  shuffle: a new permutation each epoch, drawn number by number by grain, so that
         nothing is stored; else the order of the source.
-      num_epochs: None for no end.  With an end, the last step is filled with empty places.
+      num_epochs: None for no end.  With an end, the last step is filled with empty slots.
       shape: of a step.  row_length: positions of a row.
       index: sizes of the samples; needed for packing.
     """
@@ -103,7 +103,7 @@ class StreamPlan:
     def step(self, step: int) -> StepPlan:
         shape = self._shape
         numbers = step * shape.samples + np.arange(shape.samples, dtype=np.int64)
-        numbers[numbers >= self._total] = NOBODY
+        numbers[numbers >= self._total] = EMPTY_SLOT
         numbers = numbers.reshape(shape.micro, shape.rows * shape.places)
         if self._index is None:
             limits = np.full(numbers.shape, self._row_length, np.int32)
@@ -113,7 +113,7 @@ class StreamPlan:
 
     def _sizes(self, numbers: np.ndarray) -> np.ndarray:
         assert self._index is not None
-        sizes = [0 if n == NOBODY else self._index.lengths[self.find(int(n))[1]] for n in numbers]
+        sizes = [0 if n == EMPTY_SLOT else self._index.lengths[self.find(int(n))[1]] for n in numbers]
         return np.asarray(sizes, np.int32)
 
 
@@ -152,7 +152,7 @@ def _lower(sizes: Int32[np.ndarray, " p"], room: int) -> Int32[np.ndarray, " p"]
     return lowered
 
 
-def crowded_share(index: LengthIndex, shape: Shape, row_length: int, trials: int = 50) -> float:
+def overflow_fraction(index: LengthIndex, shape: Shape, row_length: int, trials: int = 50) -> float:
     """Share of rows whose samples do not all fit, over micro-batches of random samples."""
     random, full = np.random.default_rng(0), []
     for _ in range(trials):
@@ -168,7 +168,7 @@ class BucketPlan:
     A sample belongs to the first bucket that holds it (the last one, where it is cut, if none does).
     Each epoch is shuffled, cut into steps bucket by bucket, and these steps are shuffled.  What is left
     over in a bucket goes to the next longer one, so that an epoch reads every sample once in
-    ``ceil(length / samples of a step)`` steps, the last of the longest bucket filled with empty places.
+    ``ceil(length / samples of a step)`` steps, the last of the longest bucket filled with empty slots.
 
     Args:
       index: sizes of the samples.  lengths: of the buckets, ascending.
@@ -214,7 +214,7 @@ class BucketPlan:
         _, numbers, buckets = self._epoch(epoch)
         shape, bucket = self._shape, int(buckets[part])
         chosen = numbers[part].reshape(shape.micro, shape.rows, shape.places)
-        chosen = np.where(chosen == NOBODY, NOBODY, chosen + epoch * self._size)
+        chosen = np.where(chosen == EMPTY_SLOT, EMPTY_SLOT, chosen + epoch * self._size)
         return StepPlan(chosen, np.full(chosen.shape, self.lengths[bucket], np.int32), bucket)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,7 +226,7 @@ class BucketPlan:
         for bucket in range(last + 1):
             mine = np.sort(np.concatenate([np.flatnonzero(self._bucket[order] == bucket), rest]))
             if bucket == last:
-                empty = np.full(-len(mine) % size, NOBODY, np.int64)
+                empty = np.full(-len(mine) % size, EMPTY_SLOT, np.int64)
                 mine = np.concatenate([mine, empty])
             whole = len(mine) // size
             steps.append(mine[: whole * size].reshape(whole, size))

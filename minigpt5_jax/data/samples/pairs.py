@@ -36,7 +36,7 @@ class PairRules:
       every: rows from one instruction sample to the next; 0 for none.
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wording.
-      resample_prompts: draw the wording anew each epoch; False keeps the first draw (quirk Q24).
+      resample_prompts: draw the wording again each epoch; False keeps the first draw (quirk Q24).
       num_vokens: vokens of one image.
 
     Raises:

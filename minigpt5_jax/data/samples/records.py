@@ -55,7 +55,7 @@ class Turn:
         """Its texts, images left out."""
         return " ".join(part for part in self.parts if isinstance(part, str))
 
-    def spelt(self) -> str:
+    def written(self) -> str:
         """Its texts and ``<Img><ImageHere></Img>`` for each image, single spaces between."""
         return " ".join(part if isinstance(part, str) else templates.IMAGE for part in self.parts)
 
@@ -134,8 +134,8 @@ def prompt_of(record: Record, turns: int, image_root: Path) -> tuple[str, tuple[
     history = record.turns[:turns]
     images = tuple(str(image_root / image.path) for turn in history for image in turn.images())
     if record.pair:
-        return history[0].spelt(), images
-    said = [(SPEAKERS[turn.role], turn.spelt()) for turn in history]
+        return history[0].written(), images
+    said = [(SPEAKERS[turn.role], turn.written()) for turn in history]
     return prompts.dialog_source(record.system, said), images
 
 

@@ -121,7 +121,7 @@ class StoryRules:
       tasks: the tasks to use, whatever ``training`` is.
       prompt_set, num_vokens: as :func:`story_example`.
       seed: of the wordings.
-      resample_prompts: draw wordings and contexts anew each epoch; False keeps the first draw (quirk Q24).
+      resample_prompts: draw wordings and contexts again each epoch; False keeps the first draw (quirk Q24).
       context_dropout: share of the samples with steps before that read their texts or their images only,
         each as often; 0 in the original.
 

@@ -23,7 +23,7 @@ from minigpt5_jax.data.samples.example import Example
 class Source(Protocol):
     """A random-access data set.  Everything it returns is a function of its files and arguments.
 
-    ``example(index, epoch)`` gives sample ``index``; prompts that are drawn anew each epoch are drawn
+    ``example(index, epoch)`` gives sample ``index``; prompts that are drawn again each epoch are drawn
     by ``epoch``.  ``texts(index)`` are the (source, target) of all wordings the sample may have, with its
     whole context, made without touching an image: the length index takes the longest.  ``fingerprint()``
     changes with the content and the meaning of the samples, and ``describe()`` is one line for the log.

@@ -118,7 +118,7 @@ def read_spec(folder: str | Path) -> FeatureSpec:
     try:
         content = json.loads(file.read_bytes())
         if content.pop("format") != FORMAT:
-            raise DataError(f"{file} is of another version; make the features anew")
+            raise DataError(f"{file} is of another version; prepare the features again")
         content = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
         return FeatureSpec(**content)
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def read_spec(folder: str | Path) -> FeatureSpec:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{file} is damaged ({error}); make the features anew") from None
+        raise DataError(f"{file} is damaged ({error}); prepare the features again") from None
 
 
 class FeatureStore:
@@ -187,7 +187,7 @@ class FeatureStore:
         if differ := wanted.differences(spec):
             lines = "\n  ".join(differ)
             raise DataError(
-                f"feature store {self.folder} does not belong to this run; make it anew:\n  {lines}"
+                f"feature store {self.folder} does not belong to this run; prepare it again:\n  {lines}"
             )
 
     def _values(self, kind: str, sample: int, row: int) -> np.ndarray:
@@ -197,7 +197,7 @@ class FeatureStore:
             try:
                 mapped = np.load(file, mmap_mode="r")
             except (OSError, ValueError) as error:
-                raise DataError(f"{file} cannot be read ({error}); make the features anew") from None
+                raise DataError(f"{file} cannot be read ({error}); prepare the features again") from None
             self._maps[kind, number] = np.asarray(mapped).view(DTYPES[self.spec.dtype])
         return self._maps[kind, number][row]
 

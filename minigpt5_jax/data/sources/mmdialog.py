@@ -206,7 +206,7 @@ def _turn(fields: Fields, value: Any, number: int, root: Path) -> DialogTurn:
 
 
 def _media(fields: Fields, value: Any, place: str) -> str:
-    """Id of an image, spelt as its file is."""
+    """Id of an image, written as its file name is."""
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else fields.path(value, place)
     if "/" in name:
         raise fields.fail(place, f"image id {name!r} is no file name")

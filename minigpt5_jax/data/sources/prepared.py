@@ -32,7 +32,7 @@ class PreparedSource:
       split: ``train``, ``validation`` or ``test``; None where the folder holds just one.
       training: with the samples that only training has.
       seed: of the wordings.
-      resample_prompts: draw the wordings anew each epoch; False keeps the first draw (quirk Q24).
+      resample_prompts: draw the wordings again each epoch; False keeps the first draw (quirk Q24).
       prompt_set: ``head`` or ``release``, the wording of pairs and stories in the original's two code
         generations; ``loader`` is the same for dialogues.
       instruction_every: pairs: rows from one instruction sample to the next; 0 for none.

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 BLOCK = 512
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXT = "txt"
-FORMAT = 1  # of index files; another number and they are made anew
+FORMAT = 1  # of index files; another number and they are rebuilt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _read_index(file: Path, shard: Path) -> ShardIndex | None:
     except (OSError, ValueError, KeyError, EOFError):
         pass
     except Exception as error:  # a damaged zip file, in one of several types
-        logger.debug("index %s cannot be read and is made anew (%s)", file, error)
+        logger.debug("index %s cannot be read and is rebuilt (%s)", file, error)
     return None
 
 
@@ -222,5 +222,5 @@ def load_indices(shards: Sequence[Path], cache_dir: Path | None = None) -> list[
         kept &= _keep_index(_index_file(shards[i], cache_dir), shards[i], indices[i])
     if not kept:
         place = cache_dir or shards[0].parent
-        logger.warning("no index of tar shards can be kept in %s: it is made anew by every run", place)
+        logger.warning("no index of tar shards can be kept in %s: it is rebuilt by every run", place)
     return indices

@@ -36,7 +36,7 @@ class VistSource:
       tasks: some of ``gen``, ``multimodal``, ``understanding``, whatever ``training`` is.
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wordings.
-      resample_prompts: draw wordings and contexts anew each epoch; False keeps the first draw (quirk Q24).
+      resample_prompts: draw wordings and contexts again each epoch; False keeps the first draw (quirk Q24).
       num_vokens: vokens of one image.
       context_dropout: share of samples that read texts or images only of the steps before; see
         :class:`~minigpt5_jax.data.samples.stories.StoryRules`.

@@ -72,7 +72,7 @@ def story_source(parts: Sequence[str], request: str) -> str:
     """Source of a story's step (fidelity 5.3).
 
     Args:
-      parts: texts and images of the steps before, in order; a newline ends them.  An image is spelt
+      parts: texts and images of the steps before, in order; a newline ends them.  An image is written
         :data:`~minigpt5_jax.data.text.templates.IMAGE`; in the original's samples one follows each text.
       request: one of :data:`STORY_PROMPTS`, ``{text}`` filled in.
     """
@@ -86,7 +86,7 @@ def dialog_source(system: str, history: Sequence[tuple[str, str]], speaker: str 
     Args:
       system: system prompt.
       history: (speaker, content) of earlier turns, speaker ``Human`` or ``Assistant``; images in
-        content are spelt ``<Img><ImageHere></Img>``.
+        content are written ``<Img><ImageHere></Img>``.
       speaker: whose turn is next.
     """
     pieces = [system, *(f"###{who}: {content}" for who, content in history), f"###{speaker}:"]

@@ -58,7 +58,7 @@ class TextTokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Expanded:
+class TokenizedSample:
     """One sample as the model reads it, t positions with BOS first.
 
     Attributes:
@@ -188,7 +188,7 @@ def expand(
     max_targets: int | None = None,
     truncation: str = "left_history",
     mask_all_inner_vokens: bool = False,
-) -> Expanded:
+) -> TokenizedSample:
     """Ids, labels and positions of one sample (fidelity 2.2, 2.3); an empty target gives a prompt.
 
     Source and target are tokenised on their own and joined behind BOS.  What does not fit
@@ -233,7 +233,7 @@ def expand(
     left = len(starts)
     first = total - left if truncation == "left_history" else 0
     full = 1 + len(source_ids) + total * (image_tokens - 1) + len(target_ids)
-    return Expanded(
+    return TokenizedSample(
         tokens=np.asarray(head + kept_target, np.int32),
         labels=np.asarray([IGNORE] * len(head) + mask(kept_target), np.int32),
         images=tuple(range(first, first + left)),

@@ -15,7 +15,7 @@ import numpy as np
 
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.sources import MMDialogSource, VistSource
-from minigpt5_jax.data.text.templates import IGNORE, Expanded, clean_caption, expand, target_text
+from minigpt5_jax.data.text.templates import IGNORE, TokenizedSample, clean_caption, expand, target_text
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.shapes.backbones.fields import CLASSES, UNTOLD, alone, labels
 from minigpt5_jax.shapes.backbones.texts import (
@@ -121,12 +121,12 @@ def empty_rows(count: int, length: int, images: int) -> Rows:
     }
 
 
-def number(tokenizer: LlamaTokenizer, sample: Sample, image_tokens: int, length: int) -> Expanded:
+def number(tokenizer: LlamaTokenizer, sample: Sample, image_tokens: int, length: int) -> TokenizedSample:
     """A sample in numbers, by the rules of training."""
     return expand(tokenizer, sample.source, sample.target, image_tokens=image_tokens, max_length=length)
 
 
-def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, given: Expanded) -> None:
+def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, given: TokenizedSample) -> None:
     """Write one sample, images aside.  Rows of new tokens, which no file holds, have id 0."""
     tokens, size = given.tokens, len(given.tokens)
     made["ids"][i, :size] = np.where(tokens < tokenizer.vocab_size, tokens, 0)
@@ -144,7 +144,13 @@ def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, give
 
 
 def place_pictures(
-    made: Rows, i: int, at: int, given: Expanded, scenes: Sequence[int], asked: np.ndarray, image_tokens: int
+    made: Rows,
+    i: int,
+    at: int,
+    given: TokenizedSample,
+    scenes: Sequence[int],
+    asked: np.ndarray,
+    image_tokens: int,
 ) -> int:
     """Write the images of a row behind the first ``at`` ones; returns how many there are then.
 

@@ -95,7 +95,7 @@ def _plain(metadata: tuple) -> None:
 def _known() -> dict[str, Any]:
     """Everything a pickle may name, and what stands for it here.
 
-    Made anew for every file, since a pickle can set attributes of what it names.
+    Made for every file, since a pickle can set attributes of what it names.
     """
     return {
         "collections.OrderedDict": collections.OrderedDict,

@@ -235,7 +235,7 @@ class ShardWork:
         self.file("array_record").unlink(missing_ok=True)
         self.job.parts.mkdir(parents=True, exist_ok=True)
         if self.job.raw.open().fingerprint() != self.job.fingerprint:
-            raise DataError(f"{self.job.raw.path} has changed since the preparation began; begin anew")
+            raise DataError(f"{self.job.raw.path} has changed since the preparation began; start again")
         tally, spent, lines = Tally(), skipped_before(self.job), io.StringIO()
         for index in range(self.first, self.stop):
             try:
