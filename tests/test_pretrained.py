@@ -265,7 +265,7 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
     other = {**frozen, "generator/vae/quant_conv/bias": frozen["generator/vae/quant_conv/bias"] + 1}
     with pytest.raises(CheckpointError, match="trained with different frozen weights"):
         warm_start(tmp_path, fresh, other, run.spec, shardings, tokenizer, second.weights.to_dict())
-    with pytest.raises(CheckpointError, match=r"tokenizer\.llm\.bos_id"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.backbone\.bos_id"):
         bos = {**tokenizer, "backbone": {**tokenizer["backbone"], "bos_id": 2}}
         warm_start(tmp_path, fresh, frozen, run.spec, shardings, bos, second.weights.to_dict())
 

@@ -25,7 +25,7 @@ def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
     settings = {
         "run.num_steps": steps,
         "run.log_every": 1,
-        "run.eval_every": 0,
+        "run.eval_every": steps,  # once, at the end
         "run.save_every": 2,
         "run.grid_every": 4,
         "run.compile_cache": cache,
