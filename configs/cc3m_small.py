@@ -1,4 +1,4 @@
-"""A small run on CC3M-format data of one's own: real captions and images, the packaged tiny backbones.
+"""A small run on your own data in CC3M format: real captions and images, the packaged tiny backbones.
 
     python -m minigpt5_jax.train --config configs/cc3m_small.py --workdir runs/cc3m_small \
         --config.data.train=CC3M/cc3m_val.tsv --config.data.validation=CC3M/cc3m_val.tsv

@@ -3,7 +3,7 @@
     python -m minigpt5_jax.generate --checkpoint runs/mine --prompt "a red fox in the snow" --output page
     python -m minigpt5_jax.generate --checkpoint runs/mine --prompt "What came next?" --image photos/1.jpg
     python -m minigpt5_jax.generate --checkpoint runs/mine --jsonl prompts.jsonl --num_samples 3
-    python -m minigpt5_jax.generate story --checkpoint runs/stage2 --jsonl begun.jsonl --scenes 4
+    python -m minigpt5_jax.generate story --checkpoint runs/stage2 --jsonl openings.jsonl --scenes 4
     python -m minigpt5_jax.generate chat --checkpoint runs/stage2 --jsonl script.jsonl
 
 ``--image`` belongs to the one ``--prompt``; its place in the text is ``<ImageHere>``, or before it.  A

@@ -1,4 +1,4 @@
-"""Prepare a data set once, so that training reads it fast, or check one's own data before any training.
+"""Prepare a data set once, so that training reads it fast, or check your own data before training.
 
     python -m minigpt5_jax.prepare cc3m --input cc3m_train.tsv --output prepared
     python -m minigpt5_jax.prepare check my_data.jsonl

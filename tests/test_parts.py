@@ -436,13 +436,25 @@ def configure(package, files, workdir, data):
     config.model.update(dtype="float32", param_dtype="float32", remat=False)
     config.weights.update(toy_words=str(files / "words"), toy_paint=str(files / "paint.safetensors"))
     config.data.update(
-        format="jsonl", train=str(files / data), validation=str(files / data), global_batch=8, max_length=64,
-        worker_count=0, max_images=1, flip_mode="off",
-    )  # fmt: skip
+        format="jsonl",
+        train=str(files / data),
+        validation=str(files / data),
+        global_batch=8,
+        max_length=64,
+        worker_count=0,
+        max_images=1,
+        flip_mode="off",
+    )
     config.run.update(
-        workdir=str(workdir), num_steps=2, eval_every=1, eval_batches=1, save_every=1, grid_every=1,
-        compile_cache="", log_every=1,
-    )  # fmt: skip
+        workdir=str(workdir),
+        num_steps=2,
+        eval_every=1,
+        eval_batches=1,
+        save_every=1,
+        grid_every=1,
+        compile_cache="",
+        log_every=1,
+    )
     config.optimizer.update(warmup_steps=1, lr_llm=1e-2, lr_mapper=1e-2)
     config.inference.update(num_inference_steps=2, max_new_tokens=8, top_k=0)
     config.mesh.update(data=1, fsdp=4, tensor=2)
@@ -468,6 +480,15 @@ def test_a_configuration_holds_the_keys_of_its_parts(package, files, tmp_path):
         choose(config, "generator", f"{package}.mapper")
     with pytest.raises(ConfigError, match="unknown mapper 'toy_parts.none'"):
         apply_variant(config, f"mapper={package}.none")
+
+
+def test_a_parts_own_loss_alone_is_enough_to_train_on(package, files, tmp_path):
+    config = configure(package, files, tmp_path, "pairs.jsonl")
+    config.loss.update(text=0.0, image=0.0, caption=0.0)
+    validate(config)
+    config.model.mapper.loss_size = 0.0
+    with pytest.raises(ConfigError, match="are all 0; there is nothing to train on"):
+        validate(config)
 
 
 def test_a_missing_file_is_named_with_the_parts_own_words(package, files, tmp_path):
@@ -598,3 +619,15 @@ def test_parts_are_found_by_their_files():
         find("mapper", "gill")
     with pytest.raises(ValueError, match="unknown part 'decoder'"):
         find("decoder", "toy")
+
+
+def test_a_module_that_is_no_part_is_told_from_one_that_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/__init__.py").write_text("")
+    (tmp_path / "odd/no_part_here.py").write_text("")
+    (tmp_path / "odd/broken_part.py").write_text("import math\nmath.no_such_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="odd.no_part_here has no PART; see minigpt5_jax/parts/contracts.py"):
+        find("mapper", "odd.no_part_here")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        find("mapper", "odd.broken_part")

@@ -40,7 +40,7 @@ KEYS: dict[str, Key] = {
     # -- data -----------------------------------------------------------------------------------
     "data.format": Key(
         "cc3m",
-        "reader: published data sets, JSONL of one's own, what `prepare` wrote, or the small world, drawn "
+        "reader: published data sets, your own JSONL, what `prepare` wrote, or the small world, drawn "
         "into the workdir in the files of CC3M, VIST (stories) or MMDialog (dialogs)",
         choices=(
             "cc3m",

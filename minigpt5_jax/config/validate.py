@@ -78,10 +78,11 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         yield "give run.num_steps, or run.epochs more than 0"
     if list(config.mesh.values()).count(-1) > 1 or 0 in config.mesh.values():
         yield f"mesh {config.mesh.to_dict()}: sizes are at least 1, and one may be -1 (what is left)"
-    if not any((config.loss.text, config.loss.image, config.loss.caption)):
+    settings, parts = part_settings(config), parts_of(config)
+    own = [settings[kind][f"loss_{name}"] for kind, part in parts.items() for name in part.losses]
+    if not any((config.loss.text, config.loss.image, config.loss.caption, *own)):
         yield "loss.text, loss.image and loss.caption are all 0; there is nothing to train on"
-    settings = part_settings(config)
-    for kind, part in parts_of(config).items():
+    for kind, part in parts.items():
         yield from part.conflicts(settings[kind])
     yield from _bad_rules(config)
 

@@ -37,7 +37,7 @@ class Tower:
       adapt: ``(source, sizes)`` -> source in the form the table reads (old names, another grid).
       shapes_of: ``sizes`` -> path -> shape of every parameter a file must give; those of ``module`` by
         default.
-      marks: starts of names by which a file of this tower is told from others.
+      marks: name prefixes that only this tower's tensors have; they identify what a file holds.
       cause: ``(source, shape of a key)`` -> what a file that does not fit probably is, '' for no idea.
       key: where in a torch container its tensors are; None for a plain dictionary.
       published: values of a published ``config.json`` -> values that ``config`` understands.

@@ -383,13 +383,14 @@ def find(kind: str, name: str) -> Part:
         raise ValueError(f"unknown part {kind!r}; known: {', '.join(KINDS)}")
     where = name if "." in name else f"{__package__}.{kind}s.{name}"
     try:
-        part = importlib.import_module(where).PART
+        module = importlib.import_module(where)
     except ModuleNotFoundError as error:
         if not where.startswith(str(error.name)):
             raise  # it is there, and something that it needs is not
         raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(names(kind))}") from None
-    except AttributeError:
-        raise ValueError(f"{where} has no PART; see minigpt5_jax/parts/contracts.py") from None
+    part = getattr(module, "PART", None)
+    if part is None:
+        raise ValueError(f"{where} has no PART; see minigpt5_jax/parts/contracts.py")
     if part.kind != kind:
         raise ValueError(f"{where} is a {part.kind}, not a {kind}")
     return part

@@ -107,7 +107,7 @@ def write_tower(assets: Path, name: str, params: Params, config: Any) -> None:
         values |= files.tower.describe(config)
     write_json(assets / files.folder / "config.json", values)
     kept = {path: np.asarray(v, STORED) for path, v in params.items() if not path.endswith("/voken")}
-    like = (files.tower.bare_prefix,)  # by which a tower with two tables knows the names that are written
+    like = (files.tower.bare_prefix,)  # tells a tower with two tables which names are written
     source = files.tower.table(like, config).to_source(kept)
     save_safetensors(assets / files.folder / files.tower.file, source, {"format": "pt"})
 

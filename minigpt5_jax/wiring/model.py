@@ -207,7 +207,7 @@ def known_towers() -> dict[str, Tower]:
     return {name: use.tower for part in shipped() for name, use in part.uses.items() if use.tower is not None}
 
 
-def open_tower(name: str, use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
+def open_tower(use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
     """(table, tensors by the names it reads) of a tower's files; headers are read, nothing else.
 
     Raises:
@@ -242,11 +242,10 @@ def load_frozen(
             shape = spec.template.shapes[path]
             place = (shardings or {}).get(path)
             targets[path.removeprefix(at)] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-        source = open_source(sources[name], use.tower.key)
         try:
-            adapted = use.tower.adapt(source, spec.sizes[name])
-            arrays = stream_tower(use.tower.table(adapted, spec.sizes[name]), adapted, targets)
+            arrays = stream_tower(*open_tower(use, sources[name], spec.sizes[name]), targets)
         except WeightTableError as error:
+            source = open_source(sources[name], use.tower.key)
             message = with_cause(str(error), name, use.tower, source, known_towers())
             raise WeightTableError(message) from None
         params |= {at + path: array for path, array in arrays.items()}
@@ -262,14 +261,15 @@ def initial_trainable(
     fresh = _init_only(spec.template, missing, key)
     for kind, part in spec.parts.items():
         if part.initial is not None:
-            own, pretrained = ({
-                path.removeprefix(part.prefix): value
-                for path, value in values.items()
-                if path.startswith(part.prefix)
-            } for values in (fresh, frozen))  # fmt: skip
+            own, pretrained = _below(part.prefix, fresh), _below(part.prefix, frozen)
             made = part.initial(own, pretrained, spec.keys[kind], key)
             fresh |= {part.prefix + path: value for path, value in made.items()}
     return fresh
+
+
+def _below(prefix: str, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The values whose paths start with ``prefix``, without it."""
+    return {path.removeprefix(prefix): value for path, value in values.items() if path.startswith(prefix)}
 
 
 def _init_only(template: Template, paths: list[str], key: jax.Array) -> dict[str, jax.Array]:

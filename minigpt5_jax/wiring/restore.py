@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, choose, get_config
@@ -208,35 +209,17 @@ def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None)
     saved, config = meta["config"], get_config()
     for kind in KINDS:
         choose(config, kind, saved["model"][kind]["name"])
-    saved = _without(saved, FORMER_KEYS)
-    if unknown := sorted(_paths(saved) - _paths(config.to_dict())):
+    flat = {key: value for key, value in flatten_dict(saved, sep=".").items() if key not in FORMER_KEYS}
+    if unknown := sorted(flat.keys() - flatten_dict(config.to_dict(), sep=".").keys()):
         raise CheckpointError(f"the checkpoint was written with settings this version lacks: {unknown}")
     if "stage" not in saved["tuning"]:  # of a version whose rules named every pattern
         config.tuning.stage = f"stage{stage_of(saved)}"
-    for section, values in saved.items():
+    for section, values in unflatten_dict(flat, sep=".").items():
         config[section].update(values)
     if unknown := sorted(set(weights or {}) - set(config.weights)):
         raise ConfigError(f"unknown weight sources {unknown}; known: {', '.join(config.weights)}")
     config.weights.update(weights or {})
     return config
-
-
-def _without(tree: Mapping[str, Any], paths: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts without the leaves at dotted ``paths``."""
-    return {
-        name: _without(value, paths, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-        for name, value in tree.items()
-        if prefix + name not in paths
-    }
-
-
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
-    """Dotted keys of nested dicts."""
-    found: set[str] = set()
-    for name, value in tree.items():
-        inner = isinstance(value, Mapping)
-        found |= _paths(value, f"{prefix}{name}.") if inner else {prefix + name}
-    return found
 
 
 def upgrade_meta(meta: Mapping[str, Any]) -> dict[str, Any]:

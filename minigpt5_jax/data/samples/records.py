@@ -1,4 +1,4 @@
-"""The JSON schema of one's own data, shared by training, generation and evaluation.
+"""The JSON schema of the user's own data, shared by training, generation and evaluation.
 
 One object per line.  A pair of caption and image is::
 

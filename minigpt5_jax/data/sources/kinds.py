@@ -162,7 +162,7 @@ class DialogKind:
 
 
 class RecordKind:
-    """JSONL of one's own: every assistant turn."""
+    """The user's own JSONL: every assistant turn."""
 
     def __init__(self, num_vokens: int):
         self._num_vokens = num_vokens

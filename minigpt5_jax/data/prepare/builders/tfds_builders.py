@@ -142,7 +142,7 @@ class Mmdialog(PreparedBuilder):
 
 
 class Jsonl(PreparedBuilder):
-    """Lines of one's own, as written; images in the order a line names them."""
+    """A line of the user's own JSONL, unchanged, with its images in the order in which it names them."""
 
     DESCRIPTION = "Pairs, stories and dialogues of one's own, one JSON object each."
     FIELDS: ClassVar = {"name": tfds.features.Text(), "record": tfds.features.Text()}

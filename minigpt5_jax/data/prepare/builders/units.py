@@ -180,7 +180,7 @@ class MMDialogUnits:
 
 
 class JsonlUnits:
-    """Lines of JSONL of one's own."""
+    """Lines of the user's own JSONL."""
 
     def __init__(self, raw: Raw):
         # Opened as a source as well, for what concerns the file as a whole: ids that occur twice.

@@ -1,4 +1,4 @@
-"""Files of which every line is an entry: CC3M's table, MMDialog, JSONL of one's own."""
+"""Files of which every line is an entry: CC3M's table, MMDialog, the user's own JSONL."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Table:
 
 
 class Records:
-    """JSONL of one's own, line by line."""
+    """The user's own JSONL, line by line."""
 
     def __init__(self, path: Path, options: Options):
         self._root, self._ids = options.root(path), {}
