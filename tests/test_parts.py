@@ -514,6 +514,13 @@ def test_it_trains_validates_draws_and_saves(stage1, package):
     assert "backbone/words" in parameter_table(spec) and "generator/paint" in parameter_table(spec)
 
 
+def test_a_run_that_never_evaluates_reads_no_held_out_batch(package, files, tmp_path):
+    config = configure(package, files, tmp_path / "run", "pairs.jsonl")
+    config.run.update(eval_every=0, grid_every=0)
+    loop = make_loop(validate(config), watchers)
+    assert loop.validate is None and loop.grid is None
+
+
 def test_it_resumes(stage1, package, files, tmp_path):
     """Three steps at once, and two with a third behind a restart, end in the same numbers."""
     import shutil

@@ -82,9 +82,9 @@ def watchers(
     """(validation, image grid) over held-out samples; None for what cannot be.
 
     The numbers are global, and of the small world those of :func:`oracle_score` are among them.  There is no
-    grid without held-out images.
+    grid without held-out images, and no batch is read for a run that never asks for either.
     """
-    if held_out is None:
+    if held_out is None or not (config.run.eval_every or config.run.grid_every):
         return None, None
     place = make_batch_sharder(mesh, 1)
     loader = open_loader(config, spec, held_out, training=False)
