@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.evaluation.shapes.pairs import native_images, shares, voken_images
@@ -78,7 +79,8 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     run = load_run(workdir)
     count = min(PICTURES.value, config.data.shapes_validation)
     data = workdir / "data"
-    source = Cc3mSource(data / "shapes_held_out.tsv", training=False, num_vokens=run.tokenizer.num_vokens)
+    rules = PairRules(training=False, num_vokens=run.tokenizer.num_vokens)
+    source = Cc3mSource(data / "shapes_held_out.tsv", rules=rules)
     captions, scenes = [source[i].source for i in range(count)], read_scenes(data, "held_out")[:count]
     drawn = voken_images(run, captions)
     native = native_images(run, captions)

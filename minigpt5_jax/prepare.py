@@ -27,6 +27,7 @@ from minigpt5_jax.data.prepare.builders.units import UNITS, Raw
 from minigpt5_jax.data.prepare.check import check
 from minigpt5_jax.data.prepare.checks.files import READERS
 from minigpt5_jax.data.prepare.report import write_report
+from minigpt5_jax.data.sources.kinds import make_rules
 from minigpt5_jax.data.sources.prepared import PreparedSource
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
@@ -72,7 +73,8 @@ def run_prepare(dataset: str) -> None:
     count = None if words is None else lambda text: len(words.encode(text))
     # What training leaves out of dialogues is counted in tokens: without a tokenizer, all turns are shown.
     training = flag.split != "test" and (words is not None or dataset != "mmdialog")
-    source = PreparedSource(folder, flag.split, training=training, count_tokens=count)
+    rules = functools.partial(make_rules, training=training)
+    source = PreparedSource(folder, flag.split, rules, count_tokens=count)
     page = write_report(source, tokenizer=words)
     skipped = len(source.metadata["tally"]["skipped"])
     print(f"{source.describe()}; {skipped:,} of {job.count:,} units left out; report: {page}")

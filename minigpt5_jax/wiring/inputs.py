@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +16,10 @@ from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex, length_index
 from minigpt5_jax.data.batches.pipeline import Loader, make_loader
+from minigpt5_jax.data.samples.dialogs import DialogRules
+from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.records import RecordRules
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import (
     Cc3mSource,
     Cc3mTarSource,
@@ -26,6 +30,7 @@ from minigpt5_jax.data.sources import (
     VistSource,
 )
 from minigpt5_jax.data.sources.features import FeatureSource
+from minigpt5_jax.data.sources.kinds import Rules
 from minigpt5_jax.shapes.dataset import write_dialogs, write_pairs, write_stories
 from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.sharding import ShardingError, batch_shardings
@@ -50,78 +55,56 @@ def open_sources(config: ConfigDict, sizes: Sizes) -> tuple[Source, Source | Non
     return open_one(config, sizes, train, True), held_out
 
 
-def _wording(config: ConfigDict) -> dict[str, Any]:
-    """Settings of every source whose prompts have wordings."""
-    return {
-        "prompt_set": config.data.prompt_set,
+def _rules(config: ConfigDict, training: bool, dataset: str) -> Rules:
+    """How the samples of a data set are made: held-out ones as by the original's validation but for pairs."""
+    data, vokens = config.data, config.model.backbone.num_vokens
+    wording = {
+        "prompt_set": data.prompt_set,
         "seed": config.run.seed,
-        "resample_prompts": config.data.resample_prompts,
-        "num_vokens": config.model.backbone.num_vokens,
+        "resample_prompts": data.resample_prompts,
+        "num_vokens": vokens,
     }
+    if dataset == "cc3m":  # held-out captions give no instruction samples, unlike the original's validation
+        return PairRules(training, data.instruction_every, **wording)
+    if dataset == "vist":  # held-out stories have the tasks of training, and their whole context
+        dropout = data.context_dropout if training else 0.0
+        return StoryRules(tasks=tuple(data.tasks) or None, context_dropout=dropout, **wording)
+    if dataset == "mmdialog":  # held-out dialogues are filtered as those of training
+        bad = tuple(data.bad_media_ids)
+        return DialogRules(data.dialog_loader, bad_media_ids=bad, num_vokens=vokens)
+    return RecordRules(num_vokens=vokens)
 
 
 def _open_cc3m(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    """A table of captions; held-out ones give no instruction samples, unlike the original's validation."""
-    every = config.data.instruction_every
-    return Cc3mSource(
-        path, config.data.image_root, training=training, instruction_every=every, **_wording(config)
-    )
+    return Cc3mSource(path, config.data.image_root, _rules(config, training, "cc3m"))
 
 
 def _open_tar(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    every = config.data.instruction_every
     cache = Path(config.data.index_cache).expanduser()
-    return Cc3mTarSource(
-        path, cache_dir=cache, training=training, instruction_every=every, **_wording(config)
-    )
+    return Cc3mTarSource(path, _rules(config, training, "cc3m"), cache_dir=cache)
 
 
 def _open_vist(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    """Held-out stories have the tasks of training, as the original's validation, and their whole context."""
     data = config.data
     mapping = data.train_mapping if training else data.validation_mapping
-    return VistSource(
-        path,
-        mapping,
-        data.image_root,
-        tasks=tuple(data.tasks) or None,
-        context_dropout=data.context_dropout if training else 0.0,
-        **_wording(config),
-    )
+    return VistSource(path, mapping, data.image_root, _rules(config, training, "vist"))
 
 
 def _open_mmdialog(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    """Held-out dialogues are filtered as those of training, as the original's validation."""
-    data, tokenizer = config.data, language_tokenizer(config, sizes)
-    return MMDialogSource(
-        path,
-        data.image_root,
-        loader=data.dialog_loader,
-        bad_media_ids=tuple(data.bad_media_ids),
-        count_tokens=lambda text: len(tokenizer.encode(text)),
-        num_vokens=config.model.backbone.num_vokens,
-    )
+    rules, tokenizer = _rules(config, training, "mmdialog"), language_tokenizer(config, sizes)
+    count = lambda text: len(tokenizer.encode(text))  # noqa: E731
+    return MMDialogSource(path, config.data.image_root, rules, count_tokens=count)
 
 
 def _open_jsonl(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    vokens = config.model.backbone.num_vokens
-    return JsonlSource(path, config.data.image_root, strict=True, num_vokens=vokens)
+    return JsonlSource(path, config.data.image_root, _rules(config, training, "jsonl"), strict=True)
 
 
 def _open_prepared(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
     """What ``minigpt5_jax.prepare`` wrote; held-out samples as the raw files' sources give them."""
-    data, tokenizer = config.data, language_tokenizer(config, sizes)
-    return PreparedSource(
-        path,
-        "train" if training else None,
-        instruction_every=data.instruction_every if training else 0,
-        tasks=tuple(data.tasks) or None,
-        loader=data.dialog_loader,
-        bad_media_ids=tuple(data.bad_media_ids),
-        count_tokens=lambda text: len(tokenizer.encode(text)),
-        context_dropout=data.context_dropout if training else 0.0,
-        **_wording(config),
-    )
+    rules, tokenizer = functools.partial(_rules, config, training), language_tokenizer(config, sizes)
+    count = lambda text: len(tokenizer.encode(text))  # noqa: E731
+    return PreparedSource(path, "train" if training else None, rules, count_tokens=count)
 
 
 OPENERS: dict[str, Callable[[ConfigDict, Sizes, str | Path, bool], Source]] = {

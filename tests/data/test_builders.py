@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -21,8 +22,10 @@ from minigpt5_jax.data.prepare.builders.run import prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import Raw, encode_image
 from minigpt5_jax.data.sources import PreparedSource
+from minigpt5_jax.data.sources.kinds import make_rules
 
 ROOT = Path(__file__).parents[2]
+TEST = functools.partial(make_rules, training=False)
 
 
 def draw(path: Path, seed: int, size=(12, 9)) -> None:
@@ -120,7 +123,7 @@ def test_above_the_budget_nothing_is_finished(tmp_path):
         PreparedSource(tmp_path / "out")
     draw(tmp_path / "raw/val/000000005.jpg", 5)  # mended: the same command goes on
     folder = make(table, tmp_path / "out", num_shards=4)
-    assert len(PreparedSource(folder, training=False)) == 7
+    assert len(PreparedSource(folder, rules=TEST)) == 7
 
 
 def test_a_part_is_made_again_when_what_it_left_out_can_be_read(tmp_path):
@@ -194,7 +197,7 @@ def test_parts_of_other_data_are_not_continued(tmp_path):
         make(table, tmp_path / "out", num_shards=7)
     table.write_text("\n".join(table.read_text().splitlines()[:7]))  # the last row is gone
     folder = make(table, tmp_path / "out", num_shards=3)
-    assert len(PreparedSource(folder, training=False)) == 6
+    assert len(PreparedSource(folder, rules=TEST)) == 6
 
 
 def test_a_finished_data_set_is_left_alone(tmp_path):
@@ -207,7 +210,7 @@ def test_a_finished_data_set_is_left_alone(tmp_path):
         make(table, tmp_path / "out", letterbox=256)
     draw(tmp_path / "raw/val/000000006.jpg", 6)
     make(table, tmp_path / "out", split="test")  # beside it
-    assert len(PreparedSource(tmp_path / "out", "test", training=False)) == 7
+    assert len(PreparedSource(tmp_path / "out", "test", rules=TEST)) == 7
 
 
 @pytest.mark.parametrize("place", ["out/notes.txt", "out/vist/train/1.0.0/x", "out/cc3m/val/1.jpg"])

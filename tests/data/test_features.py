@@ -19,6 +19,7 @@ from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import prepare_image
 from minigpt5_jax.data.prepare.feature_writer import write_features
 from minigpt5_jax.data.samples.example import Ready
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
 from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -57,7 +58,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def pairs(folder):
-    return Cc3mSource(folder / "pairs.tsv", instruction_every=3)
+    return Cc3mSource(folder / "pairs.tsv", rules=PairRules(instruction_every=3))
 
 
 def spec_of(source, **changes):
@@ -157,7 +158,8 @@ def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(f
     write_features(folder / "store", pairs, spec_of(pairs), {"target": pooled})
     store = FeatureStore(folder / "store")
     store.check(spec_of(pairs, dtype="bfloat16", image=(3, 4), image_size=99))
-    reworded = Cc3mSource(folder / "pairs.tsv", instruction_every=3, seed=9, prompt_set="release")
+    rules = PairRules(instruction_every=3, seed=9, prompt_set="release")
+    reworded = Cc3mSource(folder / "pairs.tsv", rules=rules)
     store.check(spec_of(reworded))
     other = f"'{'w' * 64}'"
     with pytest.raises(DataError, match=f"(?s)again:.*towers: stored.*'{'v' * 64}'.*, now.*{other}"):
@@ -165,7 +167,7 @@ def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(f
     with pytest.raises(DataError, match="target_size: stored 8, now 16"):
         store.check(spec_of(pairs, target_size=16))
     (folder / "pairs.tsv").write_text("caption\timage_path\ndog\t0.png\n")
-    changed = Cc3mSource(folder / "pairs.tsv", instruction_every=3)
+    changed = Cc3mSource(folder / "pairs.tsv", rules=PairRules(instruction_every=3))
     mine, theirs = image_fingerprint(pairs), image_fingerprint(changed)
     with pytest.raises(
         DataError, match=f"pictures: stored '{mine}', now '{theirs}'\n  samples: stored 10, now 2"

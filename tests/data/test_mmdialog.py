@@ -13,6 +13,7 @@ from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.sources import MMDialogSource, Source
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
@@ -38,7 +39,7 @@ def words(text):
 
 
 def read(path, *args, **kwargs):
-    return MMDialogSource(path, *args, count_tokens=words, **kwargs)
+    return MMDialogSource(path, *args, rules=DialogRules(**kwargs), count_tokens=words)
 
 
 GOOD = conversation(3, turn("hi", "-17"), "yes :smile:", turn("look", "4"), "nice")
@@ -79,9 +80,10 @@ def test_counting_tokens_is_asked_for_where_it_is_needed(tmp_path):
     path = write(tmp_path, [GOOD], ["-17", "4"])
     with pytest.raises(DataError, match="give count_tokens="):
         MMDialogSource(path)
-    assert len(MMDialogSource(path, training=False)) == len(MMDialogSource(path, loader="release")) == 3
+    for rules in (DialogRules(training=False), DialogRules(loader="release")):
+        assert len(MMDialogSource(path, rules=rules)) == 3
     with pytest.raises(DataError, match="unknown loader 'old'; known: head, release"):
-        MMDialogSource(path, loader="old")
+        MMDialogSource(path, rules=DialogRules(loader="old"))
 
 
 ITEMS = [
@@ -118,9 +120,9 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     )
     assert str(missing) in caplog.text and "fewer than two turns, 2 times" in caplog.text
 
-    test = MMDialogSource(path, training=False)
+    test = MMDialogSource(path, rules=DialogRules(training=False))
     assert "over 50 tokens" not in test.counts and len(test) == len(source) + 2
-    release = MMDialogSource(path, loader="release")
+    release = MMDialogSource(path, rules=DialogRules(loader="release"))
     assert release.counts == {
         "over 20 words": 1,
         "missing image": 1,
@@ -228,7 +230,8 @@ def test_from_lines_to_batches(tmp_path, oracle_dir):
     llama = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
     config = EncodeConfig(llama, ClipTokenizer(oracle_dir / "tokenizer_clip"))
     for loader in ("head", "release"):
-        source = MMDialogSource(path, loader=loader, count_tokens=lambda text: len(llama.encode(text)))
+        count = lambda text: len(llama.encode(text))  # noqa: E731
+        source = MMDialogSource(path, rules=DialogRules(loader), count_tokens=count)
         sizes = measure(source, llama, image_tokens=2)
         assert len(source) == 5 and sizes.images.tolist() == [1, 1, 2, 0, 1]
         spec = BatchSpec(

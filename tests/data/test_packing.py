@@ -11,6 +11,7 @@ import tiny
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import LossOptions
@@ -33,7 +34,7 @@ def source(tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"{i}.png")
         lines.append(f"{words}\t{i}.png")
     (folder / "pairs.tsv").write_text("\n".join(lines))
-    return Cc3mSource(folder / "pairs.tsv", training=False)
+    return Cc3mSource(folder / "pairs.tsv", rules=PairRules(training=False))
 
 
 def batch(source, oracle_dir, pack):

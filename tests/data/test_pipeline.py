@@ -13,6 +13,7 @@ from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
@@ -103,7 +104,7 @@ def test_order_and_mirrors_depend_on_the_seed(source, config):
 
 
 def test_without_shuffle_the_order_is_the_files(table, config):
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     config = dataclasses.replace(config, flip_mode="off")
     loader = make_loader(source, config, spec(5), global_batch=5, shuffle=False, prefetch=0)
     batches = take(loader, 3)
@@ -163,7 +164,7 @@ def test_worker_processes_change_nothing(source, config):
 
 
 def test_a_last_epoch_ends_in_empty_rows(table, config):
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(source, config, spec(4), global_batch=4, shuffle=False, num_epochs=1)
     batches = list(loader)
     assert loader.num_steps == len(batches) == loader.state == 3
@@ -189,7 +190,7 @@ def break_pictures(table):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unusable_samples_are_masked_counted_and_named(table, config, workers, caplog):
     break_pictures(table)
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(
         source,
         config,
@@ -221,7 +222,7 @@ def test_unusable_samples_are_masked_counted_and_named(table, config, workers, c
 @pytest.mark.parametrize("budget, allowed", [(3, 3), (0.3, 3), (0, 0), (0.05, 0)])
 def test_a_spent_budget_is_one_error_that_names_the_first(table, config, budget, allowed):
     break_pictures(table)
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(
         source, config, spec(1), global_batch=1, shuffle=False, num_epochs=1, error_budget=budget
     )
@@ -233,7 +234,7 @@ def test_a_spent_budget_is_one_error_that_names_the_first(table, config, budget,
 
 def test_processes_share_the_budget(table, config):
     break_pictures(table)
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     for budget, allowed in ((4, 2), (3, 2), (0, 0)):
         loader = make_loader(
             source,
@@ -252,7 +253,7 @@ def test_processes_share_the_budget(table, config):
 
 def test_rows_of_the_table_count_against_the_budget(table, config):
     table.write_text(table.read_text() + "\n...\tval/0.png\nno path")
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(source, config, spec(4), global_batch=4, shuffle=False, num_epochs=1, error_budget=2)
     batches = list(loader)
     assert batches[2].item_mask.tolist() == [True, True, False, False]
@@ -264,7 +265,7 @@ def test_rows_of_the_table_count_against_the_budget(table, config):
 
 def test_long_captions_are_cut_and_counted(table, config):
     table.write_text(table.read_text() + "\n" + "the dog " * 200 + "\tval/0.png")
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(source, config, spec(11), global_batch=11, shuffle=False, num_epochs=1)
     batch = next(loader)
     assert loader.truncated == 1 and batch.item_mask.all()
@@ -295,7 +296,7 @@ def test_sizes_that_do_not_divide_are_errors_with_the_numbers(source, config, kw
 
 def test_a_source_of_one_sample_fills_any_batch(table, config):
     table.write_text("caption\timage_path\na dog\tval/0.png")
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     batch = take(make_loader(source, config, spec(4), global_batch=4), 2)[1]
     assert batch.item_mask.all() and batch.row_id.tolist() == [4, 5, 6, 7]
 
@@ -329,7 +330,7 @@ def ragged(table):
     words = [" ".join(["the"] * (length - 10)) for length in LENGTHS.lengths]
     rows = [f"{words[i]}\tval/{i}.png" for i in range(ROWS)]
     table.write_text("\n".join([lines[0], *rows]))
-    return Cc3mSource(table, training=False)
+    return Cc3mSource(table, rules=PairRules(training=False))
 
 
 @pytest.mark.parametrize("name", ["buckets", "pack"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import pickle
@@ -19,7 +20,11 @@ from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.prepare.builders.run import prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import Raw
+from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.records import RecordRules
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import (
     Cc3mSource,
     Cc3mTarSource,
@@ -29,6 +34,7 @@ from minigpt5_jax.data.sources import (
     Source,
     VistSource,
 )
+from minigpt5_jax.data.sources.kinds import make_rules
 
 ROOT = Path(__file__).parents[2]
 CC3M = {"instruction_every": 3, "seed": 5}
@@ -103,6 +109,10 @@ def as_bytes(example: Example) -> Example:
     )
 
 
+def open_prepared(folder: Path, count_tokens=None, **settings) -> PreparedSource:
+    return PreparedSource(folder, rules=functools.partial(make_rules, **settings), count_tokens=count_tokens)
+
+
 def same_samples(stored: Source, raw: Source, epochs: int = 2) -> None:
     assert isinstance(stored, PreparedSource) and isinstance(stored, Source)
     assert len(stored) == len(raw) > 0
@@ -123,7 +133,7 @@ def same_samples(stored: Source, raw: Source, epochs: int = 2) -> None:
 def test_pairs(tmp_path, settings):
     table = write_cc3m(tmp_path / "raw")
     folder = prepared(Raw("cc3m", str(table)), tmp_path / "out", num_shards=3)
-    same_samples(PreparedSource(folder, **settings), Cc3mSource(table, **settings))
+    same_samples(open_prepared(folder, **settings), Cc3mSource(table, rules=PairRules(**settings)))
 
 
 def test_pairs_of_which_some_are_left_out_keep_their_numbers(tmp_path):
@@ -132,7 +142,7 @@ def test_pairs_of_which_some_are_left_out_keep_their_numbers(tmp_path):
     (folder / "3.jpg").unlink()  # a row with an instruction sample
     (folder / "7.jpg").write_bytes(b"")
     out = prepared(Raw("cc3m", str(table)), tmp_path / "out", num_shards=4, error_budget=2)
-    stored, raw = PreparedSource(out, **CC3M), Cc3mSource(table, **CC3M)
+    stored, raw = open_prepared(out, **CC3M), Cc3mSource(table, rules=PairRules(**CC3M))
     by_name = {raw[index].item_id: index for index in range(len(raw))}
     names = [stored[index].item_id for index in range(len(stored))]
     gone = {"cc3m_3", "cc3m_3_instruction", "cc3m_7"}
@@ -153,9 +163,9 @@ def test_pairs_from_tar_shards(tmp_path):
                 tar.add(tmp_path / f"raw/val/{row}.jpg", f"{row:09d}.jpg")
                 tar.add(tmp_path / "caption", f"{row:09d}.txt")
     folder = prepared(Raw("cc3m", str(tmp_path / "tars")), tmp_path / "out")
-    stored = PreparedSource(folder, **CC3M)
-    same_samples(stored, Cc3mTarSource(tmp_path / "tars", **CC3M))
-    table_source = Cc3mSource(table, **CC3M)
+    stored = open_prepared(folder, **CC3M)
+    same_samples(stored, Cc3mTarSource(tmp_path / "tars", rules=PairRules(**CC3M)))
+    table_source = Cc3mSource(table, rules=PairRules(**CC3M))
     assert [stored.texts(i) for i in range(5)] == [table_source.texts(i) for i in range(5)]
 
 
@@ -171,9 +181,9 @@ def test_pairs_from_tar_shards(tmp_path):
 def test_stories(tmp_path, settings, count):
     stories = write_vist(tmp_path / "raw")
     folder = prepared(Raw("vist", str(stories)), tmp_path / "out", num_shards=2)
-    stored = PreparedSource(folder, **settings)
+    stored = open_prepared(folder, **settings)
     assert len(stored) == count
-    same_samples(stored, VistSource(stories, **settings))
+    same_samples(stored, VistSource(stories, rules=StoryRules(**settings)))
 
 
 def test_a_story_with_a_missing_picture_is_left_out(tmp_path):
@@ -191,7 +201,7 @@ def test_stories_with_the_mapping_elsewhere(tmp_path):
     stories = write_vist(tmp_path / "raw")
     mapping = (tmp_path / "raw/val_image_mapping.json").rename(tmp_path / "paths.json")
     raw = Raw("vist", str(stories), str(tmp_path / "raw"), str(mapping))
-    assert len(PreparedSource(prepared(raw, tmp_path / "out"), training=False)) == 12
+    assert len(open_prepared(prepared(raw, tmp_path / "out"), training=False)) == 12
     with pytest.raises(DataError, match="cc3m has no mapping"):
         Raw("cc3m", str(stories), None, str(mapping)).open()
 
@@ -205,14 +215,15 @@ def words(text: str) -> int:
     [
         {"training": False},
         {"training": False, "loader": "release", "num_vokens": 3},
-        {"count_tokens": words, "max_tokens": 5},
+        {"max_tokens": 5},
         {"loader": "release", "max_words": 3, "bad_media_ids": (22,)},
     ],
 )
 def test_dialogues(tmp_path, settings):
     talks = write_mmdialog(tmp_path / "raw")
     folder = prepared(Raw("mmdialog", str(talks)), tmp_path / "out", num_shards=2)
-    stored, raw = PreparedSource(folder, **settings), MMDialogSource(talks, **settings)
+    stored = open_prepared(folder, count_tokens=words, **settings)
+    raw = MMDialogSource(talks, rules=DialogRules(**settings), count_tokens=words)
     same_samples(stored, raw)
     for kind, count in raw.counts.items():
         assert f"{count:,} {kind}" in stored.describe()
@@ -225,7 +236,7 @@ def test_a_dialogue_ends_before_a_broken_picture(tmp_path):
     write_mmdialog(tmp_path / "raw")
     talk = [turn("a"), turn("b", 22), turn("c", 55), turn("d", 44)]
     path.write_text(json.dumps({"conversation_id": 9, "conversation": talk}))
-    stored = PreparedSource(prepared(Raw("mmdialog", str(path)), tmp_path / "out"), training=False)
+    stored = open_prepared(prepared(Raw("mmdialog", str(path)), tmp_path / "out"), training=False)
     assert [stored[index].item_id for index in range(len(stored))] == ["9_1-mm"]
     assert stored[0].target_image == (tmp_path / "raw/22.jpg").read_bytes()
     ((_, where, reason),) = stored.metadata["tally"]["cut"]
@@ -258,7 +269,7 @@ def test_lines_of_ones_own(tmp_path):
     path = tmp_path / "raw/own.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     folder = prepared(Raw("jsonl", str(path)), tmp_path / "out", num_shards=2)
-    same_samples(PreparedSource(folder, num_vokens=4), JsonlSource(path, num_vokens=4))
+    same_samples(open_prepared(folder, num_vokens=4), JsonlSource(path, rules=RecordRules(num_vokens=4)))
     path.write_text(path.read_text() + '\n{"id": "x", "caption": "b", "image": "a"}')
     with pytest.raises(DataError, match="id 'x' was used in line 3"):
         Raw("jsonl", str(path)).open()
@@ -276,7 +287,7 @@ def test_the_folder_of_the_raw_files_leaves_no_trace(tmp_path):
 def test_picture_fingerprint_is_that_of_the_pictures(tmp_path):
     folder = prepared(Raw("vist", str(write_vist(tmp_path / "raw"))), tmp_path / "out")
     prints = [
-        PreparedSource(folder, **settings).image_fingerprint()
+        open_prepared(folder, **settings).image_fingerprint()
         for settings in ({}, {"seed": 1, "prompt_set": "release"}, {"training": False}, {"tasks": ("gen",)})
     ]
     assert prints[0] == prints[1] != prints[2] == prints[3]
@@ -288,7 +299,7 @@ def test_fingerprint_follows_content_and_settings(tmp_path):
     again = PreparedSource(prepared(Raw("cc3m", str(table)), tmp_path / "b", num_shards=4))
     assert first.fingerprint() == again.fingerprint()  # how many files there are changes no sample
     others = [
-        PreparedSource(tmp_path / "a", **kw) for kw in ({"training": False}, {"seed": 1}, {"num_vokens": 4})
+        open_prepared(tmp_path / "a", **kw) for kw in ({"training": False}, {"seed": 1}, {"num_vokens": 4})
     ]
     table.write_text(table.read_text().replace("№3", "3"))
     others.append(PreparedSource(prepared(Raw("cc3m", str(table)), tmp_path / "c")))
@@ -382,7 +393,7 @@ def test_files_that_were_lost_or_broken_later(tmp_path):
     half = len(whole) // 2
     for broken in (whole[:40], whole[:half], b"\0" * len(whole)):
         shard.write_bytes(broken)
-        source = PreparedSource(folder, training=False)
+        source = open_prepared(folder, training=False)
         assert source[0].item_id == "cc3m_0"
         with pytest.raises(SampleError, match=r"record 4: cannot be read"):
             source[4]

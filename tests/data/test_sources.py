@@ -9,6 +9,8 @@ import pytest
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples import records
+from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.records import RecordRules
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source, TextLines
 from minigpt5_jax.data.text import prompts
 from minigpt5_jax.data.text.tokenizer import voken_text
@@ -60,7 +62,7 @@ def test_lines_that_cannot_be_read(tmp_path):
 
 def test_cc3m_training_and_test_samples(tmp_path):
     path = write_tsv(tmp_path, captions(2), end="\r\n")
-    training, test = Cc3mSource(path), Cc3mSource(path, training=False)
+    training, test = Cc3mSource(path), Cc3mSource(path, rules=PairRules(training=False))
     assert isinstance(training, Source)
     assert (len(training), len(test)) == (3, 2)  # 2 rows and the instruction of row 0
     assert [training[i].item_id for i in range(3)] == ["cc3m_0", "cc3m_0_instruction", "cc3m_1"]
@@ -86,13 +88,13 @@ def test_cc3m_every_hundredth_row_gives_a_second_sample(tmp_path):
 
 @pytest.mark.parametrize("every, extra", [(0, 0), (1, 7), (3, 3), (7, 1)])
 def test_cc3m_instruction_rate_is_a_setting(tmp_path, every, extra):
-    source = Cc3mSource(write_tsv(tmp_path, captions(7)), instruction_every=every)
+    source = Cc3mSource(write_tsv(tmp_path, captions(7)), rules=PairRules(instruction_every=every))
     ids = [source[i].item_id for i in range(len(source))]
     assert len(set(ids)) == len(ids) == 7 + extra
     assert [i for i in ids if "instruction" not in i] == [f"cc3m_{r}" for r in range(7)]
     assert sum("instruction" in i for i in ids) == extra
     with pytest.raises(DataError, match="got -1"):
-        Cc3mSource(write_tsv(tmp_path, captions(7)), instruction_every=-1)
+        Cc3mSource(write_tsv(tmp_path, captions(7)), rules=PairRules(instruction_every=-1))
 
 
 def test_cc3m_wording_is_drawn_by_seed_row_and_epoch(tmp_path):
@@ -100,18 +102,19 @@ def test_cc3m_wording_is_drawn_by_seed_row_and_epoch(tmp_path):
     words = lambda source, epoch: [source.example(101 * k + 1, epoch).source for k in range(40)]  # noqa: E731
     source = Cc3mSource(path)
     assert words(source, 3) == words(Cc3mSource(path), 3)
-    assert words(source, 3) != words(source, 4) and words(source, 3) != words(Cc3mSource(path, seed=1), 3)
-    fixed = Cc3mSource(path, resample_prompts=False)
+    another = Cc3mSource(path, rules=PairRules(seed=1))
+    assert words(source, 3) != words(source, 4) and words(source, 3) != words(another, 3)
+    fixed = Cc3mSource(path, rules=PairRules(resample_prompts=False))
     assert words(fixed, 3) == words(fixed, 4) == words(source, 0)
     used = {p for p in prompts.CC3M_PROMPTS["head"] if any(p in w for w in words(source, 0))}
     assert len(used) == 7
-    release = words(Cc3mSource(path, prompt_set="release"), 0)
+    release = words(Cc3mSource(path, rules=PairRules(prompt_set="release")), 0)
     assert release == [w.replace(" an image with", " a image with") for w in words(source, 0)]
 
 
 def test_cc3m_fingerprint_and_description(tmp_path):
     path = write_tsv(tmp_path, captions(3))
-    prints = {Cc3mSource(path).fingerprint(), Cc3mSource(path, training=False).fingerprint()}
+    prints = {Cc3mSource(path).fingerprint(), Cc3mSource(path, rules=PairRules(training=False)).fingerprint()}
     assert Cc3mSource(path).fingerprint() in prints and len(prints) == 2
     assert "4 samples of 3 rows" in Cc3mSource(path).describe()
     write_tsv(tmp_path, captions(4))
@@ -143,12 +146,12 @@ def test_cc3m_files_that_are_wrong(tmp_path):
     with pytest.raises(DataError, match="image folder not found"):
         Cc3mSource(path, tmp_path / "nowhere")
     with pytest.raises(DataError, match="known: head, release"):
-        Cc3mSource(path, prompt_set="new")
+        Cc3mSource(path, rules=PairRules(prompt_set="new"))
 
 
 def test_cc3m_rows_that_are_wrong_are_named_when_met(tmp_path):
     rows = ["good\ta.jpg", "no path", " . !\tb.jpg", "good\t ", "a\tb\tc"]
-    source = Cc3mSource(write_tsv(tmp_path, rows), training=False)
+    source = Cc3mSource(write_tsv(tmp_path, rows), rules=PairRules(training=False))
     assert source[0].caption == "good"
     reasons = {
         1: "1 tab-separated cells, the header has 2",
@@ -285,6 +288,7 @@ def test_jsonl_files_that_are_wrong(tmp_path):
 def test_jsonl_fingerprint(tmp_path):
     path = write_jsonl(tmp_path, [PAIR])
     before = JsonlSource(path).fingerprint()
-    assert before == JsonlSource(path).fingerprint() != JsonlSource(path, num_vokens=4).fingerprint()
+    assert before == JsonlSource(path).fingerprint()
+    assert before != JsonlSource(path, rules=RecordRules(num_vokens=4)).fingerprint()
     write_jsonl(tmp_path, [PAIR, PAIR])
     assert JsonlSource(path).fingerprint() != before

@@ -12,9 +12,6 @@ from minigpt5_jax.data.samples.stories import (
     Step,
     Story,
     StoryRules,
-    story_example,
-    story_samples,
-    story_tasks,
 )
 from minigpt5_jax.data.sources import VistSource
 from minigpt5_jax.data.text import prompts
@@ -26,26 +23,26 @@ STORY = Story("77", tuple(Step(text, f"{n}.jpg", n) for n, text in enumerate(TEX
 
 
 def test_thirteen_samples_in_training_and_five_in_testing():
-    assert story_samples(5, training=True) == [
+    assert StoryRules().samples(5) == [
         (0, "gen"),
         *((step, task) for step in (1, 2, 3, 4) for task in ("gen", "multimodal", "understanding")),
     ]
-    assert len(story_samples(5, training=True)) == 13
-    assert story_samples(5, training=False) == [(step, "gen") for step in range(5)]
-    assert [len(story_samples(n, training=True)) for n in (0, 1, 2, 6)] == [0, 1, 4, 16]
+    assert len(StoryRules().samples(5)) == 13
+    assert StoryRules(training=False).samples(5) == [(step, "gen") for step in range(5)]
+    assert [len(StoryRules().samples(n)) for n in (0, 1, 2, 6)] == [0, 1, 4, 16]
 
 
 def test_tasks_by_name_go_before_the_mode():
-    assert story_samples(3, training=False, tasks=("understanding", "gen")) == [
+    assert StoryRules(training=False, tasks=("understanding", "gen")).samples(3) == [
         (0, "gen"),
         (1, "gen"),
         (1, "understanding"),
         (2, "gen"),
         (2, "understanding"),
     ]
-    assert story_samples(2, training=True, tasks=["multimodal"]) == [(1, "multimodal")]
+    assert StoryRules(tasks=["multimodal"]).samples(2) == [(1, "multimodal")]
     with pytest.raises(DataError, match="some of gen, multimodal, understanding; got gen, draw"):
-        story_tasks(True, ("gen", "draw"))
+        StoryRules(tasks=("gen", "draw"))
     with pytest.raises(DataError, match="got none"):
         StoryRules(tasks=())
 
@@ -72,7 +69,7 @@ def test_names_and_pictures_of_every_sample():
 
 def test_the_number_in_the_file_names_the_sample_and_the_place_gives_the_history():
     story = Story("8", (Step("a .", "a.jpg", 1), Step("b .", "b.jpg", 4)), "f")
-    got = story_example(story, 1, "multimodal", wording=2)
+    got = StoryRules().worded(story, 1, "multimodal", wording=2)
     assert got.item_id == "8_4-multimodal" and got.images == ("a.jpg",)
 
 
@@ -103,13 +100,13 @@ def test_wordings_are_drawn_by_seed_sample_and_epoch():
     ],
 )
 def test_what_is_read_of_the_steps_before(context, before, pictures):
-    drawn = story_example(STORY, 2, "gen", wording=1, context=context)
+    drawn = StoryRules().worded(STORY, 2, "gen", wording=1, context=context)
     request = "the scene description: the lake . ###Assistant:"
     assert drawn.source == f"{prompts.STORY_SYSTEM}###Human:{before} {request}" and drawn.images == pictures
-    told = story_example(STORY, 2, "understanding", wording=0, context=context)
+    told = StoryRules().worded(STORY, 2, "understanding", wording=0, context=context)
     assert told.images == (*pictures, "2.jpg") and told.target == "the lake . ###"
     with pytest.raises(DataError, match="unknown context 'pictures'; known: none, text, image, image"):
-        story_example(STORY, 2, "gen", wording=0, context="pictures")
+        StoryRules().worded(STORY, 2, "gen", wording=0, context="pictures")
 
 
 def test_a_share_of_contexts_is_thinned():
@@ -120,7 +117,7 @@ def test_a_share_of_contexts_is_thinned():
         assert got == rules.example(STORY, 3, "gen", epoch)
         wording = [example.source for example in rules.wordings(STORY, 3, "gen")].index(full.source)
         for context in thinned:
-            thinned[context] += got == story_example(STORY, 3, "gen", wording=wording, context=context)
+            thinned[context] += got == StoryRules().worded(STORY, 3, "gen", wording=wording, context=context)
         if got.source == full.source:
             assert got == full
     assert all(30 <= count <= 70 for count in thinned.values())  # 50 of 200 each, standard deviation 6
@@ -141,7 +138,7 @@ def test_a_share_of_contexts_is_thinned():
 
 def test_texts_are_taken_as_they_are_written():
     story = Story("8", (Step("It's {0} A DOG!  ", "a", 0), Step("{text} b", "b", 1)), "f")
-    got = story_example(story, 1, "gen", wording=1)
+    got = StoryRules().worded(story, 1, "gen", wording=1)
     assert got.source == prompts.STORY_SYSTEM + (
         "###Human:It's {0} A DOG!  <Img><ImageHere></Img>\n the scene description: {text} b ###Assistant:"
     )
@@ -269,7 +266,7 @@ SPELT = "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7] ###"
     ],
 )
 def test_golden_gen(check_golden, prompt_set, step, wording, words, ids, voken):
-    got = story_example(STORY, step, "gen", wording=wording, prompt_set=prompt_set)
+    got = StoryRules(prompt_set=prompt_set).worded(STORY, step, "gen", wording=wording)
     source, source_ids = f"{SYSTEM_TEXT}{words} ###Assistant:", [*SYSTEM, *ids, *ASSISTANT]
     check_golden(got, source, SPELT, source_ids, VOKENS, LABELS, voken)
 
@@ -307,7 +304,7 @@ def test_golden_gen(check_golden, prompt_set, step, wording, words, ids, voken):
     ],
 )
 def test_golden_multimodal(check_golden, step, wording, words, text, ids, text_ids, voken):
-    got = story_example(STORY, step, "multimodal", wording=wording)
+    got = StoryRules().worded(STORY, step, "multimodal", wording=wording)
     check_golden(
         got,
         f"{SYSTEM_TEXT}{words} ###Assistant:",
@@ -349,7 +346,7 @@ def test_golden_multimodal(check_golden, step, wording, words, text, ids, text_i
     ],
 )
 def test_golden_understanding(check_golden, step, wording, words, text, ids, text_ids):
-    got = story_example(STORY, step, "understanding", wording=wording)
+    got = StoryRules().worded(STORY, step, "understanding", wording=wording)
     source, source_ids = f"{SYSTEM_TEXT}{words} ###Assistant:", [*SYSTEM, *ids, *ASSISTANT]
     check_golden(got, source, f"{text} ###", source_ids, text_ids, text_ids, None)
 
@@ -378,10 +375,10 @@ STOCK = {
 )
 def test_stock_lengths_of_a_real_story():
     stock = LlamaTokenizer(os.environ["MINIGPT5_LLAMA_TOKENIZER"])
-    source = VistSource(os.environ["MINIGPT5_VIST_CLEANED"], training=False)
+    source = VistSource(os.environ["MINIGPT5_VIST_CLEANED"], rules=StoryRules(training=False))
     story = next(s for s in map(source.story, range(source.rows)) if s.id == "40470")
     for step, want in STOCK.items():
-        example = story_example(story, step, "gen", wording=0)
+        example = StoryRules().worded(story, step, "gen", wording=0)
         got = expand(stock, example.source, example.target, image_tokens=32, max_length=512)
         start = got.voken_start
         assert (len(stock.encode(example.source)), len(got.tokens), start, start - 1, start + 6) == want

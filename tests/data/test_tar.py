@@ -14,6 +14,7 @@ from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import tar_index
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
@@ -64,7 +65,8 @@ def test_samples_are_those_of_the_table(shards, tmp_path):
         (tmp_path / f"{key}.jpg").write_bytes(jpeg(int(key)))
     (tmp_path / "table.tsv").write_text("\n".join(lines))
     for kwargs in ({}, {"training": False}, {"instruction_every": 2, "prompt_set": "release", "seed": 5}):
-        table, tar = Cc3mSource(tmp_path / "table.tsv", **kwargs), Cc3mTarSource(shards, **kwargs)
+        rules = PairRules(**kwargs)
+        table, tar = Cc3mSource(tmp_path / "table.tsv", rules=rules), Cc3mTarSource(shards, rules)
         assert len(tar) == len(table)
         for i in range(len(table)):
             want, got = table.example(i, 3), tar.example(i, 3)
@@ -75,7 +77,7 @@ def test_samples_are_those_of_the_table(shards, tmp_path):
 
 
 def test_a_source_is_a_source_and_travels_to_workers(shards):
-    source = Cc3mTarSource(shards, training=False)
+    source = Cc3mTarSource(shards, rules=PairRules(training=False))
     assert isinstance(source, Source)
     example = pickle.loads(pickle.dumps(source))[4]
     assert example.caption == "a dog, number 10001" and example.where == f"{shards}/00001.tar:000010001"
@@ -87,7 +89,7 @@ def test_a_source_is_a_source_and_travels_to_workers(shards):
 
 @pytest.mark.parametrize("given", ["00001.tar", "*1.tar", "."])
 def test_a_file_a_pattern_or_a_folder(shards, given):
-    source = Cc3mTarSource(shards / given, training=False)
+    source = Cc3mTarSource(shards / given, rules=PairRules(training=False))
     assert source[len(source) - 1].caption == "a dog, number 10001"
     assert len(source) == (5 if given == "." else 2)
 
@@ -109,7 +111,7 @@ def test_members_in_any_order_with_any_names(tmp_path, fmt):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    source = Cc3mTarSource(path, training=False)
+    source = Cc3mTarSource(path, rules=PairRules(training=False))
     captions = [source[i].caption for i in range(len(source))]
     assert captions == ["a dog, number 2", "a dog, number 1", "a dog, number 0", "é"]
     assert [source[i].target_image for i in range(4)] == [jpeg(2), jpeg(1), jpeg(0), jpeg(9)]
@@ -130,7 +132,7 @@ def test_missing_members_are_samples_that_cannot_be_fetched(tmp_path):
         ("000000004.jpg", jpeg(4)),
         ("000000004.txt", b" . "),
     ]
-    source = Cc3mTarSource(write_tar(tmp_path / "00000.tar", files), training=False)
+    source = Cc3mTarSource(write_tar(tmp_path / "00000.tar", files), rules=PairRules(training=False))
     assert len(source) == 5 and source[2].caption == "a dog, number 2"
     reasons = {
         0: "no caption (.txt)",
@@ -238,13 +240,13 @@ def test_the_fingerprint_is_of_content_and_meaning_not_of_names(shards):
     os.utime(shards / "00000.tar", ns=(1, 1))
     (shards / "00001.tar").rename(shards / "00002.tar")
     assert Cc3mTarSource(shards).fingerprint() == first
-    assert Cc3mTarSource(shards, training=False).fingerprint() != first
+    assert Cc3mTarSource(shards, rules=PairRules(training=False)).fingerprint() != first
     write_tar(shards / "00002.tar", members(10000, 2, "A cat, number {}!"))  # the same sizes
     assert Cc3mTarSource(shards).fingerprint() != first
 
 
 def test_a_shard_that_shrinks_after_it_was_indexed_is_named(shards):
-    source = Cc3mTarSource(shards, training=False)
+    source = Cc3mTarSource(shards, rules=PairRules(training=False))
     whole = (shards / "00001.tar").read_bytes()
     (shards / "00001.tar").write_bytes(whole[:2048])
     with pytest.raises(SampleError, match="00001.tar:000010001: shard ends early"):

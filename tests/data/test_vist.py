@@ -42,7 +42,8 @@ def ids(source):
 
 def test_samples(tmp_path):
     path = write(tmp_path, {"7": steps(7), "12": steps(12, 2)})
-    training, test = VistSource(path), pickle.loads(pickle.dumps(VistSource(path, training=False)))
+    training, test = VistSource(path), VistSource(path, rules=StoryRules(training=False))
+    test = pickle.loads(pickle.dumps(test))
     assert isinstance(training, Source) and (len(training), len(test)) == (13 + 4, 5 + 2)
     assert ids(test) == ["7_0-gen", "7_1-gen", "7_2-gen", "7_3-gen", "7_4-gen", "12_0-gen", "12_1-gen"]
     assert ids(training)[11:] == [
@@ -67,9 +68,9 @@ def test_samples(tmp_path):
 
 def test_tasks_and_wordings(tmp_path):
     path = write(tmp_path, {"7": steps(7)})
-    asked = VistSource(path, training=False, tasks=("gen", "understanding"))
+    asked = VistSource(path, rules=StoryRules(training=False, tasks=("gen", "understanding")))
     assert len(asked) == 9 and "VIST (gen, understanding)" in asked.describe()
-    source = VistSource(path, prompt_set="release")
+    source = VistSource(path, rules=StoryRules(prompt_set="release"))
     texts = source.texts(1)
     assert [("Generate a image" in words, answer[:6]) for words, answer in texts] == [
         (True, "[IMG0]"),
@@ -78,7 +79,7 @@ def test_tasks_and_wordings(tmp_path):
     assert {source.example(1, epoch).source for epoch in range(20)} == {words for words, _ in texts}
     for bad in ({"prompt_set": "new"}, {"tasks": ("draw",)}):
         with pytest.raises(DataError, match="new|draw"):
-            VistSource(path, **bad)
+            VistSource(path, rules=StoryRules(**bad))
 
 
 def test_files_by_name(tmp_path):
@@ -89,7 +90,7 @@ def test_files_by_name(tmp_path):
         VistSource(other)
     mapping = tmp_path / "my_image_mapping_stories.json"
     (tmp_path / "there").mkdir()
-    got = VistSource(other, mapping, tmp_path / "there", training=False)[0]
+    got = VistSource(other, mapping, tmp_path / "there", rules=StoryRules(training=False))[0]
     assert got.target_image == str(tmp_path / "there/val_images/000000000.jpg")
     with pytest.raises(DataError, match="image folder not found"):
         VistSource(other, mapping, tmp_path / "nowhere")
@@ -106,7 +107,7 @@ def test_fingerprint(tmp_path):
     settings = [{}, {"training": False}, {"prompt_set": "release"}, {"seed": 1}, {"num_vokens": 4}]
     settings.append({"context_dropout": 0.2})
     assert StoryRules().settings() == dataclasses.astuple(StoryRules())[:-1], "runs of before go on"
-    prints = [VistSource(path, **one).fingerprint() for one in settings]
+    prints = [VistSource(path, rules=StoryRules(**one)).fingerprint() for one in settings]
     assert len(set(prints)) == len(settings) and VistSource(path).fingerprint() == prints[0]
     write(tmp_path, {"7": steps(7)}, mapping=json.loads((tmp_path / "val_image_mapping.json").read_text()))
     shrunk = VistSource(path).fingerprint()

@@ -19,6 +19,7 @@ from minigpt5_jax import generate
 from minigpt5_jax.config import ConfigError, get_config, use_prefix, validate
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, encode
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import VistSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.shapes import files
@@ -177,7 +178,7 @@ def uneven(tmp_path_factory):
     told = {name: steps[:count] for (name, steps), count in zip(told.items(), (1, 3, 5, 0))}
     again = [{**step, "sequence_index": 5 + number} for number, step in enumerate(told["2"])]
     path.write_text(json.dumps(told | {"2": told["2"] + again}))
-    return VistSource(path, training=True)
+    return VistSource(path, rules=StoryRules(training=True))
 
 
 def test_stories_of_another_length_are_read(uneven):

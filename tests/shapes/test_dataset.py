@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
 from minigpt5_jax.shapes import dataset
 from minigpt5_jax.shapes.dataset import (
@@ -29,7 +30,7 @@ def written(tmp_path_factory, request):
 
 def test_the_cc3m_reader_reads_them(written):
     split, folder, table = written
-    source = Cc3mSource(table, training=False)
+    source = Cc3mSource(table, rules=PairRules(training=False))
     scenes = read_scenes(folder, split)
     assert len(source) == len(scenes) == 40
     pictures = np.stack([np.asarray(Image.open(source[i].target_image)) for i in range(40)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.samples.stories import Step, Story, story_example
+from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts as judge_counts
 from minigpt5_jax.evaluation.shapes import stories as judge_stories
@@ -89,7 +89,7 @@ def test_what_is_read_before_the_last_image(context, history, images):
 
 
 def test_the_full_context_is_the_sample_of_training():
-    sample = story_example(TALE, 4, "gen", wording=0)
+    sample = StoryRules().worded(TALE, 4, "gen", wording=0)
     prompt = judge_stories.context_prompt(TALE, "image+text")
     assert (sample.source, sample.images) == (prompt.source, prompt.images)
 

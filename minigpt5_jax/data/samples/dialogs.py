@@ -11,7 +11,7 @@ as a :class:`Remark` and never silent.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import ImageSource
@@ -72,7 +72,7 @@ class DialogRules:
       training: leave out what follows a long turn.
       max_tokens: tokens of a turn in training (``head``).
       max_words: words between white space of a turn in training (``release``).
-      bad_media_ids: media that end a dialogue (``head``).
+      bad_media_ids: media that end a dialogue (``head``), as texts or numbers; kept as sorted texts.
       num_vokens: vokens of one image.
 
     Raises:
@@ -83,17 +83,27 @@ class DialogRules:
     training: bool = True
     max_tokens: int = 50
     max_words: int = 20
-    bad_media_ids: tuple[str, ...] = BAD_MEDIA_IDS
+    bad_media_ids: Collection[str | int] = BAD_MEDIA_IDS
     num_vokens: int = 8
 
     def __post_init__(self):
         if self.loader not in LOADERS:
             raise DataError(f"unknown loader {self.loader!r}; known: {', '.join(LOADERS)}")
+        object.__setattr__(self, "bad_media_ids", tuple(sorted(map(str, self.bad_media_ids))))
+
+    def settings(self) -> tuple:
+        """What samples depend on, for fingerprints."""
+        return dataclasses.astuple(self)
 
     @property
     def counts_tokens(self) -> bool:
         """Whether :meth:`usable` needs ``count_tokens``."""
         return self.training and self.loader == "head"
+
+    def check_counter(self, count_tokens: Callable[[str], int] | None) -> None:
+        """DataError where ``count_tokens`` is needed and None."""
+        if self.counts_tokens and count_tokens is None:
+            raise DataError(f"training with loader {self.loader!r} leaves out long turns: give count_tokens=")
 
     def usable(
         self,

@@ -44,3 +44,8 @@ class Example:
     task: str
     item_id: str
     where: str
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Source and target."""
+        return self.source, self.target

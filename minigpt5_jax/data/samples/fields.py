@@ -10,6 +10,20 @@ from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.text import templates
 
 
+class RepeatedKeyError(Exception):
+    """A JSON object names a key twice, of which Python would keep the last without a word."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as ``object_pairs_hook`` of the json module; RepeatedKeyError for a key given twice."""
+    value: dict[str, Any] = {}
+    for key, content in pairs:
+        if key in value:
+            raise RepeatedKeyError(f"key {key!r} occurs twice in one object")
+        value[key] = content
+    return value
+
+
 class Fields:
     """Checks the values of one object.
 
@@ -27,19 +41,10 @@ class Fields:
 
     def json(self, line: str, *, unique: bool = False) -> Any:
         """What a line of JSON holds; ``unique`` refuses keys given twice, of which Python keeps the last."""
-
-        def pairs(found: list[tuple[str, Any]]) -> dict:
-            value = dict(found)
-            if len(value) != len(found):
-                names = [name for name, _ in found]
-                twice = next(name for name in names if names.count(name) > 1)
-                raise self.fail("", f"key {twice!r} occurs twice in one object")
-            return value
-
         try:
-            return json.loads(line, object_pairs_hook=pairs if unique else None)
-        except SampleError:
-            raise
+            return json.loads(line, object_pairs_hook=unique_keys if unique else None)
+        except RepeatedKeyError as error:
+            raise self.fail("", str(error)) from None
         except ValueError as error:
             raise self.fail("", f"no valid JSON ({error}); is the line cut off?") from None
         except RecursionError:

@@ -33,39 +33,49 @@ class PairRules:
     """How pairs become samples.
 
     Attributes:
-      every: rows from one instruction sample to the next; 0 for none.
+      training: with instruction samples.
+      instruction_every: rows from one instruction sample to the next in training; 0 for none.
       prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wording.
       resample_prompts: draw the wording again each epoch; False keeps the first draw (quirk Q24).
       num_vokens: vokens of one image.
 
     Raises:
-      DataError: an unknown prompt set or a negative ``every``.
+      DataError: an unknown prompt set or a negative ``instruction_every``.
     """
 
-    every: int = 100
+    training: bool = True
+    instruction_every: int = 100
     prompt_set: str = "head"
     seed: int = 0
     resample_prompts: bool = True
     num_vokens: int = 8
 
     def __post_init__(self):
-        if self.prompt_set not in prompts.CC3M_PROMPTS:
-            known = ", ".join(prompts.CC3M_PROMPTS)
-            raise DataError(f"unknown prompt_set {self.prompt_set!r}; known: {known}")
-        if self.every < 0:
-            raise DataError(f"instruction_every must not be negative, got {self.every}")
+        prompts.check_prompt_set(self.prompt_set)
+        if not self.training:
+            object.__setattr__(self, "instruction_every", 0)
+        if self.instruction_every < 0:
+            raise DataError(f"instruction_every must not be negative, got {self.instruction_every}")
+
+    def settings(self) -> tuple:
+        """What samples depend on, for fingerprints: ``training`` only changes ``instruction_every``."""
+        return dataclasses.astuple(self)[1:]
 
     def count(self, rows: int) -> int:
         """Samples of the first ``rows`` rows."""
-        return rows + (-(-rows // self.every) if self.every else 0)
+        return rows + (-(-rows // self.instruction_every) if self.instruction_every else 0)
+
+    def kinds(self, row: int) -> tuple[bool, ...]:
+        """The samples of a row in order: for each, whether it is the instruction sample."""
+        return (False, True) if self.instruction_every and row % self.instruction_every == 0 else (False,)
 
     def find(self, index: int) -> tuple[int, bool]:
         """Row of a sample, and whether it is the instruction sample that follows the row's plain one."""
-        if not self.every:
+        if not self.instruction_every:
             return index, False
-        block, place = divmod(index, self.every + 1)
-        return block * self.every + max(0, place - 1), place == 1
+        block, place = divmod(index, self.instruction_every + 1)
+        return block * self.instruction_every + max(0, place - 1), place == 1
 
     def texts(self, pair: Pair, instruction: bool) -> list[tuple[str, str]]:
         """(source, target) for every wording the sample may have; SampleError for an empty caption."""

@@ -139,25 +139,39 @@ def prompt_of(record: Record, turns: int, image_root: Path) -> tuple[str, tuple[
     return prompts.dialog_source(record.system, said), images
 
 
-def to_example(
-    record: Record, turn: int, *, image_root: Path, name: str, where: str, num_vokens: int = 8
-) -> Example:
-    """The sample that reads the turns before ``turn`` and writes that (assistant) turn.
+@dataclasses.dataclass(frozen=True)
+class RecordRules:
+    """How records become samples, the same in training and in testing.
 
-    Args:
-      name: name of the record where it has no id.
+    Attributes:
+      training: what the samples are for.
+      num_vokens: vokens of one image.
     """
-    source, images = prompt_of(record, turn, image_root)
-    answer = record.turns[turn]
-    drawn = answer.images()
-    base = record.id if record.id is not None else name
-    return Example(
-        source=source,
-        target=templates.target_text(answer.text(), draws=bool(drawn), num_vokens=num_vokens),
-        images=images,
-        target_image=str(image_root / drawn[0].path) if drawn else None,
-        caption=drawn[0].caption if drawn else None,
-        task="pair" if record.pair else "dialog",
-        item_id=base if record.pair else f"{base}_{turn}",
-        where=where,
-    )
+
+    training: bool = True
+    num_vokens: int = 8
+
+    def settings(self) -> tuple:
+        """What samples depend on, for fingerprints."""
+        return (self.num_vokens,)
+
+    def example(self, record: Record, turn: int, *, image_root: Path, name: str, where: str) -> Example:
+        """The sample that reads the turns before ``turn`` and writes that (assistant) turn.
+
+        Args:
+          name: name of the record where it has no id.
+        """
+        source, images = prompt_of(record, turn, image_root)
+        answer = record.turns[turn]
+        drawn = answer.images()
+        base = record.id if record.id is not None else name
+        return Example(
+            source=source,
+            target=templates.target_text(answer.text(), draws=bool(drawn), num_vokens=self.num_vokens),
+            images=images,
+            target_image=str(image_root / drawn[0].path) if drawn else None,
+            caption=drawn[0].caption if drawn else None,
+            task="pair" if record.pair else "dialog",
+            item_id=base if record.pair else f"{base}_{turn}",
+            where=where,
+        )

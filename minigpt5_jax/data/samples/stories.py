@@ -48,85 +48,22 @@ class Story:
     where: str
 
 
-def story_tasks(training: bool, tasks: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The tasks to use: those asked for, else all in training and ``gen`` in testing.
-
-    Raises:
-      DataError: no task, or one that is not in :data:`TASKS`.
-    """
-    if tasks is None:
-        return TASKS if training else TASKS[:1]
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        raise DataError(f"story tasks must be some of {', '.join(TASKS)}; got {', '.join(tasks) or 'none'}")
-    return tuple(task for task in TASKS if task in tasks)
-
-
-def story_samples(
-    num_steps: int, training: bool, tasks: Sequence[str] | None = None
-) -> list[tuple[int, str]]:
-    """(number of the step, task) of a story's samples in order; arguments as :func:`story_tasks`."""
-    wanted = story_tasks(training, tasks)
-    return [(step, task) for step in range(num_steps) for task in wanted if step or task == "gen"]
-
-
-def story_example(
-    story: Story,
-    step: int,
-    task: str,
-    *,
-    wording: int,
-    prompt_set: str = "head",
-    num_vokens: int = 8,
-    context: str = "image+text",
-) -> Example:
-    """One sample.
-
-    Args:
-      step: number of the step, from 0.
-      task: one of :data:`TASKS`; all but ``gen`` need a step before.
-      wording: which of ``STORY_PROMPTS[prompt_set][task]``.
-      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
-      num_vokens: vokens of one image.
-      context: one of :data:`CONTEXTS`, what is read of the steps before.
-
-    Raises:
-      DataError: an unknown context.
-    """
-    if context not in CONTEXTS:
-        raise DataError(f"unknown context {context!r}; known: {', '.join(CONTEXTS)}")
-    now, before = story.steps[step], story.steps[:step]
-    draws = task != "understanding"
-    request = prompts.STORY_PROMPTS[prompt_set][task][wording].format(text=now.text)
-    parts = [[one.text] * ("text" in context) + [IMAGE] * ("image" in context) for one in before]
-    pictures = [one.picture for one in before if "image" in context]
-    return Example(
-        source=prompts.story_source([*itertools.chain(*parts)], request),
-        target=target_text("" if task == "gen" else now.text, draws=draws, num_vokens=num_vokens),
-        images=(*pictures, now.picture) if task == "understanding" else tuple(pictures),
-        target_image=now.picture if draws else None,
-        caption=None,
-        task=f"story-{task}",
-        item_id=f"{story.id}_{now.sequence_index}-{task}",
-        where=story.where,
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class StoryRules:
     """How stories become samples.
 
     Attributes:
       training: whether ``tasks=None`` means all tasks or ``gen`` alone.
-      tasks: the tasks to use, whatever ``training`` is.
-      prompt_set, num_vokens: as :func:`story_example`.
+      tasks: some of :data:`TASKS`, whatever ``training`` is; kept in their order.
+      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
       seed: of the wordings.
       resample_prompts: draw wordings and contexts again each epoch; False keeps the first draw (quirk Q24).
+      num_vokens: vokens of one image.
       context_dropout: share of the samples with steps before that read their texts or their images only,
         each as often; 0 in the original.
 
     Raises:
-      DataError: an unknown task or prompt set, or a share outside 0..1.
+      DataError: no task, an unknown task or prompt set, or a share outside 0..1.
     """
 
     training: bool = True
@@ -138,7 +75,13 @@ class StoryRules:
     context_dropout: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "tasks", story_tasks(self.training, self.tasks))
+        wanted = self.tasks
+        if wanted is None:
+            wanted = TASKS if self.training else TASKS[:1]
+        if not wanted or not set(wanted) <= set(TASKS):
+            given = ", ".join(wanted) or "none"
+            raise DataError(f"story tasks must be some of {', '.join(TASKS)}; got {given}")
+        object.__setattr__(self, "tasks", tuple(task for task in TASKS if task in wanted))
         prompts.check_prompt_set(self.prompt_set)
         if not 0 <= self.context_dropout <= 1:
             raise DataError(f"context_dropout={self.context_dropout} is no share; give one from 0 to 1")
@@ -150,28 +93,49 @@ class StoryRules:
 
     def samples(self, num_steps: int) -> list[tuple[int, str]]:
         """(number of the step, task) of a story's samples, in order."""
-        return story_samples(num_steps, self.training, self.tasks)
+        return [(step, task) for step in range(num_steps) for task in self.tasks if step or task == "gen"]
 
-    def _one(self, story: Story, step: int, task: str, wording: int, context: str = "image+text") -> Example:
-        return story_example(
-            story,
-            step,
-            task,
-            wording=wording,
-            context=context,
-            prompt_set=self.prompt_set,
-            num_vokens=self.num_vokens,
+    def worded(
+        self, story: Story, step: int, task: str, *, wording: int, context: str = "image+text"
+    ) -> Example:
+        """The sample in one wording and context.
+
+        Args:
+          step: number of the step, from 0.
+          task: one of :data:`TASKS`; all but ``gen`` need a step before.
+          wording: which of ``STORY_PROMPTS[prompt_set][task]``.
+          context: one of :data:`CONTEXTS`, what is read of the steps before.
+
+        Raises:
+          DataError: an unknown context.
+        """
+        if context not in CONTEXTS:
+            raise DataError(f"unknown context {context!r}; known: {', '.join(CONTEXTS)}")
+        now, before = story.steps[step], story.steps[:step]
+        draws = task != "understanding"
+        request = prompts.STORY_PROMPTS[self.prompt_set][task][wording].format(text=now.text)
+        parts = [[one.text] * ("text" in context) + [IMAGE] * ("image" in context) for one in before]
+        pictures = [one.picture for one in before if "image" in context]
+        written = "" if task == "gen" else now.text
+        return Example(
+            source=prompts.story_source([*itertools.chain(*parts)], request),
+            target=target_text(written, draws=draws, num_vokens=self.num_vokens),
+            images=(*pictures, now.picture) if task == "understanding" else tuple(pictures),
+            target_image=now.picture if draws else None,
+            caption=None,
+            task=f"story-{task}",
+            item_id=f"{story.id}_{now.sequence_index}-{task}",
+            where=story.where,
         )
 
     def wordings(self, story: Story, step: int, task: str) -> list[Example]:
         """The sample in every wording it may have, with its whole context."""
-        return [
-            self._one(story, step, task, n) for n in range(len(prompts.STORY_PROMPTS[self.prompt_set][task]))
-        ]
+        count = len(prompts.STORY_PROMPTS[self.prompt_set][task])
+        return [self.worded(story, step, task, wording=number) for number in range(count)]
 
     def texts(self, story: Story, step: int, task: str) -> list[tuple[str, str]]:
         """(source, target) of every wording the sample may have; a thinned context only shortens them."""
-        return [(example.source, example.target) for example in self.wordings(story, step, task)]
+        return [example.words for example in self.wordings(story, step, task)]
 
     def example(self, story: Story, step: int, task: str, epoch: int = 0) -> Example:
         """The sample in the wording and context of this epoch, drawn by seed, epoch and the sample's name."""
@@ -183,4 +147,4 @@ class StoryRules:
             return choices[wording]
         draw, half = random.random(), self.context_dropout / 2
         context = "text" if draw < half else "image" if draw < 2 * half else "image+text"
-        return self._one(story, step, task, wording, context)
+        return self.worded(story, step, task, wording=wording, context=context)

@@ -27,19 +27,37 @@ class Source(Protocol):
     by ``epoch``.  ``texts(index)`` are the (source, target) of all wordings the sample may have, with its
     whole context, made without touching an image: the length index takes the longest.  ``fingerprint()``
     changes with the content and the meaning of the samples, and ``describe()`` is one line for the log.
+    The sources of this package inherit from it.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Example:
+        return self.example(index)
 
     def example(self, index: int, epoch: int = 0) -> Example: ...
 
-    def texts(self, index: int) -> list[tuple[str, str]]: ...
+    def texts(self, index: int) -> list[tuple[str, str]]:
+        """(source, target) of sample ``index``: one, where wordings are not drawn; errors as ``example``."""
+        return [self.example(index).words]
 
     def fingerprint(self) -> str: ...
 
     def describe(self) -> str: ...
+
+
+def check_index(index: int, source: Source) -> None:
+    """IndexError where a source has no such sample."""
+    if not 0 <= index < len(source):
+        raise IndexError(f"sample {index} of {len(source)}")
+
+
+def image_folder(path: str | Path, image_root: str | Path | None) -> Path:
+    """Folder that a file's image paths are relative to, the file's own where None; DataError if missing."""
+    root = Path(path).parent if image_root is None else Path(image_root)
+    if not root.is_dir():
+        raise DataError(f"image folder not found: {root}")
+    return root
 
 
 class TextLines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -10,10 +9,58 @@ from pathlib import Path
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
-from minigpt5_jax.data.sources.base import TextLines
+from minigpt5_jax.data.sources.base import Source, TextLines, check_index, image_folder
 
 
-class Cc3mSource:
+class PairSource(Source):
+    """The samples of numbered pairs, whatever form they are read from.
+
+    Args:
+      rules: how pairs become samples.
+      rows: number of pairs.
+      content: name of the form and hash of what it holds, for fingerprints.
+      place: where the pairs are, for the log.
+    """
+
+    def __init__(self, rules: PairRules, rows: int, content: str, place: str):
+        self._rules, self._content, self._place = rules, content, place
+        self.rows = rows
+
+    def pair(self, row: int, *, picture: bool = True) -> Pair:
+        """A pair as it is written; where no ``picture`` is asked for, bytes of its image need not be read."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._rules.count(self.rows)
+
+    def _find(self, index: int) -> tuple[int, bool]:
+        check_index(index, self)
+        return self._rules.find(index)
+
+    def example(self, index: int, epoch: int = 0) -> Example:
+        """Sample ``index``; SampleError as :meth:`pair`, or for an empty caption."""
+        row, instruction = self._find(index)
+        return self._rules.example(self.pair(row), instruction, epoch)
+
+    def texts(self, index: int) -> list[tuple[str, str]]:
+        """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
+        row, instruction = self._find(index)
+        return self._rules.texts(self.pair(row, picture=False), instruction)
+
+    def image_fingerprint(self) -> str:
+        """Hash of which image each sample draws, whatever its wording."""
+        return hashlib.sha256(f"{self._content} {self._rules.instruction_every}".encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Hash of the content and of everything that changes the samples made of it."""
+        return hashlib.sha256(f"{self._content} {self._rules.settings()}".encode()).hexdigest()
+
+    def describe(self) -> str:
+        kind = "training" if self._rules.training else "test"
+        return f"CC3M {kind}: {len(self):,} samples of {self.rows:,} {self._place}"
+
+
+class Cc3mSource(PairSource):
     """Pairs of caption and image from a tab-separated table (fidelity 5.2).
 
     The table has a header naming at least ``caption`` and ``image_path``; other columns are ignored.
@@ -24,36 +71,18 @@ class Cc3mSource:
     Args:
       tsv: the table.
       image_root: folder that ``image_path`` is relative to; default: the table's folder.
-      training: with instruction samples.
-      instruction_every: rows from one instruction sample to the next; 0 for none.
-      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
-      seed: of the wording.
-      resample_prompts: draw the wording again each epoch; False keeps the first draw (quirk Q24).
-      num_vokens: vokens of one image.
+      rules: how its pairs become samples.
+
+    Attributes:
+      rows: rows of the table, one pair each.
 
     Raises:
       DataError: the table or the folder is missing, not UTF-8, empty, or lacks a column.
     """
 
-    def __init__(
-        self,
-        tsv: str | Path,
-        image_root: str | Path | None = None,
-        *,
-        training: bool = True,
-        instruction_every: int = 100,
-        prompt_set: str = "head",
-        seed: int = 0,
-        resample_prompts: bool = True,
-        num_vokens: int = 8,
-    ):
+    def __init__(self, tsv: str | Path, image_root: str | Path | None = None, rules: PairRules = PairRules()):
         self._lines = TextLines(tsv)
-        self._image_root = Path(tsv).parent if image_root is None else Path(image_root)
-        if not self._image_root.is_dir():
-            raise DataError(f"image folder not found: {self._image_root}")
-        self._rules = PairRules(
-            instruction_every if training else 0, prompt_set, seed, resample_prompts, num_vokens
-        )
+        self._image_root = image_folder(tsv, image_root)
         header = self._lines[0].split("\t")
         missing = [name for name in ("caption", "image_path") if name not in header]
         if missing:
@@ -63,23 +92,12 @@ class Cc3mSource:
             )
         self._columns = len(header)
         self._caption, self._path = header.index("caption"), header.index("image_path")
-        self._rows = len(self._lines) - 1
-        if not self._rows:
+        rows = len(self._lines) - 1
+        if not rows:
             raise DataError(f"{self._lines.path} has a header and no rows")
-        self._training = training
+        super().__init__(rules, rows, f"cc3m {self._lines.sha256}", f"rows in {self._lines.path}")
 
-    @property
-    def rows(self) -> int:
-        """Rows of the table, one pair each."""
-        return self._rows
-
-    def __len__(self) -> int:
-        return self._rules.count(self._rows)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index)
-
-    def pair(self, row: int) -> Pair:
+    def pair(self, row: int, *, picture: bool = True) -> Pair:
         """A row as it is written; SampleError for too few columns or no path."""
         where = self._lines.where(row + 1)
         cells = self._lines[row + 1].split("\t")
@@ -89,30 +107,3 @@ class Cc3mSource:
         if not path:
             raise SampleError(where, "empty image_path")
         return Pair(row, cells[self._caption], os.path.join(self._image_root, path), where)
-
-    def _find(self, index: int) -> tuple[Pair, bool]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        row, instruction = self._rules.find(index)
-        return self.pair(row), instruction
-
-    def example(self, index: int, epoch: int = 0) -> Example:
-        """Sample ``index``; SampleError for a row with too few columns or an empty caption."""
-        return self._rules.example(*self._find(index), epoch)
-
-    def texts(self, index: int) -> list[tuple[str, str]]:
-        """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
-        return self._rules.texts(*self._find(index))
-
-    def image_fingerprint(self) -> str:
-        """Hash of which image each sample draws, whatever its wording."""
-        return hashlib.sha256(f"cc3m {self._lines.sha256} {self._rules.every}".encode()).hexdigest()
-
-    def fingerprint(self) -> str:
-        """Hash of the table and of everything that changes the samples made of it."""
-        settings = dataclasses.astuple(self._rules)
-        return hashlib.sha256(f"cc3m {self._lines.sha256} {settings}".encode()).hexdigest()
-
-    def describe(self) -> str:
-        kind = "training" if self._training else "test"
-        return f"CC3M {kind}: {len(self):,} samples of {self._rows:,} rows in {self._lines.path}"

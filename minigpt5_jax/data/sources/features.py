@@ -123,9 +123,9 @@ def read_spec(folder: str | Path) -> FeatureSpec:
         return FeatureSpec(**content)
     except FileNotFoundError:
         raise DataError(f"no feature store in {folder}: {MANIFEST} is missing") from None
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{file} is damaged ({error}); prepare the features again") from None
 
 
@@ -217,7 +217,7 @@ class FeatureStore:
         return [self._values("image", sample, int(row)) for row in self._rows["image"][start:stop]]
 
 
-class FeatureSource:
+class FeatureSource(Source):
     """The samples of a source with precomputed features in the place of images.
 
     Args:
@@ -230,9 +230,6 @@ class FeatureSource:
 
     def __len__(self) -> int:
         return len(self._source)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index)
 
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index``; SampleError as the source's, or where its images were unusable."""

@@ -2,104 +2,106 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.samples.dialogs import Dialog, DialogRules, DialogTurn
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
-from minigpt5_jax.data.samples.records import Record, parse_record, to_example
+from minigpt5_jax.data.samples.records import Record, RecordRules, parse_record
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
 
 Fields = dict[str, Any]
+Numbers = Int[np.ndarray, " n"]
+CountTokens = Callable[[str], int] | None
+Rules = PairRules | StoryRules | DialogRules | RecordRules
 LOST = b""  # stands for an image that the dialogue has lost
 UNREAD = "picture"  # stands for one that is not read, where words are all that is wanted
 
 
-@runtime_checkable
-class Kind(Protocol):
+class Kind(abc.ABC):
     """The samples of one kind of record.
 
-    ``counts`` gives the number of samples of each record, from the lines of the units' file and the number
-    each unit had in the raw files; ``example`` and ``texts`` give sample ``place`` of one record, the latter
-    without images; ``settings`` is everything they depend on, ``layout`` that part of it which decides
-    what images a sample has, ``left_out`` what is not used, by kind.
+    Attributes:
+      rules: how they are made.
+      left_out: what is not used, by kind; known after ``counts``.
     """
 
-    def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]: ...
+    def __init__(self, rules: Any):
+        self.rules = rules
+        self.left_out: collections.Counter[str] = collections.Counter()
 
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example: ...
+    @abc.abstractmethod
+    def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
+        """Number of samples of each record.
 
-    def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]: ...
+        Args:
+          lines: of the units' file.
+          units: the number that each record had in the raw files.
+          count_tokens: length of a text, for rules that limit it.
+        """
 
-    def settings(self) -> tuple: ...
+    @abc.abstractmethod
+    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
+        """Sample ``place`` of a record."""
 
-    def layout(self) -> tuple: ...
+    @abc.abstractmethod
+    def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
+        """(source, target) of sample ``place`` of a record in every wording, made without its images."""
 
-    def left_out(self) -> dict[str, int]: ...
+    @abc.abstractmethod
+    def layout(self) -> tuple:
+        """The part of the rules' settings which decides what images a sample has."""
 
 
-class PairKind:
+class PairKind(Kind):
     """CC3M: a pair, and its instruction sample for rows 0, 100, 200, ... of the raw table."""
 
-    def __init__(self, rules: PairRules):
-        self._rules = rules
+    rules: PairRules
 
-    def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        return 1 + (units % self._rules.every == 0) if self._rules.every else np.ones_like(units)
+    def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
+        every = self.rules.instruction_every
+        return 1 + (units % every == 0) if every else np.ones_like(units)
 
     def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self._rules.example(self._pair(fields, pictures[0]), place == 1, epoch)
+        return self.rules.example(self._pair(fields, pictures[0]), place == 1, epoch)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
-        return self._rules.texts(self._pair(fields, UNREAD), place == 1)
-
-    def settings(self) -> tuple:
-        return dataclasses.astuple(self._rules)
+        return self.rules.texts(self._pair(fields, UNREAD), place == 1)
 
     def layout(self) -> tuple:
-        return (self._rules.every,)
-
-    def left_out(self) -> dict[str, int]:
-        return {}
+        return (self.rules.instruction_every,)
 
     def _pair(self, fields: Fields, picture: ImageSource) -> Pair:
         return Pair(fields["row"], fields["caption"], picture, fields["where"])
 
 
-class StoryKind:
+class StoryKind(Kind):
     """VIST: the tasks of each step."""
 
-    def __init__(self, rules: StoryRules):
-        self._rules = rules
+    rules: StoryRules
 
-    def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
         steps = [len(json.loads(line)["steps"]) for line in lines]
-        return np.array([len(self._rules.samples(number)) for number in steps], np.int64)
+        return np.array([len(self.rules.samples(number)) for number in steps], np.int64)
 
     def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self._rules.example(*self._sample(fields, pictures, place), epoch)
+        return self.rules.example(*self._sample(fields, pictures, place), epoch)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
-        return self._rules.texts(*self._sample(fields, [UNREAD] * len(fields["steps"]), place))
-
-    def settings(self) -> tuple:
-        return self._rules.settings()
+        return self.rules.texts(*self._sample(fields, [UNREAD] * len(fields["steps"]), place))
 
     def layout(self) -> tuple:
-        return (self._rules.tasks,)
-
-    def left_out(self) -> dict[str, int]:
-        return {}
+        return (self.rules.tasks,)
 
     def _sample(self, fields: Fields, pictures: Iterable[ImageSource], place: int) -> tuple[Story, int, str]:
         steps = tuple(
@@ -107,49 +109,32 @@ class StoryKind:
             for step, picture in zip(fields["steps"], pictures, strict=True)
         )
         story = Story(fields["id"], steps, fields["where"])
-        return story, *self._rules.samples(len(steps))[place]
+        return story, *self.rules.samples(len(steps))[place]
 
 
-class DialogKind:
-    """MMDialog: every turn but the first, as far as the dialogue can be used.
+class DialogKind(Kind):
+    """MMDialog: every turn but the first, as far as the dialogue can be used."""
 
-    Args:
-      count_tokens: length of a text; needed where the rules count tokens, and not kept after ``counts``.
-    """
+    rules: DialogRules
 
-    def __init__(self, rules: DialogRules, count_tokens: Callable[[str], int] | None):
-        if rules.counts_tokens and count_tokens is None:
-            raise DataError(
-                f"training with loader {rules.loader!r} leaves out long turns: give count_tokens="
-            )
-        self._rules, self._count_tokens = rules, count_tokens
-        self._left_out: collections.Counter[str] = collections.Counter()
-
-    def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
+        self.rules.check_counter(count_tokens)
         found = []
         for line in lines:
             dialog = self._dialog(json.loads(line), None)
-            usable, remarks = self._rules.usable(dialog, lambda picture: picture != LOST, self._count_tokens)
-            self._left_out.update(remark.kind for remark in remarks)
+            usable, remarks = self.rules.usable(dialog, lambda picture: picture != LOST, count_tokens)
+            self.left_out.update(remark.kind for remark in remarks)
             found.append(max(0, usable - 1))
-        self._count_tokens = None
         return np.array(found, np.int64)
 
     def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self._rules.example(self._dialog(fields, pictures), place + 1)
+        return self.rules.example(self._dialog(fields, pictures), place + 1)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
-        example = self._rules.example(self._dialog(fields, None), place + 1)
-        return [(example.source, example.target)]
-
-    def settings(self) -> tuple:
-        return dataclasses.astuple(self._rules)
+        return [self.rules.example(self._dialog(fields, None), place + 1).words]
 
     def layout(self) -> tuple:
-        return self.settings()
-
-    def left_out(self) -> dict[str, int]:
-        return dict(sorted(self._left_out.items()))
+        return self.rules.settings()
 
     def _dialog(self, fields: Fields, pictures: list[bytes] | None) -> Dialog:
         turns = []
@@ -161,13 +146,12 @@ class DialogKind:
         return Dialog(fields["id"], tuple(turns), fields["where"])
 
 
-class RecordKind:
+class RecordKind(Kind):
     """The user's own JSONL: every assistant turn."""
 
-    def __init__(self, num_vokens: int):
-        self._num_vokens = num_vokens
+    rules: RecordRules
 
-    def counts(self, lines: Iterable[str], units: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
         return np.array([len(self._record(json.loads(line)).answers()) for line in lines], np.int64)
 
     def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
@@ -179,17 +163,10 @@ class RecordKind:
         return dataclasses.replace(example, images=images, target_image=target)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
-        example = self._example(fields, place)
-        return [(example.source, example.target)]
-
-    def settings(self) -> tuple:
-        return (self._num_vokens,)
+        return [self._example(fields, place).words]
 
     def layout(self) -> tuple:
         return ()
-
-    def left_out(self) -> dict[str, int]:
-        return {}
 
     def _record(self, fields: Fields) -> Record:
         return parse_record(fields["record"], fields["where"])
@@ -197,11 +174,24 @@ class RecordKind:
     def _example(self, fields: Fields, place: int) -> Example:
         """The sample with paths for images."""
         record = self._record(fields)
-        return to_example(
-            record,
-            record.answers()[place],
-            image_root=Path(),
-            name=fields["name"],
-            where=fields["where"],
-            num_vokens=self._num_vokens,
-        )
+        turn, name, where = record.answers()[place], fields["name"], fields["where"]
+        return self.rules.example(record, turn, image_root=Path(), name=name, where=where)
+
+
+RULES: dict[str, type[Rules]] = {
+    "cc3m": PairRules,
+    "vist": StoryRules,
+    "mmdialog": DialogRules,
+    "jsonl": RecordRules,
+}
+KINDS: dict[str, type[Kind]] = {
+    "cc3m": PairKind,
+    "vist": StoryKind,
+    "mmdialog": DialogKind,
+    "jsonl": RecordKind,
+}
+
+
+def make_rules(dataset: str, **settings: Any) -> Rules:
+    """The rules of a data set with these of its settings; the others are those of the original's training."""
+    return RULES[dataset](**settings)

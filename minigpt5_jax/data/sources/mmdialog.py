@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import logging
 import os
 from array import array
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ import numpy as np
 from tqdm import tqdm
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.samples.dialogs import BAD_MEDIA_IDS, Dialog, DialogRules, DialogTurn, Remark
+from minigpt5_jax.data.samples.dialogs import Dialog, DialogRules, DialogTurn, Remark
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields
-from minigpt5_jax.data.sources.base import TextLines
+from minigpt5_jax.data.sources.base import Source, TextLines, check_index, image_folder
 
 logger = logging.getLogger(__name__)
 
 TEXT, MEDIA = "__TEXT__", "__MEDIA__"
 
 
-class MMDialogSource:
+class MMDialogSource(Source):
     """Conversations in the form MMDialog is published in (fidelity 5.4).
 
     A line is ``{"conversation_id": number, "conversation": [{"turn": [{"__TEXT__": text}, {"__MEDIA__":
@@ -40,21 +39,18 @@ class MMDialogSource:
     Args:
       path: the conversations.
       image_root: folder of the images; default: the file's.
-      training: leave out long turns and what follows them.
-      loader: ``head`` or ``release``, the original's two code generations.
+      rules: how conversations become samples.
       count_tokens: length of a text in tokens (``lambda text: len(tokenizer.encode(text))``); needed in
         training with ``head``.  It is called while the source is made and not kept.
-      max_tokens, max_words: of a turn in training, by loader ``head`` and ``release``.
-      bad_media_ids: media that end a conversation (``head``).
-      num_vokens: vokens of one image.
 
     Attributes:
+      lines: of the file.
       counts: how often something was left out, by kind.
       remarks: of each kind the first few, named.
 
     Raises:
-      DataError: the file or the folder is missing, not UTF-8 or empty, no sample is left, an unknown
-        loader, or no ``count_tokens`` where it is needed.
+      DataError: the file or the folder is missing, not UTF-8 or empty, no sample is left, or no
+        ``count_tokens`` where it is needed.
     """
 
     SHOWN = 5
@@ -63,29 +59,19 @@ class MMDialogSource:
         self,
         path: str | Path,
         image_root: str | Path | None = None,
+        rules: DialogRules = DialogRules(),
         *,
-        training: bool = True,
-        loader: str = "head",
         count_tokens: Callable[[str], int] | None = None,
-        max_tokens: int = 50,
-        max_words: int = 20,
-        bad_media_ids: Collection[str | int] = BAD_MEDIA_IDS,
-        num_vokens: int = 8,
     ):
-        bad = tuple(sorted(map(str, bad_media_ids)))
-        self._rules = DialogRules(loader, training, max_tokens, max_words, bad, num_vokens)
-        if self._rules.counts_tokens and count_tokens is None:
-            raise DataError(f"training with loader {loader!r} leaves out long turns: give count_tokens=")
-        self._root = Path(path).parent if image_root is None else Path(image_root)
-        if not self._root.is_dir():
-            raise DataError(f"image folder not found: {self._root}")
-        self._lines = TextLines(path)
+        rules.check_counter(count_tokens)
+        self._rules, self._root = rules, image_folder(path, image_root)
+        self.lines = TextLines(path)
         self.counts: collections.Counter[str] = collections.Counter()
         self.remarks: dict[str, list[Remark]] = {}
         self._bad, self._repeats = 0, {}
         self._sample_line, self._sample_turn = self._scan(count_tokens)
         if not len(self._sample_line):
-            raise DataError(f"no samples in {self._lines.path}: {self._left_out() or 'no conversations'}")
+            raise DataError(f"no samples in {self.lines.path}: {self._left_out() or 'no conversations'}")
         for kind, shown in self.remarks.items():
             named = "\n  ".join(map(str, shown))
             logger.warning("%s: %s, %d times; the first:\n  %s", path, kind, self.counts[kind], named)
@@ -123,42 +109,33 @@ class MMDialogSource:
     @property
     def rows(self) -> int:
         """Conversations of the file, unusable ones included."""
-        return len(self._lines)
+        return len(self.lines)
 
     def dialog(self, row: int) -> Dialog:
         """A conversation as it is written; SampleError for one that breaks the form."""
-        where = self._lines.where(row)
+        where = self.lines.where(row)
         if row in self._repeats:
             raise SampleError(
-                where, f"conversation_id was used in line {self._lines.number(self._repeats[row])} already"
+                where, f"conversation_id was used in line {self.lines.number(self._repeats[row])} already"
             )
-        return parse_dialog(self._lines[row], where, self._root)
+        return parse_dialog(self.lines[row], where, self._root)
 
     def _find(self, index: int) -> tuple[Dialog, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        check_index(index, self)
         return self.dialog(int(self._sample_line[index])), int(self._sample_turn[index])
 
     def __len__(self) -> int:
         return len(self._sample_line)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index)
-
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index``, the same in every epoch; SampleError for a line that cannot be used."""
         return self._rules.example(*self._find(index))
 
-    def texts(self, index: int) -> list[tuple[str, str]]:
-        """(source, target) of sample ``index``: one, since wordings are not drawn; errors as ``example``."""
-        example = self.example(index)
-        return [(example.source, example.target)]
-
     def fingerprint(self) -> str:
         """Hash of the file, of what changes its samples, and of the samples found (images may be missing)."""
         found = hashlib.sha256(self._sample_line.tobytes() + self._sample_turn.tobytes()).hexdigest()
-        settings = dataclasses.astuple(self._rules)
-        return hashlib.sha256(f"mmdialog {self._lines.sha256} {settings} {found}".encode()).hexdigest()
+        content = f"mmdialog {self.lines.sha256} {self._rules.settings()} {found}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _left_out(self) -> str:
         notes = [f"{count:,} {kind}" for kind, count in sorted(self.counts.items())]
@@ -169,7 +146,7 @@ class MMDialogSource:
         notes = f"; left out: {self._left_out()}" if self._left_out() else ""
         return (
             f"MMDialog {kind} ({self._rules.loader}): {len(self):,} samples of {self.rows:,} dialogues in "
-            f"{self._lines.path}{notes}"
+            f"{self.lines.path}{notes}"
         )
 
 

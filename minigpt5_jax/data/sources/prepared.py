@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.samples.dialogs import BAD_MEDIA_IDS, DialogRules
 from minigpt5_jax.data.samples.example import Example
-from minigpt5_jax.data.samples.pairs import PairRules
-from minigpt5_jax.data.samples.stories import StoryRules
-from minigpt5_jax.data.sources.base import TextLines
-from minigpt5_jax.data.sources.kinds import DialogKind, Fields, Kind, PairKind, RecordKind, StoryKind
+from minigpt5_jax.data.sources.base import Source, TextLines, check_index
+from minigpt5_jax.data.sources.kinds import KINDS, Fields, Rules, make_rules
 
 METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"
 
 
-class PreparedSource:
+class PreparedSource(Source):
     """Samples of a prepared data set: the same, image for image, as those of its raw files.
 
     Words come from the units' file, images from the ArrayRecord files, which are opened when first
@@ -30,63 +27,29 @@ class PreparedSource:
     Args:
       folder: the ``--output`` of the preparation, or a folder below it.
       split: ``train``, ``validation`` or ``test``; None where the folder holds just one.
-      training: with the samples that only training has.
-      seed: of the wordings.
-      resample_prompts: draw the wordings again each epoch; False keeps the first draw (quirk Q24).
-      prompt_set: ``head`` or ``release``, the wording of pairs and stories in the original's two code
-        generations; ``loader`` is the same for dialogues.
-      instruction_every: pairs: rows from one instruction sample to the next; 0 for none.
-      tasks: stories: some of ``gen``, ``multimodal``, ``understanding``, whatever ``training`` is.
+      rules: name of the data set -> how its records become samples.
       count_tokens: dialogues: length of a text in tokens; needed in training with ``head``, and not kept.
-      max_tokens, max_words, bad_media_ids: dialogues: where they end, as for
-        :class:`~minigpt5_jax.data.sources.mmdialog.MMDialogSource`.
-      num_vokens: vokens of one image.
-      context_dropout: stories: see :class:`~minigpt5_jax.data.samples.stories.StoryRules`.
 
     Raises:
-      DataError: there is no finished data set, it lacks files, or a setting is unknown.
+      DataError: there is no finished data set, it lacks files, or as ``rules``.
     """
 
     def __init__(
         self,
         folder: str | Path,
         split: str | None = None,
+        rules: Callable[[str], Rules] = make_rules,
         *,
-        training: bool = True,
-        seed: int = 0,
-        resample_prompts: bool = True,
-        prompt_set: str = "head",
-        loader: str = "head",
-        instruction_every: int = 100,
-        tasks: Sequence[str] | None = None,
         count_tokens: Callable[[str], int] | None = None,
-        max_tokens: int = 50,
-        max_words: int = 20,
-        bad_media_ids: Collection[str | int] = BAD_MEDIA_IDS,
-        num_vokens: int = 8,
-        context_dropout: float = 0.0,
     ):
         self.folder = find_prepared(folder, split)
         self.metadata = _metadata(self.folder)
         self.split = self.metadata["split"]
         self._lines = TextLines(self.folder / UNITS_FILE)
         self._check_shards()
-        self._training = training
-        every = instruction_every if training else 0
-        bad = tuple(sorted(map(str, bad_media_ids)))
-        kinds: dict[str, Callable[[], Kind]] = {
-            "cc3m": lambda: PairKind(PairRules(every, prompt_set, seed, resample_prompts, num_vokens)),
-            "vist": lambda: StoryKind(
-                StoryRules(training, tasks, prompt_set, seed, resample_prompts, num_vokens, context_dropout)
-            ),
-            "mmdialog": lambda: DialogKind(
-                DialogRules(loader, training, max_tokens, max_words, bad, num_vokens), count_tokens
-            ),
-            "jsonl": lambda: RecordKind(num_vokens),
-        }
-        self._kind = kinds[self.dataset]()
+        self._kind = KINDS[self.dataset](rules(self.dataset))
         lines = (self._lines[number] for number in range(len(self._lines)))
-        counts = self._kind.counts(lines, self.kept_units())
+        counts = self._kind.counts(lines, self.kept_units(), count_tokens)
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         self._records = None
         self._last: tuple[int, list[bytes]] = (-1, [])
@@ -121,13 +84,9 @@ class PreparedSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index)
-
     def find(self, index: int) -> tuple[int, int]:
         """Record of a sample, and which of the record's samples it is."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        check_index(index, self)
         record = int(np.searchsorted(self._starts, index, side="right")) - 1
         return record, index - int(self._starts[record])
 
@@ -170,7 +129,7 @@ class PreparedSource:
 
     def fingerprint(self) -> str:
         """Hash of the words, of the images' size and of everything that changes the samples."""
-        return self._hash(self._kind.settings())
+        return self._hash(self._kind.rules.settings())
 
     def image_fingerprint(self) -> str:
         """Hash of which images each sample has, whatever its wording."""
@@ -181,8 +140,8 @@ class PreparedSource:
         return hashlib.sha256(f"prepared {self.dataset} {content} {settings}".encode()).hexdigest()
 
     def describe(self) -> str:
-        kind = "training" if self._training else "test"
-        notes = ", ".join(f"{count:,} {what}" for what, count in self._kind.left_out().items())
+        kind = "training" if self._kind.rules.training else "test"
+        notes = ", ".join(f"{count:,} {what}" for what, count in sorted(self._kind.left_out.items()))
         return (
             f"prepared {self.dataset}, {self.split} as {kind}: {len(self):,} samples of "
             f"{len(self._lines):,} records in {self.folder}{'; left out: ' * bool(notes)}{notes}"

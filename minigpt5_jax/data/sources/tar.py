@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import os
@@ -11,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
+from minigpt5_jax.data.sources.cc3m import PairSource
 from minigpt5_jax.data.sources.tar_index import load_indices
 
 PICTURE, TEXT = 0, 1  # columns of an index
@@ -36,7 +35,7 @@ def find_shards(shards: str | Path) -> list[Path]:
     return found
 
 
-class Cc3mTarSource:
+class Cc3mTarSource(PairSource):
     """Pairs of caption and image from tar shards (``00000.tar`` with ``000000000.jpg``, ``.txt``, ``.json``).
 
     They are the samples that ``Cc3mSource`` makes of a table.  The caption is the ``.txt`` member.  Rows are
@@ -49,8 +48,10 @@ class Cc3mTarSource:
       cache_dir: where indices of byte offsets are kept; default: beside the shards
         (``00000.tar.index.npz``).  They are made by the first run and whenever a shard's size or time
         has changed.
-      training, instruction_every, prompt_set, seed, resample_prompts, num_vokens: as for
-        :class:`~minigpt5_jax.data.sources.cc3m.Cc3mSource`.
+      rules: how its pairs become samples.
+
+    Attributes:
+      rows: samples in the shards, one pair each.
 
     Raises:
       DataError: no shards; a shard that is empty, cut short, compressed or damaged; a key twice in
@@ -60,29 +61,22 @@ class Cc3mTarSource:
     def __init__(
         self,
         shards: str | Path,
+        rules: PairRules = PairRules(),
         *,
         cache_dir: str | Path | None = None,
-        training: bool = True,
-        instruction_every: int = 100,
-        prompt_set: str = "head",
-        seed: int = 0,
-        resample_prompts: bool = True,
-        num_vokens: int = 8,
     ):
-        self._rules = PairRules(
-            instruction_every if training else 0, prompt_set, seed, resample_prompts, num_vokens
-        )
-        self._given, self._training = str(shards), training
         self._shards = find_shards(shards)
         indices = load_indices(self._shards, None if cache_dir is None else Path(cache_dir))
         counts = [len(index.keys) for index in indices]
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._keys = np.concatenate([index.keys for index in indices])
         self._places = np.concatenate([index.places for index in indices])
-        self._digest = hashlib.sha256("".join(index.digest for index in indices).encode()).hexdigest()
+        digest = hashlib.sha256("".join(index.digest for index in indices).encode()).hexdigest()
         if not len(self._keys):
             raise DataError(f"no samples (images with .txt captions) in {shards}")
         self._refuse_duplicates()
+        place = f"pairs in {len(self._shards):,} tar shards ({shards})"
+        super().__init__(rules, len(self._keys), f"cc3m-tar {digest}", place)
 
     def _refuse_duplicates(self) -> None:
         folders = {folder: i for i, folder in enumerate(dict.fromkeys(p.parent for p in self._shards))}
@@ -97,17 +91,6 @@ class Cc3mTarSource:
                 f"{int(same.sum())} keys occur in two shards, the first is {key} in {first} and {second}; "
                 "take the copies out of the folder"
             )
-
-    @property
-    def rows(self) -> int:
-        """Samples in the shards, one pair each."""
-        return len(self._keys)
-
-    def __len__(self) -> int:
-        return self._rules.count(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index)
 
     def pair(self, row: int, *, picture: bool = True) -> Pair:
         """A pair as it is in its shard, the image as bytes (empty where not asked for).
@@ -141,32 +124,3 @@ class Cc3mTarSource:
         if len(data) != size:
             raise SampleError(where, f"shard ends early, {len(data):,} of {size:,} bytes; has it changed?")
         return data
-
-    def _find(self, index: int) -> tuple[int, bool]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self._rules.find(index)
-
-    def example(self, index: int, epoch: int = 0) -> Example:
-        """Sample ``index``; SampleError as :meth:`pair`, or for an empty caption."""
-        row, instruction = self._find(index)
-        return self._rules.example(self.pair(row), instruction, epoch)
-
-    def texts(self, index: int) -> list[tuple[str, str]]:
-        """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
-        row, instruction = self._find(index)
-        return self._rules.texts(self.pair(row, picture=False), instruction)
-
-    def image_fingerprint(self) -> str:
-        """Hash of which image each sample draws, whatever its wording."""
-        return hashlib.sha256(f"cc3m-tar {self._digest} {self._rules.every}".encode()).hexdigest()
-
-    def fingerprint(self) -> str:
-        """Hash of keys, captions and sizes of images, and of everything that changes the samples."""
-        settings = dataclasses.astuple(self._rules)
-        return hashlib.sha256(f"cc3m-tar {self._digest} {settings}".encode()).hexdigest()
-
-    def describe(self) -> str:
-        kind = "training" if self._training else "test"
-        shards = f"{len(self._shards):,} tar shards"
-        return f"CC3M {kind}: {len(self):,} samples of {self.rows:,} pairs in {shards} ({self._given})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.example import Example
-from minigpt5_jax.data.samples.fields import Fields
+from minigpt5_jax.data.samples.fields import Fields, RepeatedKeyError, unique_keys
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
+from minigpt5_jax.data.sources.base import Source, check_index, image_folder
 
 STEPS = 5  # of a story as VIST was published
 
 
-class VistSource:
+class VistSource(Source):
     """Stories from the two files of the original (fidelity 5.3).
 
     ``cleaned`` holds an object, story id -> list of steps in order, each ``{"caption": text, "image_id":
@@ -32,18 +32,11 @@ class VistSource:
       mapping: paths of the images; default: beside ``cleaned``, with ``image_mapping`` for ``cleaned`` in
         its name (quirk Q29).
       image_root: folder that paths are relative to; default: the stories' folder.
-      training: with all three tasks; else ``gen`` alone.
-      tasks: some of ``gen``, ``multimodal``, ``understanding``, whatever ``training`` is.
-      prompt_set: ``head`` or ``release``, the wording of the original's two code generations.
-      seed: of the wordings.
-      resample_prompts: draw wordings and contexts again each epoch; False keeps the first draw (quirk Q24).
-      num_vokens: vokens of one image.
-      context_dropout: share of samples that read texts or images only of the steps before; see
-        :class:`~minigpt5_jax.data.samples.stories.StoryRules`.
+      rules: how stories become samples.
 
     Raises:
       DataError: a file or the folder is missing, no JSON, not of this form as a whole, or names a story or
-        an image twice; no name for the mapping; an unknown task or prompt set; a share outside 0..1.
+        an image twice; no name for the mapping.
     """
 
     def __init__(
@@ -51,23 +44,11 @@ class VistSource:
         cleaned: str | Path,
         mapping: str | Path | None = None,
         image_root: str | Path | None = None,
-        *,
-        training: bool = True,
-        tasks: Sequence[str] | None = None,
-        prompt_set: str = "head",
-        seed: int = 0,
-        resample_prompts: bool = True,
-        num_vokens: int = 8,
-        context_dropout: float = 0.0,
+        rules: StoryRules = StoryRules(),
     ):
         self.path = Path(cleaned)
         self.mapping_path = mapping_path(self.path) if mapping is None else Path(mapping)
-        root = self.path.parent if image_root is None else Path(image_root)
-        if not root.is_dir():
-            raise DataError(f"image folder not found: {root}")
-        self._rules = StoryRules(
-            training, tasks, prompt_set, seed, resample_prompts, num_vokens, context_dropout
-        )
+        root, self._rules = image_folder(self.path, image_root), rules
         values, stories_hash = _read_object(self.path, "stories")
         paths, mapping_hash = _read_object(self.mapping_path, "image paths")
         if not values:
@@ -93,8 +74,7 @@ class VistSource:
         return self._rules.samples(len(story.steps))
 
     def _find(self, index: int) -> tuple[Story, int, str]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        check_index(index, self)
         row = int(np.searchsorted(self._stops, index, side="right"))
         story = self.story(row)
         samples = self._samples(story)
@@ -102,9 +82,6 @@ class VistSource:
 
     def __len__(self) -> int:
         return int(self._stops[-1])
-
-    def __getitem__(self, index: int) -> Example:
-        return self.example(index)
 
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index`` in its wording of this epoch; SampleError for a story that cannot be used."""
@@ -144,26 +121,14 @@ def _read_object(path: Path, what: str) -> tuple[dict, str]:
         raise DataError(f"file of {what} not found: {path}")
     data = path.read_bytes()
     try:
-        value = json.loads(data, object_pairs_hook=_unique)
-    except _RepeatedKeyError as error:
-        raise DataError(f"{path}: key {error} occurs twice in one object") from None
+        value = json.loads(data, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
         raise DataError(f"{path} is no valid JSON ({error}); is the file cut off?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected one object of {what}, found {type(value).__name__}")
     return value, hashlib.sha256(data).hexdigest()
-
-
-class _RepeatedKeyError(Exception):
-    """A JSON object that names a key twice, of which Python would keep the last without a word."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        raise _RepeatedKeyError(repr(next(key for key, _ in pairs if key in seen or seen.add(key))))
-    return value
 
 
 def parse_story(path: Path, name: str, value: Any, paths: dict, root: Path) -> Story | SampleError:

@@ -96,8 +96,8 @@ def read_turns(
     """(prompt, truth) of every turn of the assistant, dialogue by dialogue, as MMDialog's reader has it."""
     data, vokens = run.config.data, run.spec.backbone.num_vokens
     path = write_dialogs(directory, "held_out", count, seed)
-    settings = {"loader": data.dialog_loader, "training": False, "num_vokens": vokens}
-    source, rules = MMDialogSource(path, **settings), DialogRules(**settings)
+    rules = DialogRules(data.dialog_loader, training=False, num_vokens=vokens)
+    source = MMDialogSource(path, rules=rules)
     dialogs = []
     for row, truth in enumerate(read_truth(directory, "held_out", "dialogs")):
         dialog, turns = source.dialog(row), []

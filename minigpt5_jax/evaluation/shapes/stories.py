@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.samples.stories import CONTEXTS, Step, Story, story_example
+from minigpt5_jax.data.samples.stories import CONTEXTS, Step, Story, StoryRules
 from minigpt5_jax.data.sources.vist import mapping_path, parse_story
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts
@@ -133,7 +133,7 @@ def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:
 
 def context_prompt(story: Story, context: str, prompt_set: str = "head", seed: int = 0) -> Prompt:
     """The image-only prompt of the last step with one of :data:`CONTEXTS` before it (fidelity 9.1)."""
-    example = story_example(story, FINAL, "gen", wording=0, prompt_set=prompt_set, context=context)
+    example = StoryRules(prompt_set=prompt_set).worded(story, FINAL, "gen", wording=0, context=context)
     return Prompt(example.source, example.images, seed)
 
 
@@ -166,16 +166,10 @@ def judge_narration(
     writer: Session, tales: Sequence[Tale], task: str, prompt_set: str, num_vokens: int, seed: int
 ) -> dict[str, Any]:
     """ROUGE-L of the last step's narration; ``of_another``: that of true narrations of other stories."""
-    prompts = []
+    prompts, rules = [], StoryRules(prompt_set=prompt_set, num_vokens=num_vokens)
     for number, tale in enumerate(tales):
-        example = story_example(
-            tale.story,
-            FINAL,
-            task,
-            wording=number % len(STORY_PROMPTS[prompt_set][task]),
-            prompt_set=prompt_set,
-            num_vokens=num_vokens,
-        )
+        wording = number % len(STORY_PROMPTS[prompt_set][task])
+        example = rules.worded(tale.story, FINAL, task, wording=wording)
         prompts.append(Prompt(example.source, example.images, counts.seed_of(seed, number)))
     answers = writer.generate(prompts, pictures=False)
     wanted = [tale.story.steps[FINAL].text for tale in tales]

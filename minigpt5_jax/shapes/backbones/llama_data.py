@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import MMDialogSource, VistSource
 from minigpt5_jax.data.text.templates import IGNORE, TokenizedSample, clean_caption, expand, target_text
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
@@ -86,9 +88,10 @@ class Histories:
     ):
         cleaned = write_stories(folder, split, stories, seed)
         conversations = write_dialogs(folder, split, dialogs, seed)
-        self.stories = VistSource(cleaned, num_vokens=FILLERS)
+        self.stories = VistSource(cleaned, rules=StoryRules(num_vokens=FILLERS))
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-        self.dialogs = MMDialogSource(conversations, count_tokens=count, num_vokens=FILLERS)
+        rules = DialogRules(num_vokens=FILLERS)
+        self.dialogs = MMDialogSource(conversations, rules=rules, count_tokens=count)
         self.scenes = scenes_of_pictures(folder, split, "stories")
         self.scenes |= scenes_of_pictures(folder, split, "dialogs")
         self.truth = {record["story_id"]: record for record in read_truth(folder, split, "stories")}

@@ -86,7 +86,7 @@ class Job:
         if error_budget < 0:
             raise DataError(f"error_budget must not be negative, got {error_budget}")
         return cls(
-            raw, Path(output), split, len(units), units.fingerprint(), num_shards, letterbox, error_budget
+            raw, Path(output), split, len(units), units.fingerprint, num_shards, letterbox, error_budget
         )
 
     @property
@@ -234,7 +234,7 @@ class ShardWork:
             return
         self.file("array_record").unlink(missing_ok=True)
         self.job.parts.mkdir(parents=True, exist_ok=True)
-        if self.job.raw.open().fingerprint() != self.job.fingerprint:
+        if self.job.raw.open().fingerprint != self.job.fingerprint:
             raise DataError(f"{self.job.raw.path} has changed since the preparation began; start again")
         tally, spent, lines = Tally(), skipped_before(self.job), io.StringIO()
         for index in range(self.first, self.stop):

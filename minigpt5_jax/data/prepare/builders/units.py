@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
-import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import ImageSource, load_image, pad_square, picture_name
-from minigpt5_jax.data.samples.records import parse_record
-from minigpt5_jax.data.sources import (
-    Cc3mSource,
-    Cc3mTarSource,
-    JsonlSource,
-    MMDialogSource,
-    TextLines,
-    VistSource,
-)
+from minigpt5_jax.data.samples.dialogs import DialogRules
+from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.stories import StoryRules
+from minigpt5_jax.data.sources import Cc3mSource, Cc3mTarSource, JsonlSource, MMDialogSource, VistSource
 
 JPEG_QUALITY = 95
 
@@ -45,15 +40,24 @@ class Unit:
     whole: bool = True
 
 
-@runtime_checkable
-class Units(Protocol):
-    """Raw files as units, the unusable ones among them: ``units[i]`` raises SampleError for these."""
+class Units(abc.ABC):
+    """Raw files as units, the unusable ones among them: ``units[i]`` raises SampleError for these.
 
-    def __len__(self) -> int: ...
+    Args:
+      source: reads the files.
 
+    Attributes:
+      fingerprint: hash of the files.
+    """
+
+    def __init__(self, source: Any, fingerprint: str):
+        self._source, self.fingerprint = source, fingerprint
+
+    def __len__(self) -> int:
+        return self._source.rows
+
+    @abc.abstractmethod
     def __getitem__(self, index: int) -> Unit: ...
-
-    def fingerprint(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +108,16 @@ def _open(raw: Raw, stamps: tuple[tuple[int, int], ...]) -> Units:
     return UNITS[raw.dataset](raw)
 
 
-class Cc3mUnits:
+class Cc3mUnits(Units):
     """Rows of a table, or samples of tar shards."""
 
     def __init__(self, raw: Raw):
         self._raw = raw
         if Path(raw.path).is_dir() or "*" in raw.path or raw.path.endswith(".tar"):
-            self._source = Cc3mTarSource(raw.path, training=False)
+            source = Cc3mTarSource(raw.path, PairRules(training=False))
         else:
-            self._source = Cc3mSource(raw.path, raw.image_root, training=False)
-
-    def __len__(self) -> int:
-        return self._source.rows
+            source = Cc3mSource(raw.path, raw.image_root, PairRules(training=False))
+        super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:
         pair = self._source.pair(index)
@@ -124,19 +126,14 @@ class Cc3mUnits:
         fields = {"row": pair.row, "caption": pair.caption, "image_path": name}
         return Unit(fields, (pair.picture,), pair.where)
 
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
 
-
-class VistUnits:
+class VistUnits(Units):
     """Stories."""
 
     def __init__(self, raw: Raw):
         self._raw = raw
-        self._source = VistSource(raw.path, raw.mapping, raw.image_root, training=False)
-
-    def __len__(self) -> int:
-        return self._source.rows
+        source = VistSource(raw.path, raw.mapping, raw.image_root, StoryRules(training=False))
+        super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:
         story = self._source.story(index)
@@ -151,19 +148,13 @@ class VistUnits:
         fields = {"id": story.id, "steps": steps}
         return Unit(fields, tuple(step.picture for step in story.steps), story.where)
 
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
 
-
-class MMDialogUnits:
+class MMDialogUnits(Units):
     """Dialogues with all their turns; which of them are used is decided when they are read."""
 
     def __init__(self, raw: Raw):
-        self._source = MMDialogSource(raw.path, raw.image_root, training=False, loader="release")
-        self._sha256 = hashlib.sha256(Path(raw.path).read_bytes()).hexdigest()
-
-    def __len__(self) -> int:
-        return self._source.rows
+        source = MMDialogSource(raw.path, raw.image_root, DialogRules("release", training=False))
+        super().__init__(source, source.lines.sha256)
 
     def __getitem__(self, index: int) -> Unit:
         dialog = self._source.dialog(index)
@@ -175,32 +166,19 @@ class MMDialogUnits:
                 pictures.append(turn.picture)
         return Unit({"id": dialog.id, "turns": turns}, tuple(pictures), dialog.where, whole=False)
 
-    def fingerprint(self) -> str:
-        return self._sha256
 
-
-class JsonlUnits:
+class JsonlUnits(Units):
     """Lines of the user's own JSONL."""
 
     def __init__(self, raw: Raw):
-        # Opened as a source as well, for what concerns the file as a whole: ids that occur twice.
-        self._source = JsonlSource(raw.path, raw.image_root, strict=False)
-        self._lines, self._root = TextLines(raw.path), raw.root()
-
-    def __len__(self) -> int:
-        return len(self._lines)
+        self._root = raw.root()
+        source = JsonlSource(raw.path, raw.image_root, strict=False)
+        super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:
-        where, line = self._lines.where(index), self._lines[index]
-        record = parse_record(line, where)
-        if not record.answers():
-            raise SampleError(where, "no assistant turn, so nothing to learn from")
-        name = f"{self._lines.path.stem}_{self._lines.number(index)}"
+        record, lines = self._source.record(index), self._source.lines
         pictures = tuple(str(self._root / image.path) for turn in record.turns for image in turn.images())
-        return Unit({"name": name, "record": line}, pictures, where)
-
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
+        return Unit({"name": self._source.name(index), "record": lines[index]}, pictures, lines.where(index))
 
 
 UNITS: Mapping[str, type[Units]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.images import ImageSource
 
 Texts = list[tuple[str, str]]
@@ -29,6 +31,14 @@ class Entry:
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     pictures: list[ImageSource] = dataclasses.field(default_factory=list)
     samples: list[Texts] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Takes a SampleError in the block down as a problem."""
+        try:
+            yield
+        except SampleError as error:
+            self.problems.append(error.reason)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from minigpt5_jax.data.prepare.checks.lines import Dialogues, Lines, Records, Ta
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import Cc3mTarSource, PreparedSource
+from minigpt5_jax.data.sources.kinds import make_rules
 from minigpt5_jax.data.sources.tar import find_shards
 from minigpt5_jax.data.sources.vist import STEPS, mapping_path, parse_story
 
@@ -136,11 +137,8 @@ class Shards:
         except SampleError as error:
             return Entry(error.where, [error.reason])
         entry = Entry(pair.where, pictures=[pair.picture])
-        kinds = (False, True) if row % self._rules.every == 0 else (False,)
-        try:
-            entry.samples += [self._rules.texts(pair, instruction) for instruction in kinds]
-        except SampleError as error:
-            entry.problems.append(error.reason)
+        with entry.collect():
+            entry.samples += [self._rules.texts(pair, kind) for kind in self._rules.kinds(row)]
         return entry
 
 
@@ -149,7 +147,7 @@ class Prepared:
 
     def __init__(self, path: Path, options: Options):
         count = options.count_tokens
-        source = PreparedSource(path, training=False)
+        source = PreparedSource(path, rules=functools.partial(make_rules, training=False))
         if source.split != "test" and (count is not None or source.dataset != "mmdialog"):
             source = PreparedSource(source.folder, count_tokens=count)  # what training reads
         self._source = source
@@ -165,10 +163,8 @@ class Prepared:
         for record in range(len(self)):
             entry = Entry(f"{source.folder}: record {record}")
             entry.samples += [source.texts(index) for index in samples[record]]
-            try:
+            with entry.collect():
                 entry.pictures += source.pictures(record)
-            except SampleError as error:
-                entry.problems.append(error.reason)
             yield entry
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
-from minigpt5_jax.data.samples.records import parse_record, to_example
+from minigpt5_jax.data.samples.records import RecordRules, parse_record
 from minigpt5_jax.data.sources.mmdialog import parse_dialog
 
 
 class Lines:
-    """Lines of a text file as entries; ``read`` fills in each that is UTF-8 and not blank."""
+    """Lines of a text file as entries; ``read`` fills in each that is UTF-8 and not blank.
+
+    A SampleError of ``read`` is a problem of its entry.
+    """
 
     def __init__(self, path: Path, read: Callable[[str, Entry], None]):
         self._path, self._read = path, read
@@ -40,7 +43,8 @@ class Lines:
                 byte = line[error.start]
                 entry.problems.append(f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})")
             else:
-                self._read(text, entry)
+                with entry.collect():
+                    self._read(text, entry)
             yield entry
 
 
@@ -83,33 +87,25 @@ class Table:
             entry.notes.append(("rows whose image another row has too", path))
         self._pictures.add(path)
         pair = Pair(self._row, caption, path, entry.where)
-        kinds = (False, True) if self._rules.every and self._row % self._rules.every == 0 else (False,)
-        try:
-            entry.samples += [self._rules.texts(pair, instruction) for instruction in kinds]
-        except SampleError as error:
-            entry.problems.append(error.reason)
+        entry.samples += [self._rules.texts(pair, kind) for kind in self._rules.kinds(self._row)]
 
 
 class Records:
     """The user's own JSONL, line by line."""
 
     def __init__(self, path: Path, options: Options):
-        self._root, self._ids = options.root(path), {}
+        self._root, self._ids, self._rules = options.root(path), {}, RecordRules()
 
     def __call__(self, line: str, entry: Entry) -> None:
-        try:
-            record = parse_record(line, entry.where)
-        except SampleError as error:
-            entry.problems.append(error.reason)
-            return
+        record = parse_record(line, entry.where)
         if record.id is not None and self._ids.setdefault(record.id, entry.where) != entry.where:
             entry.problems.append(f"id {record.id!r} is that of {self._ids[record.id]} too")
         if not record.answers():
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
         entry.pictures += [str(self._root / image.path) for turn in record.turns for image in turn.images()]
         for turn in record.answers():
-            example = to_example(record, turn, image_root=self._root, name="", where=entry.where)
-            entry.samples.append([(example.source, example.target)])
+            example = self._rules.example(record, turn, image_root=self._root, name="", where=entry.where)
+            entry.samples.append([example.words])
 
 
 class Dialogues:
@@ -122,11 +118,7 @@ class Dialogues:
         self._rules = DialogRules(training=options.count_tokens is not None)
 
     def __call__(self, line: str, entry: Entry) -> None:
-        try:
-            dialog = parse_dialog(line, entry.where, self._root)
-        except SampleError as error:
-            entry.problems.append(error.reason)
-            return
+        dialog = parse_dialog(line, entry.where, self._root)
         if self._ids.setdefault(dialog.id, entry.where) != entry.where:
             entry.problems.append(f"conversation_id {dialog.id} is that of {self._ids[dialog.id]} too")
         usable, remarks = self._rules.usable(dialog, lambda picture: True, self._count)
@@ -137,5 +129,4 @@ class Dialogues:
                 entry.problems.append(remark.detail)
         entry.pictures += [turn.picture for turn in dialog.turns if turn.picture is not None]
         for turn in range(1, usable):
-            example = self._rules.example(dialog, turn)
-            entry.samples.append([(example.source, example.target)])
+            entry.samples.append([self._rules.example(dialog, turn).words])
