@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 
 class DataError(ValueError):
@@ -26,9 +26,8 @@ class SampleError(DataError):
         return f"{self.where}: {self.reason}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """A sample left out of a batch: its place in the source, what to call it, and why."""
+class Problem(NamedTuple):
+    """Something that cannot be used, a sample for one: its place in the data, what to call it, and why."""
 
     index: int
     where: str

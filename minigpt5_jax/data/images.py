@@ -39,6 +39,15 @@ def picture_name(picture: ImageSource) -> str:
     return f"<{len(picture)} bytes in memory>" if isinstance(picture, bytes) else str(picture)
 
 
+def read_image(picture: ImageSource) -> bytes:
+    """The encoded bytes of an image; SampleError where its file cannot be read."""
+    try:
+        return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SampleError(picture_name(picture), f"image cannot be read ({reason})") from None
+
+
 def load_image(picture: ImageSource) -> Image.Image:
     """Decodes a file or bytes to 8-bit RGB.
 
@@ -46,12 +55,7 @@ def load_image(picture: ImageSource) -> Image.Image:
       SampleError: missing, empty, truncated, of no known format, of a kind of pixels that has no 8-bit
         meaning (floating point), or more than :data:`MAX_PIXELS`.
     """
-    name = picture_name(picture)
-    try:
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = getattr(error, "strerror", None) or error
-        raise SampleError(name, f"image cannot be read ({reason})") from None
+    name, data = picture_name(picture), read_image(picture)
     if not data:
         raise SampleError(name, "image file is empty (0 bytes)")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.pipeline import Loader
-from minigpt5_jax.data.errors import Skip
+from minigpt5_jax.data.errors import Problem
 
 
 class DevicePrefetch:
@@ -32,7 +32,7 @@ class DevicePrefetch:
         return self._loader.state - len(self._ready)
 
     @property
-    def skipped(self) -> list[Skip]:
+    def skipped(self) -> list[Problem]:
         return self._loader.skipped
 
     @property

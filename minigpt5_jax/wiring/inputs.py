@@ -56,7 +56,7 @@ def open_sources(config: ConfigDict, sizes: Sizes) -> tuple[Source, Source | Non
 
 
 def _rules(config: ConfigDict, training: bool, dataset: str) -> Rules:
-    """How the samples of a data set are made: held-out ones as by the original's validation but for pairs."""
+    """How the samples of a data set are made, in training or held out."""
     data, vokens = config.data, config.model.backbone.num_vokens
     wording = {
         "prompt_set": data.prompt_set,
@@ -66,10 +66,10 @@ def _rules(config: ConfigDict, training: bool, dataset: str) -> Rules:
     }
     if dataset == "cc3m":  # held-out captions give no instruction samples, unlike the original's validation
         return PairRules(training, data.instruction_every, **wording)
-    if dataset == "vist":  # held-out stories have the tasks of training, and their whole context
+    if dataset == "vist":  # held-out stories have the tasks of training, as the original's, unthinned
         dropout = data.context_dropout if training else 0.0
         return StoryRules(tasks=tuple(data.tasks) or None, context_dropout=dropout, **wording)
-    if dataset == "mmdialog":  # held-out dialogues are filtered as those of training
+    if dataset == "mmdialog":  # held-out dialogues are filtered as those of training, as the original's
         bad = tuple(data.bad_media_ids)
         return DialogRules(data.dialog_loader, bad_media_ids=bad, num_vokens=vokens)
     return RecordRules(num_vokens=vokens)

@@ -29,7 +29,7 @@ def draw(path: Path, size=(12, 9)) -> Path:
 
 def listed(findings: Findings) -> list[str]:
     """Problems without the folder."""
-    return [f"{problem.where.rpartition('/')[2]}: {problem.text}" for problem in findings.problems]
+    return [f"{problem.where.rpartition('/')[2]}: {problem.reason}" for problem in findings.problems]
 
 
 def table(folder: Path, *rows: str, header: str = "caption\timage_path", end: str = "\n") -> Path:
@@ -152,7 +152,9 @@ def test_shards(tmp_path):
     before = sorted(path.name for path in (tmp_path / "tars").iterdir())
     found = check(tmp_path / "tars")
     assert found.format == "cc3m_tar"
-    assert [problem.text for problem in found.problems if "empty" in problem.text] == ["empty caption"] * 2
+    assert [problem.reason for problem in found.problems if "empty" in problem.reason] == [
+        "empty caption"
+    ] * 2
     assert [p.where for p in found.problems] == [
         f"{tmp_path}/tars/00000.tar:00",
         f"{cut}",
@@ -305,7 +307,7 @@ def test_prepared_data(tmp_path):
     shard = next(folder.glob("*00001-of-00003"))
     shard.write_bytes(shard.read_bytes()[:70])
     (problem,) = check(folder).problems
-    assert problem.where.endswith("record 1") and "cannot be read" in problem.text
+    assert problem.where.endswith("record 1") and "cannot be read" in problem.reason
 
 
 def test_formats_that_cannot_be_told(tmp_path):

@@ -22,7 +22,7 @@ from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, Sample, collate, encode
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.plan import EMPTY_SLOT, BucketPlan, Plan, Shape, StreamPlan, overflow_fraction
-from minigpt5_jax.data.errors import DataError, SampleError, Skip
+from minigpt5_jax.data.errors import DataError, Problem, SampleError
 from minigpt5_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -34,43 +34,38 @@ SHARED_MEMORY_BYTES = 2**20  # arrays from this size on leave a worker in shared
 class Report:
     """What happened while a batch was made; travels beside it from the worker process."""
 
-    skips: tuple[Skip, ...]
+    skips: tuple[Problem, ...]
     truncated: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class StepReader:
     """Makes this process's part of the batch of any step; what worker processes run.
 
-    Args:
-      specs: shapes of a whole micro-batch, one for each bucket of the plan.
-
     Returns ``{"batch": fields of a Batch, "report": Report}``.
+
+    Attributes:
+      parts: shapes of this process's part of a micro-batch, one for each bucket of the plan.
+      first_row: row of the whole micro-batch where the part begins.
+      seed: of the mirrors.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        config: EncodeConfig,
-        specs: Sequence[BatchSpec],
-        plan: Plan,
-        *,
-        seed: int,
-        process_index: int,
-        process_count: int,
-    ):
-        self._source, self._config, self._plan, self._seed = source, config, plan, seed
-        self._parts = [spec.part(process_count) for spec in specs]
-        self._first_row = process_index * self._parts[0].rows
+    source: Source
+    config: EncodeConfig
+    plan: Plan
+    parts: Sequence[BatchSpec]
+    first_row: int
+    seed: int
 
     def __call__(self, step: int) -> dict[str, Any]:
-        plan = self._plan.step(int(step))
-        part, skips, micro, truncated = self._parts[plan.bucket], [], [], 0
-        mine = slice(self._first_row, self._first_row + part.rows)
+        plan = self.plan.step(int(step))
+        part, skips, micro, truncated = self.parts[plan.bucket], [], [], 0
+        mine = slice(self.first_row, self.first_row + part.rows)
         for numbers, limits in zip(plan.numbers[:, mine], plan.limits[:, mine]):
             samples = self._read(numbers.ravel().tolist(), limits.ravel().tolist(), part, skips)
             rows = [samples[i : i + part.pack] for i in range(0, len(samples), part.pack)]
             truncated += sum(sample is not None and sample.text.dropped > 0 for row in rows for sample in row)
-            micro.append(collate(rows, part, numbers, self._config, self._first_row))
+            micro.append(collate(rows, part, numbers, self.config, self.first_row))
         if len(micro) == 1:
             arrays = micro[0]
         else:
@@ -78,28 +73,28 @@ class StepReader:
         return {"batch": arrays, "report": Report(tuple(skips), truncated)}
 
     def _read(
-        self, numbers: list[int], limits: list[int], spec: BatchSpec, skips: list[Skip]
+        self, numbers: list[int], limits: list[int], spec: BatchSpec, skips: list[Problem]
     ) -> list[Sample | None]:
         """Samples, None for an empty slot and where one is unusable.
 
         All are found, then fetched, then encoded: step by step the code stays in the processor's cache, which
         saves a quarter of the time of samples without pixels.
         """
-        keys = [None if number == EMPTY_SLOT else self._plan.find(number) for number in numbers]
-        fetch, config = self._source.example, self._config
+        keys = [None if number == EMPTY_SLOT else self.plan.find(number) for number in numbers]
+        fetch, config = self.source.example, self.config
         examples = [key and _attempt(key[1], skips, fetch, key[1], key[0]) for key in keys]
         return [
-            example and _attempt(key[1], skips, encode, example, config, spec, (self._seed, *key), limit)
+            example and _attempt(key[1], skips, encode, example, config, spec, (self.seed, *key), limit)
             for key, example, limit in zip(keys, examples, limits)
         ]
 
 
-def _attempt(place: int, skips: list[Skip], make: Callable[..., Any], *args: Any) -> Any:
+def _attempt(place: int, skips: list[Problem], make: Callable[..., Any], *args: Any) -> Any:
     """``make(*args)``; None where the sample at ``place`` of the source is unusable, which is taken down."""
     try:
         return make(*args)
     except SampleError as error:
-        skips.append(Skip(place, error.where, error.reason))
+        skips.append(Problem(place, error.where, error.reason))
         return None
 
 
@@ -120,18 +115,16 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
         reader: StepReader,
         *,
-        num_steps: int | None,
         budget: int,
         worker_count: int,
         prefetch: int,
     ):
-        self.source, self._reader = source, reader
-        self.num_steps = num_steps
+        self.source, self._reader = reader.source, reader
+        self.num_steps = reader.plan.num_steps
         self._budget, self._worker_count, self._prefetch = budget, worker_count, prefetch
-        self._skips: dict[int, Skip] = {}
+        self._skips: dict[int, Problem] = {}
         self.truncated = 0
         self._step = 0
         self._batches = None
@@ -142,7 +135,7 @@ class Loader:
         return self._step
 
     @property
-    def skipped(self) -> list[Skip]:
+    def skipped(self) -> list[Problem]:
         return list(self._skips.values())
 
     def restore(self, state: int) -> None:
@@ -341,19 +334,10 @@ def make_loader(
         shuffle=shuffle,
         num_epochs=num_epochs,
     )
-    reader = StepReader(
-        source,
-        encode_config,
-        specs,
-        plan,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-    )
+    parts = [shapes.part(process_count) for shapes in specs]
+    reader = StepReader(source, encode_config, plan, parts, process_index * parts[0].rows, seed)
     return Loader(
-        source,
         reader,
-        num_steps=plan.num_steps,
         budget=-(-_budget_count(error_budget, len(source)) // process_count),
         worker_count=worker_count,
         prefetch=prefetch,

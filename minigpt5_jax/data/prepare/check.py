@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minigpt5_jax.data.batches.lengths import longest
-from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.errors import DataError, Problem, SampleError
 from minigpt5_jax.data.images import MAX_PIXELS, ImageSource, load_image
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options
 from minigpt5_jax.data.prepare.checks.files import READERS, guess_format
@@ -30,25 +30,13 @@ SHOWN_SIZES = 5
 NAMES = {"cc3m_tar": "rows", "vist": "stories", "prepared": "records"}  # of entries, others are lines
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Something that makes data unusable: ``order`` is that of the file."""
-
-    order: int
-    where: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.text}"
-
-
 @dataclasses.dataclass
 class Findings:
     """What a check found.
 
     Attributes:
       format: of the data, ``guessed`` by what (nothing where the user said it).
-      problems: in the order of the file.
+      problems: in the order of the file, which their ``index`` is.
       notes: kind -> (how often, the first place and detail).
       entries: lines, stories or records read; ``bad`` of them have a problem.
       samples: training samples.
@@ -69,7 +57,7 @@ class Findings:
 
     @property
     def bad(self) -> int:
-        return len({problem.order for problem in self.problems})
+        return len({problem.index for problem in self.problems})
 
     def summary(self, max_length: int) -> str:
         """A few lines: counts, lengths, notes, and the verdict."""
@@ -205,18 +193,15 @@ def check(
     findings = Findings(format, guessed)
     pictures = Pictures(findings, workers)
     try:
-        for order, entry in enumerate(_progress(reader, show_progress)):
+        entries = tqdm(reader, desc="checking", unit="entry", disable=not show_progress, delay=1)
+        for order, entry in enumerate(entries):
             _enter(findings, order, entry, tokenizer, max_length, image_tokens)
             pictures.add(order, entry)
         pictures.flush()
     finally:
         pictures.close()
-    findings.problems.sort(key=lambda problem: problem.order)
+    findings.problems.sort(key=lambda problem: problem.index)
     return findings
-
-
-def _progress(reader: Iterable[Entry], show: bool) -> Iterator[Entry]:
-    return iter(tqdm(reader, desc="checking", unit="entry", disable=not show, delay=1))
 
 
 def _enter(
@@ -230,7 +215,7 @@ def _enter(
     """Counts an entry, its problems, notes and lengths."""
     findings.entries += 1
     findings.samples += len(entry.samples)
-    findings.problems += [Problem(order, entry.where, text) for text in entry.problems]
+    findings.problems += [Problem(order, entry.where, reason) for reason in entry.problems]
     for kind, detail in entry.notes:
         count, first = findings.notes.get(kind, (0, f"{entry.where}: {detail}"))
         findings.notes[kind] = (count + 1, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import os
 from pathlib import Path
@@ -26,9 +27,9 @@ class PairSource(Source):
         self._rules, self._content, self._place = rules, content, place
         self.rows = rows
 
+    @abc.abstractmethod
     def pair(self, row: int, *, picture: bool = True) -> Pair:
         """A pair as it is written; where no ``picture`` is asked for, bytes of its image need not be read."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self._rules.count(self.rows)

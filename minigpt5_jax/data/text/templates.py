@@ -12,13 +12,12 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
 
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, voken_text
+from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, SPECIAL_PATTERN, LanguageTokenizer, voken_text
 
 IGNORE = -100  # label of a position that is no target
 END = "###"  # ends every turn
@@ -43,18 +42,6 @@ def find_special(text: str) -> str | None:
 def target_text(text: str, *, draws: bool, num_vokens: int = 8) -> str:
     """What the model shall write: text, the vokens of an image where it ``draws``, and ``###``."""
     return " ".join(part for part in (text, voken_text(num_vokens) if draws else "", END) if part)
-
-
-@runtime_checkable
-class TextTokenizer(Protocol):
-    """What this module needs of :class:`~minigpt5_jax.data.text.tokenizer.LlamaTokenizer`."""
-
-    bos_id: int
-    first_voken_id: int
-    num_vokens: int
-    image_id: int
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,7 +134,7 @@ def history_spans(source: str) -> list[tuple[int, int]]:
 
 
 def _drop_turns(
-    tokenizer: TextTokenizer,
+    tokenizer: LanguageTokenizer,
     source: str,
     ids: list[int],
     room: int,
@@ -178,7 +165,7 @@ def _place_images(source: Sequence[int], image_id: int, image_tokens: int) -> tu
 
 
 def expand(
-    tokenizer: TextTokenizer,
+    tokenizer: LanguageTokenizer,
     source: str,
     target: str,
     *,

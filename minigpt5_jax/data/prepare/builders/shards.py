@@ -23,14 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.errors import DataError, Problem, SampleError
 from minigpt5_jax.data.prepare.builders.units import Encoded, Raw, Unit, Units, encode_image, keep_pictures
 
 PARTS = "parts"
 SHARD_BYTES = 128 * 2**20
 SHOWN = 5
-
-Problem = tuple[int, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +150,8 @@ class Tally:
 
     Attributes:
       kept: records written.
-      skipped: (unit, where, reason) of each that was left out.
-      cut: (unit, where, reason) of each image that a dialogue goes without; it ends before it.
+      skipped: those that were left out, by unit.
+      cut: images that dialogues go without, by unit; each ends before it.
       pictures: how many were stored, of ``bytes`` in all.
       sizes: images by ``WIDTHxHEIGHT``.
       bytes_log2: images by the power of two below their number of bytes.
@@ -170,7 +168,7 @@ class Tally:
     def count(self, index: int, record: Record) -> None:
         """Enters a record that was written."""
         self.kept += 1
-        self.cut += [(index, error.where, error.reason) for error in record.lost]
+        self.cut += [Problem(index, error.where, error.reason) for error in record.lost]
         for picture in record.pictures:
             self.pictures += 1
             self.bytes += len(picture.data)
@@ -191,7 +189,7 @@ class Tally:
     @classmethod
     def read(cls, path: Path) -> Tally:
         values = json.loads(path.read_text(encoding="utf-8"))
-        lists = {name: [tuple(problem) for problem in values[name]] for name in ("skipped", "cut")}
+        lists = {name: [Problem(*problem) for problem in values[name]] for name in ("skipped", "cut")}
         return cls(**{**values, **lists})
 
 
@@ -241,7 +239,7 @@ class ShardWork:
             try:
                 record = self.record(index)
             except SampleError as error:
-                tally.skipped.append((index, error.where, error.reason))
+                tally.skipped.append(Problem(index, error.where, error.reason))
                 check_budget(self.job, spent + len(tally.skipped), tally.skipped)
             else:
                 yield tally.kept, record.example()
@@ -279,7 +277,7 @@ def skipped_before(job: Job) -> int:
 def check_budget(job: Job, count: int, skipped: list[Problem]) -> None:
     """DataError with the first reasons where more units are unusable than the job allows."""
     if count > job.budget:
-        shown = "\n  ".join(f"{where}: {reason}" for _, where, reason in skipped[:SHOWN])
+        shown = "\n  ".join(map(str, skipped[:SHOWN]))
         raise DataError(
             f"{count} of {job.count} units are unusable, the error budget allows {job.budget}; the first:"
             f"\n  {shown}\n`python -m minigpt5_jax.prepare check` lists all of them. Mend or remove them, or "

@@ -19,9 +19,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from minigpt5_jax.data.prepare.builders.shards import Job, ShardWork, Tally, check_budget, link_or_copy
+from minigpt5_jax.data.sources.prepared import METADATA, UNITS_FILE
 
-UNITS_FILE = "units.jsonl"
-METADATA = "minigpt5"
+TEXT, NUMBER = tfds.features.Text(), tfds.features.Scalar(dtype=np.int64)
 
 
 class PartsWriter(tfds.core.writer.ExampleWriter):
@@ -98,11 +98,7 @@ class Cc3m(PreparedBuilder):
     """Pairs of caption and image."""
 
     DESCRIPTION = "Pairs of caption and image, the caption as written."
-    FIELDS: ClassVar = {
-        "row": tfds.features.Scalar(dtype=np.int64),
-        "caption": tfds.features.Text(),
-        "image_path": tfds.features.Text(),
-    }
+    FIELDS: ClassVar = {"row": NUMBER, "caption": TEXT, "image_path": TEXT}
 
 
 class Vist(PreparedBuilder):
@@ -110,14 +106,8 @@ class Vist(PreparedBuilder):
 
     DESCRIPTION = "Stories of texts and images, step by step."
     FIELDS: ClassVar = {
-        "id": tfds.features.Text(),
-        "steps": tfds.features.Sequence(
-            {
-                "caption": tfds.features.Text(),
-                "image_path": tfds.features.Text(),
-                "sequence_index": tfds.features.Scalar(dtype=np.int64),
-            }
-        ),
+        "id": TEXT,
+        "steps": tfds.features.Sequence({"caption": TEXT, "image_path": TEXT, "sequence_index": NUMBER}),
     }
 
 
@@ -130,14 +120,8 @@ class Mmdialog(PreparedBuilder):
 
     DESCRIPTION = "Dialogues with images, turn by turn, the first turn a human's."
     FIELDS: ClassVar = {
-        "id": tfds.features.Text(),
-        "turns": tfds.features.Sequence(
-            {
-                "text": tfds.features.Text(),
-                "media": tfds.features.Text(),
-                "picture": tfds.features.Scalar(dtype=np.int64),
-            }
-        ),
+        "id": TEXT,
+        "turns": tfds.features.Sequence({"text": TEXT, "media": TEXT, "picture": NUMBER}),
     }
 
 
@@ -145,7 +129,7 @@ class Jsonl(PreparedBuilder):
     """A line of the user's own JSONL, unchanged, with its images in the order in which it names them."""
 
     DESCRIPTION = "Pairs, stories and dialogues of one's own, one JSON object each."
-    FIELDS: ClassVar = {"name": tfds.features.Text(), "record": tfds.features.Text()}
+    FIELDS: ClassVar = {"name": TEXT, "record": TEXT}
 
 
 BUILDERS: dict[str, type[PreparedBuilder]] = {

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import ImageSource, load_image, pad_square, picture_name
+from minigpt5_jax.data.images import ImageSource, load_image, pad_square, picture_name, read_image
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.stories import StoryRules
@@ -208,15 +208,11 @@ def encode_image(picture: ImageSource, letterbox: int | None = None) -> Encoded:
     Raises:
       SampleError: missing or broken.
     """
-    name = picture_name(picture)
+    data = read_image(picture)
     try:
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         image = load_image(data)
     except SampleError as error:
-        raise SampleError(name, error.reason) from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = getattr(error, "strerror", None) or error
-        raise SampleError(name, f"image cannot be read ({reason})") from None
+        raise SampleError(picture_name(picture), error.reason) from None
     if letterbox is None or image.size == (letterbox, letterbox):
         return Encoded(data, *image.size)
     longer = max(image.size)

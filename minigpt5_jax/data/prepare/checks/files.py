@@ -52,21 +52,20 @@ class Stories:
                 raise ValueError(f"one object is expected, found {type(value).__name__}")
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            found = f"not UTF-8 (byte 0x{data[error.start]:02x})"
-            self._problems.append(Entry(f"{path}:{line}", [f"{found}; nothing can be read"]))
-            return text, {}
+            problem = f"not UTF-8 (byte 0x{data[error.start]:02x}); nothing can be read"
         except json.JSONDecodeError as error:
-            found = f"no valid JSON ({error.msg} at column {error.colno}); is the file cut off?"
-            self._problems.append(Entry(f"{path}:{error.lineno}", [f"{found}  Nothing can be read"]))
-            return text, {}
+            line, found = error.lineno, f"{error.msg} at column {error.colno}"
+            problem = f"no valid JSON ({found}); is the file cut off?  Nothing can be read"
         except (ValueError, RecursionError) as error:  # RecursionError: nested without end
-            self._problems.append(Entry(f"{path}:1", [str(error)]))
-            return text, {}
-        lines = _line_finder(text)
-        self._problems += [
-            Entry(f"{path}:{lines(name)}", [f"key {name!r} occurs twice"]) for name in repeated
-        ]
-        return text, value
+            line, problem = 1, str(error)
+        else:
+            lines = _line_finder(text)
+            self._problems += [
+                Entry(f"{path}:{lines(name)}", [f"key {name!r} occurs twice"]) for name in repeated
+            ]
+            return text, value
+        self._problems.append(Entry(f"{path}:{line}", [problem]))
+        return text, {}
 
     def __len__(self) -> int:
         return len(self._stories)
