@@ -76,25 +76,6 @@ class EvaVitConfig:
             raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
         return cls(**read_fields(cls, config, {}, ""))
 
-    @classmethod
-    def from_eva(cls, config: Mapping[str, Any]) -> EvaVitConfig:
-        """From the argument names of EVA's own ``VisionTransformer`` (``embed_dim``, ``mlp_ratio``, ...).
-
-        Raises:
-          ValueError: naming a field whose value this tower does not implement.
-        """
-        if not config.get("qkv_bias", True):
-            raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
-        return cls(
-            image_size=config["img_size"],
-            patch_size=config["patch_size"],
-            hidden_size=config["embed_dim"],
-            intermediate_size=int(config["embed_dim"] * config["mlp_ratio"]),
-            num_hidden_layers=config["depth"],
-            num_attention_heads=config["num_heads"],
-            layer_norm_eps=config.get("norm_eps", 1e-6),
-        )
-
 
 EVA_VIT_G = EvaVitConfig()
 """The tower MiniGPT-4 and MiniGPT-5 use: 39 blocks, 985,894,528 parameters."""

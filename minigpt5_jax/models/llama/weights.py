@@ -10,7 +10,7 @@ import numpy as np
 
 from minigpt5_jax.models.llama.model import VICUNA_7B, Llama, LlamaConfig
 from minigpt5_jax.models.tower import FP32, Shapes, Tower, module_shapes
-from minigpt5_jax.weights.table import COPY, LINEAR, Rule, Table, WeightTableError
+from minigpt5_jax.weights.table import COPY, LINEAR, Rule, Table
 from minigpt5_jax.weights.view import Tensors
 
 _PROJECTIONS = {
@@ -41,25 +41,11 @@ TABLE = Table(
 VOKEN_TABLE = Table(
     (Rule(EMBED + ".new", "embed_tokens/voken", COPY), Rule(HEAD + ".new", "lm_head/voken", COPY))
 )
-"""New rows, after :func:`split_tables` has cut them off the whole tables."""
-
-
-def split_tables(source: Mapping[str, np.ndarray], num_new: int, prefix: str = "") -> dict[str, np.ndarray]:
-    """Cut the last ``num_new`` rows off both tables of a MiniGPT-5 state dict, under ``<key>.new``.
-
-    Raises:
-      WeightTableError: if a table is missing or has no more rows than that.
-    """
-    cut = dict(source)
-    for key in (prefix + EMBED, prefix + HEAD):
-        if key not in cut or cut[key].shape[0] <= num_new:
-            raise WeightTableError(f"{key!r} with more than {num_new} rows is needed")
-        cut[key], cut[key + ".new"] = cut[key][:-num_new], cut[key][-num_new:]
-    return cut
+"""New rows, cut off the whole tables."""
 
 
 def join_tables(source: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
-    """Inverse of :func:`split_tables`."""
+    """The whole tables of words of a MiniGPT-5 state dict, of old rows and those under ``<key>.new``."""
     joined = dict(source)
     for key in (prefix + EMBED, prefix + HEAD):
         joined[key] = np.concatenate([joined[key], joined.pop(key + ".new")])
