@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.models.llama.model import VICUNA_7B, Llama, LlamaConfig
-from minigpt5_jax.models.tower import FP32, Shapes, Tower, module_shapes
+from minigpt5_jax.models.tower import Shapes, Tower, module_shapes
 from minigpt5_jax.weights.table import COPY, LINEAR, Rule, Table
 from minigpt5_jax.weights.view import Tensors
 
@@ -68,7 +68,7 @@ SIZES = {5120: "13B", 6656: "33B", 8192: "65B or 70B", 3200: "3B"}
 
 def _shapes(config: LlamaConfig) -> Shapes:
     """Without new rows: a pretrained file has none."""
-    shapes = module_shapes(lambda rngs: Llama(config, num_new_tokens=1, rngs=rngs, **FP32))
+    shapes = module_shapes(lambda rngs: Llama(config, num_new_tokens=1, rngs=rngs))
     return {path: shape for path, shape in shapes.items() if not path.endswith("/voken")}
 
 
