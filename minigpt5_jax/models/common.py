@@ -367,7 +367,6 @@ def scan_layers(
     *,
     per_layer: Any = None,
     remat: bool = False,
-    unroll: int = 1,
 ) -> tuple[Any, Any]:
     """Run stacked ``layers`` over the carry ``x`` with ``jax.lax.scan``.
 
@@ -383,7 +382,7 @@ def scan_layers(
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)
+    return jax.lax.scan(body, x, (state, per_layer))
 
 
 def run_layers(layers: nnx.Module, x: jax.Array, *context: Any, remat: bool) -> jax.Array:
