@@ -14,6 +14,7 @@ import optax
 import pytest
 import torch
 
+import original
 import tiny
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer
@@ -22,7 +23,7 @@ from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, make_template
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.common import Params
-from minigpt5_jax.models.eva_vit.model import EvaVitConfig
+from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.models.llama.model import LlamaConfig
 from minigpt5_jax.models.mapper.model import MapperConfig
 from minigpt5_jax.models.qformer.model import QFormerConfig
@@ -32,7 +33,7 @@ from minigpt5_jax.training import tuning
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step
-from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 from minigpt5_jax.weights.foreign import minigpt5 as maps
 from minigpt5_jax.weights.table import Table, WeightTableError
 
@@ -66,7 +67,7 @@ class Case(NamedTuple):
 
 def make_composite(configs: dict, empty_caption_ids: tuple[int, ...]) -> tuple[Template, Table]:
     """Template of the oracle's model, vision tower included, and its weight table."""
-    vit = EvaVitConfig.from_eva(configs["eva_vit"])
+    vit = original.eva_config(configs["eva_vit"])
     qformer = QFormerConfig.from_hf(
         configs["qformer_bert"],
         encoder_hidden_size=vit.hidden_size,
@@ -97,7 +98,7 @@ def make_composite(configs: dict, empty_caption_ids: tuple[int, ...]) -> tuple[T
             },
         ),
     )
-    return template, maps.table(vit, qformer)
+    return template, original.whole_table(vit, qformer)
 
 
 def make_batch(numbers: dict[str, np.ndarray], tokenizer: ClipTokenizer) -> Batch:
@@ -139,7 +140,7 @@ def case(oracle_dir, oracle_configs, oracle_weights, oracle_cases) -> Case:
     empty = tuple(int(i) for i in tokenizer.encode([""])[0][0])
     template, table = make_composite(oracle_configs, empty)
     shapes = {path: s.shape for path, s in template.shapes.items() if path != TABLE_DECAY}
-    params = table.to_params(maps.split_rows(oracle_weights), shapes)
+    params = table.to_params(original.split_rows(oracle_weights), shapes)
     params[TABLE_DECAY] = np.zeros((), np.float32)
     draws = StepRandomness(
         timesteps=numbers["rng/timesteps"].astype(np.int32),
@@ -162,14 +163,14 @@ def trainables_of(case: Case, group: str) -> dict[str, np.ndarray]:
     source = {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
     source = {name: value for name, value in source.items() if name not in ("lr", "loss")}
     shapes = {path: s.shape for path, s in case.template.shapes.items()}
-    paths = set(trainable_paths(label_parameters(shapes, tiny.rules("stage1")))) - {TABLE_DECAY}
-    return maps.stage1_to_params(source, {path: shapes[path] for path in paths})
+    paths = set(tiny.trainable_paths(label_parameters(shapes, tiny.rules("stage1")))) - {TABLE_DECAY}
+    return original.stage1_to_params(source, {path: shapes[path] for path in paths})
 
 
 def test_every_tensor_is_read_and_written_back(case, oracle_weights):
     assert len(oracle_weights) == 1267 and case.params.keys() == case.template.shapes.keys()
     known = {path: np.asarray(value) for path, value in case.params.items() if path != TABLE_DECAY}
-    again = maps.join_rows(case.table.to_source(known))
+    again = llama.join_tables(case.table.to_source(known), maps.LLAMA_PREFIX)
     buffers = {name for name in oracle_weights if name.endswith(("rotary_emb.inv_freq", "position_ids"))}
     assert len(buffers) == 4 and again.keys() == oracle_weights.keys() - buffers
     assert all(np.array_equal(again[name], oracle_weights[name]) for name in again)
@@ -177,7 +178,7 @@ def test_every_tensor_is_read_and_written_back(case, oracle_weights):
 
 def test_a_stray_or_missing_tensor_is_named(case, oracle_weights):
     shapes = {path: s.shape for path, s in case.template.shapes.items() if path != TABLE_DECAY}
-    source = maps.split_rows(oracle_weights)
+    source = original.split_rows(oracle_weights)
     lost = "model.llama_proj.bias"
     with pytest.raises(WeightTableError, match="backbone/llama_proj/bias"):
         case.table.to_params({k: v for k, v in source.items() if k != lost}, shapes)
@@ -189,8 +190,8 @@ def test_the_131_tensors_of_a_stage1_file(case, labels, oracle_dir):
     container = torch.load(oracle_dir / "stage1.ckpt", map_location="cpu", weights_only=False)
     source = {name: value.numpy() for name, value in container["state_dict"].items()}
     assert len(source) == 131
-    paths = set(trainable_paths(labels)) - {TABLE_DECAY}
-    params = maps.stage1_to_params(source, {path: case.template.shapes[path].shape for path in paths})
+    paths = set(tiny.trainable_paths(labels)) - {TABLE_DECAY}
+    params = original.stage1_to_params(source, {path: case.template.shapes[path].shape for path in paths})
     assert params.keys() == paths
     tables = {
         name: source[maps.LLAMA_PREFIX + name][:-9]
@@ -252,7 +253,7 @@ def recorder() -> optax.GradientTransformation:
 
 def test_losses_gradients_and_two_updates_are_the_originals(case, labels):
     numbers = case.numbers
-    trainable = {path: case.params[path] for path in trainable_paths(labels)}
+    trainable = {path: case.params[path] for path in tiny.trainable_paths(labels)}
     frozen = {path: value for path, value in case.params.items() if labels[path] == FROZEN}
     hyper = numbers["optim/hyper"]  # a row per group: betas, eps, weight decay, learning rate
     rates = {"llm": float(hyper[0, 4]), "mapper": float(hyper[1, 4])}

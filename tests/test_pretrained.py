@@ -14,13 +14,13 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
+import original
 import tiny
 from minigpt5_jax import export_torch, load_pretrained, load_run
 from minigpt5_jax.config import ConfigError, use_stage2
 from minigpt5_jax.diffusion.samplers import guided
 from minigpt5_jax.inference.decode import decode
 from minigpt5_jax.inference.sampling import SamplingConfig
-from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.training import tuning
 from minigpt5_jax.training.provenance import CheckpointError
@@ -123,10 +123,10 @@ def released(sources, oracle_dir):
 
 def test_whole_model_from_the_originals_files_is_the_originals(released, oracle_configs, oracle_weights):
     run = released
-    vit = EvaVitConfig.from_eva(oracle_configs["eva_vit"])
-    table = maps.table(vit, run.spec.sizes["qformer"])
+    vit = original.eva_config(oracle_configs["eva_vit"])
+    table = original.whole_table(vit, run.spec.sizes["qformer"])
     want = table.to_params(
-        maps.split_rows(oracle_weights), {path: s.shape for path, s in run.spec.template.shapes.items()}
+        original.split_rows(oracle_weights), {path: s.shape for path, s in run.spec.template.shapes.items()}
     )
     assert run.params.keys() == want.keys() == run.spec.template.shapes.keys()
     for path, value in want.items():

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
+import original
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import get_config
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
@@ -20,13 +21,12 @@ from minigpt5_jax.minigpt5 import make_template
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.decoder_only_mapper.model import DecoderOnlyMapperConfig
-from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama.model import LlamaConfig
 from minigpt5_jax.models.mapper.model import MapperConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
 from minigpt5_jax.parts.contracts import Part, find
-from minigpt5_jax.training.tuning import Rules, rules_of
+from minigpt5_jax.training.tuning import FROZEN, Rules, rules_of
 
 ORACLE = Path(__file__).parent / "oracle"
 
@@ -96,6 +96,11 @@ def make_tiny_template(
 def rules(stage: str, mapper: str = "encoder_decoder") -> Rules:
     """Tuning patterns of a model of the papers' parts."""
     return rules_of(parts(mapper), stage)
+
+
+def trainable_paths(labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Paths that train, sorted."""
+    return tuple(sorted(path for path, group in labels.items() if group != FROZEN))
 
 
 def sharding(mapper: str = "encoder_decoder") -> list[tuple[str, Mapping[str, str]]]:
@@ -171,7 +176,7 @@ def write_oracle_sources(root: Path) -> ConfigDict:
     stage-1 model whose every size comes from them."""
     configs = json.loads((ORACLE / "configs.json").read_text())
     weights = load_file(ORACLE / "weights.safetensors")
-    vit = EvaVitConfig.from_eva(configs["eva_vit"])
+    vit = original.eva_config(configs["eva_vit"])
 
     def write(folder: str, prefixes: dict[str, str], config: dict) -> None:
         tensors = {

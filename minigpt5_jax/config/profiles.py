@@ -71,10 +71,5 @@ PROFILES: dict[str, Callable[[ConfigDict], ConfigDict]] = {
 
 
 def _apply(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    for path, value in values.items():
-        section, _, name = path.rpartition(".")
-        node = config
-        for part in section.split("."):
-            node = node[part]
-        node[name] = value
+    config.update_from_flattened_dict(values)
     return config

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_REFUSED = {
-    "trained_betas": (None, "explicit betas"),
-    "clip_sample": (False, "clipping the predicted sample"),
-    "thresholding": (False, "dynamic thresholding"),
-    "rescale_betas_zero_snr": (False, "zero-terminal-SNR betas"),
+from minigpt5_jax.models.common import PublishedSizes
+
+_REASONS = {
+    "trained_betas": " (explicit betas)",
+    "clip_sample": " (clipping the predicted sample)",
+    "thresholding": " (dynamic thresholding)",
+    "rescale_betas_zero_snr": " (zero-terminal-SNR betas)",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(PublishedSizes):
     """A discrete variance-preserving schedule; fields and defaults of diffusers' ``PNDMScheduler``.
 
     Hashable and free of arrays, so that modules may hold it as static metadata.
@@ -36,6 +36,9 @@ class NoiseSchedule:
     Raises:
       ValueError: naming a field whose value is not implemented.
     """
+
+    implemented = dict.fromkeys(_REASONS, (False, None))
+    reasons = _REASONS
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -63,19 +66,6 @@ class NoiseSchedule:
                 f"num_train_timesteps={self.num_train_timesteps}, beta_start={self.beta_start}, "
                 f"beta_end={self.beta_end}: need at least one step and 0 < beta_start <= beta_end < 1"
             )
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """From a ``scheduler_config.json``; the sampler named in it is chosen elsewhere.
-
-        Raises:
-          ValueError: naming a field whose value is not implemented.
-        """
-        for name, (accepted, what) in _REFUSED.items():
-            if config.get(name, accepted) not in (accepted, None):
-                raise ValueError(f"{name}={config[name]!r} is not implemented ({what})")
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in names})
 
     @property
     def alphas_cumprod(self) -> np.ndarray:

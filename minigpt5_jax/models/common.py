@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +241,25 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """Activations by their Hugging Face names (``gelu`` is the exact erf form)."""
 
 
+class Mlp(nnx.Module):
+    """``fc2(activation(fc1(x)))``; ``inits`` are those of the two kernels."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        inits: tuple[Initializer, Initializer],
+        **kwargs: Any,
+    ):
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = Linear(width, hidden, axes=("embed", "mlp"), kernel_init=inits[0], **kwargs)
+        self.fc2 = Linear(hidden, width, axes=("mlp", "embed"), kernel_init=inits[1], **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """``[b, t, heads * d] -> [b, t, heads, d]``."""
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
@@ -273,19 +292,38 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_heads: int, *
 # Sizes
 
 
-def read_fields(
-    cls: type, config: Mapping[str, Any], implemented: Mapping[str, Sequence[Any]], name: str
-) -> dict[str, Any]:
-    """Fields of the dataclass ``cls`` in a published ``config.json``, lists as tuples.
+class PublishedSizes:
+    """Base of dataclasses of sizes, whose fields have the names of a published ``config.json``.
 
-    Raises:
-      ValueError: a field has none of its ``implemented`` values.
+    Attributes:
+      tower: what starts the messages.
+      implemented: field of the file -> values it may have; a field that is not there may be anything.
+      reasons: field -> how the message ends for other values; by default the value that it should have.
     """
-    for field, values in implemented.items():
-        if field in config and config[field] not in values:
-            raise ValueError(f"{name} {field}={config[field]!r} is not implemented (only {values[0]!r})")
-    known = [field.name for field in dataclasses.fields(cls) if field.name in config]
-    return {k: tuple(config[k]) if isinstance(config[k], list) else config[k] for k in known}
+
+    tower: ClassVar[str] = ""
+    implemented: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    reasons: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> Any:
+        """Sizes from a published ``config.json``, lists as tuples.
+
+        Args:
+          config: its values; fields that it leaves out take the defaults of the library it is of.
+          overrides: values that win.
+
+        Raises:
+          ValueError: naming a field whose value is not implemented.
+        """
+        for field, values in cls.implemented.items():
+            if field in config and config[field] not in values:
+                reason = cls.reasons.get(field, f" (only {values[0]!r})")
+                start = f"{cls.tower} {field}".lstrip()
+                raise ValueError(f"{start}={config[field]!r} is not implemented{reason}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+        return cls(**values | overrides)
 
 
 def check_transformer(config: Any) -> None:
@@ -329,7 +367,6 @@ def scan_layers(
     *,
     per_layer: Any = None,
     remat: bool = False,
-    unroll: int = 1,
 ) -> tuple[Any, Any]:
     """Run stacked ``layers`` over the carry ``x`` with ``jax.lax.scan``.
 
@@ -345,7 +382,7 @@ def scan_layers(
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)
+    return jax.lax.scan(body, x, (state, per_layer))
 
 
 def run_layers(layers: nnx.Module, x: jax.Array, *context: Any, remat: bool) -> jax.Array:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from minigpt5_jax.models.abstract import Template
@@ -95,5 +94,4 @@ def module_shapes(make: Callable[[nnx.Rngs], nnx.Module]) -> Shapes:
     return {path: shape.shape for path, shape in Template.of(make).shapes.items()}
 
 
-FP32: Mapping[str, Any] = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import original
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
@@ -25,7 +26,6 @@ from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, Featu
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.models.abstract import Template
-from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama.model import LlamaConfig
 from minigpt5_jax.models.qformer.model import QFormerConfig
 from minigpt5_jax.parts.backbones.minigpt4 import MiniGPT4
@@ -311,7 +311,7 @@ def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params
 
 
 def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, tiny_batch):
-    vit = dataclasses.replace(EvaVitConfig.from_eva(oracle_configs["eva_vit"]), num_hidden_layers=1)
+    vit = dataclasses.replace(original.eva_config(oracle_configs["eva_vit"]), num_hidden_layers=1)
     qformer = QFormerConfig.from_hf(
         oracle_configs["qformer_bert"] | {"num_hidden_layers": 1},
         encoder_hidden_size=vit.hidden_size,

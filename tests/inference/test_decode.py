@@ -13,6 +13,7 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import original
 from minigpt5_jax.inference.decode import FINISH_REASONS, DecodeResult, decode
 from minigpt5_jax.inference.sampling import SamplingConfig, process
 from minigpt5_jax.models.abstract import Template
@@ -215,7 +216,7 @@ def test_oracle_forced_generation(oracle_weights, oracle_configs, oracle_cases):
     config = LlamaConfig.from_hf(oracle_configs["llama"])
     template = Template.of(lambda rngs: Llama(config, rngs=rngs))
     params = (llama_map.TABLE + llama_map.VOKEN_TABLE).to_params(
-        llama_map.split_tables(source, 9), {k: s.shape for k, s in template.shapes.items()}
+        original.split_tables(source, 9), {k: s.shape for k, s in template.shapes.items()}
     )
     case = {k.removeprefix("s1/i1_forced/"): v for k, v in oracle_cases.items() if "s1/i1_forced/" in k}
     want = case["out/sequences"][0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Blip2VisionConfig, Blip2VisionModel
 
+import original
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.eva_vit import weights as maps
 from minigpt5_jax.models.eva_vit.model import EVA_VIT_G, EvaVit, EvaVitConfig
@@ -112,7 +113,7 @@ def test_key_bias_that_is_not_zero_is_refused(hf):
 def test_original_checkpoint_imports_completely(oracle_weights, oracle_configs):
     prefix = "model.visual_encoder."
     source = {k.removeprefix(prefix): v for k, v in oracle_weights.items() if k.startswith(prefix)}
-    config = EvaVitConfig.from_eva(oracle_configs["eva_vit"])
+    config = original.eva_config(oracle_configs["eva_vit"])
     assert config.intermediate_size == 244
     table, template = maps.table(config), template_of(config)
     params = load(template, table, source)
@@ -135,7 +136,7 @@ def test_original_checkpoint_imports_completely(oracle_weights, oracle_configs):
 def test_full_size_parameter_count():
     shapes = template_of(EVA_VIT_G).shapes
     assert sum(math.prod(s.shape) for s in shapes.values()) == 985_894_528
-    assert EVA_VIT_G == EvaVitConfig.from_eva(
+    assert EVA_VIT_G == original.eva_config(
         dict(img_size=224, patch_size=14, mlp_ratio=4.3637, embed_dim=1408, depth=39, num_heads=16)
     )
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import original
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.llama import weights as maps
 from minigpt5_jax.models.llama.model import VICUNA_7B, Llama, LlamaConfig, LoraConfig, init_voken_rows
@@ -31,7 +32,7 @@ def template_of(config: LlamaConfig, **kwargs) -> Template:
 def load(template: Template, source: dict[str, np.ndarray], *, skip: str = "/lora_") -> dict[str, np.ndarray]:
     """Parameters from a state dict whose two tables are whole (V + n rows)."""
     shapes = {k: s.shape for k, s in template.shapes.items() if skip not in k}
-    return (maps.TABLE + maps.VOKEN_TABLE).to_params(maps.split_tables(source, NEW), shapes)
+    return (maps.TABLE + maps.VOKEN_TABLE).to_params(original.split_tables(source, NEW), shapes)
 
 
 def numpy_of(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -361,7 +362,7 @@ def test_table_is_strict():
     with pytest.raises(WeightTableError, match="q_proj.bias"):
         load(template, source | {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)})
     with pytest.raises(WeightTableError, match=r"lm_head\.weight"):
-        maps.split_tables({k: v for k, v in source.items() if k != "lm_head.weight"}, NEW)
+        original.split_tables({k: v for k, v in source.items() if k != "lm_head.weight"}, NEW)
 
 
 def test_configurations_it_does_not_implement_are_refused():

@@ -34,7 +34,7 @@ from minigpt5_jax.training.step import (
     make_randomness,
     make_train_step,
 )
-from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
 OPTIONS = StepOptions(LossOptions(), cfg_dropout=0.3)
 
@@ -45,7 +45,7 @@ def labels(tiny_template):
 
 
 def split(params, labels):
-    trainable = {path: jnp.array(params[path]) for path in trainable_paths(labels)}
+    trainable = {path: jnp.array(params[path]) for path in tiny.trainable_paths(labels)}
     return trainable, {path: value for path, value in params.items() if labels[path] == FROZEN}
 
 
@@ -141,7 +141,7 @@ def test_state_shardings_follow_their_parameter(tiny_template, labels):
     shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh, tiny.sharding())
     state = jax.eval_shape(
         lambda: init_state(
-            {p: jnp.zeros(tiny_template.shapes[p].shape) for p in trainable_paths(labels)},
+            {p: jnp.zeros(tiny_template.shapes[p].shape) for p in tiny.trainable_paths(labels)},
             labels,
             optimizer,
             0,
@@ -150,7 +150,7 @@ def test_state_shardings_follow_their_parameter(tiny_template, labels):
     places = state_shardings(state, shardings, mesh)
     assert jax.tree.structure(places) == jax.tree.structure(state)
     assert places.step == replicated(mesh)
-    for path in trainable_paths(labels):
+    for path in tiny.trainable_paths(labels):
         assert places.trainable[path] == shardings[path]
     moment_specs = {str(s.spec) for s in jax.tree.leaves(places.opt_state)}
     assert any("fsdp" in spec for spec in moment_specs)
@@ -194,7 +194,7 @@ def test_learning_rate_is_the_originals():
 
 def test_clip_is_taken_over_trainables_only(labels):
     optimizer = make_optimizer(labels, constant_rates(labels), grad_clip=1.0)
-    trainable = {path: jnp.ones(3) for path in trainable_paths(labels)}
+    trainable = {path: jnp.ones(3) for path in tiny.trainable_paths(labels)}
     state = init_state(trainable, labels, optimizer, 0)
     frozen = [path for path in labels if labels[path] == FROZEN]
     masked = {**{p: 100.0 * jnp.ones(3) for p in trainable}, **{p: optax.MaskedNode() for p in frozen}}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import original
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.eva_vit import weights as eva_vit
-from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.models.llama.model import LlamaConfig
 from minigpt5_jax.models.qformer.model import QFormerConfig
@@ -36,7 +36,7 @@ def part(weights, prefixes):
 @pytest.fixture(scope="module")
 def sizes(oracle_configs):
     c = oracle_configs
-    vit = EvaVitConfig.from_eva(c["eva_vit"])
+    vit = original.eva_config(c["eva_vit"])
     return {
         "llm": LlamaConfig.from_hf(c["llama"]),
         "vit": vit,

@@ -8,8 +8,7 @@ pre-norm transformer, closing LayerNorm.  SD 2.1 keeps 23 of OpenCLIP ViT-H's 24
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +16,29 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from minigpt5_jax.models.common import (
-    ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
+    Mlp,
+    PublishedSizes,
     attend,
     check_transformer,
     normal,
-    read_fields,
     run_layers,
     stack,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipTextConfig:
+class ClipTextConfig(PublishedSizes):
     """Hyper-parameters under the names, and with the defaults, of Hugging Face's ``CLIPTextConfig``.
 
     Raises:
       ValueError: a head count that does not divide the width, or an unknown activation.
     """
+
+    implemented: ClassVar = {"attention_dropout": (0, None)}
+    reasons: ClassVar = {"attention_dropout": ", only 0"}
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -49,17 +51,6 @@ class ClipTextConfig:
 
     def __post_init__(self) -> None:
         check_transformer(self)
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ClipTextConfig:
-        """From a ``text_encoder/config.json``; fields it leaves out take Hugging Face's defaults.
-
-        Raises:
-          ValueError: naming a field whose value this tower does not implement.
-        """
-        if config.get("attention_dropout", 0.0):
-            raise ValueError(f"attention_dropout={config['attention_dropout']} is not implemented, only 0")
-        return cls(**read_fields(cls, config, {}, ""))
 
 
 SD21_TEXT = ClipTextConfig(
@@ -87,21 +78,6 @@ class ClipAttention(nnx.Module):
         return self.out_proj(attend(*projected, self.num_heads, mask=mask, is_causal=True))
 
 
-class ClipMlp(nnx.Module):
-    """Two dense layers around the configured activation."""
-
-    def __init__(self, config: ClipTextConfig, **kwargs: Any):
-        width, hidden = config.hidden_size, config.intermediate_size
-        self.activation = ACTIVATIONS[config.hidden_act]
-        first = normal((2 * width) ** -0.5)
-        second = normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
-        self.fc1 = Linear(width, hidden, axes=("embed", "mlp"), kernel_init=first, **kwargs)
-        self.fc2 = Linear(hidden, width, axes=("mlp", "embed"), kernel_init=second, **kwargs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class ClipEncoderLayer(nnx.Module):
     """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
 
@@ -109,7 +85,9 @@ class ClipEncoderLayer(nnx.Module):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
         self.self_attn = ClipAttention(config, **kwargs)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
-        self.mlp = ClipMlp(config, **kwargs)
+        width, hidden = config.hidden_size, config.intermediate_size
+        inits = normal((2 * width) ** -0.5), normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
+        self.mlp = Mlp(width, hidden, config.hidden_act, inits, **kwargs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         x = x + self.self_attn(self.layer_norm1(x), mask)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from typing import Any
 
 from minigpt5_jax.models.clip_text.model import SD21_TEXT, ClipTextConfig, ClipTextModel
-from minigpt5_jax.models.tower import FP32, Tower
+from minigpt5_jax.models.tower import Tower
 from minigpt5_jax.weights.table import Rule, Table, each, linear_rules, norm_rules
 
 PREFIX = "text_model."
@@ -49,7 +48,7 @@ def _describe(config: ClipTextConfig) -> dict[str, Any]:
 TOWER = Tower(
     ClipTextConfig,
     {"sd21_base": SD21_TEXT},
-    functools.partial(ClipTextModel, remat=False, **FP32),
+    ClipTextModel,
     lambda keys, _: table_for(keys),
     marks=("text_model.",),
     describe=_describe,

@@ -8,8 +8,7 @@ uses it.  EVA-g has 40 blocks, BLIP-2 builds the first 39 (fidelity 1.2).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from minigpt5_jax.models.common import (
-    ACTIVATIONS,
     Conv,
     LayerNorm,
     Linear,
+    Mlp,
+    PublishedSizes,
     attend,
     check_transformer,
     normal,
     param,
-    read_fields,
     run_layers,
     stack,
 )
@@ -34,13 +33,16 @@ INITIALIZER = normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaVitConfig:
+class EvaVitConfig(PublishedSizes):
     """Hyper-parameters under the names, and with the defaults, of Hugging Face's ``Blip2VisionConfig``.
 
     Raises:
       ValueError: a head count that does not divide the width, a patch size that does not divide
         the image, or an unknown activation.
     """
+
+    implemented: ClassVar = {"attention_dropout": (0, None), "qkv_bias": (True,)}
+    reasons: ClassVar = {"attention_dropout": ", only 0", "qkv_bias": ": the tower has q and v biases"}
 
     image_size: int = 224
     patch_size: int = 14
@@ -62,38 +64,6 @@ class EvaVitConfig:
     def num_tokens(self) -> int:
         """CLS and one token per patch."""
         return 1 + (self.image_size // self.patch_size) ** 2
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> EvaVitConfig:
-        """From a ``Blip2VisionConfig`` dict; fields it leaves out take Hugging Face's defaults.
-
-        Raises:
-          ValueError: naming a field whose value this tower does not implement.
-        """
-        if config.get("attention_dropout", 0.0):
-            raise ValueError(f"attention_dropout={config['attention_dropout']} is not implemented, only 0")
-        if not config.get("qkv_bias", True):
-            raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
-        return cls(**read_fields(cls, config, {}, ""))
-
-    @classmethod
-    def from_eva(cls, config: Mapping[str, Any]) -> EvaVitConfig:
-        """From the argument names of EVA's own ``VisionTransformer`` (``embed_dim``, ``mlp_ratio``, ...).
-
-        Raises:
-          ValueError: naming a field whose value this tower does not implement.
-        """
-        if not config.get("qkv_bias", True):
-            raise ValueError("qkv_bias=False is not implemented: the tower has q and v biases")
-        return cls(
-            image_size=config["img_size"],
-            patch_size=config["patch_size"],
-            hidden_size=config["embed_dim"],
-            intermediate_size=int(config["embed_dim"] * config["mlp_ratio"]),
-            num_hidden_layers=config["depth"],
-            num_attention_heads=config["num_heads"],
-            layer_norm_eps=config.get("norm_eps", 1e-6),
-        )
 
 
 EVA_VIT_G = EvaVitConfig()
@@ -119,19 +89,6 @@ class EvaAttention(nnx.Module):
         return self.proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))
 
 
-class EvaMlp(nnx.Module):
-    """Two dense layers around the configured activation."""
-
-    def __init__(self, config: EvaVitConfig, **kwargs: Any):
-        kwargs["kernel_init"] = INITIALIZER
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, axes=("embed", "mlp"), **kwargs)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, axes=("mlp", "embed"), **kwargs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class EvaBlock(nnx.Module):
     """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
 
@@ -139,7 +96,8 @@ class EvaBlock(nnx.Module):
         self.norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
         self.attn = EvaAttention(config, **kwargs)
         self.norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
-        self.mlp = EvaMlp(config, **kwargs)
+        inits = (INITIALIZER, INITIALIZER)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act, inits, **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attn(self.norm1(x))

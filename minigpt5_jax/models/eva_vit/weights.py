@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from minigpt5_jax.models.eva_vit.model import EVA_VIT_G, EvaVit, EvaVitConfig
-from minigpt5_jax.models.tower import FP32, Tower
+from minigpt5_jax.models.tower import Tower
 from minigpt5_jax.weights.table import (
     CONV,
     LINEAR,
@@ -154,7 +153,7 @@ def _cause(source: Tensors, shape: Callable[[str], tuple[int, ...]]) -> str:
 TOWER = Tower(
     EvaVitConfig,
     {"eva_vit_g": EVA_VIT_G},
-    functools.partial(EvaVit, **FP32),
+    EvaVit,
     table_for,
     fit_positions,
     marks=("blocks.", "visual_encoder.", "vision_model."),

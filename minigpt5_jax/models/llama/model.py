@@ -16,11 +16,11 @@ from minigpt5_jax.models.common import (
     Embedding,
     Linear,
     Params,
+    PublishedSizes,
     RMSNorm,
     attention,
     normal,
     param,
-    read_fields,
     scan_layers,
     split_heads,
     stack,
@@ -40,8 +40,11 @@ _IMPLEMENTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(PublishedSizes):
     """Hugging Face ``LlamaConfig`` fields; defaults are LLaMA-7B's."""
+
+    tower = "LLaMA"
+    implemented = _IMPLEMENTED
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -77,19 +80,12 @@ class LlamaConfig:
         return self.num_key_value_heads or self.num_attention_heads
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """From a ``config.json``.
-
-        Raises:
-          ValueError: naming the field whose value is not implemented.
-        """
-        values = read_fields(cls, config, _IMPLEMENTED, "LLaMA")
-        rope = config.get("rope_parameters") or {}  # the spelling of transformers 5
+    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> LlamaConfig:
+        """:meth:`PublishedSizes.from_hf`, ``rope_theta`` in transformers 5's spelling too."""
+        rope = config.get("rope_parameters") or {}
+        made = super().from_hf({**config, **rope}, **overrides)
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"LLaMA rope_type={rope['rope_type']!r} is not implemented (only 'default')")
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        made = cls(**values)
         if config.get("head_dim") not in (None, made.head_dim):
             raise ValueError(f"LLaMA head_dim={config['head_dim']} is not hidden_size / num_attention_heads")
         return made
@@ -373,15 +369,19 @@ class Llama(nnx.Module):
         return jnp.concatenate(self.logit_blocks(hidden), axis=-1)
 
 
-def init_voken_rows(params: Params, prefix: str = "") -> Params:
-    """``params`` with both voken tables at the mean over the old rows of their table (fidelity 2.1).
+def init_voken_rows(params: Params, prefix: str = "", noise: jax.Array | None = None) -> Params:
+    """Start values of both tables of new rows: the mean over the old rows of their table (fidelity 2.1).
 
     Args:
       params: flat parameters; ``prefix`` is the path of the language model in them.
+      noise: key of normal noise on top, of a hundredth of the table's spread (Q5); None for none.
     """
-    filled = dict(params)
-    for name, table, axis in (("embed_tokens", "embedding", 0), ("lm_head", "kernel", 1)):
-        mean = params[f"{prefix}{name}/{table}"].astype(jnp.float32).mean(axis)
-        path = f"{prefix}{name}/voken"
-        filled[path] = jnp.broadcast_to(mean, params[path].shape)
+    filled = {}
+    tables = (("embed_tokens", "embedding", 0), ("lm_head", "kernel", 1))
+    for number, (name, table, axis) in enumerate(tables):
+        path, old = f"{prefix}{name}/voken", params[f"{prefix}{name}/{table}"].astype(jnp.float32)
+        filled[path] = jnp.broadcast_to(old.mean(axis), params[path].shape)
+        if noise is not None:
+            drawn = jax.random.normal(jax.random.fold_in(noise, number), params[path].shape)
+            filled[path] += 0.01 * old.std() * drawn
     return filled

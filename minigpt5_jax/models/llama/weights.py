@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.models.llama.model import VICUNA_7B, Llama, LlamaConfig
-from minigpt5_jax.models.tower import FP32, Shapes, Tower, module_shapes
-from minigpt5_jax.weights.table import COPY, LINEAR, Rule, Table, WeightTableError
+from minigpt5_jax.models.tower import Shapes, Tower, module_shapes
+from minigpt5_jax.weights.table import COPY, LINEAR, Rule, Table
 from minigpt5_jax.weights.view import Tensors
 
 _PROJECTIONS = {
@@ -41,25 +41,11 @@ TABLE = Table(
 VOKEN_TABLE = Table(
     (Rule(EMBED + ".new", "embed_tokens/voken", COPY), Rule(HEAD + ".new", "lm_head/voken", COPY))
 )
-"""New rows, after :func:`split_tables` has cut them off the whole tables."""
-
-
-def split_tables(source: Mapping[str, np.ndarray], num_new: int, prefix: str = "") -> dict[str, np.ndarray]:
-    """Cut the last ``num_new`` rows off both tables of a MiniGPT-5 state dict, under ``<key>.new``.
-
-    Raises:
-      WeightTableError: if a table is missing or has no more rows than that.
-    """
-    cut = dict(source)
-    for key in (prefix + EMBED, prefix + HEAD):
-        if key not in cut or cut[key].shape[0] <= num_new:
-            raise WeightTableError(f"{key!r} with more than {num_new} rows is needed")
-        cut[key], cut[key + ".new"] = cut[key][:-num_new], cut[key][-num_new:]
-    return cut
+"""New rows, cut off the whole tables."""
 
 
 def join_tables(source: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
-    """Inverse of :func:`split_tables`."""
+    """The whole tables of words of a MiniGPT-5 state dict, of old rows and those under ``<key>.new``."""
     joined = dict(source)
     for key in (prefix + EMBED, prefix + HEAD):
         joined[key] = np.concatenate([joined[key], joined.pop(key + ".new")])
@@ -82,7 +68,7 @@ SIZES = {5120: "13B", 6656: "33B", 8192: "65B or 70B", 3200: "3B"}
 
 def _shapes(config: LlamaConfig) -> Shapes:
     """Without new rows: a pretrained file has none."""
-    shapes = module_shapes(lambda rngs: Llama(config, num_new_tokens=1, rngs=rngs, **FP32))
+    shapes = module_shapes(lambda rngs: Llama(config, num_new_tokens=1, rngs=rngs))
     return {path: shape for path, shape in shapes.items() if not path.endswith("/voken")}
 
 

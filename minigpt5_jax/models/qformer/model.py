@@ -7,8 +7,7 @@ not built, as in MiniGPT-4 (fidelity 1.3).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +18,21 @@ from minigpt5_jax.models.common import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
+    PublishedSizes,
     attend,
     check_transformer,
     normal,
     param,
-    read_fields,
     run_layers,
     stack,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(PublishedSizes):
     """Hyper-parameters under the names, and with the defaults, of Hugging Face's ``Blip2QFormerConfig``.
 
+    Dropout rates of a published file are not read: the tower is frozen and always in evaluation mode.
     ``num_query_tokens`` is the one field that lives in ``Blip2Config`` there.  The first of every
     ``cross_attention_frequency`` layers has cross-attention.
 
@@ -40,6 +40,9 @@ class QFormerConfig:
       ValueError: a head count that does not divide the width, a layer count that the frequency
         does not divide, or an unknown activation.
     """
+
+    implemented: ClassVar = {"position_embedding_type": ("absolute",)}
+    reasons: ClassVar = {"position_embedding_type": ""}
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -59,21 +62,6 @@ class QFormerConfig:
                 f"cross_attention_frequency={self.cross_attention_frequency}"
             )
         check_transformer(self)
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> QFormerConfig:
-        """From a ``Blip2QFormerConfig`` or BERT dict; ``overrides`` win, absent fields take defaults.
-
-        Dropout rates in the dict are not read: the tower is frozen and always in evaluation mode.
-
-        Raises:
-          ValueError: naming a field whose value this tower does not implement.
-        """
-        if config.get("position_embedding_type", "absolute") != "absolute":
-            raise ValueError(
-                f"position_embedding_type={config['position_embedding_type']!r} is not implemented"
-            )
-        return cls(**{**read_fields(cls, config, {}, ""), **overrides})
 
 
 BLIP2_QFORMER = QFormerConfig()
@@ -142,28 +130,17 @@ class QFormer(nnx.Module):
     (fidelity 1.13).  ``remat`` recomputes each group of layers in the backward pass.
     """
 
-    def __init__(
-        self,
-        config: QFormerConfig,
-        *,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: QFormerConfig, *, remat: bool = False, rngs: nnx.Rngs, **dtypes: Any):
         self.config, self.remat = config, remat
-        shape = (1, config.num_query_tokens, config.hidden_size)
-        self.query_tokens = param(
-            rngs, normal(config.initializer_range), shape, (None, None, "embed"), param_dtype
+        shape, dtype = (
+            (1, config.num_query_tokens, config.hidden_size),
+            dtypes.get("param_dtype", jnp.float32),
         )
-        self.layer_norm = LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps, param_dtype=param_dtype, rngs=rngs
-        )
-        self.groups = stack(
-            lambda group_rngs: QFormerGroup(config, dtype=dtype, param_dtype=param_dtype, rngs=group_rngs),
-            config.num_hidden_layers // config.cross_attention_frequency,
-            rngs,
-        )
+        self.query_tokens = param(rngs, normal(config.initializer_range), shape, (None, None, "embed"), dtype)
+        full = {**dtypes, "dtype": jnp.float32}
+        self.layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs, **full)
+        count = config.num_hidden_layers // config.cross_attention_frequency
+        self.groups = stack(lambda r: QFormerGroup(config, rngs=r, **dtypes), count, rngs)
 
     def __call__(self, encoder_hidden_states: Float[Array, "i p d_enc"]) -> Float[Array, "i q d"]:
         """Last hidden state of the queries, float32, for each image.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from minigpt5_jax.models.qformer.model import BLIP2_QFORMER, QFormer, QFormerConfig
-from minigpt5_jax.models.tower import FP32, Shapes, Tower, module_shapes
+from minigpt5_jax.models.tower import Shapes, Tower, module_shapes
 from minigpt5_jax.weights.table import Rule, Table, each, linear_rules, norm_rules
 
 _LAVIS = "Qformer.bert."
@@ -76,7 +76,7 @@ def table_for(keys: Iterable[str], config: QFormerConfig) -> Table:
 def _shapes(config: QFormerConfig) -> Shapes:
     """With the norm of the vision tower's output, which BLIP-2 trained with it."""
     norm = {f"ln_vision/{leaf}": (config.encoder_hidden_size,) for leaf in ("scale", "bias")}
-    shapes = module_shapes(lambda rngs: QFormer(config, rngs=rngs, **FP32))
+    shapes = module_shapes(lambda rngs: QFormer(config, rngs=rngs))
     return {f"qformer/{path}": shape for path, shape in shapes.items()} | norm
 
 

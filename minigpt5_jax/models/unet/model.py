@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, attend, read_fields
+from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, PublishedSizes, attend
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 TRANSFORMER_NORM_EPS = 1e-6  # of Transformer2DModel's group norm; resnets use norm_eps
@@ -51,7 +51,7 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(PublishedSizes):
     """Shape of the UNet, in diffusers' field names and with diffusers' defaults.
 
     Attributes:
@@ -60,6 +60,9 @@ class UNetConfig:
     Raises:
       ValueError: lists of different lengths, unknown block types, or heads that do not divide.
     """
+
+    tower = "UNet"
+    implemented = _IMPLEMENTED
 
     sample_size: int | None = None
     in_channels: int = 4
@@ -98,18 +101,12 @@ class UNetConfig:
         return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """From a diffusers ``unet/config.json``; fields it leaves out take diffusers' defaults.
-
-        Raises:
-          ValueError: naming the field whose value is not implemented.
-        """
-        published = {"use_linear_projection": False, **config}
-        values = read_fields(cls, published, _IMPLEMENTED, "UNet")
+    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> UNetConfig:
+        """:meth:`PublishedSizes.from_hf`; what newer UNets have a list of must be one number."""
         for field in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
             if not isinstance(config.get(field, 0), int):
                 raise ValueError(f"UNet {field}={config[field]!r} is not implemented (only one number)")
-        return cls(**values)
+        return super().from_hf({"use_linear_projection": False, **config}, **overrides)
 
 
 SD21_UNET = UNetConfig(sample_size=64, attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
-from minigpt5_jax.models.tower import DIFFUSERS_FILE, FP32, Tower
+from minigpt5_jax.models.tower import DIFFUSERS_FILE, Tower
 from minigpt5_jax.models.unet.model import SD21_UNET, UNet2DConditionModel, UNetConfig
 from minigpt5_jax.models.vae.weights import conv_rules, resnet_rules
 from minigpt5_jax.weights.table import LINEAR, Rule, Table, each, linear_rules, norm_rules
 from minigpt5_jax.weights.view import Tensors
-
-
-def _time_resnet_rules(source: str, target: str) -> tuple[Rule, ...]:
-    return (
-        *resnet_rules(source, target),
-        *linear_rules(f"{source}.time_emb_proj", f"{target}/time_emb_proj"),
-    )
 
 
 def _attention_rules(source: str, target: str) -> tuple[Rule, ...]:
@@ -41,7 +33,7 @@ def _transformer_rules(source: str, target: str) -> tuple[Rule, ...]:
 def _level_rules(blocks: str, resample: str) -> tuple[Rule, ...]:
     source, target = f"{blocks}.{{i}}", f"{blocks}/{{i}}"
     return (
-        *_time_resnet_rules(f"{source}.resnets.{{j}}", f"{target}/resnets/{{j}}"),
+        *resnet_rules(f"{source}.resnets.{{j}}", f"{target}/resnets/{{j}}"),
         *_transformer_rules(f"{source}.attentions.{{j}}", f"{target}/attentions/{{j}}"),
         *conv_rules(f"{source}.{resample}.0.conv", f"{target}/{resample}/0/conv"),
     )
@@ -52,7 +44,7 @@ TABLE = Table(
         *conv_rules("conv_in", "conv_in"),
         *each(linear_rules, "time_embedding.", "time_embedding/", ("linear_1", "linear_2")),
         *_level_rules("down_blocks", "downsamplers"),
-        *_time_resnet_rules("mid_block.resnets.{j}", "mid_block/resnets/{j}"),
+        *resnet_rules("mid_block.resnets.{j}", "mid_block/resnets/{j}"),
         *_transformer_rules("mid_block.attentions.{j}", "mid_block/attentions/{j}"),
         *_level_rules("up_blocks", "upsamplers"),
         *norm_rules("conv_norm_out", "conv_norm_out"),
@@ -74,7 +66,7 @@ def _cause(source: Tensors, shape: Callable[[str], tuple[int, ...]]) -> str:
 TOWER = Tower(
     UNetConfig,
     {"sd21_base": SD21_UNET},
-    functools.partial(UNet2DConditionModel, remat=False, **FP32),
+    UNet2DConditionModel,
     lambda *_: TABLE,
     marks=("down_blocks.", "up_blocks."),
     cause=_cause,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from minigpt5_jax.models.common import Conv, GroupNorm, Linear, attend, read_fields
+from minigpt5_jax.models.common import Conv, GroupNorm, Linear, PublishedSizes, attend
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 NORM_EPS = 1e-6
@@ -33,7 +33,7 @@ _IMPLEMENTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class VaeConfig:
+class VaeConfig(PublishedSizes):
     """Shape of the autoencoder, in diffusers' field names and with diffusers' defaults.
 
     Attributes:
@@ -41,6 +41,9 @@ class VaeConfig:
       layers_per_block: resnets per encoder level; the decoder has one more.
       scaling_factor: what callers multiply latents by; the tower itself never does.
     """
+
+    tower = "VAE"
+    implemented = _IMPLEMENTED
 
     in_channels: int = 3
     out_channels: int = 3
@@ -58,17 +61,13 @@ class VaeConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> VaeConfig:
-        """From a diffusers ``vae/config.json``; fields it leaves out take diffusers' defaults.
-
-        Raises:
-          ValueError: naming the field whose value is not implemented.
-        """
+    def from_hf(cls, config: Mapping[str, Any], **overrides: Any) -> VaeConfig:
+        """:meth:`PublishedSizes.from_hf` of a file whose blocks are those of this tower."""
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         for field, kind in kinds.items():
             if set(config.get(field, ())) - {kind}:
                 raise ValueError(f"VAE {field}={config[field]!r} is not implemented (only {kind})")
-        return cls(**read_fields(cls, config, _IMPLEMENTED, "VAE"))
+        return super().from_hf(config, **overrides)
 
 
 SD21_VAE = VaeConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=768)

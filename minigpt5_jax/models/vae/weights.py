@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.models.tower import DIFFUSERS_FILE, FP32, Tower
+from minigpt5_jax.models.tower import DIFFUSERS_FILE, Tower
 from minigpt5_jax.models.vae.model import SD21_VAE, AutoencoderKL, VaeConfig
 from minigpt5_jax.weights.table import CONV, SQUEEZED_LINEAR, Rule, Table, each, linear_rules, norm_rules
 from minigpt5_jax.weights.view import Tensors, View
@@ -30,11 +29,12 @@ def conv1x1_rules(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def resnet_rules(source: str, target: str) -> tuple[Rule, ...]:
-    """``ResnetBlock2D`` without time embedding, with or without a shortcut projection."""
+    """``ResnetBlock2D``, with or without a time embedding and a shortcut projection."""
     return (
         *each(norm_rules, f"{source}.", f"{target}/", ("norm1", "norm2")),
         *each(conv_rules, f"{source}.", f"{target}/", ("conv1", "conv2")),
         *conv1x1_rules(f"{source}.conv_shortcut", f"{target}/conv_shortcut"),
+        *linear_rules(f"{source}.time_emb_proj", f"{target}/time_emb_proj"),
     )
 
 
@@ -96,7 +96,7 @@ def _describe(config: VaeConfig) -> dict[str, Any]:
 TOWER = Tower(
     VaeConfig,
     {"sd21_base": SD21_VAE},
-    functools.partial(AutoencoderKL, remat=False, **FP32),
+    AutoencoderKL,
     lambda *_: TABLE,
     lambda source, _: rename_legacy(source),
     marks=("encoder.down_blocks", "quant_conv"),

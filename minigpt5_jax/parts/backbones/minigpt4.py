@@ -337,20 +337,9 @@ def conflicts(keys: Keys) -> Iterator[str]:
 
 
 def initial(fresh: Params, pretrained: Params, keys: Keys, key: jax.Array) -> Params:
-    """Voken rows at the mean of the old rows of their table (fidelity 2.1).
-
-    With ``voken_init='mean+noise'`` plus normal noise of a hundredth of that table's spread (Q5).
-    """
-    found = {}
-    tables = {path: value for path, value in pretrained.items() if path.startswith("llm/")}
-    rows = init_voken_rows({**tables, **fresh}, "llm/")
-    for number, (name, table) in enumerate((("embed_tokens", "embedding"), ("lm_head", "kernel"))):
-        path = f"llm/{name}/voken"
-        found[path] = rows[path]
-        if keys["voken_init"] == "mean+noise":
-            noise = jax.random.normal(jax.random.fold_in(key, number), found[path].shape)
-            found[path] += 0.01 * tables[f"llm/{name}/{table}"].astype(jnp.float32).std() * noise
-    return found
+    """Voken rows at the mean of the old rows of their table, with noise by ``voken_init='mean+noise'``."""
+    noise = key if keys["voken_init"] == "mean+noise" else None
+    return init_voken_rows({**pretrained, **fresh}, "llm/", noise)
 
 
 def language_model(model: ExportableModel) -> LanguageModel:

@@ -43,6 +43,7 @@ class StableDiffusion(nnx.Module):
         target of a CFG-dropped item.  empty_caption_length: its real tokens (BOS and EOS: 2).
       caption_attn_mask: text encoder attends to real tokens only (Q10; the original does).
       min_snr_gamma: gamma of the min-SNR weighting, None for the plain mean (Q13).
+      kwargs: of every tower: ``rngs``, ``dtype``, ``param_dtype``, ``remat``.
     """
 
     def __init__(
@@ -57,12 +58,9 @@ class StableDiffusion(nnx.Module):
         empty_caption_length: int = 2,
         caption_attn_mask: bool = True,
         min_snr_gamma: float | None = 5.0,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
+        **kwargs: Any,
     ):
-        factor = 2 ** (len(vae.block_out_channels) - 1)
+        factor = vae.downsampling
         if image_size % factor:
             raise ValueError(f"image_size={image_size} does not divide by the VAE's factor {factor}")
         if unet.cross_attention_dim != text_encoder.hidden_size:
@@ -85,10 +83,9 @@ class StableDiffusion(nnx.Module):
         self.empty_caption_length = empty_caption_length
         self.caption_attn_mask = caption_attn_mask
         self.min_snr_gamma = min_snr_gamma
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
-        self.unet = UNet2DConditionModel(unet, rngs=rngs, **dtypes)
-        self.vae = AutoencoderKL(vae, rngs=rngs, **dtypes)
-        self.text_encoder = ClipTextModel(text_encoder, rngs=rngs, **dtypes)
+        self.unet = UNet2DConditionModel(unet, **kwargs)
+        self.vae = AutoencoderKL(vae, **kwargs)
+        self.text_encoder = ClipTextModel(text_encoder, **kwargs)
 
     def moments(self, pictures: UInt8[Array, "m H W 3"]) -> Float[Array, "m h w c2"]:
         """Moments of the posterior over unscaled latents, fp32, of pixels in [-1, 1] (Q9, Q12)."""
@@ -208,18 +205,14 @@ USES = {
     for name, tower in {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}.items()
 } | {
     "clip_tokenizer": _inside("tokenizer", "folder; '': tokenizer/ of weights.stable_diffusion", None),
-    "scheduler": _inside(
-        "scheduler",
-        "folder; '': scheduler/ of weights.stable_diffusion",
-        SCHEDULE,
-    ),
+    "scheduler": _inside("scheduler", "folder; '': scheduler/ of weights.stable_diffusion", SCHEDULE),
 }
 
 _CHOICES = ("sd21_base", "source")
 KEYS = {
-    "unet": Key("sd21_base", "preset, or 'source'", choices=_CHOICES),
-    "vae": Key("sd21_base", "preset, or 'source'", choices=_CHOICES),
-    "text_encoder": Key("sd21_base", "preset, or 'source'", choices=_CHOICES),
+    **dict.fromkeys(
+        ("unet", "vae", "text_encoder"), Key("sd21_base", "preset, or 'source'", choices=_CHOICES)
+    ),
     "scheduler": Key("sd21_base", "noise schedule: preset, or 'source'", choices=_CHOICES),
     "image_size": Key(512, "side of its images in pixels", low=8),
 }
@@ -267,13 +260,7 @@ PART = Part(
     offers=offers,
     features={"vae": ("vae/encoder/", "vae/quant_conv/")},
     settings={
-        SMALL: {
-            "unet": "source",
-            "vae": "source",
-            "text_encoder": "source",
-            "scheduler": "source",
-            "image_size": 64,
-        }
+        SMALL: {**dict.fromkeys(("unet", "vae", "text_encoder", "scheduler"), "source"), "image_size": 64}
     },
     samplers=("pndm", *sorted(set(SAMPLERS) - {"pndm"})),
     exports={

@@ -1,62 +1,26 @@
-"""The original's whole state dict, and what it saves, by our paths (fidelity 7.2 to 7.4).
+"""What the original saves, by our paths (fidelity 7.2 to 7.4).
 
-The two tables of words hold the new rows as the last rows of the whole vocabulary; :func:`split_rows` and
-:func:`join_rows` stand between such a state dict and the weight tables here.  In a stage-2 file with LoRA
-PEFT has wrapped the language model; :func:`wrap` and :func:`unwrap` are its names of the two tables.
+Its two tables of words hold the new rows as the last rows of the whole vocabulary.  In a stage-2 file with
+LoRA PEFT has wrapped the language model; :func:`wrap` and :func:`unwrap` are its names of the two tables.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
 
 import numpy as np
 
-from minigpt5_jax.models.clip_text import weights as clip_text
-from minigpt5_jax.models.eva_vit import weights as eva_vit
-from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.models.mapper import weights as mapper
-from minigpt5_jax.models.qformer import weights as qformer
-from minigpt5_jax.models.qformer.model import QFormerConfig
-from minigpt5_jax.models.unet import weights as unet
-from minigpt5_jax.models.vae import weights as vae
-from minigpt5_jax.weights.table import Rule, Table, linear_rules, norm_rules
+from minigpt5_jax.weights.table import Rule, Table, linear_rules
 
 LLAMA_PREFIX = "model.llama_model."
 LLM = "backbone/llm/"
 _PEFT = "base_model.model."
 _WRAPPED = re.compile(re.escape(LLAMA_PREFIX + _PEFT) + r"(.*)\.modules_to_save\.default(\.weight)")
 
-
-def vision_table(vit: EvaVitConfig, qformer_config: QFormerConfig) -> Table:
-    """From images to the language model: EVA ViT, its norm, Q-Former, projection."""
-    parts = Table((*norm_rules("ln_vision", "ln_vision"), *linear_rules("llama_proj", "llama_proj")))
-    parts += eva_vit.table(vit).prefixed("visual_encoder.", "vit/")
-    parts += qformer.table(qformer_config).prefixed(target="qformer/")
-    return parts.prefixed("model.", "backbone/")
-
-
-GENERATOR_TABLE = (
-    unet.TABLE.prefixed("unet.", "unet/")
-    + vae.TABLE.prefixed("vae.", "vae/")
-    + clip_text.TABLE.prefixed("sd_text_encoder.", "text_encoder/")
-).prefixed(target="generator/")
-
-MAPPER_TABLE = mapper.TABLE.prefixed(target="mapper/")
-
-ROWS_TABLE = llama.VOKEN_TABLE.prefixed(LLAMA_PREFIX, LLM)
-"""New rows of the two tables, cut off by :func:`split_rows`."""
-
-STAGE1_TABLE = MAPPER_TABLE + ROWS_TABLE
-"""The 131 tensors of a stage-1 file; of the two language-model tables only the new rows are read
-or written (the other rows are Vicuna's, shrunk by the original's weight decay, Q3)."""
-
-LORA_TABLE = llama.lora_table().prefixed(LLAMA_PREFIX, LLM)
-"""PEFT's low-rank factors of ``q_proj`` and ``v_proj``: 128 tensors in 32 layers (fidelity 7.3)."""
-
-PREFIX_TABLE = Table(
+_PREFIX_ENCODER = Table(
     (
         Rule("model.prefix_encoder.embedding.weight", f"{LLM}prefix_encoder/embedding"),
         *linear_rules("model.prefix_encoder.transform.0", f"{LLM}prefix_encoder/transform/0"),
@@ -65,42 +29,14 @@ PREFIX_TABLE = Table(
 )
 """The five tensors of a prefix encoder (fidelity 7.3)."""
 
-TRAINED_TABLE = STAGE1_TABLE + LORA_TABLE + PREFIX_TABLE
-"""Every name any stage saves.  A file holds what its stage trained: with LoRA 254 tensors, without ``fc``
-and ``t2i_decoder_prompt``."""
-
-
-def table(vit: EvaVitConfig, qformer_config: QFormerConfig) -> Table:
-    """Every tensor of a stage-1 model's memory (``state_dict()`` before anything is dropped)."""
-    return (
-        llama.TABLE.prefixed(LLAMA_PREFIX, LLM)
-        + STAGE1_TABLE
-        + vision_table(vit, qformer_config)
-        + GENERATOR_TABLE
-    )
-
-
-split_rows = functools.partial(llama.split_tables, num_new=9, prefix=LLAMA_PREFIX)
-"""A state dict with the new rows (nine, or ``num_new``) of both tables under keys of their own."""
-join_rows = functools.partial(llama.join_tables, prefix=LLAMA_PREFIX)
-"""Inverse of :func:`split_rows`."""
-
-
-def stage1_to_params(
-    source: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], num_new: int = 9
-) -> dict[str, np.ndarray]:
-    """The trainables of a stage-1 file.
-
-    Args:
-      source: its ``state_dict``.  shapes: path -> shape of what stage 1 trains.
-
-    Raises:
-      WeightTableError: naming keys that are missing, unexpected or of another shape.
-    """
-    cut = split_rows(source, num_new=num_new)
-    for key in (llama.EMBED, llama.HEAD):
-        del cut[LLAMA_PREFIX + key]  # Vicuna's rows come from Vicuna
-    return STAGE1_TABLE.to_params(cut, shapes)
+TRAINED_TABLE = (
+    mapper.TABLE.prefixed(target="mapper/")
+    + (llama.VOKEN_TABLE + llama.lora_table()).prefixed(LLAMA_PREFIX, LLM)
+    + _PREFIX_ENCODER
+)
+"""Every name any stage saves, the new rows cut off the tables of words (the other rows are Vicuna's, shrunk
+by the original's weight decay, Q3).  A file holds what its stage trained: stage 1 131 tensors; stage 2 with
+LoRA (128 factors in 32 layers, fidelity 7.3) 254, without ``fc`` and ``t2i_decoder_prompt``."""
 
 
 def wrap(key: str) -> str:
@@ -132,7 +68,7 @@ def trained_to_source(
     source = TRAINED_TABLE.to_source({path: np.asarray(value, np.float32) for path, value in params.items()})
     source[LLAMA_PREFIX + llama.EMBED] = np.asarray(embedding, np.float32)
     source[LLAMA_PREFIX + llama.HEAD] = np.ascontiguousarray(np.asarray(head, np.float32).T)
-    joined = join_rows(source)
+    joined = llama.join_tables(source, LLAMA_PREFIX)
     if any("/lora_" in path for path in params):
         return {wrap(key): value for key, value in joined.items()}
     return joined

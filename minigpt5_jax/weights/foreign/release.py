@@ -15,14 +15,7 @@ import numpy as np
 
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.weights.check import Coverage, check_tensors
-from minigpt5_jax.weights.foreign.minigpt5 import (
-    LLAMA_PREFIX,
-    LLM,
-    LORA_TABLE,
-    MAPPER_TABLE,
-    PREFIX_TABLE,
-    unwrap,
-)
+from minigpt5_jax.weights.foreign.minigpt5 import LLAMA_PREFIX, LLM, TRAINED_TABLE, unwrap
 from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError
 from minigpt5_jax.weights.view import Tensors, View, made
 
@@ -39,13 +32,13 @@ RELEASE_FILES = {
 }
 """Where the original's own checkpoints are published (fields of ``parts.contracts.Origin``)."""
 
-_ROWS_TABLE = llama.VOKEN_TABLE + Table(
+_OLD_ROWS = Table(
     (
         Rule(llama.EMBED + ".old", "embed_tokens/embedding"),
         Rule(llama.HEAD + ".old", "lm_head/kernel", LINEAR),
     )
 )
-RELEASE_TABLE = MAPPER_TABLE + _ROWS_TABLE.prefixed(LLAMA_PREFIX, LLM) + LORA_TABLE + PREFIX_TABLE
+RELEASE_TABLE = TRAINED_TABLE + _OLD_ROWS.prefixed(LLAMA_PREFIX, LLM)
 """Every name of a stage-1 or stage-2 file, tables unwrapped and cut into ``.old`` and ``.new`` rows."""
 
 
