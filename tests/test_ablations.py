@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+import tiny
 from minigpt5_jax.config import ConfigError, choose, get_config, validate
 from minigpt5_jax.training.step import StepOptions
-from minigpt5_jax.training.tuning import FROZEN, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.wiring.model import ModelSpec, build, step_options
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -137,7 +138,7 @@ def test_wrong_pieces_are_one_clear_error(variant, message):
 
 
 def trainable(spec: ModelSpec) -> int:
-    return sum(math.prod(spec.template.shapes[path].shape) for path in trainable_paths(spec.labels))
+    return sum(math.prod(spec.template.shapes[path].shape) for path in tiny.trainable_paths(spec.labels))
 
 
 ROWS_OF = 2 * 4096  # of each voken and of <ImageHere>, in both tables

@@ -16,11 +16,12 @@ import torch
 from huggingface_hub import constants
 from ml_collections import ConfigDict
 
+import tiny
 from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.models.eva_vit.model import EvaVitConfig
 from minigpt5_jax.models.llama.weights import split_tables
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
-from minigpt5_jax.training.tuning import FROZEN, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign.rewrite import SCHEDULER
 from minigpt5_jax.weights.formats.load import open_weights
@@ -77,7 +78,7 @@ def test_full_size_totals_are_the_references(name, lora, trainable):
     assert count(spec, "mapper/encoder/") + count(spec, "mapper/decoder/") == MAPPING
     total = sum(math.prod(shape.shape) for shape in spec.template.shapes.values())
     assert total == sum(TOWERS.values()) + MAPPING + lora
-    shapes = {path: spec.template.shapes[path] for path in trainable_paths(spec.labels)}
+    shapes = {path: spec.template.shapes[path] for path in tiny.trainable_paths(spec.labels)}
     assert sum(math.prod(shape.shape) for shape in shapes.values()) == trainable
     assert {shape.dtype for shape in shapes.values()} == {jnp.dtype("float32")}
     frozen = {
@@ -298,7 +299,7 @@ def frozen(sources, spec) -> dict[str, jax.Array]:
 
 
 def test_frozen_weights_are_read_from_their_sources(sources, spec, frozen, oracle_weights):
-    trained = set(trainable_paths(spec.labels))
+    trained = set(tiny.trainable_paths(spec.labels))
     assert frozen.keys() == spec.template.shapes.keys() - trained
     assert {path: value.shape for path, value in frozen.items()} == {
         path: spec.template.shapes[path].shape for path in frozen

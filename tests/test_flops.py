@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from minigpt5_jax.training.flops import FlopCount, count_flops
+from benchmarks.flops import FlopCount, count_flops
 
 
 def spec(*shape: int) -> jax.ShapeDtypeStruct:

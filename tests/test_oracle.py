@@ -32,7 +32,7 @@ from minigpt5_jax.training import tuning
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step
-from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 from minigpt5_jax.weights.foreign import minigpt5 as maps
 from minigpt5_jax.weights.table import Table, WeightTableError
 
@@ -162,7 +162,7 @@ def trainables_of(case: Case, group: str) -> dict[str, np.ndarray]:
     source = {k.removeprefix(group): v for k, v in case.numbers.items() if k.startswith(group)}
     source = {name: value for name, value in source.items() if name not in ("lr", "loss")}
     shapes = {path: s.shape for path, s in case.template.shapes.items()}
-    paths = set(trainable_paths(label_parameters(shapes, tiny.rules("stage1")))) - {TABLE_DECAY}
+    paths = set(tiny.trainable_paths(label_parameters(shapes, tiny.rules("stage1")))) - {TABLE_DECAY}
     return maps.stage1_to_params(source, {path: shapes[path] for path in paths})
 
 
@@ -189,7 +189,7 @@ def test_the_131_tensors_of_a_stage1_file(case, labels, oracle_dir):
     container = torch.load(oracle_dir / "stage1.ckpt", map_location="cpu", weights_only=False)
     source = {name: value.numpy() for name, value in container["state_dict"].items()}
     assert len(source) == 131
-    paths = set(trainable_paths(labels)) - {TABLE_DECAY}
+    paths = set(tiny.trainable_paths(labels)) - {TABLE_DECAY}
     params = maps.stage1_to_params(source, {path: case.template.shapes[path].shape for path in paths})
     assert params.keys() == paths
     tables = {
@@ -252,7 +252,7 @@ def recorder() -> optax.GradientTransformation:
 
 def test_losses_gradients_and_two_updates_are_the_originals(case, labels):
     numbers = case.numbers
-    trainable = {path: case.params[path] for path in trainable_paths(labels)}
+    trainable = {path: case.params[path] for path in tiny.trainable_paths(labels)}
     frozen = {path: value for path, value in case.params.items() if labels[path] == FROZEN}
     hyper = numbers["optim/hyper"]  # a row per group: betas, eps, weight decay, learning rate
     rates = {"llm": float(hyper[0, 4]), "mapper": float(hyper[1, 4])}

@@ -26,7 +26,7 @@ from minigpt5_jax.models.mapper.model import MapperConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
 from minigpt5_jax.parts.contracts import Part, find
-from minigpt5_jax.training.tuning import Rules, rules_of
+from minigpt5_jax.training.tuning import FROZEN, Rules, rules_of
 
 ORACLE = Path(__file__).parent / "oracle"
 
@@ -211,3 +211,8 @@ def write_oracle_sources(root: Path) -> ConfigDict:
     config.weights.update({name: str(root / name) for name in ("llm", "vit", "qformer", "llama_proj")})
     config.weights.stable_diffusion = str(root / "sd")
     return config
+
+
+def trainable_paths(labels: Mapping[str, str]) -> tuple[str, ...]:
+    """Paths that train, sorted."""
+    return tuple(sorted(path for path, group in labels.items() if group != FROZEN))

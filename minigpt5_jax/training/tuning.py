@@ -7,7 +7,7 @@ what each part says of its own parameters (``Part.trainable``), and ends in "eve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minigpt5_jax.parts.contracts import FROZEN
@@ -55,8 +55,3 @@ def label_parameters(paths: Iterable[str], rules: Sequence[tuple[str, str]]) -> 
     if unused := [pattern for pattern, _ in rules if pattern not in matched]:
         raise ValueError(f"tuning patterns match no parameter: {unused}")
     return labels
-
-
-def trainable_paths(labels: Mapping[str, str]) -> tuple[str, ...]:
-    """Paths that train, sorted."""
-    return tuple(sorted(path for path, group in labels.items() if group != FROZEN))

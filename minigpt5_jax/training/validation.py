@@ -18,7 +18,7 @@ from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import LossOptions, MiniGPT5, StepRandomness, SumCount
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
-from minigpt5_jax.training.step import RandomnessShapes, means
+from minigpt5_jax.training.step import means
 
 NOISE_LEVELS = (100, 300, 500, 700)
 """Timesteps of the fixed-noise comparison, from nearly clean to mostly noise: signal-to-noise ratios of 8.5,
@@ -36,19 +36,12 @@ def make_validation_step(
     ``image`` (right condition), ``image_swapped`` (that of the item before; the last's
     for the first) and ``image_unconditional`` (T(0)); ``image_t100`` and so on are ``image`` at one level.
     """
-    info = RandomnessShapes.of(template)
+    generator = template.bind(template.shapes).generator
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> dict[str, SumCount]:
         model = template.bind({**frozen, **trainable})
         # The same key at every call: an item meets the same noise whenever it is validated.
-        draws = StepRandomness.from_key(
-            jax.random.key(0),
-            batch.item_id,
-            batch.row_id,
-            latent_shape=info.latent_shape,
-            num_train_timesteps=info.num_train_timesteps,
-            cfg_dropout=0.0,
-        )
+        draws = StepRandomness.from_key(jax.random.key(0), batch, generator)
         outputs = model.outputs(batch, draws)
         result = {}
         for name in options.weights:

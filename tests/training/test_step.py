@@ -28,13 +28,11 @@ from minigpt5_jax.training.sharding import (
 )
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import (
-    RandomnessShapes,
     StepOptions,
     accumulate_gradients,
-    make_randomness,
     make_train_step,
 )
-from minigpt5_jax.training.tuning import FROZEN, label_parameters, trainable_paths
+from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
 OPTIONS = StepOptions(LossOptions(), cfg_dropout=0.3)
 
@@ -45,7 +43,7 @@ def labels(tiny_template):
 
 
 def split(params, labels):
-    trainable = {path: jnp.array(params[path]) for path in trainable_paths(labels)}
+    trainable = {path: jnp.array(params[path]) for path in tiny.trainable_paths(labels)}
     return trainable, {path: value for path, value in params.items() if labels[path] == FROZEN}
 
 
@@ -85,11 +83,13 @@ def task(tiny_template, tiny_params, tiny_batch, labels) -> Task:
     # Uneven counts per micro-batch and device: a mean of means would differ.
     batch = dataclasses.replace(tiny_batch(8), item_mask=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool))
     batch.label_positions[6, 1:] = 0
-    info = RandomnessShapes.of(tiny_template)
+    generator = tiny_template.bind(tiny_template.shapes).generator
 
     def run(trainable, frozen, batch, options=OPTIONS):
         def draw(micro):
-            return make_randomness(info, jax.random.key(3), micro, options)
+            return StepRandomness.from_key(
+                jax.random.key(3), micro, generator, cfg_dropout=options.cfg_dropout
+            )
 
         return accumulate_gradients(tiny_template, trainable, frozen, batch, draw, options)
 
@@ -141,7 +141,7 @@ def test_state_shardings_follow_their_parameter(tiny_template, labels):
     shardings = parameter_shardings(tiny_template.shapes, tiny_template.axes, mesh, tiny.sharding())
     state = jax.eval_shape(
         lambda: init_state(
-            {p: jnp.zeros(tiny_template.shapes[p].shape) for p in trainable_paths(labels)},
+            {p: jnp.zeros(tiny_template.shapes[p].shape) for p in tiny.trainable_paths(labels)},
             labels,
             optimizer,
             0,
@@ -150,7 +150,7 @@ def test_state_shardings_follow_their_parameter(tiny_template, labels):
     places = state_shardings(state, shardings, mesh)
     assert jax.tree.structure(places) == jax.tree.structure(state)
     assert places.step == replicated(mesh)
-    for path in trainable_paths(labels):
+    for path in tiny.trainable_paths(labels):
         assert places.trainable[path] == shardings[path]
     moment_specs = {str(s.spec) for s in jax.tree.leaves(places.opt_state)}
     assert any("fsdp" in spec for spec in moment_specs)
@@ -166,18 +166,17 @@ def test_what_does_not_divide_is_an_error_with_the_numbers(tiny_batch):
         batch_shardings(tiny_batch(6), make_mesh(8, 1, 1))
 
 
-def test_draws_depend_on_key_and_item_only(tiny_template):
-    info = RandomnessShapes.of(tiny_template)
-    settings = {
-        "latent_shape": info.latent_shape,
-        "num_train_timesteps": info.num_train_timesteps,
-        "cfg_dropout": 0.5,
-        "lora_dropout": True,
-    }
+def test_draws_depend_on_key_and_item_only(tiny_template, tiny_batch):
+    generator = tiny_template.bind(tiny_template.shapes).generator
+
+    def draws(key, ids):
+        batch = dataclasses.replace(tiny_batch(3), item_id=ids, row_id=ids)
+        return StepRandomness.from_key(
+            jax.random.key(key), batch, generator, cfg_dropout=0.5, lora_dropout=True
+        )
+
     ids = jnp.array([7, 11, 400])
-    whole = StepRandomness.from_key(jax.random.key(0), ids, ids, **settings)
-    part = StepRandomness.from_key(jax.random.key(0), ids[2:], ids[2:], **settings)
-    other = StepRandomness.from_key(jax.random.key(1), ids, ids, **settings)
+    whole, part, other = draws(0, ids), draws(0, ids[2:]), draws(1, ids)
     assert whole.timesteps[2] == part.timesteps[0] and (whole.noise[2] == part.noise[0]).all()
     assert (jax.random.key_data(whole.dropout_keys[2]) == jax.random.key_data(part.dropout_keys[0])).all()
     assert (whole.noise != other.noise).any() and (whole.noise[0] != whole.noise[1]).any()
@@ -194,7 +193,7 @@ def test_learning_rate_is_the_originals():
 
 def test_clip_is_taken_over_trainables_only(labels):
     optimizer = make_optimizer(labels, constant_rates(labels), grad_clip=1.0)
-    trainable = {path: jnp.ones(3) for path in trainable_paths(labels)}
+    trainable = {path: jnp.ones(3) for path in tiny.trainable_paths(labels)}
     state = init_state(trainable, labels, optimizer, 0)
     frozen = [path for path in labels if labels[path] == FROZEN]
     masked = {**{p: 100.0 * jnp.ones(3) for p in trainable}, **{p: optax.MaskedNode() for p in frozen}}
