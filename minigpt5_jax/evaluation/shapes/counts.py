@@ -18,7 +18,7 @@ from minigpt5_jax.inference.session import Generation, Session
 from minigpt5_jax.shapes.oracle import read
 from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.shapes.world import ATTRIBUTES, Object, Scene
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 NEW_TOKENS = 64  # no text of the small world is longer; a run's own limit may be lower
 Numbers = dict[str, float | int | bool | None]

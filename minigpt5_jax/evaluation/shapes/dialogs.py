@@ -20,7 +20,7 @@ from minigpt5_jax.inference.session import Generation, Prompt
 from minigpt5_jax.shapes.dataset import read_truth, write_dialogs
 from minigpt5_jax.shapes.wording import COUNTS, WORDS
 from minigpt5_jax.shapes.world import BACKGROUNDS, NAMES, Scene
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 ANSWERED: dict[str, tuple[str, ...]] = {**NAMES, "background": BACKGROUNDS, "count": COUNTS}
 """What questions ask for, and the values an answer may name."""

@@ -33,7 +33,7 @@ from minigpt5_jax.inference.session import Prompt, Session
 from minigpt5_jax.shapes.dataset import read_truth, write_stories
 from minigpt5_jax.shapes.stories import STEPS
 from minigpt5_jax.shapes.world import Scene
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 NARRATIONS = ("multimodal", "understanding")
 FINAL = STEPS - 1
