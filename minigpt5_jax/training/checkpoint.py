@@ -205,20 +205,16 @@ class Checkpoints:
         value = float(metrics[self._best_metric])
         return {self._best_metric: value} if math.isfinite(value) else None
 
-    def _choose(self, step: int | None) -> int:
+    def _first_readable(self, step: int | None, read: Callable[[int], Result]) -> Result:
+        """``read(step)``; without a step the newest that works, each damaged one logged."""
         steps = self.steps
         if not steps:
             what = "holds no complete checkpoint" if self.directory.is_dir() else "does not exist"
             raise CheckpointError(f"checkpoint folder {self.directory} {what}")
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {steps}")
-        return steps[-1] if step is None else step
-
-    def _first_readable(self, step: int | None, read: Callable[[int], Result]) -> Result:
-        """``read(step)``; without a step the newest that works, each damaged one logged."""
-        self._choose(step)
         failure: Exception | None = None
-        for number in self.steps[::-1] if step is None else [step]:
+        for number in steps[::-1] if step is None else [step]:
             try:
                 return read(number)
             except CheckpointError:

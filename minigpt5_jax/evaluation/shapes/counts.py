@@ -78,11 +78,6 @@ def folder_of(folder: str | Path | None) -> Iterator[Path]:
         yield Path(made)
 
 
-def seed_of(seed: int, *numbers: int) -> int:
-    """Seed of the answer to a numbered prompt."""
-    return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
-
-
 def scenes_drawn(answers: Sequence[Generation]) -> list[Scene | None]:
     """What the oracle reads in the first image of each answer; None where there is none."""
     there = [number for number, answer in enumerate(answers) if answer.pictures]

@@ -16,7 +16,7 @@ from typing import Any
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.sources import MMDialogSource
 from minigpt5_jax.evaluation.shapes import counts
-from minigpt5_jax.inference.session import Generation, Prompt
+from minigpt5_jax.inference.session import Generation, Prompt, mixed_seed
 from minigpt5_jax.shapes.dataset import read_truth, write_dialogs
 from minigpt5_jax.shapes.wording import COUNTS, WORDS
 from minigpt5_jax.shapes.world import BACKGROUNDS, NAMES, Scene
@@ -103,7 +103,7 @@ def read_turns(
         dialog, turns = source.dialog(row), []
         for number in range(1, len(dialog.turns), 2):
             example = rules.example(dialog, number)
-            prompt = Prompt(example.source, example.images, counts.seed_of(seed, row, number))
+            prompt = Prompt(example.source, example.images, mixed_seed(seed, row, number))
             turns.append((prompt, truth["turns"][number]))
         dialogs.append(turns)
     return dialogs

@@ -29,7 +29,7 @@ from minigpt5_jax.data.sources.vist import mapping_path, parse_story
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts
 from minigpt5_jax.evaluation.shapes.revealed import Revealed, picture_only_shares
-from minigpt5_jax.inference.session import Prompt, Session
+from minigpt5_jax.inference.session import Prompt, Session, mixed_seed
 from minigpt5_jax.shapes.dataset import read_truth, write_stories
 from minigpt5_jax.shapes.stories import STEPS
 from minigpt5_jax.shapes.world import Scene
@@ -97,7 +97,7 @@ def judge_stories(
         found = {}
         for context in contexts:
             prompts = [
-                context_prompt(tale.story, context, prompt_set, counts.seed_of(seed, number))
+                context_prompt(tale.story, context, prompt_set, mixed_seed(seed, number))
                 for number, tale in enumerate(tales)
             ]
             found[context] = judge_context(drawer, writer, tales, prompts, context)
@@ -176,7 +176,7 @@ def judge_narration(
             prompt_set=prompt_set,
             num_vokens=num_vokens,
         )
-        prompts.append(Prompt(example.source, example.images, counts.seed_of(seed, number)))
+        prompts.append(Prompt(example.source, example.images, mixed_seed(seed, number)))
     answers = writer.generate(prompts, pictures=False)
     wanted = [tale.story.steps[FINAL].text for tale in tales]
     others = wanted if len(wanted) > 1 else []
