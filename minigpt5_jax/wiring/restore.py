@@ -227,23 +227,20 @@ def not_pretrained(path: str, spec: ModelSpec) -> bool:
     return path not in spec.pretrained or spec.labels[path] != FROZEN
 
 
-def open_parent_run(
-    path: str | Path, spec: ModelSpec, weights: Mapping[str, str]
-) -> tuple[Mapping[str, Any], ModelSpec]:
-    """(description, abstract model) of the run at ``path``, from which one of ``spec`` can start.
+def open_parent_run(config: ConfigDict, spec: ModelSpec) -> tuple[Mapping[str, Any], ModelSpec]:
+    """(description, abstract model) of the run at ``run.init_from``, from which this one can start.
 
     No weights are read.  What this model has besides (the second stage's LoRA) is newly initialised.
-
-    Args:
-      path: workdir or checkpoints.  spec: of this run.  weights: its source paths.
 
     Raises:
       CheckpointError: nothing there; or that run trained something that this model lacks or has in another
         shape (a second stage's LoRA or prefix, another number of vokens, another mapper).
     """
+    path = config.run.init_from
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
         meta = checkpoints.meta()
-    given = {name: value for name, value in weights.items() if value and name in meta["config"]["weights"]}
+    known = meta["config"]["weights"]
+    given = {name: value for name, value in config.weights.items() if value and name in known}
     parent = build(config_of(meta, given))
     here = {name: s.shape for name, s in spec.template.shapes.items() if name not in spec.pretrained}
     wrong = [
@@ -263,20 +260,17 @@ def open_parent_run(
 
 
 def warm_start(
-    path: str | Path,
+    config: ConfigDict,
+    spec: ModelSpec,
     fresh: Mapping[str, jax.Array],
     frozen: Mapping[str, jax.Array],
-    spec: ModelSpec,
     shardings: Mapping[str, Any],
-    tokenizer: Mapping[str, Any],
-    weights: Mapping[str, str],
 ) -> dict[str, jax.Array]:
-    """``fresh`` with everything that a parent run trained put in its place (fidelity 4.5).
+    """``fresh`` with everything that the run at ``run.init_from`` trained in its place (fidelity 4.5).
 
     Args:
-      path: workdir or checkpoints of the parent run.
-      fresh: start values of this run.  frozen: its pretrained parameters.  spec, shardings: of this run.
-      tokenizer: identity of this run's.  weights: its source paths.
+      fresh: start values of this run.  frozen: its pretrained parameters.
+      shardings: path -> where what the parent run trained goes.
 
     Returns:
       start values, and pretrained parameters that the parent run had in a form of its own (the whole tables
@@ -286,7 +280,7 @@ def warm_start(
       CheckpointError: the parent run had another tokenizer or other frozen weights, or trained
         something that this model lacks or has in another shape.
     """
-    meta, parent = open_parent_run(path, spec, weights)
+    path, (meta, parent) = config.run.init_from, open_parent_run(config, spec)
     trained = trained_parameters(path, parent, shardings=shardings)
     kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
     hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
@@ -296,7 +290,7 @@ def warm_start(
     }
     require_same(
         before,
-        {"tokenizer": tokenizer, "frozen": hashes},
+        {"tokenizer": tokenizer_identity(config, spec.sizes), "frozen": hashes},
         before,
         f"run.init_from={path} was trained with different frozen weights or a different tokenizer:",
         "{}: {!r} there, {!r} here",

@@ -31,7 +31,7 @@ from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.features import open_features
 from minigpt5_jax.wiring.inputs import data_identity, make_batch_sharder, open_loader, open_sources
-from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
 from minigpt5_jax.wiring.restore import describe, open_parent_run, upgrade_meta, warm_start
 from minigpt5_jax.wiring.session import open_sampler
 from minigpt5_jax.wiring.weight_paths import check_sources
@@ -74,10 +74,7 @@ def split_parameters(
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
     newest = checkpoints.latest_step
     if config.run.init_from and newest is None:
-        tokenizer = tokenizer_identity(config, spec.sizes)
-        fresh = warm_start(
-            config.run.init_from, fresh, frozen, spec, shardings, tokenizer, config.weights.to_dict()
-        )
+        fresh = warm_start(config, spec, fresh, frozen, shardings)
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
     own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
     if own and newest is not None:
@@ -185,7 +182,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     check_sources(config)
     checkpoints = open_run_checkpoints(config)
     if config.run.init_from and checkpoints.latest_step is None:
-        open_parent_run(config.run.init_from, spec, config.weights.to_dict())
+        open_parent_run(config, spec)
     sampler = open_sampler(config, spec)
     source, held_out = open_sources(config, spec.sizes)
     if config.data.features:
