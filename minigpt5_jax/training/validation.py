@@ -7,8 +7,7 @@ with the right condition, with the condition of another sample, and with T(0).
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,24 +80,19 @@ def _image_losses(
     return result
 
 
-@dataclasses.dataclass
-class Validator:
-    """Runs the compiled validation step over a fixed list of batches."""
+def make_validator(
+    step: ValidationStep, batches: Sequence[Batch]
+) -> Callable[[Params, Params], dict[str, float]]:
+    """``f(trainable, frozen) -> {name: global mean}`` over the same batches at every call."""
+    compiled = jax.jit(step)
 
-    step: ValidationStep
-    batches: list[Batch]
-
-    @classmethod
-    def of(cls, step: ValidationStep, batches: Iterable[Batch]) -> Validator:
-        """Compile lazily, keep the batches (the same ones at every validation)."""
-        return cls(jax.jit(step), list(batches))
-
-    def __call__(self, trainable: Params, frozen: Params) -> dict[str, float]:
-        """Global means by name."""
+    def validate(trainable: Params, frozen: Params) -> dict[str, float]:
         total: dict[str, SumCount] | None = None
-        for batch in self.batches:
-            sums = self.step(trainable, frozen, batch)
+        for batch in batches:
+            sums = compiled(trainable, frozen, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:
             raise ValueError("there is no validation batch; give data.validation more samples")
         return {name: float(np.asarray(value)) for name, value in means(total).items()}
+
+    return validate
