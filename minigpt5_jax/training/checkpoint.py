@@ -166,7 +166,10 @@ class Checkpoints:
         def read(number: int) -> tuple[dict[str, Any], int, Meta]:
             saved = self._read_meta(number)
             self._check_leaves(number, saved["leaves"], like)
-            return self._read(number, like), saved["data_state"], saved["meta"]
+            args = {name: ocp.args.StandardRestore(_abstract(_named(tree))) for name, tree in like.items()}
+            restored = self._manager.restore(number, args=ocp.args.Composite(**args))
+            parts = {name: _unnamed(restored[name], tree) for name, tree in like.items()}
+            return parts, saved["data_state"], saved["meta"]
 
         return self._first_readable(step, read)
 
@@ -249,13 +252,8 @@ class Checkpoints:
             ]
         if problems:
             raise CheckpointError(
-                f"step {step} in {self.directory} is of another model:\n" + _first(sorted(problems))
+                f"step {step} in {self.directory} is of another model:\n" + first_lines(sorted(problems))
             )
-
-    def _read(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        args = {name: ocp.args.StandardRestore(_abstract(_named(tree))) for name, tree in like.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: _unnamed(restored[name], tree) for name, tree in like.items()}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -315,6 +313,7 @@ def _leaves(named: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _first(lines: Sequence[str], limit: int = 8) -> str:
+def first_lines(lines: Sequence[str], limit: int = 8) -> str:
+    """The first of some lines of a message, indented, and how many more there are."""
     more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
     return "\n".join(f"  {line}" for line in [*lines[:limit], *more])

@@ -21,7 +21,7 @@ from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.config.keys import FORMER_KEYS
 from minigpt5_jax.inference.session import Session
 from minigpt5_jax.parts.contracts import FROZEN, KINDS
-from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.checkpoint import Checkpoints, first_lines
 from minigpt5_jax.training.provenance import (
     CheckpointError,
     Meta,
@@ -249,10 +249,9 @@ def open_parent_run(config: ConfigDict, spec: ModelSpec) -> tuple[Mapping[str, A
         if not_pretrained(name, parent) and shape.shape != here.get(name)
     ]
     if wrong:
-        lines = wrong[:8] + [f"... and {len(wrong) - 8} more"] * (len(wrong) > 8)
         raise CheckpointError(
-            f"run.init_from={path} (of stage {stage_of(meta['config'])}) does not fit this model:\n  "
-            + "\n  ".join(lines)
+            f"run.init_from={path} (of stage {stage_of(meta['config'])}) does not fit this model:\n"
+            + first_lines(wrong)
             + "\nStart from a run whose model is part of this one (stage 2: a stage-1 run with the same "
             "mapper and number of vokens), or give this run that one's model settings"
         )

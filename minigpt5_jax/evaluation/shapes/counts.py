@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,16 +63,6 @@ def open_session(run: LoadedModel, *, batch_size: int, **inference: object) -> S
         )
     config.data.max_length = positions - room
     return dataclasses.replace(run, config=config).session(batch_size=batch_size)
-
-
-@contextlib.contextmanager
-def folder_of(folder: str | Path | None) -> Iterator[Path]:
-    """The given folder, or one that is removed in the end."""
-    if folder is not None:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as made:
-        yield Path(made)
 
 
 def scenes_drawn(answers: Sequence[Generation]) -> list[Scene | None]:

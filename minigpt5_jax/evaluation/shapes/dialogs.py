@@ -7,8 +7,8 @@ Every turn of the assistant is written after the true turns before it, as many a
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,6 @@ def judge_dialogs(
     count: int,
     seed: int = 0,
     batch_size: int = 32,
-    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Everything above, of ``count`` held-out dialogues.
 
@@ -73,8 +72,8 @@ def judge_dialogs(
     """
     counts.check_run(run, reads_images=True)
     session = counts.open_session(run, batch_size=batch_size)
-    with counts.folder_of(folder) as directory:
-        asked = read_turns(run, directory, count, seed)
+    with tempfile.TemporaryDirectory() as directory:
+        asked = read_turns(run, Path(directory), count, seed)
         given = session.generate([prompt for turns in asked for prompt, _ in turns])
     scenes, dialogs = iter(zip(given, counts.scenes_drawn(given), strict=True)), []
     for turns in asked:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,11 @@ def judge_stories(
     seed: int = 0,
     batch_size: int = 32,
     narrations: Sequence[str] = NARRATIONS,
-    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Everything above, of ``count`` held-out stories.
 
     Args:
       contexts: some of :data:`CONTEXTS`.  narrations: some of :data:`NARRATIONS`.
-      folder: where the stories are written; a temporary one by default.
 
     Returns:
       ``{"count", "seed", "held_out": share of last scenes with an object of a held-out kind (a story begins
@@ -92,8 +90,8 @@ def judge_stories(
     drawer = counts.open_session(run, batch_size=batch_size, force_image="first", max_new_tokens=1)
     writer = counts.open_session(run, batch_size=batch_size)
     vokens, prompt_set = run.spec.backbone.num_vokens, run.config.data.prompt_set
-    with counts.folder_of(folder) as directory:
-        tales = read_tales(directory, count, seed)
+    with tempfile.TemporaryDirectory() as directory:
+        tales = read_tales(Path(directory), count, seed)
         found = {}
         for context in contexts:
             prompts = [
