@@ -19,19 +19,35 @@ from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.vae.model import AutoencoderKL
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.backbones import train_vae
-from minigpt5_jax.shapes.oracle import corrupted, score
-from minigpt5_jax.shapes.render import render
+from minigpt5_jax.shapes.oracle import score
+from minigpt5_jax.shapes.render import IMAGE_SIZE, render
 from minigpt5_jax.shapes.world import draw_scene
 
-COUNT = flags.DEFINE_integer("count", 300, "scenes of each number of objects", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of scenes and noise", lower_bound=0)
-ASSETS = flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored VAE")
 NOISES = (0.0, 0.1, 0.25)  # on latents, in their standard deviations
+
+
+def box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
+    for axis in (1, 2):
+        shifted = [np.roll(pictures, k, axis) for k in range(-(width // 2), width // 2 + 1)]
+        pictures = np.mean(shifted, axis=0)
+    return pictures
+
+
+def corrupted(pictures: np.ndarray, random: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """(how, images in 0 ... 255) for several ways of corrupting them, ``clean`` first."""
+    clean = pictures.astype(np.float32)
+    yield "clean", clean
+    for sd in (0.2, 0.4, 0.8):
+        yield f"white noise, sd {sd} of -1..1", clean + 127.5 * sd * random.standard_normal(clean.shape)
+    for width in (3, 5):
+        yield f"box blur of {width} pixels", box_blur(clean, width)
+    half = clean.reshape(len(clean), IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((2, 4))
+    yield "half resolution", half.repeat(2, 1).repeat(2, 2)
 
 
 def through_vae(pictures: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Pictures after the stored VAE, by noise on the latents."""
-    folder = Path(ASSETS.value)
+    folder = Path(flags.FLAGS.assets)
     config, params = files.read_config(folder, "vae"), files.read_tower(folder, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
     for noise in NOISES:
@@ -40,12 +56,13 @@ def through_vae(pictures: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 def lines() -> Iterator[dict]:
     """The results, one by one."""
-    random = np.random.default_rng(SEED.value)
+    random = np.random.default_rng(flags.FLAGS.seed)
+    count = flags.FLAGS.count
     for objects in (1, 2, 3):
-        scenes = [draw_scene(random, bool(i % 2), objects) for i in range(COUNT.value)]
+        scenes = [draw_scene(random, bool(i % 2), objects) for i in range(count)]
         for name, pictures in corrupted(render(scenes), random):
             yield {"objects": objects, "corrupted by": name, **score(pictures, scenes)}
-        held_out = [draw_scene(random, True, objects) for _ in range(COUNT.value)]
+        held_out = [draw_scene(random, True, objects) for _ in range(count)]
         for name, pictures in through_vae(render(held_out)):
             yield {"objects": objects, "corrupted by": name, **score(pictures, held_out)}
 
@@ -56,5 +73,13 @@ def main(_: list[str]) -> None:
         print(json.dumps(line), flush=True)
 
 
+def define_flags() -> None:
+    """The flags of this command."""
+    flags.DEFINE_integer("count", 300, "scenes of each number of objects", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of scenes and noise", lower_bound=0)
+    flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored VAE")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

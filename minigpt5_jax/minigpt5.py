@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.abstract import Template
-from minigpt5_jax.parts.contracts import find
+from minigpt5_jax.parts.contracts import Generator, find
 
 IGNORE = -100
 SNR_BINS = 4  # equal ranges of timesteps, from high to low signal, in which the image loss is reported
@@ -49,32 +49,33 @@ class StepRandomness:
     def from_key(
         cls,
         key: jax.Array,
-        item_id: Int[Array, " m"],
-        row_id: Int[Array, " b"],
+        batch: Batch,
+        generator: Generator,
         *,
-        latent_shape: tuple[int, int, int],
-        num_train_timesteps: int,
-        cfg_dropout: float,
+        cfg_dropout: float = 0.0,
         lora_dropout: bool = False,
     ) -> StepRandomness:
-        """StepRandomness of the items ``item_id``; a pure function of ``(key, id)`` for each of them.
+        """StepRandomness of a (micro-)batch; a pure function of ``(key, id)`` for each item and row.
 
         Accumulation, packing, another mesh or another process count therefore see the same noise
-        for the same item.
+        for the same item.  ``generator`` says the shape of latents and how many timesteps there are; an
+        abstract one does.
         """
         item_root, row_root = jax.random.split(key)
 
         def draw(number):
             timestep, noise, posterior, drop = jax.random.split(jax.random.fold_in(item_root, number), 4)
             return (
-                jax.random.randint(timestep, (), 0, num_train_timesteps),
-                jax.random.normal(noise, latent_shape),
-                jax.random.normal(posterior, latent_shape),
+                jax.random.randint(timestep, (), 0, generator.num_train_timesteps),
+                jax.random.normal(noise, generator.latent_shape),
+                jax.random.normal(posterior, generator.latent_shape),
                 jax.random.uniform(drop) < cfg_dropout,
             )
 
-        timesteps, noise, posterior, drop = jax.vmap(draw)(item_id)
-        dropout_keys = jax.vmap(lambda n: jax.random.fold_in(row_root, n))(row_id) if lora_dropout else None
+        timesteps, noise, posterior, drop = jax.vmap(draw)(batch.item_id)
+        dropout_keys = None
+        if lora_dropout:
+            dropout_keys = jax.vmap(lambda n: jax.random.fold_in(row_root, n))(batch.row_id)
         return cls(timesteps, noise, posterior, drop, dropout_keys)
 
 

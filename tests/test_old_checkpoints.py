@@ -61,9 +61,11 @@ def test_a_second_stage_keeps_its_tuning_rules(old):
 
 
 def test_another_stage_starts_from_it(old):
-    stage2 = open_run(old("run_df60a7f_stage2")).spec
-    meta, parent = open_parent_run(old("run_df60a7f"), stage2, {})
-    assert meta["bundle"]["stage"] == 1 and parent.template.shapes.keys() < stage2.template.shapes.keys()
+    stage2 = open_run(old("run_df60a7f_stage2"))
+    stage2.config.run.init_from = str(old("run_df60a7f"))
+    meta, parent = open_parent_run(stage2.config, stage2.spec)
+    here = stage2.spec.template.shapes
+    assert meta["bundle"]["stage"] == 1 and parent.template.shapes.keys() < here.keys()
 
 
 def test_training_resumes_behind_its_last_step(old):

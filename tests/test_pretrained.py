@@ -259,15 +259,15 @@ def test_a_released_checkpoint_becomes_one_of_ours(sources, oracle_dir, tmp_path
     fresh = {p: v for p, v in run.params.items() if p.startswith("mapper/") or "/voken" in p or "/lora_" in p}
     frozen = {p: v for p, v in run.params.items() if p not in fresh}
     shardings = {p: v.sharding for p, v in run.params.items()}
-    tokenizer = meta["tokenizer"]
-    moved = warm_start(tmp_path, fresh, frozen, run.spec, shardings, tokenizer, second.weights.to_dict())
+    second.run.init_from = str(tmp_path)
+    moved = warm_start(second, run.spec, fresh, frozen, shardings)
     assert moved.keys() == fresh.keys() | set(TABLES.values())
     other = {**frozen, "generator/vae/quant_conv/bias": frozen["generator/vae/quant_conv/bias"] + 1}
     with pytest.raises(CheckpointError, match="trained with different frozen weights"):
-        warm_start(tmp_path, fresh, other, run.spec, shardings, tokenizer, second.weights.to_dict())
+        warm_start(second, run.spec, fresh, other, shardings)
     with pytest.raises(CheckpointError, match=r"tokenizer\.backbone\.bos_id"):
-        bos = {**tokenizer, "backbone": {**tokenizer["backbone"], "bos_id": 2}}
-        warm_start(tmp_path, fresh, frozen, run.spec, shardings, bos, second.weights.to_dict())
+        second.data.bos_id = 2
+        warm_start(second, run.spec, fresh, frozen, shardings)
 
 
 def test_a_checkpoint_folder_and_bad_arguments(sources, oracle_dir, tmp_path, tuned):

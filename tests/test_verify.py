@@ -12,7 +12,7 @@ import pytest
 from minigpt5_jax.config import get_config, use_shapes_backbones
 from minigpt5_jax.evaluation.verify import TEXT, Report, VerificationError, problems_of, verify, verify_run
 from minigpt5_jax.wiring.pretrained import load_pretrained
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 LLM = "backbone/llm/"
 

@@ -26,14 +26,7 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Noise -> latents.
-
-    Attributes:
-      num_calls: how often ``sample`` evaluates the denoiser.
-    """
-
-    @property
-    def num_calls(self) -> int: ...
+    """Noise -> latents."""
 
     def sample(self, denoise: Denoise, latents: Float[Array, "m h w c"]) -> Float[Array, "m h w c"]:
         """Denoise ``latents`` ~ N(0, I); pure, to be called inside ``jax.jit``."""
@@ -75,11 +68,6 @@ class LinearMultistep:
             "weights": weights.astype(np.float32),
             "stored": stored.astype(bool),
         }
-
-    @property
-    def num_calls(self) -> int:
-        """Evaluations of the denoiser in one ``sample``."""
-        return len(self.timesteps)
 
     def sample(self, denoise: Denoise, latents: Float[Array, "m h w c"]) -> Float[Array, "m h w c"]:
         """Denoise ``latents`` ~ N(0, I) (float32); pure, to be called inside ``jax.jit``."""

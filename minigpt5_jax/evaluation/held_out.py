@@ -19,7 +19,7 @@ from minigpt5_jax.models.common import Params
 from minigpt5_jax.shapes import oracle
 from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.training.sharding import replicated
-from minigpt5_jax.training.validation import Validator, make_validation_step
+from minigpt5_jax.training.validation import make_validation_step, make_validator
 from minigpt5_jax.wiring.inputs import SHAPES, make_batch_sharder, open_loader
 from minigpt5_jax.wiring.model import ModelSpec
 
@@ -90,7 +90,7 @@ def watchers(
     loader = open_loader(config, spec, held_out, training=False)
     batches = [place(batch) for batch in itertools.islice(loader, config.run.eval_batches)]
     loader.close()
-    validator = Validator.of(make_validation_step(spec.template, spec.options.loss), batches)
+    validator = make_validator(make_validation_step(spec.template, spec.options.loss), batches)
     inference = config.inference
     sample = make_batch_sampler(spec.template, sampler, inference.guidance_scale, inference.cfg_negative)
     drawn = HeldOutImages(sample, batches, frozen, mesh, config.run.seed)

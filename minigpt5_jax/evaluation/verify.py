@@ -21,7 +21,8 @@ from minigpt5_jax.inference.decode import decode
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import stop_sequences
 from minigpt5_jax.minigpt5 import MiniGPT5
-from minigpt5_jax.wiring.restore import LoadedModel, load_run
+from minigpt5_jax.wiring.restore import load_run
+from minigpt5_jax.wiring.session import LoadedModel
 
 TEXT = "a red circle"
 ANSWER = 32  # ids of the answer in which [IMG0] is looked for

@@ -16,7 +16,7 @@ from PIL import Image
 
 from minigpt5_jax.data.images import ImageSource
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
-from minigpt5_jax.inference.session import Generation, Prompt, Session
+from minigpt5_jax.inference.session import Generation, Prompt, Session, mixed_seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Conversation:
 
     def next_seed(self) -> int:
         """Seed of the next answer, a function of ``seed`` and the number of answers."""
-        return int(np.random.SeedSequence((self.seed, len(self.answers))).generate_state(1)[0])
+        return mixed_seed(self.seed, len(self.answers))
 
 
 def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:

@@ -65,12 +65,6 @@ class Entry:
             if not isinstance(part, str):
                 _check_pictures(part, dims=3)
 
-    @property
-    def footer(self) -> str:
-        """Seed and notes in one line."""
-        seed = "" if self.seed is None else f"seed {self.seed}"
-        return " · ".join(filter(None, (seed, self.notes)))
-
 
 def write_page(
     directory: str | Path, title: str, entries: Sequence[Entry], metadata: Mapping[str, object] | None = None
@@ -179,5 +173,7 @@ def _html_entry(number: int, entry: Entry) -> str:
         for section, content in sections.items()
         if content
     )
-    footer = f"<footer>{html.escape(entry.footer)}</footer>\n" if entry.footer else ""
+    seed = "" if entry.seed is None else f"seed {entry.seed}"
+    line = " · ".join(filter(None, (seed, entry.notes)))
+    footer = f"<footer>{html.escape(line)}</footer>\n" if line else ""
     return f'<article id="entry-{number}">\n{body}{footer}</article>\n'

@@ -41,6 +41,11 @@ class Prompt:
     seed: int = 0
 
 
+def mixed_seed(*numbers: int) -> int:
+    """A seed that is a function of several numbers, such as a run's seed and the number of a prompt."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
     """An answer.

@@ -20,6 +20,7 @@ from minigpt5_jax.data.samples.records import Record, RecordImage
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message
 from minigpt5_jax.inference.page import Entry, Part
 from minigpt5_jax.inference.prompts import file_records
+from minigpt5_jax.inference.session import mixed_seed
 
 FILE = "conversations.jsonl"
 
@@ -56,7 +57,7 @@ def turns_of(record: Record, image_root: Path) -> list[Message]:
 
 def seed_of(name: str, seed: int, sample: int = 0) -> int:
     """Seed of a conversation: by its name, so that it goes the same way alone and among others."""
-    return int(np.random.SeedSequence((seed, sample, zlib.crc32(name.encode()))).generate_state(1)[0])
+    return mixed_seed(seed, sample, zlib.crc32(name.encode()))
 
 
 def entry_of(conversation: Conversation, given: int) -> Entry:

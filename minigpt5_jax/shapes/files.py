@@ -13,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.clip_text.weights import TOWER as TEXT_ENCODER
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.models.eva_vit.weights import TOWER as EVA_VIT
@@ -97,8 +96,8 @@ TOWERS = {
 }
 
 
-def write_tower(assets: Path, name: str, params: Params, config: Any) -> None:
-    """Configuration and weights of one tower, rows of new tokens left out."""
+def write_tower(assets: Path, name: str, params: Params, config: Any, prefix: str = "") -> None:
+    """Configuration and weights of one tower, found below ``prefix``; rows of new tokens are left out."""
     files = TOWERS[name]
     values = files.extra | dataclasses.asdict(config)
     if name == "text_encoder":  # the tokenizer's last two
@@ -106,7 +105,11 @@ def write_tower(assets: Path, name: str, params: Params, config: Any) -> None:
     if name == "vae":
         values |= files.tower.describe(config)
     write_json(assets / files.folder / "config.json", values)
-    kept = {path: np.asarray(v, STORED) for path, v in params.items() if not path.endswith("/voken")}
+    kept = {
+        path.removeprefix(prefix): np.asarray(value, STORED)
+        for path, value in params.items()
+        if path.startswith(prefix) and not path.endswith("/voken")
+    }
     like = (files.tower.bare_prefix,)  # tells a tower with two tables which names are written
     source = files.tower.table(like, config).to_source(kept)
     save_safetensors(assets / files.folder / files.tower.file, source, {"format": "pt"})
@@ -132,18 +135,12 @@ def read_config(assets: Path, name: str) -> Any:
     return TOWERS[name].tower.read_sizes(path)
 
 
-def read_tower(assets: Path, name: str, template: Template | None = None) -> Params:
-    """Parameters of a written tower in float32.
-
-    With a ``template``, rows of new tokens, which no file holds, are there as zeros.
-    """
+def read_tower(assets: Path, name: str, prefix: str = "") -> Params:
+    """Parameters of a written tower in float32, below ``prefix``."""
     files, config = TOWERS[name], read_config(assets, name)
     source = open_weights(assets / files.folder)
     params = load_tower(files.tower.table(source, config), source, files.tower.shapes(config), np.float32)
-    if template is not None:
-        new = {path: shape for path, shape in template.shapes.items() if path.endswith("/voken")}
-        params |= {path: np.zeros(shape.shape, np.float32) for path, shape in new.items()}
-    return {path: jnp.asarray(value) for path, value in params.items()}
+    return {prefix + path: jnp.asarray(value) for path, value in params.items()}
 
 
 def hashes(assets: Path) -> dict[str, str]:

@@ -7,12 +7,12 @@ The background with the least summed error over places wins, then each place tak
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import Num
 
-from minigpt5_jax.shapes.render import CELL, IMAGE_SIZE, cells, scenes_of_cells
+from minigpt5_jax.shapes.render import CELL, cells, scenes_of_cells
 from minigpt5_jax.shapes.world import ATTRIBUTES, BACKGROUNDS, Scene
 
 
@@ -56,24 +56,3 @@ def _compare(got: Scene, want: Scene) -> dict[str, bool]:
     for name in ATTRIBUTES:
         result[name] = [getattr(o, name) for o in got.objects] == [getattr(o, name) for o in want.objects]
     return result
-
-
-def _box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
-    for axis in (1, 2):
-        shifted = [np.roll(pictures, k, axis) for k in range(-(width // 2), width // 2 + 1)]
-        pictures = np.mean(shifted, axis=0)
-    return pictures
-
-
-def corrupted(
-    pictures: UInt8[np.ndarray, "n 64 64 3"], random: np.random.Generator
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(how, images in 0 ... 255) for several ways of corrupting them, ``clean`` first."""
-    clean = pictures.astype(np.float32)
-    yield "clean", clean
-    for sd in (0.2, 0.4, 0.8):
-        yield f"white noise, sd {sd} of -1..1", clean + 127.5 * sd * random.standard_normal(clean.shape)
-    for width in (3, 5):
-        yield f"box blur of {width} pixels", _box_blur(clean, width)
-    half = clean.reshape(len(clean), IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3).mean((2, 4))
-    yield "half resolution", half.repeat(2, 1).repeat(2, 2)

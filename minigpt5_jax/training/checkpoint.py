@@ -166,7 +166,10 @@ class Checkpoints:
         def read(number: int) -> tuple[dict[str, Any], int, Meta]:
             saved = self._read_meta(number)
             self._check_leaves(number, saved["leaves"], like)
-            return self._read(number, like), saved["data_state"], saved["meta"]
+            args = {name: ocp.args.StandardRestore(_abstract(_named(tree))) for name, tree in like.items()}
+            restored = self._manager.restore(number, args=ocp.args.Composite(**args))
+            parts = {name: _unnamed(restored[name], tree) for name, tree in like.items()}
+            return parts, saved["data_state"], saved["meta"]
 
         return self._first_readable(step, read)
 
@@ -205,20 +208,16 @@ class Checkpoints:
         value = float(metrics[self._best_metric])
         return {self._best_metric: value} if math.isfinite(value) else None
 
-    def _choose(self, step: int | None) -> int:
+    def _first_readable(self, step: int | None, read: Callable[[int], Result]) -> Result:
+        """``read(step)``; without a step the newest that works, each damaged one logged."""
         steps = self.steps
         if not steps:
             what = "holds no complete checkpoint" if self.directory.is_dir() else "does not exist"
             raise CheckpointError(f"checkpoint folder {self.directory} {what}")
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {steps}")
-        return steps[-1] if step is None else step
-
-    def _first_readable(self, step: int | None, read: Callable[[int], Result]) -> Result:
-        """``read(step)``; without a step the newest that works, each damaged one logged."""
-        self._choose(step)
         failure: Exception | None = None
-        for number in self.steps[::-1] if step is None else [step]:
+        for number in steps[::-1] if step is None else [step]:
             try:
                 return read(number)
             except CheckpointError:
@@ -253,13 +252,8 @@ class Checkpoints:
             ]
         if problems:
             raise CheckpointError(
-                f"step {step} in {self.directory} is of another model:\n" + _first(sorted(problems))
+                f"step {step} in {self.directory} is of another model:\n" + first_lines(sorted(problems))
             )
-
-    def _read(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        args = {name: ocp.args.StandardRestore(_abstract(_named(tree))) for name, tree in like.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: _unnamed(restored[name], tree) for name, tree in like.items()}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -319,6 +313,7 @@ def _leaves(named: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _first(lines: Sequence[str], limit: int = 8) -> str:
+def first_lines(lines: Sequence[str], limit: int = 8) -> str:
+    """The first of some lines of a message, indented, and how many more there are."""
     more = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
     return "\n".join(f"  {line}" for line in [*lines[:limit], *more])

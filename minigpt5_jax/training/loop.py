@@ -69,7 +69,7 @@ class Loop:
         return results
 
     def _tell_left_out(self) -> None:
-        skipped, truncated = len(self.data.skipped), self.data.truncated
+        skipped, truncated = len(self.data.loader.skipped), self.data.loader.truncated
         if skipped or truncated:
             self.metrics.message(f"{skipped} unusable samples were left out, {truncated} were cut to fit")
 

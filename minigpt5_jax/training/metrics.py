@@ -8,6 +8,7 @@ run goes on without it.  clu's periodic actions import TensorFlow too: :func:`du
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -173,16 +174,14 @@ class _Writer:
         path = workdir / "metrics.jsonl"
         _drop_lines_after(path, first_step)
         self._lines = path.open("a", encoding="utf-8")
-        self._tensorboard: Any = None
-        self._asked = False
 
     def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
         # A value that is not finite was not counted in this step; JSON has no NaN.
         kept = {name: value for name, value in values.items() if math.isfinite(value)}
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **kept}) + "\n")
         self._lines.flush()
-        if (writer := self._tensorboard_writer()) is not None:
-            writer.write_scalars(step, kept)
+        if self._tensorboard is not None:
+            self._tensorboard.write_scalars(step, kept)
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> Path:
         from PIL import Image
@@ -190,20 +189,19 @@ class _Writer:
         path = self.workdir / "pictures" / f"{name}_{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
-        if (writer := self._tensorboard_writer()) is not None:
-            writer.write_images(step, {name: picture[None]})
+        if self._tensorboard is not None:
+            self._tensorboard.write_images(step, {name: picture[None]})
         return path
 
     def close(self) -> None:
         self._lines.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if (opened := vars(self).get("_tensorboard")) is not None:
+            opened.close()
 
-    def _tensorboard_writer(self) -> Any:
-        if not self._asked:
-            self._asked = True
-            self._tensorboard = _open_tensorboard(self.workdir / "tensorboard")
-        return self._tensorboard
+    @functools.cached_property
+    def _tensorboard(self) -> Any:
+        """Opened at the first write."""
+        return _open_tensorboard(self.workdir / "tensorboard")
 
 
 def _open_tensorboard(directory: Path) -> Any:

@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.pipeline import Loader
-from minigpt5_jax.data.errors import Problem
 
 
 class DevicePrefetch:
     """A loader whose batches are placed ahead: the copy of the next ones runs beside the step.
 
     Args:
-      loader: gives this process's numpy batches.
+      loader: gives this process's numpy batches; it knows what was skipped.
       place: puts one on the devices; copies are asynchronous.
       ahead: batches placed and not yet used; 0 places each when it is asked for.
 
@@ -24,20 +23,12 @@ class DevicePrefetch:
     """
 
     def __init__(self, loader: Loader, place: Callable[[Batch], Batch], ahead: int = 1):
-        self._loader, self._place, self._ahead = loader, place, ahead
+        self.loader, self._place, self._ahead = loader, place, ahead
         self._ready: collections.deque[Batch] = collections.deque()
 
     @property
     def state(self) -> int:
-        return self._loader.state - len(self._ready)
-
-    @property
-    def skipped(self) -> list[Problem]:
-        return self._loader.skipped
-
-    @property
-    def truncated(self) -> int:
-        return self._loader.truncated
+        return self.loader.state - len(self._ready)
 
     def __iter__(self) -> DevicePrefetch:
         return self
@@ -46,7 +37,7 @@ class DevicePrefetch:
         """The next batch, on the devices."""
         while len(self._ready) <= self._ahead:
             try:
-                self._ready.append(self._place(next(self._loader)))
+                self._ready.append(self._place(next(self.loader)))
             except StopIteration:
                 if not self._ready:
                     raise
@@ -56,4 +47,4 @@ class DevicePrefetch:
     def close(self) -> None:
         """Ends the loader; batches that lie ready are dropped."""
         self._ready.clear()
-        self._loader.close()
+        self.loader.close()

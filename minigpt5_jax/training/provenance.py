@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 Meta = dict[str, Any]
@@ -166,14 +167,41 @@ def _on_host(value: jax.Array) -> np.ndarray:
     return np.asarray(value)
 
 
-def differences(saved: Meta, current: Meta, sections: Iterable[str]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (saved, current) wherever the two differ inside ``sections``; "absent" for no key."""
-    ours, theirs = _flatten(plain(current)), _flatten(saved)
-    keys = sorted(
-        key for key in ours.keys() | theirs.keys() for s in sections if key == s or key.startswith(s + ".")
+def require_same(
+    saved: Meta,
+    current: Meta,
+    sections: Iterable[str],
+    title: str,
+    line: str,
+    *,
+    remedy: str = "",
+    allow: Iterable[str] = (),
+) -> None:
+    """Refuse a checkpoint whose description differs from this run's inside some sections.
+
+    Args:
+      sections: dotted keys; what is below one belongs to it.  allow: those in them that may differ.
+      title: first line of the message.  remedy: its last one.
+      line: how a key and its values, there and here, are said; "absent" stands for no key.
+
+    Raises:
+      CheckpointError: each differing key with both values.
+    """
+
+    def among(key: str, names: Iterable[str]) -> bool:
+        return any(key == name or key.startswith(name + ".") for name in names)
+
+    # An empty dict is a value, too.
+    theirs, ours = (
+        flatten_dict(tree, sep=".", is_leaf=lambda _, value: not value) for tree in (saved, plain(current))
     )
-    pairs = {key: (theirs.get(key, "absent"), ours.get(key, "absent")) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        pair = theirs.get(key, "absent"), ours.get(key, "absent")
+        if pair[0] != pair[1] and among(key, sections) and not among(key, allow):
+            lines.append("  " + line.format(key, *pair))
+    if lines:
+        raise CheckpointError("\n".join([title, *lines, *([remedy] if remedy else [])]))
 
 
 def check_compatible(saved: Meta, current: Meta, *, allow: Iterable[str] = ()) -> None:
@@ -186,25 +214,11 @@ def check_compatible(saved: Meta, current: Meta, *, allow: Iterable[str] = ()) -
     Raises:
       CheckpointError: each differing key with both values.
     """
-    allowed = (*HARMLESS, *allow)
-    found = {
-        key: pair
-        for key, pair in differences(saved, current, COMPARED).items()
-        if not any(key == name or key.startswith(name + ".") for name in allowed)
-    }
-    if found:
-        lines = [
-            f"  {key}: checkpoint {theirs!r}, this run {ours!r}" for key, (theirs, ours) in found.items()
-        ]
-        raise CheckpointError(
-            "the checkpoint is of another run; start in another workdir, or change these back:\n"
-            + "\n".join(lines)
-        )
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        flat |= _flatten(value, key + ".") if isinstance(value, Mapping) and value else {key: value}
-    return flat
+    require_same(
+        saved,
+        current,
+        COMPARED,
+        "the checkpoint is of another run; start in another workdir, or change these back:",
+        "{}: checkpoint {!r}, this run {!r}",
+        allow=(*HARMLESS, *allow),
+    )

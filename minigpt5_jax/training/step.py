@@ -6,6 +6,7 @@ Stages differ in loss weights and tuning patterns, which arrive as values; there
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -37,35 +38,6 @@ class StepOptions:
     cfg_dropout: float = 0.1
     lora_dropout: bool = False
     accumulation: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomnessShapes:
-    """Shapes the draws take, published by the generator."""
-
-    latent_shape: tuple[int, int, int]
-    num_train_timesteps: int
-
-    @classmethod
-    def of(cls, template: Template) -> RandomnessShapes:
-        """Read them off an abstract model."""
-        generator = template.bind(template.shapes).generator
-        return cls(generator.latent_shape, generator.num_train_timesteps)
-
-
-def make_randomness(
-    info: RandomnessShapes, key: jax.Array, batch: Batch, options: StepOptions
-) -> StepRandomness:
-    """StepRandomness of one (micro-)batch."""
-    return StepRandomness.from_key(
-        key,
-        batch.item_id,
-        batch.row_id,
-        latent_shape=info.latent_shape,
-        num_train_timesteps=info.num_train_timesteps,
-        cfg_dropout=options.cfg_dropout,
-        lora_dropout=options.lora_dropout,
-    )
 
 
 def loss_and_diagnostics(
@@ -134,16 +106,18 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """``step(state, frozen, batch) -> (state, metrics)``; jit it with ``donate_argnums=0``.
 
-    ``draw(key, micro_batch)`` replaces the random draws (:func:`make_randomness`) by given ones.
+    ``draw(key, micro_batch)`` replaces the random draws (:meth:`StepRandomness.from_key`) by given ones.
 
     Metrics are scalars: ``loss``, each loss and diagnostic as a global mean (NaN where nothing
     counted, so that an empty bin is not mistaken for a zero), and ``grad_norm`` over the trainables.
     """
     if draw is None:
-        info = RandomnessShapes.of(template)
-
-        def draw(key: jax.Array, micro: Batch) -> StepRandomness:
-            return make_randomness(info, key, micro, options)
+        draw = functools.partial(
+            StepRandomness.from_key,
+            generator=template.bind(template.shapes).generator,
+            cfg_dropout=options.cfg_dropout,
+            lora_dropout=options.lora_dropout,
+        )
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)

@@ -7,8 +7,7 @@ with the right condition, with the condition of another sample, and with T(0).
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import LossOptions, MiniGPT5, StepRandomness, SumCount
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
-from minigpt5_jax.training.step import RandomnessShapes, means
+from minigpt5_jax.training.step import means
 
 NOISE_LEVELS = (100, 300, 500, 700)
 """Timesteps of the fixed-noise comparison, from nearly clean to mostly noise: signal-to-noise ratios of 8.5,
@@ -36,19 +35,12 @@ def make_validation_step(
     ``image`` (right condition), ``image_swapped`` (that of the item before; the last's
     for the first) and ``image_unconditional`` (T(0)); ``image_t100`` and so on are ``image`` at one level.
     """
-    info = RandomnessShapes.of(template)
+    generator = template.bind(template.shapes).generator
 
     def step(trainable: Params, frozen: Params, batch: Batch) -> dict[str, SumCount]:
         model = template.bind({**frozen, **trainable})
         # The same key at every call: an item meets the same noise whenever it is validated.
-        draws = StepRandomness.from_key(
-            jax.random.key(0),
-            batch.item_id,
-            batch.row_id,
-            latent_shape=info.latent_shape,
-            num_train_timesteps=info.num_train_timesteps,
-            cfg_dropout=0.0,
-        )
+        draws = StepRandomness.from_key(jax.random.key(0), batch, generator)
         outputs = model.outputs(batch, draws)
         result = {}
         for name in options.weights:
@@ -88,24 +80,19 @@ def _image_losses(
     return result
 
 
-@dataclasses.dataclass
-class Validator:
-    """Runs the compiled validation step over a fixed list of batches."""
+def make_validator(
+    step: ValidationStep, batches: Sequence[Batch]
+) -> Callable[[Params, Params], dict[str, float]]:
+    """``f(trainable, frozen) -> {name: global mean}`` over the same batches at every call."""
+    compiled = jax.jit(step)
 
-    step: ValidationStep
-    batches: list[Batch]
-
-    @classmethod
-    def of(cls, step: ValidationStep, batches: Iterable[Batch]) -> Validator:
-        """Compile lazily, keep the batches (the same ones at every validation)."""
-        return cls(jax.jit(step), list(batches))
-
-    def __call__(self, trainable: Params, frozen: Params) -> dict[str, float]:
-        """Global means by name."""
+    def validate(trainable: Params, frozen: Params) -> dict[str, float]:
         total: dict[str, SumCount] | None = None
-        for batch in self.batches:
-            sums = self.step(trainable, frozen, batch)
+        for batch in batches:
+            sums = compiled(trainable, frozen, batch)
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if total is None:
             raise ValueError("there is no validation batch; give data.validation more samples")
         return {name: float(np.asarray(value)) for name, value in means(total).items()}
+
+    return validate

@@ -19,10 +19,10 @@ from minigpt5_jax.config import ConfigError, parts_of, weight_sources
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 from minigpt5_jax.inference.session import stop_sequences
 from minigpt5_jax.parts.contracts import FROZEN, Export
-from minigpt5_jax.training.provenance import CheckpointError, Meta, differences, hash_leaves
+from minigpt5_jax.training.provenance import Meta, hash_leaves, require_same
 from minigpt5_jax.weights.export.model import ExportableModel, PretrainedTower, Tokens
 from minigpt5_jax.wiring.model import ModelSpec, build, make_tokenizer, open_tower
-from minigpt5_jax.wiring.restore import OpenedRun, open_checkpoints, trained_parameters, upgrade_meta
+from minigpt5_jax.wiring.restore import OpenedRun, trained_parameters, upgrade_meta
 from minigpt5_jax.wiring.weight_paths import find_sources
 
 
@@ -38,9 +38,7 @@ def read_exportable(run: OpenedRun, needs: Sequence[str]) -> ExportableModel:
     config = run.config
     paths = _source_paths(config, needs)
     spec = build(config)
-    checkpoints = open_checkpoints(run.checkpoints)
-    params = {k: np.asarray(v) for k, v in trained_parameters(checkpoints, run.step, spec).items()}
-    checkpoints.close()
+    params = {k: np.asarray(v) for k, v in trained_parameters(run.checkpoints, spec, run.step).items()}
     towers = _towers(spec, paths, params)
     tokenizers = {
         kind: make_tokenizer(config, part, spec.sizes)
@@ -134,13 +132,14 @@ def _check_same(meta: Meta, now: Mapping[str, Any], checkpoint: str | Path) -> N
         "tokenizer": {name: meta["tokenizer"].get(name) for name in now["tokenizer"]},
         "frozen": {name: meta["frozen"].get(name) for name in now["frozen"]},
     }
-    if other := differences(before, now, before):
-        lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
-        raise CheckpointError(
-            f"{checkpoint} was trained with different frozen weights or a different tokenizer than these:\n"
-            + "\n".join(lines)
-            + "\nGive those it was trained on with --weights NAME=PATH"
-        )
+    require_same(
+        before,
+        now,
+        before,
+        f"{checkpoint} was trained with different frozen weights or a different tokenizer than these:",
+        "{}: {!r} there, {!r} here",
+        remedy="Give those it was trained on with --weights NAME=PATH",
+    )
 
 
 def _tokens(run: OpenedRun, spec: ModelSpec, tokenizer: Any, paths: Mapping[str, Path]) -> Tokens | None:

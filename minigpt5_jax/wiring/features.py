@@ -38,27 +38,18 @@ def feature_kinds(config: ConfigDict, spec: ModelSpec) -> list[str]:
     return ["target", "image"] if reads else ["target"]
 
 
-def _towers(spec: ModelSpec, kind: str) -> dict[str, tuple[str, ...]]:
-    """Source -> starts of the paths that take part in making one kind of feature."""
+def load_towers(config: ConfigDict, spec: ModelSpec, kind: str) -> tuple[Params, dict[str, str]]:
+    """(the leaves that make one kind of feature, tower -> hash of those of them that are its)."""
     part = spec.parts[KINDS[kind]]
-    return {name: tuple(part.prefix + start for start in starts) for name, starts in part.features.items()}
-
-
-def _parameters(config: ConfigDict, spec: ModelSpec, kind: str) -> Params:
-    """The leaves that make one kind of feature."""
-    towers = _towers(spec, kind)
-    paths = tuple(prefix for prefixes in towers.values() for prefix in prefixes)
-    loaded = load_frozen(config, spec, only=towers.keys())
-    return {path: value for path, value in loaded.items() if path.startswith(paths)}
-
-
-def _hashes(spec: ModelSpec, kind: str, params: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Tower -> hash of those leaves of it that make features."""
-    digests = {}
-    for tower, prefixes in _towers(spec, kind).items():
-        parts = hash_parameters({path: v for path, v in params.items() if path.startswith(prefixes)})
-        digests[tower] = "+".join(parts[name] for name in sorted(parts))
-    return digests
+    loaded = load_frozen(config, spec, only=part.features.keys())
+    params, hashes = {}, {}
+    for tower, starts in part.features.items():
+        prefixes = tuple(part.prefix + start for start in starts)
+        leaves = {path: value for path, value in loaded.items() if path.startswith(prefixes)}
+        digests = hash_parameters(leaves)
+        hashes[tower] = "+".join(digests[name] for name in sorted(digests))
+        params |= leaves
+    return params, hashes
 
 
 def _make(model: Any, kind: str) -> Callable[[jax.Array], jax.Array]:
@@ -135,14 +126,14 @@ def prepare_features(
     _check_contexts(config)
     spec = build(config)
     kinds = feature_kinds(config, spec)
-    params = {kind: _parameters(config, spec, kind) for kind in kinds}
-    hashes = {name: digest for kind in kinds for name, digest in _hashes(spec, kind, params[kind]).items()}
+    towers = {kind: load_towers(config, spec, kind) for kind in kinds}
+    hashes = {name: digest for _, digests in towers.values() for name, digest in digests.items()}
     store = feature_spec(config, spec, source, hashes, dtype=dtype)
     missing = write_features(
         folder,
         source,
         store,
-        {kind: make_encoder(spec.template, kind, params[kind]) for kind in kinds},
+        {kind: make_encoder(spec.template, kind, params) for kind, (params, _) in towers.items()},
         batch_size=batch_size,
         threads=threads,
         process_index=jax.process_index(),
@@ -166,7 +157,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
         )
     store, hashes = FeatureStore(folder), {}
     for kind in store.spec.shapes():
-        hashes |= _hashes(spec, kind, _parameters(config, spec, kind))
+        hashes |= load_towers(config, spec, kind)[1]
     store.check(feature_spec(config, spec, source, hashes, dtype=store.spec.dtype))
     return FeatureSource(source, store)
 

@@ -136,7 +136,8 @@ def build(config: ConfigDict) -> ModelSpec:
     template = make_template(**{kind: (config.model[kind].name, made[kind]) for kind in parts})
     # A mapper may have no room for so many vokens: it says so here, not when the first step is compiled.
     jax.eval_shape(lambda params: template.bind(params).unconditional(), template.shapes)
-    labels = label_parameters(template.shapes, tuning_rules(config, parts))
+    own = tuple((str(pattern), str(group)) for pattern, group in config.tuning.rules)
+    labels = label_parameters(template.shapes, rules_of(parts.values(), config.tuning.stage, own))
     for path, group in labels.items():
         if path.endswith(TABLE_DECAY) and group == FROZEN:
             raise ConfigError(f"optimizer.decay_frozen_rows=True, but tuning.rules freeze {path}")
@@ -146,12 +147,6 @@ def build(config: ConfigDict) -> ModelSpec:
     uses_dropout = template.bind(template.shapes).backbone.uses_dropout
     options = step_options(config, parts, lora_dropout=uses_dropout)
     return ModelSpec(parts, keys, sizes, made, template, labels, sharding, options)
-
-
-def tuning_rules(config: ConfigDict, parts: Mapping[str, Part]) -> tuple[tuple[str, str], ...]:
-    """Patterns of the whole model: those of the configuration, of each part, then everything else frozen."""
-    own = tuple((str(pattern), str(group)) for pattern, group in config.tuning.rules)
-    return rules_of(parts.values(), config.tuning.stage, own)
 
 
 def step_options(config: ConfigDict, parts: Mapping[str, Part], *, lora_dropout: bool) -> StepOptions:

@@ -28,20 +28,15 @@ from minigpt5_jax.config import (
 )
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
+from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.tuning import TABLE_DECAY
 from minigpt5_jax.weights.check import COVERAGE_FILE
 from minigpt5_jax.weights.foreign.release import Release, compare_rows, read_release
 from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
 from minigpt5_jax.weights.formats.load import open_container, open_weights
-from minigpt5_jax.wiring.model import (
-    build,
-    initial_trainable,
-    language_tokenizer,
-    load_frozen,
-    tokenizer_identity,
-)
-from minigpt5_jax.wiring.restore import LoadedModel, load_run, not_pretrained
+from minigpt5_jax.wiring.model import build, initial_trainable, language_tokenizer, load_frozen
+from minigpt5_jax.wiring.restore import describe, load_run, not_pretrained
+from minigpt5_jax.wiring.session import LoadedModel
 from minigpt5_jax.wiring.weight_paths import check_sources, uses_of
 
 Files = str | Path | tuple[str | Path, str | Path]
@@ -205,14 +200,9 @@ def save_imported(imported: ImportedModel, workdir: str | Path) -> Path:
     own = imported.release.params
     trainable = {path: value for path, value in own.items() if labels[path] != FROZEN}
     inherited = {path: value for path, value in own.items() if labels[path] == FROZEN}
-    kept = {path: value for path, value in run.params.items() if labels[path] == FROZEN}
     coverage = [one.to_json() for one in imported.release.coverage]
-    meta = describe_run(
-        run.config.to_dict(),
-        tokenizer=tokenizer_identity(run.config, run.spec.sizes),
-        frozen=hash_parameters(kept),
-    )
     state = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
+    meta = describe(run.config, run.spec, run.params)
     meta |= {"imported": {"files": imported.about, "coverage": coverage}}
     checkpoints.save(run.step, state, 0, meta)
     checkpoints.wait()

@@ -6,6 +6,7 @@ compared by hash, so that an image never comes from other weights than it was tr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -20,40 +21,20 @@ from minigpt5_jax.config import ConfigError, choose, get_config
 from minigpt5_jax.config.keys import FORMER_KEYS
 from minigpt5_jax.inference.session import Session
 from minigpt5_jax.parts.contracts import FROZEN, KINDS
-from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.checkpoint import Checkpoints, first_lines
 from minigpt5_jax.training.provenance import (
     CheckpointError,
+    Meta,
     check_compatible,
     describe_run,
-    differences,
     hash_parameters,
     plain,
+    require_same,
     stage_of,
 )
 from minigpt5_jax.wiring.model import ModelSpec, build, language_tokenizer, load_frozen, tokenizer_identity
-from minigpt5_jax.wiring.session import make_session, override
+from minigpt5_jax.wiring.session import LoadedModel, override
 from minigpt5_jax.wiring.weight_paths import check_sources
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A model with its weights.
-
-    Attributes:
-      config: configuration of the run.  spec: the abstract model.
-      params: every parameter of the composite.
-      tokenizer: of the language model.  step: updates done.
-    """
-
-    config: ConfigDict
-    spec: ModelSpec
-    params: dict[str, jax.Array]
-    tokenizer: Any
-    step: int
-
-    def session(self, *, batch_size: int = 4) -> Session:
-        """A session that answers prompts; ConfigError where its settings do not go together."""
-        return make_session(self.config, self.spec, self.params, self.tokenizer, batch_size=batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +77,13 @@ class OpenedRun:
         Raises:
           ConfigError: sources or settings, among them more images or text than the model has positions for.
         """
-        make_session(self.config, self.spec, {}, self.tokenizer)
+        LoadedModel(self.config, self.spec, {}, self.tokenizer, self.step).session()
 
     @functools.cached_property
     def _loaded(self) -> LoadedModel:
         frozen = load_frozen(self.config, self.spec)
-        checkpoints = open_checkpoints(self.checkpoints)
-        trained = trained_parameters(checkpoints, self.step, self.spec)
-        checkpoints.close()
-        values = {**frozen, **trained}
-        kept = {path: value for path, value in values.items() if self.spec.labels[path] == FROZEN}
-        now = describe_run(
-            self.config.to_dict(),
-            tokenizer=tokenizer_identity(self.config, self.spec.sizes),
-            frozen=hash_parameters(kept),
-        )
-        check_compatible(upgrade_meta(self.meta), now)
+        values = {**frozen, **trained_parameters(self.checkpoints, self.spec, self.step)}
+        check_compatible(upgrade_meta(self.meta), describe(self.config, self.spec, values))
         return LoadedModel(self.config, self.spec, values, self.tokenizer, self.step)
 
     def load(self) -> LoadedModel:
@@ -147,10 +119,9 @@ def open_run(
       CheckpointError: nothing there.
       ConfigError: an unknown source or setting.
     """
-    checkpoints = open_checkpoints(path)
-    chosen = checkpoints.latest_step if step is None else step
-    meta = checkpoints.meta(chosen)
-    checkpoints.close()
+    with contextlib.closing(open_checkpoints(path)) as checkpoints:
+        chosen = checkpoints.latest_step if step is None else step
+        meta = checkpoints.meta(chosen)
     config = config_of(meta, weights)
     return OpenedRun(checkpoints.directory, chosen, meta, override(config, inference or {}))
 
@@ -187,12 +158,11 @@ def open_checkpoints(path: str | Path) -> Checkpoints:
     return checkpoints
 
 
-def read_checkpoint_meta(path: str | Path, step: int | None = None) -> Mapping[str, Any]:
-    """What a checkpoint, the newest by default, says of its run."""
-    checkpoints = open_checkpoints(path)
-    meta = checkpoints.meta(step)
-    checkpoints.close()
-    return meta
+def describe(config: ConfigDict, spec: ModelSpec, params: Mapping[str, jax.Array]) -> Meta:
+    """What a checkpoint says about a run with these parameters; the frozen ones among them are hashed."""
+    frozen = {path: value for path, value in params.items() if spec.labels[path] == FROZEN}
+    tokenizer = tokenizer_identity(config, spec.sizes)
+    return describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hash_parameters(frozen))
 
 
 def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> ConfigDict:
@@ -230,67 +200,58 @@ def upgrade_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_parameters(
-    checkpoints: Checkpoints, step: int, spec: ModelSpec, shardings: Mapping[str, Any] | None = None
+    path: str | Path, spec: ModelSpec, step: int | None = None, shardings: Mapping[str, Any] | None = None
 ) -> dict[str, jax.Array]:
     """Everything the run of ``spec`` changed or inherited.
 
     Args:
+      path: workdir or checkpoints.  step: which checkpoint; the newest by default.
       shardings: path -> where it goes; the first local device for paths that are not named.
     """
-    own = checkpoints.paths("inherited", step)  # may hold pretrained parameters in a form of its own
-    shapes = {
-        path: s for path, s in spec.template.shapes.items() if not_pretrained(path, spec) or path in own
-    }
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = {
-        path: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(shardings or {}).get(path, here))
-        for path, s in shapes.items()
-    }
-    trainable = {path: s for path, s in like.items() if spec.labels[path] != FROZEN}
-    inherited = {path: s for path, s in like.items() if spec.labels[path] == FROZEN}
-    parts = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
-    restored, _, _ = checkpoints.restore(parts, step)
-    return {path: value for part in restored.values() for path, value in part.items()}
+    with contextlib.closing(open_checkpoints(path)) as checkpoints:
+        step = checkpoints.latest_step if step is None else step
+        own = checkpoints.paths("inherited", step)  # may hold pretrained parameters in a form of its own
+        like: dict[str, dict[str, jax.ShapeDtypeStruct]] = {"trainable": {}}
+        for name, shape in spec.template.shapes.items():
+            if not_pretrained(name, spec) or name in own:
+                part = like.setdefault("inherited" if spec.labels[name] == FROZEN else "trainable", {})
+                place = (shardings or {}).get(name, here)
+                part[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+        restored, _, _ = checkpoints.restore(like, step)
+    return {name: value for part in restored.values() for name, value in part.items()}
 
 
 def not_pretrained(path: str, spec: ModelSpec) -> bool:
     """Whether a parameter comes from training (of this run or the one before) and from no source."""
-    return is_newly_initialised(path, spec) or spec.labels[path] != FROZEN
+    return path not in spec.pretrained or spec.labels[path] != FROZEN
 
 
-def is_newly_initialised(path: str, spec: ModelSpec) -> bool:
-    """Whether no source has a parameter: the mapper, and the new parts of the language model."""
-    return path not in spec.pretrained
-
-
-def open_parent_run(
-    path: str | Path, spec: ModelSpec, weights: Mapping[str, str]
-) -> tuple[Mapping[str, Any], ModelSpec]:
-    """(description, abstract model) of the run at ``path``, from which one of ``spec`` can start.
+def open_parent_run(config: ConfigDict, spec: ModelSpec) -> tuple[Mapping[str, Any], ModelSpec]:
+    """(description, abstract model) of the run at ``run.init_from``, from which this one can start.
 
     No weights are read.  What this model has besides (the second stage's LoRA) is newly initialised.
-
-    Args:
-      path: workdir or checkpoints.  spec: of this run.  weights: its source paths.
 
     Raises:
       CheckpointError: nothing there; or that run trained something that this model lacks or has in another
         shape (a second stage's LoRA or prefix, another number of vokens, another mapper).
     """
-    meta = read_checkpoint_meta(path)
-    given = {name: value for name, value in weights.items() if value and name in meta["config"]["weights"]}
+    path = config.run.init_from
+    with contextlib.closing(open_checkpoints(path)) as checkpoints:
+        meta = checkpoints.meta()
+    known = meta["config"]["weights"]
+    given = {name: value for name, value in config.weights.items() if value and name in known}
     parent = build(config_of(meta, given))
-    here = {name: s.shape for name, s in spec.template.shapes.items() if is_newly_initialised(name, spec)}
+    here = {name: s.shape for name, s in spec.template.shapes.items() if name not in spec.pretrained}
     wrong = [
         f"{name}: {shape.shape} there, {here.get(name, 'not trained')} here"
         for name, shape in parent.template.shapes.items()
         if not_pretrained(name, parent) and shape.shape != here.get(name)
     ]
     if wrong:
-        lines = wrong[:8] + [f"... and {len(wrong) - 8} more"] * (len(wrong) > 8)
         raise CheckpointError(
-            f"run.init_from={path} (of stage {stage_of(meta['config'])}) does not fit this model:\n  "
-            + "\n  ".join(lines)
+            f"run.init_from={path} (of stage {stage_of(meta['config'])}) does not fit this model:\n"
+            + first_lines(wrong)
             + "\nStart from a run whose model is part of this one (stage 2: a stage-1 run with the same "
             "mapper and number of vokens), or give this run that one's model settings"
         )
@@ -298,20 +259,17 @@ def open_parent_run(
 
 
 def warm_start(
-    path: str | Path,
+    config: ConfigDict,
+    spec: ModelSpec,
     fresh: Mapping[str, jax.Array],
     frozen: Mapping[str, jax.Array],
-    spec: ModelSpec,
     shardings: Mapping[str, Any],
-    tokenizer: Mapping[str, Any],
-    weights: Mapping[str, str],
 ) -> dict[str, jax.Array]:
-    """``fresh`` with everything that a parent run trained put in its place (fidelity 4.5).
+    """``fresh`` with everything that the run at ``run.init_from`` trained in its place (fidelity 4.5).
 
     Args:
-      path: workdir or checkpoints of the parent run.
-      fresh: start values of this run.  frozen: its pretrained parameters.  spec, shardings: of this run.
-      tokenizer: identity of this run's.  weights: its source paths.
+      fresh: start values of this run.  frozen: its pretrained parameters.
+      shardings: path -> where what the parent run trained goes.
 
     Returns:
       start values, and pretrained parameters that the parent run had in a form of its own (the whole tables
@@ -321,20 +279,19 @@ def warm_start(
       CheckpointError: the parent run had another tokenizer or other frozen weights, or trained
         something that this model lacks or has in another shape.
     """
-    meta, parent = open_parent_run(path, spec, weights)
-    checkpoints = open_checkpoints(path)
-    trained = trained_parameters(checkpoints, checkpoints.latest_step, parent, shardings)
-    checkpoints.close()
+    path, (meta, parent) = config.run.init_from, open_parent_run(config, spec)
+    trained = trained_parameters(path, parent, shardings=shardings)
     kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
     hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
     before = {
         "tokenizer": upgrade_meta(meta)["tokenizer"],
         "frozen": {name: meta["frozen"][name] for name in hashes},
     }
-    if other := differences(before, {"tokenizer": tokenizer, "frozen": hashes}, before):
-        lines = [f"  {key}: {theirs!r} there, {ours!r} here" for key, (theirs, ours) in other.items()]
-        raise CheckpointError(
-            f"run.init_from={path} was trained with different frozen weights or a different tokenizer:\n"
-            + "\n".join(lines)
-        )
+    require_same(
+        before,
+        {"tokenizer": tokenizer_identity(config, spec.sizes), "frozen": hashes},
+        before,
+        f"run.init_from={path} was trained with different frozen weights or a different tokenizer:",
+        "{}: {!r} there, {!r} here",
+    )
     return {**fresh, **trained}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, setting_errors, validate
@@ -16,39 +18,41 @@ from minigpt5_jax.inference.session import Session, stop_sequences
 from minigpt5_jax.wiring.model import ModelSpec
 
 
-def make_session(
-    config: ConfigDict,
-    spec: ModelSpec,
-    params: Mapping[str, Any],
-    tokenizer: Any,
-    *,
-    batch_size: int = 4,
-) -> Session:
-    """A session with the settings of a configuration.
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights.
 
-    Args:
-      params: every parameter; none for a session that is made to be checked.
-
-    Raises:
-      ConfigError: settings that do not go together.
+    Attributes:
+      config: configuration of the run.  spec: the abstract model.
+      params: every parameter of the composite; none for a session that is made to be checked.
+      tokenizer: of the language model.  step: updates done.
     """
-    inference = config.inference
-    style = spec.parts["backbone"].prompts
-    sampling = sampling_config(config, tokenizer, style)
-    with setting_errors():
-        return Session(
-            spec.template,
-            params,
-            tokenizer,
-            style=style,
-            sampler=open_sampler(config, spec),
-            sampling=sampling,
-            guidance_scale=inference.guidance_scale,
-            cfg_negative=inference.cfg_negative,
-            max_length=config.data.max_length,
-            batch_size=batch_size,
-            pad_input_square=config.data.pad_input_square,
-        )
+
+    config: ConfigDict
+    spec: ModelSpec
+    params: dict[str, jax.Array]
+    tokenizer: Any
+    step: int
+
+    def session(self, *, batch_size: int = 4) -> Session:
+        """A session that answers prompts; ConfigError where its settings do not go together."""
+        inference, data = self.config.inference, self.config.data
+        style = self.spec.parts["backbone"].prompts
+        sampling = sampling_config(self.config, self.tokenizer, style)
+        with setting_errors():
+            return Session(
+                self.spec.template,
+                self.params,
+                self.tokenizer,
+                style=style,
+                sampler=open_sampler(self.config, self.spec),
+                sampling=sampling,
+                guidance_scale=inference.guidance_scale,
+                cfg_negative=inference.cfg_negative,
+                max_length=data.max_length,
+                batch_size=batch_size,
+                pad_input_square=data.pad_input_square,
+            )
 
 
 def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:
@@ -59,23 +63,11 @@ def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:
 
 def sampling_config(config: ConfigDict, tokenizer: Any, style: PromptStyle) -> SamplingConfig:
     """Rules for text from ``config.inference``; the end of a turn, as the tokenizer has it, ends one."""
-    inference = config.inference
-    names = (
-        "max_new_tokens",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "force_image",
-        "max_images",
-    )
+    known = {field.name for field in dataclasses.fields(SamplingConfig)}
+    rules = {name: value for name, value in config.inference.items() if name in known}
+    rules |= {"eos_ids": tuple(rules["eos_ids"]), "stop_sequences": stop_sequences(tokenizer, style.end)}
     try:
-        return SamplingConfig(
-            **{name: inference[name] for name in names},
-            eos_ids=tuple(inference.eos_ids),
-            stop_sequences=stop_sequences(tokenizer, style.end),
-        )
+        return SamplingConfig(**rules)
     except ValueError as error:
         raise ConfigError(f"inference: {error}") from None
 

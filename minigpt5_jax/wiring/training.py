@@ -14,7 +14,6 @@ import optax
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
-from minigpt5_jax.data.sources import Source
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import main_process
@@ -22,13 +21,7 @@ from minigpt5_jax.training.loop import Loop
 from minigpt5_jax.training.metrics import Metrics
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.prefetch import DevicePrefetch
-from minigpt5_jax.training.provenance import (
-    CheckpointError,
-    check_compatible,
-    describe_run,
-    differences,
-    hash_parameters,
-)
+from minigpt5_jax.training.provenance import CheckpointError, check_compatible, require_same
 from minigpt5_jax.training.sharding import (
     make_mesh,
     parameter_shardings,
@@ -38,8 +31,8 @@ from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.features import open_features
 from minigpt5_jax.wiring.inputs import data_identity, make_batch_sharder, open_loader, open_sources
-from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen, tokenizer_identity
-from minigpt5_jax.wiring.restore import open_parent_run, upgrade_meta, warm_start
+from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
+from minigpt5_jax.wiring.restore import describe, open_parent_run, upgrade_meta, warm_start
 from minigpt5_jax.wiring.session import open_sampler
 from minigpt5_jax.wiring.weight_paths import check_sources
 
@@ -81,10 +74,7 @@ def split_parameters(
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
     newest = checkpoints.latest_step
     if config.run.init_from and newest is None:
-        tokenizer = tokenizer_identity(config, spec.sizes)
-        fresh = warm_start(
-            config.run.init_from, fresh, frozen, spec, shardings, tokenizer, config.weights.to_dict()
-        )
+        fresh = warm_start(config, spec, fresh, frozen, shardings)
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
     own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
     if own and newest is not None:
@@ -94,14 +84,6 @@ def split_parameters(
     values = {**pretrained, **fresh}
     trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
     return trainable, {**frozen, **inherited}, inherited
-
-
-def describe(config: ConfigDict, spec: ModelSpec, frozen: dict[str, jax.Array], source: Source):
-    """What a checkpoint of this run says about it."""
-    meta = describe_run(
-        config.to_dict(), tokenizer=tokenizer_identity(config, spec.sizes), frozen=hash_parameters(frozen)
-    )
-    return {**meta, "data": data_identity(config, source)}
 
 
 def resume(
@@ -114,12 +96,14 @@ def resume(
     """
     saved = upgrade_meta(checkpoints.meta())
     check_compatible(saved, meta)
-    if changed := differences(saved, meta, ["data"]):
-        lines = [f"  {key}: checkpoint {old!r}, now {new!r}" for key, (old, new) in changed.items()]
-        raise CheckpointError(
-            "the training data or its order changed since the checkpoint; change it back or start in another "
-            "workdir:\n" + "\n".join(lines)
-        )
+    require_same(
+        saved,
+        meta,
+        ["data"],
+        "the training data or its order changed since the checkpoint; change it back or start in another "
+        "workdir:",
+        "{}: checkpoint {!r}, now {!r}",
+    )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
     parts, data_state, _ = checkpoints.restore(vars(like))
     return TrainState(**parts), data_state
@@ -198,7 +182,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     check_sources(config)
     checkpoints = open_run_checkpoints(config)
     if config.run.init_from and checkpoints.latest_step is None:
-        open_parent_run(config.run.init_from, spec, config.weights.to_dict())
+        open_parent_run(config, spec)
     sampler = open_sampler(config, spec)
     source, held_out = open_sources(config, spec.sizes)
     if config.data.features:
@@ -210,7 +194,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     steps = num_steps(config, len(source))
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
-    meta = describe(config, spec, frozen, source)
+    meta = {**describe(config, spec, frozen), "data": data_identity(config, source)}
     state, places = place_state(trainable, spec, optimizer, config.run.seed, shardings, mesh)
     first_step = 0
     if checkpoints.latest_step is not None:

@@ -298,8 +298,7 @@ def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params
     @jax.jit
     def losses(params, batch):
         model = tiny_template.bind(params)
-        shape = dict(latent_shape=model.generator.latent_shape, num_train_timesteps=1000, cfg_dropout=0.1)
-        draws = StepRandomness.from_key(jax.random.key(3), batch.item_id, batch.row_id, **shape)
+        draws = StepRandomness.from_key(jax.random.key(3), batch, model.generator, cfg_dropout=0.1)
         return model.losses(batch, draws, LossOptions({"image": 1.0}))[0]["image"]
 
     moments = jax.jit(lambda p, x: tiny_template.bind(p).generator.moments(x))(tiny_params, batch.target)

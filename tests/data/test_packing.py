@@ -14,8 +14,8 @@ from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
-from minigpt5_jax.minigpt5 import LossOptions
-from minigpt5_jax.training.step import RandomnessShapes, StepOptions, accumulate_gradients, make_randomness
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
+from minigpt5_jax.training.step import StepOptions, accumulate_gradients
 
 WORDS = ["a dog", "the small dog ran over the hill", "we", "one red dog and two", "the end of the day", "so"]
 
@@ -72,11 +72,13 @@ def test_packed_and_unpacked_batches_give_equal_losses_and_gradients(template, s
     trainable = {p: v for p, v in params.items() if p.startswith("mapper/") or p.endswith("/voken")}
     frozen = {p: v for p, v in params.items() if p not in trainable}
     options = StepOptions(LossOptions({"text": 1.0, "image": 1.0, "caption": 1.0}), cfg_dropout=0.3)
-    info = RandomnessShapes.of(template)
+    generator = template.bind(template.shapes).generator
 
     @jax.jit
     def gradients(batch):
-        draw = lambda micro: make_randomness(info, jax.random.key(5), micro, options)  # noqa: E731
+        def draw(micro):
+            return StepRandomness.from_key(jax.random.key(5), micro, generator, cfg_dropout=0.3)
+
         return accumulate_gradients(template, trainable, frozen, batch, draw, options)
 
     grads, loss, sums = gradients(batch(source, oracle_dir, 1))

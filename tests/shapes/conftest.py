@@ -9,7 +9,7 @@ import pytest
 import tiny
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.wiring.model import build
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 
 @pytest.fixture(scope="session")

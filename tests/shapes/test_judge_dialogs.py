@@ -6,7 +6,7 @@ import pytest
 
 from minigpt5_jax.evaluation.shapes import counts as judge_counts
 from minigpt5_jax.evaluation.shapes import dialogs as judge_dialogs
-from minigpt5_jax.inference.session import Generation, Session
+from minigpt5_jax.inference.session import Generation, Session, mixed_seed
 from minigpt5_jax.shapes.dataset import draw_dialogs
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import make_scene
@@ -46,7 +46,7 @@ def judge(seeing_run, dialogs, monkeypatch):
 
     def judge(answer):
         turns = {
-            judge_counts.seed_of(0, row, number): turns[number]
+            mixed_seed(0, row, number): turns[number]
             for row, turns in enumerate(dialogs)
             for number in range(1, len(turns), 2)
         }

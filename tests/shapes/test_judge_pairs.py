@@ -10,7 +10,7 @@ from minigpt5_jax.inference.session import Generation, Session
 from minigpt5_jax.shapes.backbones.evaluate import held_out_captions
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import ATTRIBUTES
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 
 class Painter(Session):

@@ -16,7 +16,7 @@ from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts as judge_counts
 from minigpt5_jax.evaluation.shapes import stories as judge_stories
 from minigpt5_jax.evaluation.shapes.revealed import Revealed, picture_only_shares
-from minigpt5_jax.inference.session import Generation, Session
+from minigpt5_jax.inference.session import Generation, Session, mixed_seed
 from minigpt5_jax.shapes.dataset import draw_stories
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import Object, Scene, draw_scene, make_scene
@@ -55,7 +55,7 @@ def judge(seeing_run, monkeypatch):
     """``judge(answer, count, **more)``: the numbers, with sessions that answer so."""
 
     def judge(answer, count, seed=0, **more):
-        numbers = {judge_counts.seed_of(seed, number): number for number in range(count)}
+        numbers = {mixed_seed(seed, number): number for number in range(count)}
         session = Oracle(numbers, answer)
         monkeypatch.setattr(judge_counts, "open_session", lambda *args, **settings: session)
         result = judge_stories.judge_stories(seeing_run, count=count, seed=seed, **more)

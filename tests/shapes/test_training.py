@@ -19,6 +19,7 @@ from minigpt5_jax.shapes.backbones.fields import (
     fields_of_place,
     labels,
     scenes_of,
+    training_contents,
 )
 from minigpt5_jax.shapes.backbones.fit import fit
 from minigpt5_jax.shapes.backbones.heads import init_heads, read, read_loss
@@ -144,7 +145,7 @@ def test_heads_read_what_is_linearly_there():
 
 
 def test_the_vae_never_sees_a_held_out_kind():
-    objects = [object_of(int(index), 0) for index in train_vae.train_contents()]
+    objects = [object_of(int(index), 0) for index in training_contents()]
     assert len(set(objects)) == 160
     assert not {item.kind for item in objects} & HELD_OUT
 

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from benchmarks.oracle import corrupted
 from minigpt5_jax.shapes import world
-from minigpt5_jax.shapes.oracle import corrupted, read, right, score
+from minigpt5_jax.shapes.oracle import read, right, score
 from minigpt5_jax.shapes.render import cell_index, cells, number_of_objects, object_of, render
 from minigpt5_jax.shapes.world import Object, Scene, all_scenes, draw_scene, kinds, make_scene
 

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 import tiny
-from minigpt5_jax.minigpt5 import LossOptions, loss_counts
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, loss_counts
 from minigpt5_jax.training.flops import count_flops
 from minigpt5_jax.training.step import (
-    RandomnessShapes,
     StepOptions,
     accumulate_gradients,
     loss_and_diagnostics,
-    make_randomness,
 )
 from minigpt5_jax.training.tuning import FROZEN, label_parameters
 
@@ -28,11 +26,11 @@ def flops(tiny_template, tiny_batch):
     shapes = tiny_template.shapes
     trainable = {path: shape for path, shape in shapes.items() if labels[path] != FROZEN}
     frozen = {path: shape for path, shape in shapes.items() if labels[path] == FROZEN}
-    info = RandomnessShapes.of(tiny_template)
+    generator = tiny_template.bind(shapes).generator
     batch = jax.tree.map(jnp.asarray, tiny_batch(8))
 
     def draw(batch):
-        return make_randomness(info, jax.random.key(0), batch, OPTIONS)
+        return StepRandomness.from_key(jax.random.key(0), batch, generator, cfg_dropout=OPTIONS.cfg_dropout)
 
     def forward(trainable, frozen):
         draws = draw(batch)

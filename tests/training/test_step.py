@@ -28,10 +28,8 @@ from minigpt5_jax.training.sharding import (
 )
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import (
-    RandomnessShapes,
     StepOptions,
     accumulate_gradients,
-    make_randomness,
     make_train_step,
 )
 from minigpt5_jax.training.tuning import FROZEN, label_parameters
@@ -85,11 +83,13 @@ def task(tiny_template, tiny_params, tiny_batch, labels) -> Task:
     # Uneven counts per micro-batch and device: a mean of means would differ.
     batch = dataclasses.replace(tiny_batch(8), item_mask=np.array([1, 1, 1, 1, 1, 0, 0, 1], bool))
     batch.label_positions[6, 1:] = 0
-    info = RandomnessShapes.of(tiny_template)
+    generator = tiny_template.bind(tiny_template.shapes).generator
 
     def run(trainable, frozen, batch, options=OPTIONS):
         def draw(micro):
-            return make_randomness(info, jax.random.key(3), micro, options)
+            return StepRandomness.from_key(
+                jax.random.key(3), micro, generator, cfg_dropout=options.cfg_dropout
+            )
 
         return accumulate_gradients(tiny_template, trainable, frozen, batch, draw, options)
 
@@ -166,18 +166,17 @@ def test_what_does_not_divide_is_an_error_with_the_numbers(tiny_batch):
         batch_shardings(tiny_batch(6), make_mesh(8, 1, 1))
 
 
-def test_draws_depend_on_key_and_item_only(tiny_template):
-    info = RandomnessShapes.of(tiny_template)
-    settings = {
-        "latent_shape": info.latent_shape,
-        "num_train_timesteps": info.num_train_timesteps,
-        "cfg_dropout": 0.5,
-        "lora_dropout": True,
-    }
+def test_draws_depend_on_key_and_item_only(tiny_template, tiny_batch):
+    generator = tiny_template.bind(tiny_template.shapes).generator
+
+    def draws(key, ids):
+        batch = dataclasses.replace(tiny_batch(3), item_id=ids, row_id=ids)
+        return StepRandomness.from_key(
+            jax.random.key(key), batch, generator, cfg_dropout=0.5, lora_dropout=True
+        )
+
     ids = jnp.array([7, 11, 400])
-    whole = StepRandomness.from_key(jax.random.key(0), ids, ids, **settings)
-    part = StepRandomness.from_key(jax.random.key(0), ids[2:], ids[2:], **settings)
-    other = StepRandomness.from_key(jax.random.key(1), ids, ids, **settings)
+    whole, part, other = draws(0, ids), draws(0, ids[2:]), draws(1, ids)
     assert whole.timesteps[2] == part.timesteps[0] and (whole.noise[2] == part.noise[0]).all()
     assert (jax.random.key_data(whole.dropout_keys[2]) == jax.random.key_data(part.dropout_keys[0])).all()
     assert (whole.noise != other.noise).any() and (whole.noise[0] != whole.noise[1]).any()

@@ -18,7 +18,7 @@ from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.shapes.render import render
 from minigpt5_jax.shapes.world import Object, Scene
 from minigpt5_jax.training.sharding import make_mesh
-from minigpt5_jax.training.step import RandomnessShapes, means
+from minigpt5_jax.training.step import means
 from minigpt5_jax.training.validation import make_validation_step
 from minigpt5_jax.wiring.training import make_loop
 
@@ -29,18 +29,11 @@ BINS = ("image_t0_249", "image_t250_499", "image_t500_749", "image_t750_999")
 @pytest.fixture(scope="module")
 def losses(tiny_template, tiny_params):
     """``f(batch, timesteps) -> {name: (sum, count)}`` of the image loss and its bins."""
-    info = RandomnessShapes.of(tiny_template)
+    generator = tiny_template.bind(tiny_template.shapes).generator
 
     @jax.jit
     def run(batch, timesteps):
-        draws = StepRandomness.from_key(
-            jax.random.key(1),
-            batch.item_id,
-            batch.row_id,
-            latent_shape=info.latent_shape,
-            num_train_timesteps=info.num_train_timesteps,
-            cfg_dropout=0.0,
-        )
+        draws = StepRandomness.from_key(jax.random.key(1), batch, generator)
         draws = dataclasses.replace(draws, timesteps=timesteps)
         found, more = tiny_template.bind(tiny_params).losses(batch, draws, IMAGE_ONLY)
         return {**found, **more}

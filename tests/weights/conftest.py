@@ -15,7 +15,8 @@ from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
 from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.wiring.model import ModelSpec, build, load_frozen, tokenizer_identity
-from minigpt5_jax.wiring.restore import LoadedModel, load_run, not_pretrained
+from minigpt5_jax.wiring.restore import load_run, not_pretrained
+from minigpt5_jax.wiring.session import LoadedModel
 
 CONFIG = Path(__file__).parents[2] / "configs" / "shapes_stage1.py"
 

@@ -30,16 +30,18 @@ def main() -> None:
     """Command line."""
     path = flags.DEFINE_string("run", None, "A run's --workdir, or its checkpoints folder.", required=True)
     what = flags.DEFINE_enum("what", None, list(WHAT), "What to measure.", required=True)
-    count = flags.DEFINE_integer(
-        "count", 200, "Stories, dialogues, or captions of each number of objects.", lower_bound=1
+    options = (
+        flags.DEFINE_integer(
+            "count", 200, "Stories, dialogues, or captions of each number of objects.", lower_bound=1
+        ),
+        flags.DEFINE_list("contexts", list(CONTEXTS), "stories: what is put before the last step."),
+        flags.DEFINE_list("narrations", list(NARRATIONS), "stories: which texts are written."),
+        flags.DEFINE_boolean("native", True, "pairs: measure the native ceiling, too."),
+        flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default."),
+        flags.DEFINE_integer("seed", 0, "Of the data and of the first answer.", lower_bound=0),
+        flags.DEFINE_integer("batch_size", 32, "Answers made together at most.", lower_bound=1),
     )
-    contexts = flags.DEFINE_list("contexts", list(CONTEXTS), "stories: what is put before the last step.")
-    narrations = flags.DEFINE_list("narrations", list(NARRATIONS), "stories: which texts are written.")
-    native = flags.DEFINE_boolean("native", True, "pairs: measure the native ceiling, too.")
     out = flags.DEFINE_string("out", None, "File to write the line to as well.")
-    step = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-    seed = flags.DEFINE_integer("seed", 0, "Of the data and of the first answer.", lower_bound=0)
-    batch_size = flags.DEFINE_integer("batch_size", 32, "Answers made together at most.", lower_bound=1)
     inference = flags.DEFINE_multi_string("inference", [], "KEY=VALUE in place of the run's inference.KEY.")
     weights = flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved.")
 
@@ -48,13 +50,7 @@ def main() -> None:
         found = measure(
             path.value,
             what.value,
-            count=count.value,
-            seed=seed.value,
-            batch_size=batch_size.value,
-            step=step.value,
-            contexts=contexts.value,
-            narrations=narrations.value,
-            native=native.value,
+            **{option.name: option.value for option in options},
             inference=cli.pairs(inference.value, "inference"),
             weights=cli.pairs(weights.value, "weights"),
         )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,7 @@ from minigpt5_jax.inference.session import Generation, Session
 from minigpt5_jax.shapes.oracle import read
 from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.shapes.world import ATTRIBUTES, Object, Scene
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 NEW_TOKENS = 64  # no text of the small world is longer; a run's own limit may be lower
 Numbers = dict[str, float | int | bool | None]
@@ -66,21 +63,6 @@ def open_session(run: LoadedModel, *, batch_size: int, **inference: object) -> S
         )
     config.data.max_length = positions - room
     return dataclasses.replace(run, config=config).session(batch_size=batch_size)
-
-
-@contextlib.contextmanager
-def folder_of(folder: str | Path | None) -> Iterator[Path]:
-    """The given folder, or one that is removed in the end."""
-    if folder is not None:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as made:
-        yield Path(made)
-
-
-def seed_of(seed: int, *numbers: int) -> int:
-    """Seed of the answer to a numbered prompt."""
-    return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
 
 
 def scenes_drawn(answers: Sequence[Generation]) -> list[Scene | None]:

@@ -7,8 +7,8 @@ Every turn of the assistant is written after the true turns before it, as many a
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.sources import MMDialogSource
 from minigpt5_jax.evaluation.shapes import counts
-from minigpt5_jax.inference.session import Generation, Prompt
+from minigpt5_jax.inference.session import Generation, Prompt, mixed_seed
 from minigpt5_jax.shapes.dataset import read_truth, write_dialogs
 from minigpt5_jax.shapes.wording import COUNTS, WORDS
 from minigpt5_jax.shapes.world import BACKGROUNDS, NAMES, Scene
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 ANSWERED: dict[str, tuple[str, ...]] = {**NAMES, "background": BACKGROUNDS, "count": COUNTS}
 """What questions ask for, and the values an answer may name."""
@@ -60,7 +60,6 @@ def judge_dialogs(
     count: int,
     seed: int = 0,
     batch_size: int = 32,
-    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Everything above, of ``count`` held-out dialogues.
 
@@ -73,8 +72,8 @@ def judge_dialogs(
     """
     counts.check_run(run, reads_images=True)
     session = counts.open_session(run, batch_size=batch_size)
-    with counts.folder_of(folder) as directory:
-        asked = read_turns(run, directory, count, seed)
+    with tempfile.TemporaryDirectory() as directory:
+        asked = read_turns(run, Path(directory), count, seed)
         given = session.generate([prompt for turns in asked for prompt, _ in turns])
     scenes, dialogs = iter(zip(given, counts.scenes_drawn(given), strict=True)), []
     for turns in asked:
@@ -103,7 +102,7 @@ def read_turns(
         dialog, turns = source.dialog(row), []
         for number in range(1, len(dialog.turns), 2):
             example = rules.example(dialog, number)
-            prompt = Prompt(example.source, example.images, counts.seed_of(seed, row, number))
+            prompt = Prompt(example.source, example.images, mixed_seed(seed, row, number))
             turns.append((prompt, truth["turns"][number]))
         dialogs.append(turns)
     return dialogs

@@ -14,8 +14,7 @@ from minigpt5_jax.shapes.backbones.evaluate import held_out_captions
 from minigpt5_jax.shapes.oracle import score
 from minigpt5_jax.shapes.world import Scene
 from minigpt5_jax.wiring.model import caption_tokenizer
-from minigpt5_jax.wiring.restore import LoadedModel
-from minigpt5_jax.wiring.session import open_sampler
+from minigpt5_jax.wiring.session import LoadedModel, open_sampler
 
 BATCH_SIZE = 32
 Pictures = list[np.ndarray | None]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from minigpt5_jax.data.sources.vist import mapping_path, parse_story
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts
 from minigpt5_jax.evaluation.shapes.revealed import Revealed, picture_only_shares
-from minigpt5_jax.inference.session import Prompt, Session
+from minigpt5_jax.inference.session import Prompt, Session, mixed_seed
 from minigpt5_jax.shapes.dataset import read_truth, write_stories
 from minigpt5_jax.shapes.stories import STEPS
 from minigpt5_jax.shapes.world import Scene
-from minigpt5_jax.wiring.restore import LoadedModel
+from minigpt5_jax.wiring.session import LoadedModel
 
 NARRATIONS = ("multimodal", "understanding")
 FINAL = STEPS - 1
@@ -62,13 +62,11 @@ def judge_stories(
     seed: int = 0,
     batch_size: int = 32,
     narrations: Sequence[str] = NARRATIONS,
-    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Everything above, of ``count`` held-out stories.
 
     Args:
       contexts: some of :data:`CONTEXTS`.  narrations: some of :data:`NARRATIONS`.
-      folder: where the stories are written; a temporary one by default.
 
     Returns:
       ``{"count", "seed", "held_out": share of last scenes with an object of a held-out kind (a story begins
@@ -92,12 +90,12 @@ def judge_stories(
     drawer = counts.open_session(run, batch_size=batch_size, force_image="first", max_new_tokens=1)
     writer = counts.open_session(run, batch_size=batch_size)
     vokens, prompt_set = run.spec.backbone.num_vokens, run.config.data.prompt_set
-    with counts.folder_of(folder) as directory:
-        tales = read_tales(directory, count, seed)
+    with tempfile.TemporaryDirectory() as directory:
+        tales = read_tales(Path(directory), count, seed)
         found = {}
         for context in contexts:
             prompts = [
-                context_prompt(tale.story, context, prompt_set, counts.seed_of(seed, number))
+                context_prompt(tale.story, context, prompt_set, mixed_seed(seed, number))
                 for number, tale in enumerate(tales)
             ]
             found[context] = judge_context(drawer, writer, tales, prompts, context)
@@ -170,7 +168,7 @@ def judge_narration(
     for number, tale in enumerate(tales):
         wording = number % len(STORY_PROMPTS[prompt_set][task])
         example = rules.worded(tale.story, FINAL, task, wording=wording)
-        prompts.append(Prompt(example.source, example.images, counts.seed_of(seed, number)))
+        prompts.append(Prompt(example.source, example.images, mixed_seed(seed, number)))
     answers = writer.generate(prompts, pictures=False)
     wanted = [tale.story.steps[FINAL].text for tale in tales]
     others = wanted if len(wanted) > 1 else []

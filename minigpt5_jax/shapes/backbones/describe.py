@@ -27,11 +27,6 @@ ROWS = 50
 STORIES = 60
 
 
-def tokenizer_of(assets: Path) -> LlamaTokenizer:
-    """The language model's own."""
-    return LlamaTokenizer(assets / "llama/tokenizer.model")
-
-
 def write_on(template: Template, params: Params, rows: Rows, steps: int) -> np.ndarray:
     """Ids i32[n steps] that the language model writes behind each row, the most probable ones."""
 
@@ -63,7 +58,8 @@ def write_on(template: Template, params: Params, rows: Rows, steps: int) -> np.n
 
 def descriptions(assets: Path, scenes: Sequence[Scene]) -> list[str]:
     """What the language model says of images of the scenes, asked in the first of the ways."""
-    tokenizer, look = tokenizer_of(assets), train_vision.make_look(train_vision.read_eyes(assets), ROWS)
+    tokenizer = LlamaTokenizer(assets / "llama/tokenizer.model")
+    look = train_vision.make_look(train_vision.read_eyes(assets), ROWS)
     template, params = train_llama.read(assets)
     ask, _ = description(scenes[0], np.random.default_rng(0))
     ask = ask.replace(next(form for form in DESCRIBE if form in ask), DESCRIBE[0])
@@ -109,7 +105,7 @@ def kept(assets: Path, heads: Heads, folder: Path, seed: int = 1) -> dict[str, f
 
     Of captions, of story steps after the first (by whether texts describe the subject), of dialogues.
     """
-    tokenizer, random = tokenizer_of(assets), np.random.default_rng(seed)
+    tokenizer, random = LlamaTokenizer(assets / "llama/tokenizer.model"), np.random.default_rng(seed)
     look = train_vision.make_look(train_vision.read_eyes(assets))
     states = scene_states(assets, tokenizer, look)
     histories = Histories(folder, "held_out", tokenizer, STORIES, STORIES, seed)

@@ -107,31 +107,26 @@ def main() -> None:
     from absl import app, flags
 
     assets = flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored backbones")
-    count = flags.DEFINE_integer("count", 500, "held-out images of each number of objects", lower_bound=1)
+    options = (
+        flags.DEFINE_integer("count", 500, "held-out images of each number of objects", lower_bound=1),
+        flags.DEFINE_integer("seed", 0, "of captions and noise"),
+        flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "image sampler"),
+        flags.DEFINE_integer("steps", 20, "denoising steps", lower_bound=1),
+        flags.DEFINE_float("guidance", 2.0, "guidance scale"),
+    )
     objects = flags.DEFINE_multi_enum("objects", ["1", "2", "3"], ["1", "2", "3"], "number of objects")
     only = flags.DEFINE_multi_enum("only", list(PARTS), list(PARTS), "what to measure")
-    sampler = flags.DEFINE_enum("sampler", "ddim", ["ddim", "pndm", "dpm_solver++"], "image sampler")
-    steps = flags.DEFINE_integer("steps", 20, "denoising steps", lower_bound=1)
-    guidance = flags.DEFINE_float("guidance", 2.0, "guidance scale")
-    seed = flags.DEFINE_integer("seed", 0, "of captions and noise")
 
     def run(_: list[str]) -> None:
-        options = {
-            "count": count.value,
-            "seed": seed.value,
-            "sampler": sampler.value,
-            "steps": steps.value,
-            "guidance": guidance.value,
-        }
-        folder = Path(assets.value)
+        given, folder = {option.name: option.value for option in options}, Path(assets.value)
         if "vae" in only.value:
             print(json.dumps({"vae": reconstruction(folder)}), flush=True)
         if "described" in only.value:
             print(json.dumps({"described": described(folder)}), flush=True)
         for number in map(int, objects.value if "native" in only.value else ()):
-            whole = native(folder, objects=number, **options)
-            padding = native(folder, objects=number, padding_only=True, **options)["all"]
-            result = {"objects": number, **options, "native": whole, "padding positions only": padding}
+            whole = native(folder, objects=number, **given)
+            padding = native(folder, objects=number, padding_only=True, **given)["all"]
+            result = {"objects": number, **given, "native": whole, "padding positions only": padding}
             print(json.dumps(result), flush=True)
 
     app.run(run)

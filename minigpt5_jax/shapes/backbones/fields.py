@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from minigpt5_jax.shapes.render import cell_index
 from minigpt5_jax.shapes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -16,6 +17,7 @@ from minigpt5_jax.shapes.world import (
     TEXTURES,
     Object,
     Scene,
+    kinds,
     make_scene,
 )
 
@@ -51,6 +53,12 @@ def scenes_of(found: Int32[np.ndarray, "n f"]) -> list[Scene]:
         ]
         scenes.append(make_scene(int(row[0]), objects))
     return scenes
+
+
+def training_contents() -> np.ndarray:
+    """Cell indices of every object of the training split."""
+    sizes = range(len(SIZES))
+    return np.array([cell_index(Object(s, c, z, t, 0)) for s, c, t in kinds(False) for z in sizes])
 
 
 def fields_of_place(place: int) -> Bool[np.ndarray, " f"]:

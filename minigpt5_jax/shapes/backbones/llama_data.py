@@ -124,11 +124,6 @@ def empty_rows(count: int, length: int, images: int) -> Rows:
     }
 
 
-def number(tokenizer: LlamaTokenizer, sample: Sample, image_tokens: int, length: int) -> TokenizedSample:
-    """A sample in numbers, by the rules of training."""
-    return expand(tokenizer, sample.source, sample.target, image_tokens=image_tokens, max_length=length)
-
-
 def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, given: TokenizedSample) -> None:
     """Write one sample, images aside.  Rows of new tokens, which no file holds, have id 0."""
     tokens, size = given.tokens, len(given.tokens)
@@ -144,28 +139,6 @@ def fill_row(made: Rows, i: int, tokenizer: LlamaTokenizer, sample: Sample, give
     if sample.whole and sample.drawn is not None:
         for end, item in ends_of_objects(sample.source):
             made["words"][i, len(tokenizer.encode(sample.source[:end]))] = alone(item)
-
-
-def place_pictures(
-    made: Rows,
-    i: int,
-    at: int,
-    given: TokenizedSample,
-    scenes: Sequence[int],
-    asked: np.ndarray,
-    image_tokens: int,
-) -> int:
-    """Write the images of a row behind the first ``at`` ones; returns how many there are then.
-
-    ``scenes`` are the numbers of the images' scenes, ``asked`` their labels: the state behind a
-    image is asked what it shows.
-    """
-    for which, start in zip(given.images, given.image_start, strict=True):
-        made["image"][at], made["image_row"][at] = scenes[which], i
-        made["image_start"][at] = start
-        made["asked"][i, start + image_tokens] = asked[which]
-        at += 1
-    return at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +159,14 @@ def make_rows(
     scenes = list(dict.fromkeys(scene for sample in samples for scene in sample.scenes))
     find, at = {scene: index for index, scene in enumerate(scenes)}, 0
     for i, sample in enumerate(samples):
-        given = number(tokenizer, sample, image_tokens, length)
+        given = expand(tokenizer, sample.source, sample.target, image_tokens=image_tokens, max_length=length)
         fill_row(made, i, tokenizer, sample, given)
-        numbers = [find[scene] for scene in sample.scenes]
-        at = place_pictures(made, i, at, given, numbers, labels(sample.scenes), image_tokens)
+        shown = labels(sample.scenes)
+        for which, start in zip(given.images, given.image_start, strict=True):
+            made["image"][at], made["image_row"][at] = find[sample.scenes[which]], i
+            made["image_start"][at] = start
+            made["asked"][i, start + image_tokens] = shown[which]  # the state behind an image tells of it
+            at += 1
     return made, scenes
 
 

@@ -172,17 +172,15 @@ def train(
 
 def write(assets: Path, tongue: Params) -> None:
     """Language model and projection into their own files."""
+    files.write_tower(assets, "llama", tongue, CONFIG, prefix="llm/")
     widths = ProjectionConfig(QFORMER.hidden_size, CONFIG.hidden_size)
-    for name, prefix, sizes in (("llama", "llm/", CONFIG), ("llama_proj", "llama_proj/", widths)):
-        params = {path.removeprefix(prefix): v for path, v in tongue.items() if path.startswith(prefix)}
-        files.write_tower(assets, name, params, sizes)
+    files.write_tower(assets, "llama_proj", tongue, widths, prefix="llama_proj/")
 
 
 def read(assets: Path) -> tuple[Template, Params]:
     """Language model and projection as they are stored."""
     tower = template(files.read_config(assets, "llama"))
-    params = {f"llm/{path}": v for path, v in files.read_tower(assets, "llama").items()}
-    params |= {f"llama_proj/{path}": v for path, v in files.read_tower(assets, "llama_proj").items()}
+    params = files.read_tower(assets, "llama", "llm/") | files.read_tower(assets, "llama_proj", "llama_proj/")
     new = {path: shape for path, shape in tower.shapes.items() if path not in params}  # rows of new tokens
     return tower, params | {path: jnp.zeros(shape.shape) for path, shape in new.items()}
 

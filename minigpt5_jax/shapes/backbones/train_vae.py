@@ -14,10 +14,11 @@ import numpy as np
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.models.vae.model import AutoencoderKL, VaeConfig, sample_posterior
+from minigpt5_jax.shapes.backbones.fields import training_contents
 from minigpt5_jax.shapes.backbones.fit import fit, in_parts
 from minigpt5_jax.shapes.oracle import right
-from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, render, render_cells
-from minigpt5_jax.shapes.world import BACKGROUNDS, Object, all_scenes, draw_scene, kinds
+from minigpt5_jax.shapes.render import IMAGE_SIZE, render, render_cells
+from minigpt5_jax.shapes.world import BACKGROUNDS, all_scenes, draw_scene
 
 CONFIG = VaeConfig.from_hf(
     {
@@ -40,14 +41,9 @@ OBJECT_WEIGHT = 3.0
 DECODER_NOISE = 0.15  # largest noise on latents, in their standard deviations
 
 
-def train_contents() -> np.ndarray:
-    """Cell indices of every object of the training split."""
-    return np.array([cell_index(Object(s, c, z, t, 0)) for s, c, t in kinds(False) for z in range(2)])
-
-
 def batches(size: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     """Images u8[n 64 64 3] with each place filled at random, and weights f32[n 64 64 1]."""
-    contents = train_contents()
+    contents = training_contents()
 
     def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
         random = np.random.default_rng((seed, step))

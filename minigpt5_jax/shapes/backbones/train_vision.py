@@ -21,11 +21,11 @@ from minigpt5_jax.models.eva_vit.model import EvaVit, EvaVitConfig
 from minigpt5_jax.models.qformer.model import QFormer, QFormerConfig
 from minigpt5_jax.parts.backbones.minigpt4 import IMAGE_MEAN, IMAGE_STD
 from minigpt5_jax.shapes import files
-from minigpt5_jax.shapes.backbones.fields import ask, by_turns, labels, scenes_of
+from minigpt5_jax.shapes.backbones.fields import ask, by_turns, labels, scenes_of, training_contents
 from minigpt5_jax.shapes.backbones.fit import fit, unit_gain
 from minigpt5_jax.shapes.backbones.heads import Heads, init_heads, read, read_loss
-from minigpt5_jax.shapes.render import IMAGE_SIZE, cell_index, render, render_cells, scenes_of_cells
-from minigpt5_jax.shapes.world import BACKGROUNDS, PLACES, SIZES, Object, Scene, draw_scene, kinds
+from minigpt5_jax.shapes.render import IMAGE_SIZE, render, render_cells, scenes_of_cells
+from minigpt5_jax.shapes.world import BACKGROUNDS, PLACES, Scene, draw_scene
 
 VIT = EvaVitConfig(
     image_size=IMAGE_SIZE,
@@ -73,8 +73,7 @@ def template() -> Template:
 
 def batches(size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
     """Images with up to four training objects, and their labels."""
-    objects = [Object(s, c, z, t, 0) for s, c, t in kinds(False) for z in range(len(SIZES))]
-    cells = np.array([cell_index(item) for item in objects])
+    cells = training_contents()
     fields = by_turns(QFORMER.num_query_tokens)
 
     def batch(step: int) -> dict[str, np.ndarray]:
@@ -174,13 +173,11 @@ def measure(params: Params, heads: Heads, seed: int = 1) -> dict[str, float]:
 
 def write(assets: Path, eyes: Params) -> None:
     """ViT, and Q-Former with the norm before it, into their own files."""
-    vit = {path.removeprefix("vit/"): v for path, v in eyes.items() if path.startswith("vit/")}
-    files.write_tower(assets, "vit", vit, VIT)
+    files.write_tower(assets, "vit", eyes, VIT, prefix="vit/")
     rest = {path: v for path, v in eyes.items() if not path.startswith("vit/")}
     files.write_tower(assets, "qformer", rest, QFORMER)
 
 
 def read_eyes(assets: Path) -> Params:
     """Both towers as they are stored."""
-    vit = {f"vit/{path}": v for path, v in files.read_tower(assets, "vit").items()}
-    return vit | files.read_tower(assets, "qformer")
+    return files.read_tower(assets, "vit", prefix="vit/") | files.read_tower(assets, "qformer")
