@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 from pathlib import Path
+
+# Where PYTHONDONTWRITEBYTECODE is set, every worker and every process that a test starts would compile JAX,
+# TensorFlow and torch from their sources (half of the CPU of importing them): here bytecode is kept, in a
+# folder that git ignores and `make clean` removes.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    kept = Path(__file__).resolve().parents[1] / ".pytest_cache/bytecode"
+    sys.pycache_prefix = sys.pycache_prefix or str(kept)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -30,6 +41,12 @@ install_import_hook("minigpt5_jax", "beartype.beartype")
 import jax
 
 jax.config.update("jax_debug_key_reuse", True)
+
+# Tracing makes garbage by the million: modules, which stay anyway, are not searched for it, and what is
+# young is looked through less often.
+gc.collect()
+gc.freeze()
+gc.set_threshold(10_000, 20, 20)
 
 ORACLE = Path(__file__).parent / "oracle"
 
