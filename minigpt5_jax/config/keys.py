@@ -132,6 +132,11 @@ KEYS: dict[str, Key] = {
         choices=("float32", "bfloat16"),
     ),
     "model.param_dtype": Key("bfloat16", "dtype frozen weights are held in", choices=("float32", "bfloat16")),
+    "model.attention": Key(
+        "auto",
+        "how towers attend; auto: cudnn on NVIDIA GPUs, splash on TPUs, else blockwise",
+        choices=("auto", "cudnn", "splash", "blockwise", "plain"),
+    ),
     "model.remat": Key(True, "recompute layers in the backward pass: less memory, about a third more work"),
     # -- loss -----------------------------------------------------------------------------------
     "loss.text": Key(0.01, "weight of the text cross-entropy; 0 leaves it out (3.1)", low=0.0),

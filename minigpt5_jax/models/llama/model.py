@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from minigpt5_jax.models.attention import AttentionModule, inside_segments, split_heads
 from minigpt5_jax.models.common import (
     ACTIVATIONS,
     Embedding,
@@ -18,11 +19,9 @@ from minigpt5_jax.models.common import (
     Params,
     PublishedSizes,
     RMSNorm,
-    attention,
     normal,
     param,
     scan_layers,
-    split_heads,
     stack,
     zeros,
 )
@@ -130,8 +129,10 @@ def _fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | Non
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-class LlamaAttention(nnx.Module):
+class LlamaAttention(AttentionModule):
     """Causal self-attention with rotary positions and grouped-query heads."""
+
+    layout = "rows"
 
     def __init__(self, config: LlamaConfig, *, lora: LoraConfig | None, **kwargs: Any):
         self.config = config
@@ -289,13 +290,14 @@ class Llama(nnx.Module):
         its own key only.
         """
         cos, sin = rotary(positions + self.num_prefix, self.config.head_dim, self.config.rope_theta)
-        same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, None, :] > 0)
-        mask = (same & jnp.tri(segment_ids.shape[1], dtype=bool))[:, None]
+        allowed: dict[str, Any] = {"is_causal": True, "segment_ids": segment_ids}
         keys = dropout_keys if self.lora is not None else None
         before = None
         if self.num_prefix:  # every position sees the prefix
             before = self.prefix_encoder()
-            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (self.num_prefix, 0)), constant_values=True)
+            mask = inside_segments(segment_ids) & jnp.tri(segment_ids.shape[1], dtype=bool)
+            pad = ((0, 0), (0, 0), (0, 0), (self.num_prefix, 0))
+            allowed = {"mask": jnp.pad(mask, pad, constant_values=True)}
 
         def block(layer: LlamaBlock, x: jax.Array, layer_input: Any):
             number, prefix = layer_input
@@ -303,7 +305,8 @@ class Llama(nnx.Module):
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, drop)
             if prefix is not None:
                 key, value = (behind(p, own) for p, own in zip(prefix, (key, value), strict=True))
-            return layer.finish(x, attention(query, key, value, mask=mask), drop), None
+            attended = layer.self_attn.attention(query, key, value, **allowed)
+            return layer.finish(x, attended, drop), None
 
         x = inputs_embeds.astype(jnp.float32)
         per_layer = (jnp.arange(self.config.num_hidden_layers), before)
@@ -351,7 +354,8 @@ class Llama(nnx.Module):
             keys = keys.at[number, rows, slots].set(key.astype(keys.dtype), mode="drop")
             values = values.at[number, rows, slots].set(value.astype(values.dtype), mode="drop")
             seen = [stored[number].astype(query.dtype) for stored in (keys, values)]
-            return (layer.finish(x, attention(query, *seen, mask=mask)), keys, values), None
+            attended = layer.self_attn.attention(query, *seen, mask=mask)
+            return (layer.finish(x, attended), keys, values), None
 
         carry = (inputs_embeds.astype(jnp.float32), cache.keys, cache.values)
         numbers = jnp.arange(self.config.num_hidden_layers)
