@@ -110,10 +110,11 @@ def attention(
             mask = inside if mask is None else mask & inside
         if chosen == "blockwise":
             out = _blockwise(query, key, value, mask, is_causal, scale)
+        elif chosen == "cudnn":
+            out = _cudnn(query, key, value, mask, is_causal, scale)
         else:
-            how = "cudnn" if chosen == "cudnn" else "xla"
             out = jax.nn.dot_product_attention(
-                query, key, value, mask=mask, is_causal=is_causal, scale=scale, implementation=how
+                query, key, value, mask=mask, is_causal=is_causal, scale=scale, implementation="xla"
             )
     return out.reshape(*out.shape[:-2], -1)
 
@@ -255,6 +256,39 @@ def _mask_blocks(mask: jax.Array | None, length: int) -> tuple[jax.Array | None,
     if mask is None:
         return None, firsts
     return _blocks(jnp.broadcast_to(mask, (*mask.shape[:2], length, mask.shape[3]))), firsts
+
+
+# ---------------------------------------------------------------------------------------------
+# cuDNN
+
+
+def _cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, is_causal: bool, scale: float
+) -> jax.Array:
+    """cuDNN's fused attention, ``[b, t, h, d]`` throughout; odd lengths, which it refuses, are filled up."""
+    length, total = query.shape[1], key.shape[1]
+    lengths = None
+    if total % 2:
+        if mask is None:
+            lengths = jnp.full(query.shape[:1], total, jnp.int32)
+        else:
+            mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    if length % 2 and mask is not None and mask.shape[2] > 1:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=True)
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)
+    )
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return out[:, :length]
 
 
 # ---------------------------------------------------------------------------------------------
