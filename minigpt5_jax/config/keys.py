@@ -142,7 +142,11 @@ KEYS: dict[str, Key] = {
         "how towers attend; auto: cudnn on NVIDIA GPUs, splash on TPUs, else blockwise",
         choices=("auto", "cudnn", "splash", "blockwise", "plain"),
     ),
-    "model.remat": Key(True, "recompute layers in the backward pass: less memory, about a third more work"),
+    "model.remat": Key(
+        "auto",
+        "layers computed again in the backward pass, for memory; auto: as few as the device's memory allows",
+        choices=("auto", "none", "backbone", "generator", "all"),
+    ),
     # -- loss -----------------------------------------------------------------------------------
     "loss.text": Key(0.01, "weight of the text cross-entropy; 0 leaves it out (3.1)", low=0.0),
     "loss.image": Key(1.0, "weight of the latent-diffusion loss; 0 leaves it out", low=0.0),

@@ -138,6 +138,11 @@ class Loader:
         self._batches = None
 
     @property
+    def largest(self) -> BatchSpec:
+        """Shapes of the longest rows, this process's part of a micro-batch."""
+        return self._reader.parts[-1]
+
+    @property
     def state(self) -> int:
         """The next step: all there is to restore."""
         return self._step
