@@ -287,8 +287,12 @@ def loss_counts(batch: Batch, draws: StepRandomness, options: LossOptions) -> di
     return {name: mask.sum().astype(jnp.float32) for name, mask in masks.items()}
 
 
-def make_template(backbone: Made, mapper: Made, generator: Made) -> Template:
-    """The composite's template: shapes, logical axes and ``bind``; nothing is allocated."""
+def make_template(backbone: Made, mapper: Made, generator: Made, *, attention: str = "auto") -> Template:
+    """The composite's template: shapes, logical axes and ``bind``; nothing is allocated.
+
+    ``attention`` is how all towers attend (:data:`minigpt5_jax.models.attention.IMPLEMENTATIONS`).
+    """
     return Template.of(
-        lambda rngs: MiniGPT5(backbone=backbone, mapper=mapper, generator=generator, rngs=rngs)
+        lambda rngs: MiniGPT5(backbone=backbone, mapper=mapper, generator=generator, rngs=rngs),
+        attention,
     )

@@ -433,7 +433,7 @@ def configure(package, files, workdir, data):
     config = get_config()
     for kind in ("backbone", "mapper", "generator"):
         choose(config, kind, f"{package}.{kind}")
-    config.model.update(dtype="float32", param_dtype="float32", remat=False)
+    config.model.update(dtype="float32", param_dtype="float32", remat="none")
     config.weights.update(toy_words=str(files / "words"), toy_paint=str(files / "paint.safetensors"))
     config.data.update(
         format="jsonl",

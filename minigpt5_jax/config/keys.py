@@ -68,7 +68,12 @@ KEYS: dict[str, Key] = {
     "data.buckets": Key(
         (), "lengths of rows, ascending to data.max_length: a batch takes samples of one; () pads all to it"
     ),
-    "data.pack": Key(1, "samples of a row, each a segment of its own; for short ones (captions)", low=1),
+    "data.pack": Key(
+        0, "samples of a row, each a segment of its own; 0: up to 4 captions, 1 of what reads images", low=0
+    ),
+    "data.split_vokens": Key(
+        True, "captions, on which nothing trainable acts, run without gradients: same result, less work"
+    ),
     "data.index_cache": Key(
         "~/.cache/minigpt5_jax/lengths", "folder of sample lengths, which buckets and packing plan from"
     ),
@@ -132,7 +137,16 @@ KEYS: dict[str, Key] = {
         choices=("float32", "bfloat16"),
     ),
     "model.param_dtype": Key("bfloat16", "dtype frozen weights are held in", choices=("float32", "bfloat16")),
-    "model.remat": Key(True, "recompute layers in the backward pass: less memory, about a third more work"),
+    "model.attention": Key(
+        "auto",
+        "how towers attend; auto: cudnn on NVIDIA GPUs, splash on TPUs, else blockwise",
+        choices=("auto", "cudnn", "splash", "blockwise", "plain"),
+    ),
+    "model.remat": Key(
+        "auto",
+        "layers computed again in the backward pass, for memory; auto: as few as the device's memory allows",
+        choices=("auto", "none", "backbone", "generator", "all"),
+    ),
     # -- loss -----------------------------------------------------------------------------------
     "loss.text": Key(0.01, "weight of the text cross-entropy; 0 leaves it out (3.1)", low=0.0),
     "loss.image": Key(1.0, "weight of the latent-diffusion loss; 0 leaves it out", low=0.0),

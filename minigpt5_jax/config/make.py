@@ -134,7 +134,7 @@ def apply_variant(
 def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
     """The packaged tiny towers in place of MiniGPT-4 and Stable Diffusion, in fp32."""
     config.model.dtype = config.model.param_dtype = "float32"
-    config.model.remat = False
+    config.model.remat = "none"
     apply_setting(config, SMALL)
     groups = {name for part in parts_of(config).values() for name in part.groups}
     inside = {

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import Axis, Params, constructor_rngs
 
 
@@ -34,9 +35,14 @@ class Template:
     axes: dict[str, tuple[Axis, ...]]
 
     @classmethod
-    def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Template:
-        """Build the template of ``make(rngs)`` abstractly (nothing is allocated)."""
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: make(constructor_rngs(jax.random.key(0)))))
+    def of(cls, make: Callable[[nnx.Rngs], nnx.Module], attention: str = "auto") -> Template:
+        """Build the template of ``make(rngs)`` abstractly (nothing is allocated).
+
+        ``attention`` is how its modules attend (:mod:`minigpt5_jax.models.attention`).
+        """
+        module = nnx.eval_shape(lambda: make(constructor_rngs(jax.random.key(0))))
+        module.set_attributes(AttentionModule, implementation=attention, raise_if_not_found=False)
+        graphdef, state = nnx.split(module)
         flat = nnx.to_flat_state(state)
         names = {path: "/".join(map(str, path)) for path, _ in flat}
         shapes = {names[p]: jax.ShapeDtypeStruct(v.shape, v.dtype) for p, v in flat}

@@ -260,34 +260,6 @@ class Mlp(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
-    """``[b, t, heads * d] -> [b, t, heads, d]``."""
-    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
-
-
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    mask: jax.Array | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> jax.Array:
-    """Multi-head attention, ``[b, t, heads, d]`` in, ``[b, t, heads * d]`` out.
-
-    ``mask`` is boolean, broadcastable to ``[b, heads, t, s]``, True where attention is allowed.
-    Softmax runs in fp32 whatever the input dtype (``jax.nn.dot_product_attention``).
-    """
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, scale=scale)
-    return out.reshape(*out.shape[:-2], -1)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, num_heads: int, **kwargs: Any) -> jax.Array:
-    """:func:`attention` of projections ``[b, t, heads * d]``."""
-    return attention(*(split_heads(x, num_heads) for x in (query, key, value)), **kwargs)
-
-
 # ---------------------------------------------------------------------------------------------
 # Sizes
 

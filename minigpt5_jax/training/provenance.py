@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 Meta = dict[str, Any]
 COMPARED = ("config.model", "tokenizer", "frozen")
 """Sections of a description that must agree before its parameters are read into a model."""
-HARMLESS = ("config.model.remat",)
+HARMLESS = ("config.model.remat", "config.model.attention")
 """Keys in them that change speed or memory, not numbers."""
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 PIECE = 256 * 2**20

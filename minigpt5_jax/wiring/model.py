@@ -113,8 +113,11 @@ def tower_sizes(config: ConfigDict) -> dict[str, Any]:
 
 
 @setting_errors()
-def build(config: ConfigDict) -> ModelSpec:
+def build(config: ConfigDict, remat: str = "") -> ModelSpec:
     """The abstract model of a validated configuration; allocates nothing.
+
+    Args:
+      remat: which layers are computed again in the backward pass, in the place of ``model.remat``.
 
     Raises:
       ConfigError: what a tower or a tuning pattern says about a setting.
@@ -126,14 +129,15 @@ def build(config: ConfigDict) -> ModelSpec:
         context = Context(
             dtype=jnp.dtype(config.model.dtype),
             param_dtype=jnp.dtype(config.model.param_dtype),
-            remat=config.model.remat,
+            remat=(remat or config.model.remat) in ("all", kind),
             loss=config.loss.to_dict(),
             decay_frozen_rows=config.optimizer.decay_frozen_rows,
             tokenizer=functools.partial(make_tokenizer, config, part, sizes),
             neighbours=neighbours,
         )
         made[kind] = part.make(keys[kind], sizes, context)
-    template = make_template(**{kind: (config.model[kind].name, made[kind]) for kind in parts})
+    modules = {kind: (config.model[kind].name, made[kind]) for kind in parts}
+    template = make_template(**modules, attention=config.model.attention)
     # A mapper may have no room for so many vokens: it says so here, not when the first step is compiled.
     jax.eval_shape(lambda params: template.bind(params).unconditional(), template.shapes)
     own = tuple((str(pattern), str(group)) for pattern, group in config.tuning.rules)

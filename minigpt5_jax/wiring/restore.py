@@ -180,6 +180,8 @@ def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None)
     for kind in KINDS:
         choose(config, kind, saved["model"][kind]["name"])
     flat = {key: value for key, value in flatten_dict(saved, sep=".").items() if key not in FORMER_KEYS}
+    if isinstance(remat := flat["model.remat"], bool):  # it was one switch for all towers
+        flat["model.remat"] = "all" if remat else "none"
     if unknown := sorted(flat.keys() - flatten_dict(config.to_dict(), sep=".").keys()):
         raise CheckpointError(f"the checkpoint was written with settings this version lacks: {unknown}")
     if "stage" not in saved["tuning"]:  # of a version whose rules named every pattern

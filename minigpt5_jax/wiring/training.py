@@ -13,7 +13,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
+from minigpt5_jax.data.batches.collate import empty_arrays
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import main_process
@@ -31,6 +33,7 @@ from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.features import open_features
 from minigpt5_jax.wiring.inputs import data_identity, make_batch_sharder, open_loader, open_sources
+from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
 from minigpt5_jax.wiring.restore import describe, open_parent_run, upgrade_meta, warm_start
 from minigpt5_jax.wiring.session import open_sampler
@@ -191,6 +194,11 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     shard = make_batch_sharder(mesh, config.data.accumulation)
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((jax.process_count() * x.shape[0], *x.shape[1:]), x.dtype),
+        Batch(**empty_arrays(loader.largest)),
+    )
+    spec, recomputed = fit_memory(config, spec, shapes, shardings)
     steps = num_steps(config, len(source))
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
@@ -210,6 +218,8 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
         active=main_process(),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
     )
+    if config.model.remat == "auto" and recomputed != "none":
+        metrics.message(f"layers computed again so that the step fits (model.remat): {recomputed}")
     if first_step:
         metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
     step = jax.jit(
@@ -222,6 +232,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
         state,
         frozen,
         step,
+        mesh,
         DevicePrefetch(loader, shard),
         metrics,
         checkpoints,

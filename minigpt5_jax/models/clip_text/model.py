@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import (
     Embedding,
     LayerNorm,
     Linear,
     Mlp,
     PublishedSizes,
-    attend,
     check_transformer,
     normal,
     run_layers,
@@ -59,7 +59,7 @@ SD21_TEXT = ClipTextConfig(
 """Text encoder of ``stabilityai/stable-diffusion-2-1-base``: 340,387,840 parameters."""
 
 
-class ClipAttention(nnx.Module):
+class ClipAttention(AttentionModule):
     """Multi-head self-attention with biased projections."""
 
     def __init__(self, config: ClipTextConfig, **kwargs: Any):
@@ -75,7 +75,7 @@ class ClipAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attend(*projected, self.num_heads, mask=mask, is_causal=True))
+        return self.out_proj(self.attend(*projected, self.num_heads, mask=mask, is_causal=True))
 
 
 class ClipEncoderLayer(nnx.Module):

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import (
     Conv,
     LayerNorm,
     Linear,
     Mlp,
     PublishedSizes,
-    attend,
     check_transformer,
     normal,
     param,
@@ -70,11 +70,13 @@ EVA_VIT_G = EvaVitConfig()
 """The tower MiniGPT-4 and MiniGPT-5 use: 39 blocks, 985,894,528 parameters."""
 
 
-class EvaAttention(nnx.Module):
+class EvaAttention(AttentionModule):
     """Self-attention whose key projection has no bias (a constant zero in the original).
 
     The checkpoint's fused qkv matrix is kept as three kernels, so that each shards over whole heads.
     """
+
+    layout = "rows"
 
     def __init__(self, config: EvaVitConfig, **kwargs: Any):
         self.num_heads = config.num_attention_heads
@@ -86,7 +88,7 @@ class EvaAttention(nnx.Module):
         self.proj = Linear(width, width, axes=(heads, "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))
+        return self.proj(self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads))
 
 
 class EvaBlock(nnx.Module):

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import (
     LayerNorm,
     Linear,
-    attend,
     normal,
     param,
     run_layers,
@@ -69,7 +69,7 @@ MINIGPT5_MAPPER = MapperConfig()
 """MiniGPT-5's mapper: 122,899,456 parameters (5,244,928 + 117,575,680 + 78,848)."""
 
 
-class MultiheadAttention(nnx.Module):
+class MultiheadAttention(AttentionModule):
     """torch's ``nn.MultiheadAttention`` with the stacked in-projection kept as three kernels."""
 
     def __init__(self, config: LayerConfig, **kwargs: Any):
@@ -84,7 +84,7 @@ class MultiheadAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, memory: jax.Array) -> jax.Array:
         projected = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
-        return self.out_proj(attend(*projected, self.num_heads))
+        return self.out_proj(self.attend(*projected, self.num_heads))
 
 
 class FeedForward(nnx.Module):

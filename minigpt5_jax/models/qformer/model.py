@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
     PublishedSizes,
-    attend,
     check_transformer,
     normal,
     param,
@@ -68,8 +68,10 @@ BLIP2_QFORMER = QFormerConfig()
 """BLIP-2's Q-Former: 105,137,664 parameters and 24,576 of query tokens."""
 
 
-class QFormerAttention(nnx.Module):
+class QFormerAttention(AttentionModule):
     """Multi-head attention with its residual and post-norm; keys and values from ``context``."""
+
+    layout = "rows"
 
     def __init__(self, config: QFormerConfig, context_size: int, **kwargs: Any):
         self.num_heads = config.num_attention_heads
@@ -82,7 +84,7 @@ class QFormerAttention(nnx.Module):
         self.layer_norm = LayerNorm(width, eps=config.layer_norm_eps, **{**kwargs, "dtype": jnp.float32})
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        attended = attend(self.query(x), self.key(context), self.value(context), self.num_heads)
+        attended = self.attend(self.query(x), self.key(context), self.value(context), self.num_heads)
         return self.layer_norm(x + self.output(attended))
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, PublishedSizes, attend
+from minigpt5_jax.models.attention import AttentionModule
+from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, PublishedSizes
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 TRANSFORMER_NORM_EPS = 1e-6  # of Transformer2DModel's group norm; resnets use norm_eps
@@ -135,7 +136,7 @@ class TimestepEmbedding(nnx.Module):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-class Attention(nnx.Module):
+class Attention(AttentionModule):
     """Multi-head attention from pixels to ``context_dim`` wide vectors; only the output has a bias."""
 
     def __init__(self, width: int, heads: int, context_dim: int, **kwargs):
@@ -146,7 +147,7 @@ class Attention(nnx.Module):
         self.to_out = Linear(width, width, axes=(axis, "embed"), **kwargs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class FeedForward(nnx.Module):

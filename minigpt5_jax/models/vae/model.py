@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from minigpt5_jax.models.common import Conv, GroupNorm, Linear, PublishedSizes, attend
+from minigpt5_jax.models.attention import AttentionModule
+from minigpt5_jax.models.common import Conv, GroupNorm, Linear, PublishedSizes
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 NORM_EPS = 1e-6
@@ -74,7 +75,7 @@ SD21_VAE = VaeConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2
 """The autoencoder of Stable Diffusion 2.1-base: 83,653,863 parameters."""
 
 
-class SpatialAttention(nnx.Module):
+class SpatialAttention(AttentionModule):
     """Self-attention over all pixels: one head of the full width, biases on all projections."""
 
     def __init__(self, channels: int, norm_num_groups: int, **kwargs):
@@ -88,7 +89,7 @@ class SpatialAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         m, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(m, h * w, c)
-        attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), 1)
+        attended = self.attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), 1)
         return x + self.to_out(attended).reshape(x.shape)
 
 

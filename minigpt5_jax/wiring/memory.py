@@ -1,0 +1,93 @@
+"""How much memory a step takes, and whether layers are computed again to make it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import Var
+from ml_collections import ConfigDict
+
+from minigpt5_jax.batch import Batch
+from minigpt5_jax.minigpt5 import StepRandomness, loss_counts
+from minigpt5_jax.parts.contracts import FROZEN
+from minigpt5_jax.training.step import loss_and_diagnostics
+from minigpt5_jax.wiring.model import ModelSpec, build
+
+POLICIES = ("none", "backbone", "generator", "all")
+"""What is computed again in the backward pass, from the least work to the least memory."""
+USABLE = 0.85
+"""Share of a device that is planned with; the rest is for what a layer needs while it runs, and fragments."""
+TRAINED_COPIES = 4
+"""fp32 arrays of each trainable: value, gradient and AdamW's two moments."""
+
+
+def fit_memory(
+    config: ConfigDict, spec: ModelSpec, batch: Batch, shardings: Mapping[str, Any], limit: int | None = None
+) -> tuple[ModelSpec, str]:
+    """(model, policy) with as little computed again as fits into a device; ``model.remat`` where it is said.
+
+    Args:
+      batch: shapes of a micro-batch of all devices.
+      shardings: path -> how a parameter lies on the mesh.
+      limit: bytes of a device; what JAX tells of the first one by default.  Without a number (CPU) nothing is
+        computed again.
+    """
+    if config.model.remat != "auto":
+        return spec, config.model.remat
+    limit = device_bytes() if limit is None else limit
+    if limit is None:
+        return spec, "none"
+    devices = next(iter(shardings.values())).mesh.size
+    room = limit * USABLE - resident_bytes(spec, shardings)
+    for policy in POLICIES:
+        tried = spec if policy == "none" else build(config, remat=policy)
+        if policy == POLICIES[-1] or residual_bytes(tried, batch) / devices <= room:
+            return tried, policy
+    raise AssertionError("unreachable")
+
+
+def device_bytes() -> int | None:
+    """Memory of the first local device, None where JAX does not tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def resident_bytes(spec: ModelSpec, shardings: Mapping[str, Any]) -> int:
+    """Bytes of parameters, gradients and moments on each device."""
+    total = 0
+    for path, shape in spec.template.shapes.items():
+        copies = 1 if spec.labels[path] == FROZEN else TRAINED_COPIES
+        total += copies * math.prod(shardings[path].shard_shape(shape.shape)) * shape.dtype.itemsize
+    return total
+
+
+def residual_bytes(spec: ModelSpec, batch: Batch) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, over all devices.
+
+    Counted on abstract values: nothing is compiled or allocated.  Parameters and the batch, which are there
+    anyway, are not counted.
+    """
+    shapes, template, options = spec.template.shapes, spec.template, spec.options
+    trainable = {path: shape for path, shape in shapes.items() if spec.labels[path] != FROZEN}
+    frozen = {path: shape for path, shape in shapes.items() if spec.labels[path] == FROZEN}
+    generator = template.bind(shapes).generator
+
+    def forward(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> Any:
+        draws = StepRandomness.from_key(
+            key, batch, generator, cfg_dropout=options.cfg_dropout, lora_dropout=options.lora_dropout
+        )
+        counts = loss_counts(batch, draws, options.loss)
+
+        def loss(values: Any) -> jax.Array:
+            return loss_and_diagnostics(template, values, frozen, batch, draws, counts, options.loss)[0]
+
+        return jax.vjp(loss, trainable)[1]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr = jax.make_jaxpr(forward)(trainable, frozen, batch, key).jaxpr
+    there = set(jaxpr.invars)
+    kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var not in there}
+    return sum(var.aval.size * var.aval.dtype.itemsize for var in kept)

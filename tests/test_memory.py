@@ -1,0 +1,62 @@
+"""Layers are computed again only where a step would not fit otherwise."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
+from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
+from minigpt5_jax.wiring import memory
+from minigpt5_jax.wiring.model import build
+
+
+@pytest.fixture(scope="module")
+def run():
+    """(configuration, model, shapes of a micro-batch, shardings on one device) of the small world."""
+    config = use_shapes_backbones(get_config())
+    config.model.remat = "auto"
+    spec = build(validate(config))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+    batch = tiny.make_tiny_batch(rows=4, image_size=64)
+    captions = {name: np.zeros((4, 77), np.int32) for name in ("caption_ids", "caption_mask")}
+    batch = dataclasses.replace(batch, **captions)
+    return config, spec, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch), shardings
+
+
+def test_what_the_backward_pass_reads_is_counted(run):
+    config, spec, batch, _ = run
+    kept = {policy: memory.residual_bytes(build(config, remat=policy), batch) for policy in memory.POLICIES}
+    assert kept["none"] > kept["generator"] > kept["all"] > 0
+    assert kept["none"] > kept["backbone"]
+    twice = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype), batch)
+    assert 1.8 < memory.residual_bytes(spec, twice) / kept["none"] <= 2.0
+
+
+def test_as_little_as_the_device_allows_is_computed_again(run):
+    config, spec, batch, shardings = run
+    resident, kept = memory.resident_bytes(spec, shardings), memory.residual_bytes(spec, batch)
+
+    def policy(room: float) -> str:
+        return memory.fit_memory(config, spec, batch, shardings, int((resident + room) / memory.USABLE) + 1)[
+            1
+        ]
+
+    assert policy(kept) == "none"
+    assert policy(0.999 * kept) in ("backbone", "generator")
+    assert policy(0) == "all"
+    assert memory.fit_memory(config, spec, batch, shardings) == (spec, "none")  # a CPU tells no limit
+
+
+def test_a_policy_that_is_said_stays(run):
+    config, spec, batch, shardings = run
+    with config.unlocked():
+        said = config.copy_and_resolve_references()
+    said.model.remat = "generator"
+    assert memory.fit_memory(said, spec, batch, shardings, limit=1)[1] == "generator"
+    said.model.remat = "some"
+    with pytest.raises(ConfigError, match="model.remat='some' is not one of 'auto', 'none', 'backbone'"):
+        validate(said)
