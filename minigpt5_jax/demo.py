@@ -30,7 +30,7 @@ from minigpt5_jax.shapes.dataset import read_scenes
 from minigpt5_jax.wiring.restore import load_run
 from minigpt5_jax.wiring.training import make_loop
 
-PICTURES = flags.DEFINE_integer("demo_pictures", 96, "Held-out captions drawn and counted.", lower_bound=1)
+IMAGES = flags.DEFINE_integer("demo_images", 96, "Held-out captions drawn and counted.", lower_bound=1)
 MARK = ".demo"  # tells a folder of ours
 SHOWN = 12  # captions on the page
 NOTE = "left: from vokens; right: by the frozen text encoder and UNet from the caption"
@@ -77,7 +77,7 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     trained = time.time() - start
 
     run = load_run(workdir)
-    count = min(PICTURES.value, config.data.shapes_validation)
+    count = min(IMAGES.value, config.data.shapes_validation)
     data = workdir / "data"
     rules = PairRules(training=False, num_vokens=run.tokenizer.num_vokens)
     source = Cc3mSource(data / "shapes_held_out.tsv", rules=rules)
@@ -88,12 +88,12 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
     counted = {f"right: {name}": value for name, value in table(ours, ceiling).items()}
     print("\n".join(f"{name:18} {value}" for name, value in counted.items()))
     entries = [
-        Entry([caption], ["(no image)" if picture is None else picture, beside], seed=number, notes=NOTE)
-        for number, (caption, picture, beside) in enumerate(zip(captions, drawn, native, strict=True))
+        Entry([caption], ["(no image)" if image is None else image, beside], seed=number, notes=NOTE)
+        for number, (caption, image, beside) in enumerate(zip(captions, drawn, native, strict=True))
     ]
     metadata = {"checkpoint": workdir, "held-out captions": count, **counted}
     page = write_page(workdir / "page", "Drawn from held-out captions", entries[:SHOWN], metadata)
-    grids = sorted((workdir / "pictures").glob("held_out_*.png"))
+    grids = sorted((workdir / "images").glob("held_out_*.png"))
     return {
         "config": config.run.name,
         "steps": run.step,
@@ -101,7 +101,7 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
         "seconds_training": round(trained, 1),
         "losses": curve(workdir),
         "validation": validation,
-        "oracle": {"ours": ours["all"], "native": ceiling["all"], "drawn": ours["drawn"], "pictures": count},
+        "oracle": {"ours": ours["all"], "native": ceiling["all"], "drawn": ours["drawn"], "images": count},
         "grid": str(grids[-1]) if grids else None,
         "page": str(page),
     }

@@ -80,7 +80,7 @@ def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
     assert page == tmp_path / "page" / "index.html"
     text = page.read_text()
     assert text.count("a small red circle") == 2 and "seed 5" in text and "seed 6" in text
-    pictures = sorted((tmp_path / "page" / "pictures").glob("*.png"))
+    pictures = sorted((tmp_path / "page" / "images").glob("*.png"))
     assert len(pictures) == 4, "each prompt twice"
     shown = [np.asarray(Image.open(path)) for path in pictures]
     assert all(picture.shape == (64, 64, 3) for picture in shown)

@@ -506,7 +506,7 @@ def test_it_trains_validates_draws_and_saves(stage1, package):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2 and len(set(losses)) == 2
-    assert sorted(path.name for path in (workdir / "pictures").iterdir())[-1] == "held_out_000002.png"
+    assert sorted(path.name for path in (workdir / "images").iterdir())[-1] == "held_out_000002.png"
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps == [1, 2]
     spec = open_run(workdir).spec
     trained = {path for path, group in spec.labels.items() if group != FROZEN}
@@ -578,9 +578,9 @@ def test_it_generates(stage2, files, tmp_path):
     session = run.session(batch_size=2)
     prompt = "<Img><ImageHere></Img> and now?"
     alone, other = session.generate([Prompt(prompt, (str(files / "2.png"),), 3), Prompt("a colour", (), 4)])
-    assert alone.pictures[0].shape == other.pictures[0].shape == (8, 8, 3)
+    assert alone.images[0].shape == other.images[0].shape == (8, 8, 3)
     [again] = session.generate([Prompt(prompt, (str(files / "2.png"),), 3)])
-    assert again.token_ids == alone.token_ids and np.array_equal(again.pictures[0], alone.pictures[0])
+    assert again.token_ids == alone.token_ids and np.array_equal(again.images[0], alone.images[0])
     page = generate_page(run, Request(texts=["a colour"]), tmp_path / "page")
     assert "a colour" in page.read_text()
     page = generate_page(run, Request(mode="chat", jsonl=str(files / "talk.jsonl")), tmp_path / "chat")

@@ -81,7 +81,7 @@ def test_it_comes_back_as_it_was_saved(saved, run):
 @pytest.mark.slow
 def test_it_draws(run):
     [answer] = run.session(batch_size=1).generate([Prompt("a red circle", seed=1)])
-    assert len(answer.pictures) == 1 and answer.pictures[0].shape == (64, 64, 3)
+    assert len(answer.images) == 1 and answer.images[0].shape == (64, 64, 3)
 
 
 def test_the_exported_mapper_computes_the_same(saved, run, tmp_path):

@@ -137,6 +137,6 @@ def test_what_is_decoded_is_what_was_trained(model, oracle_configs):
     [answer] = session.generate([Prompt(CAPTIONS[0], seed=5)])
     assert answer.token_ids[0] == V and answer.token_ids.count(V) == 1 and "[IMG" not in answer.text
     right, wrong = session.draw([states[0], 3 * states[1]], [5, 5], [0, 0])
-    [picture] = answer.pictures
+    [picture] = answer.images
     assert np.abs(picture.astype(int) - right).max() <= 1
     assert np.abs(picture.astype(int) - wrong).max() > 3

@@ -28,7 +28,7 @@ KEYS: dict[str, Key] = {
     "run.eval_batches": Key(8, "batches of a validation, the same ones every time", low=1),
     "run.save_every": Key(1000, "steps between checkpoints; the last step is always saved", low=1),
     "run.grid_every": Key(1000, "steps between image grids; 0 for never", low=0),
-    "run.grid_pictures": Key(8, "held-out captions in a grid", low=1),
+    "run.grid_images": Key(8, "held-out captions in a grid", low=1),
     "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
     "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
     "run.best_metric": Key("image", "validation metric that decides the best checkpoint; the lowest wins"),
@@ -227,3 +227,6 @@ FORMER_KEYS = (
     "inference.emit_dummy_token",
 )
 """Keys of earlier versions that had one legal value (docs/fidelity.md); checkpoints may still have them."""
+
+RENAMED_KEYS = {"run.grid_pictures": "run.grid_images"}
+"""Name of a key in earlier checkpoints -> its name now."""

@@ -101,7 +101,7 @@ def watchers(
         return losses | (oracle_score(drawn(trainable), drawn.targets) if judged else {})
 
     def grid(trainable: Params) -> np.ndarray:
-        shown = slice(config.run.grid_pictures)
+        shown = slice(config.run.grid_images)
         targets = drawn.targets[shown]
         return draw_grid(np.concatenate([targets, drawn(trainable)[shown]]), columns=len(targets))
 

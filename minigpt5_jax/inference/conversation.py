@@ -35,7 +35,7 @@ class Message:
 class ImagePart:
     """An image of a turn; wrapped, since a path is a string as texts are."""
 
-    picture: ImageSource
+    image: ImageSource
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,10 +61,10 @@ class Conversation:
         return mixed_seed(self.seed, len(self.answers))
 
 
-def encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
+def encode_png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
     """An image as the model reads it again: nothing is lost."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG")
+    Image.fromarray(image).save(file, format="PNG")
     return file.getvalue()
 
 
@@ -79,7 +79,7 @@ def story_prompt(conversation: Conversation, request: str = "", style: PromptSty
     messages = conversation.messages
     before = [text for turn in messages for text in turn.texts(style)]
     source = style.story(before, request or style.next_scene)
-    return Prompt(source, _pictures(messages), conversation.next_seed())
+    return Prompt(source, _images(messages), conversation.next_seed())
 
 
 def dialog_prompt(
@@ -88,11 +88,11 @@ def dialog_prompt(
     """The last ``window`` turns (None for all) and the opening of the assistant's (fidelity 5.4)."""
     messages = conversation.messages if window is None else conversation.messages[-window:]
     spoken = [(style.speakers[turn.role], " ".join(turn.texts(style))) for turn in messages]
-    return Prompt(style.dialog(conversation.system, spoken), _pictures(messages), conversation.next_seed())
+    return Prompt(style.dialog(conversation.system, spoken), _images(messages), conversation.next_seed())
 
 
-def _pictures(messages: Sequence[Message]) -> tuple[ImageSource, ...]:
-    return tuple(part.picture for turn in messages for part in turn.parts if isinstance(part, ImagePart))
+def _images(messages: Sequence[Message]) -> tuple[ImageSource, ...]:
+    return tuple(part.image for turn in messages for part in turn.parts if isinstance(part, ImagePart))
 
 
 def advance(

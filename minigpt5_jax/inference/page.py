@@ -15,8 +15,8 @@ Part = str | np.ndarray
 """One piece of an interleaved sequence: text, or an image u8[H W 3]."""
 
 _MARK = '<meta name="generator" content="minigpt5_jax">'
-_PICTURES = "pictures"
-_PICTURE_NAME = re.compile(r"\d{3,}-(prompt|output)-\d+\.png")
+_IMAGES = "images"
+_IMAGE_NAME = re.compile(r"\d{3,}-(prompt|output)-\d+\.png")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2f6fdb; }
@@ -63,13 +63,13 @@ class Entry:
     def __post_init__(self) -> None:
         for part in (*self.prompt, *self.output):
             if not isinstance(part, str):
-                _check_pictures(part, dims=3)
+                _check_images(part, dims=3)
 
 
 def write_page(
     directory: str | Path, title: str, entries: Sequence[Entry], metadata: Mapping[str, object] | None = None
 ) -> Path:
-    """Write ``index.html`` and ``pictures/*.png``, in place of an earlier page; returns the former's path.
+    """Write ``index.html`` and ``images/*.png``, in place of an earlier page; returns the former's path.
 
     ``metadata`` (checkpoint, sampler, ...) is shown in a folded table.
 
@@ -85,7 +85,7 @@ def write_page(
     index = directory / "index.html"
     # First of all files: should the writing be interrupted, the directory is known to be ours.
     index.write_text(_html(title, entries, metadata), encoding="utf-8")
-    (directory / _PICTURES).mkdir(exist_ok=True)
+    (directory / _IMAGES).mkdir(exist_ok=True)
     for number, entry in enumerate(entries, 1):
         for _, part, name in _named_parts(number, entry):
             if name:
@@ -93,7 +93,7 @@ def write_page(
     return index
 
 
-def draw_grid(pictures: np.ndarray, columns: int, *, min_side: int = 128) -> np.ndarray:
+def draw_grid(images: np.ndarray, columns: int, *, min_side: int = 128) -> np.ndarray:
     """u8[n H W 3] as one image u8[h w 3] of ``columns`` columns, row by row.
 
     Images narrower than ``min_side`` pixels are enlarged by a whole factor.
@@ -101,22 +101,22 @@ def draw_grid(pictures: np.ndarray, columns: int, *, min_side: int = 128) -> np.
     Raises:
       ValueError: images of another shape or dtype, or no columns.
     """
-    _check_pictures(pictures, dims=4)
-    count, height, width, _ = pictures.shape
+    _check_images(images, dims=4)
+    count, height, width, _ = images.shape
     if columns < 1 or not count:
         raise ValueError(f"{count} images in {columns} columns: need at least one of each")
     factor = max(1, -(-min_side // width))
     width, height, gap = width * factor, height * factor, 6
     columns, rows = min(columns, count), -(-count // columns)
     canvas = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
         x, y = gap + column * (width + gap), gap + row * (height + gap)
-        canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        canvas.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
     return np.asarray(canvas)
 
 
-def _check_pictures(value: np.ndarray, dims: int) -> None:
+def _check_images(value: np.ndarray, dims: int) -> None:
     if value.ndim != dims or value.shape[-1] != 3 or value.dtype != np.uint8:
         want = "u8[H W 3]" if dims == 3 else "u8[n H W 3]"
         raise ValueError(f"an image must be {want}, got {value.dtype}{list(value.shape)}")
@@ -131,18 +131,18 @@ def _claim(directory: Path) -> None:
     ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
     if not ours and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty and holds no page of minigpt5_jax; choose another")
-    for picture in (directory / _PICTURES).glob("*.png"):
-        if _PICTURE_NAME.fullmatch(picture.name):
-            picture.unlink()
+    for image in (directory / _IMAGES).glob("*.png"):
+        if _IMAGE_NAME.fullmatch(image.name):
+            image.unlink()
 
 
 def _named_parts(number: int, entry: Entry) -> Iterator[tuple[str, Part, str]]:
     """(section, part, relative file name or "" for text) of an entry."""
     for section, parts in (("prompt", entry.prompt), ("output", entry.output)):
-        pictures = 0
+        images = 0
         for part in parts:
-            pictures += not isinstance(part, str)
-            name = "" if isinstance(part, str) else f"{_PICTURES}/{number:03d}-{section}-{pictures}.png"
+            images += not isinstance(part, str)
+            name = "" if isinstance(part, str) else f"{_IMAGES}/{number:03d}-{section}-{images}.png"
             yield section, part, name
 
 

@@ -66,7 +66,7 @@ class Generation:
     dropped: int = 0
 
     @property
-    def pictures(self) -> tuple[np.ndarray, ...]:
+    def images(self) -> tuple[np.ndarray, ...]:
         """The image parts."""
         return tuple(part for part in self.parts if not isinstance(part, str))
 
@@ -90,7 +90,7 @@ class _Row:
 
     prompt: Prompt
     expanded: TokenizedSample
-    pictures: list[np.ndarray]  # those left after truncation
+    images: list[np.ndarray]  # those left after truncation
 
 
 class Session:
@@ -158,11 +158,11 @@ class Session:
         self._write = jax.jit(self._write_rows)
         self._draw = jax.jit(self._draw_images)
 
-    def generate(self, prompts: Sequence[Prompt], *, pictures: bool = True) -> list[Generation]:
+    def generate(self, prompts: Sequence[Prompt], *, images: bool = True) -> list[Generation]:
         """An answer to each prompt.  All of them are checked before anything is compiled.
 
         Args:
-          pictures: False samples none: one that was started leaves ``[IMG0]`` in ``token_ids`` and no part.
+          images: False samples none: one that was started leaves ``[IMG0]`` in ``token_ids`` and no part.
 
         Raises:
           DataError: an empty prompt, vokens in it, images that do not fit its placeholders or that
@@ -170,7 +170,7 @@ class Session:
         """
         rows = [self._read(number, prompt) for number, prompt in enumerate(prompts)]
         answers = [answer for some in self._batches(rows) for answer in self._answer(some)]
-        answers = answers if pictures else [(ids, []) for ids, _ in answers]
+        answers = answers if images else [(ids, []) for ids, _ in answers]
         wanted = [
             (states, row.prompt.seed, number)
             for row, (_, started) in zip(rows, answers)
@@ -188,12 +188,12 @@ class Session:
           vokens: mapper input of each image.
           seeds: seed of the answer it belongs to.  numbers: which image of that answer it is.
         """
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         for some in self._batches(list(zip(vokens, seeds, numbers))):
             states, seed, number = zip(*self._padded(some))
             made = self._draw(self._params, np.stack(states), np.uint32(seed), np.int32(number))
-            pictures.extend(np.asarray(made)[: len(some)])
-        return pictures
+            images.extend(np.asarray(made)[: len(some)])
+        return images
 
     # -- compiled -------------------------------------------------------------------------------
 
@@ -254,8 +254,8 @@ class Session:
                 self.max_length,
             )
         size, square = self._backbone.image_size, self.pad_input_square
-        pictures = [prepare_image(p, size, square=square, flip=False) for p in prompt.images]
-        return _Row(prompt, expanded, [pictures[i] for i in expanded.images])
+        images = [prepare_image(p, size, square=square, flip=False) for p in prompt.images]
+        return _Row(prompt, expanded, [images[i] for i in expanded.images])
 
     def _answer(self, rows: list[_Row]) -> list[tuple[list[int], list[np.ndarray]]]:
         """(ids, voken states of each image) of at most ``batch_size`` prompts."""
@@ -281,19 +281,19 @@ class Session:
     def _place_input_images(self, batch: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(images, their rows, their first slots); as many as batch_size times the most of any row."""
         size = self._backbone.image_size
-        room = len(batch) * max(len(row.pictures) for row in batch)
+        room = len(batch) * max(len(row.images) for row in batch)
         images = np.zeros((room, size, size, 3), np.uint8)
         image_row, image_start = np.full(room, len(batch), np.int32), np.zeros(room, np.int32)
         every = [
-            (picture, place, start)
+            (image, place, start)
             for place, row in enumerate(batch)
-            for picture, start in zip(row.pictures, row.expanded.image_start)
+            for image, start in zip(row.images, row.expanded.image_start)
         ]
-        for slot, (picture, place, start) in enumerate(every):
-            images[slot], image_row[slot], image_start[slot] = picture, place, start
+        for slot, (image, place, start) in enumerate(every):
+            images[slot], image_row[slot], image_start[slot] = image, place, start
         return images, image_row, image_start
 
-    def _assemble(self, row: _Row, ids: list[int], drawn: int, pictures: Any) -> Generation:
+    def _assemble(self, row: _Row, ids: list[int], drawn: int, images: Any) -> Generation:
         """Text and images in the order of ``ids``."""
         parts: list[str | np.ndarray] = []
         chunk: list[int] = []
@@ -307,7 +307,7 @@ class Session:
         for token in written:
             if token == self.tokenizer.first_voken_id and drawn:
                 flush()
-                parts.append(next(pictures))
+                parts.append(next(images))
                 drawn -= 1
             else:
                 chunk.append(token)

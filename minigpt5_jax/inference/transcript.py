@@ -67,7 +67,7 @@ def entry_of(conversation: Conversation, given: int) -> Entry:
         for turn in turns:
             for part in turn.parts:
                 if isinstance(part, ImagePart):
-                    yield np.asarray(load_image(part.picture))
+                    yield np.asarray(load_image(part.image))
                 else:
                     yield f"You: {part}" if named and turn.role == "user" else part
 
@@ -93,13 +93,13 @@ def record_of(conversation: Conversation, given: int, number: int) -> dict[str, 
         ("prompt", conversation.messages[:given]),
         ("output", conversation.messages[given:]),
     ):
-        pictures = 0
+        images = 0
         for turn in messages:
             content: list[dict[str, str]] = []
             for part in turn.parts:
                 if isinstance(part, ImagePart):
-                    pictures += 1
-                    name = f"pictures/{number:03d}-{section}-{pictures}.png"
+                    images += 1
+                    name = f"images/{number:03d}-{section}-{images}.png"
                     content.append({"type": "image", "path": name})
                     if turn.role == "assistant":
                         turns.append({"role": turn.role, "content": content})

@@ -62,7 +62,7 @@ class Loop:
                         results = validated = self._validate(step)
                     if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
                         with self.metrics.paused():
-                            self.metrics.picture(step, "held_out", self.grid(self.state.trainable))
+                            self.metrics.image(step, "held_out", self.grid(self.state.trainable))
                     if due(step, self.save_every) or last:
                         self._save(step, validated)
                 self._tell_left_out()

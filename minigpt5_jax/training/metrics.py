@@ -40,7 +40,7 @@ class Metrics:
     """Takes the metrics of each step and writes, every ``log_every`` steps, their means since the last line.
 
     Args:
-      workdir: folder of ``metrics.jsonl``, ``tensorboard/`` and ``pictures/``.
+      workdir: folder of ``metrics.jsonl``, ``tensorboard/`` and ``images/``.
       num_steps: updates of the whole run, for the time left.
       first_step: updates done already; lines of later steps, from a run that stopped, are dropped.
       samples_per_step: global batch, for samples/s.
@@ -116,9 +116,9 @@ class Metrics:
         if self._writer is not None:
             self._writer.scalars(step, {prefix + name: float(value) for name, value in values.items()})
 
-    def picture(self, step: int, name: str, picture: np.ndarray) -> Path | None:
-        """u8[H W 3] to ``pictures/<name>_<step>.png`` and TensorBoard; returns the file."""
-        return self._writer.picture(step, name, picture) if self._writer is not None else None
+    def image(self, step: int, name: str, image: np.ndarray) -> Path | None:
+        """u8[H W 3] to ``images/<name>_<step>.png`` and TensorBoard; returns the file."""
+        return self._writer.image(step, name, image) if self._writer is not None else None
 
     def message(self, text: str) -> None:
         """A line for the reader, above the bar."""
@@ -183,14 +183,14 @@ class _Writer:
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, kept)
 
-    def picture(self, step: int, name: str, picture: np.ndarray) -> Path:
+    def image(self, step: int, name: str, image: np.ndarray) -> Path:
         from PIL import Image
 
-        path = self.workdir / "pictures" / f"{name}_{step:06d}.png"
+        path = self.workdir / "images" / f"{name}_{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
         if self._tensorboard is not None:
-            self._tensorboard.write_images(step, {name: picture[None]})
+            self._tensorboard.write_images(step, {name: image[None]})
         return path
 
     def close(self) -> None:

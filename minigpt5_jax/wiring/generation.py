@@ -157,13 +157,13 @@ def load_conversations(request: Request) -> list[tuple[Conversation, list[Messag
 
 def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Message]]]) -> None:
     """ConfigError where a model without vision would have to read images; a warning for runs of stage 1."""
-    pictures = any(isinstance(part, ImagePart) for _, turns in given for turn in turns for part in turn.parts)
+    images = any(isinstance(part, ImagePart) for _, turns in given for turn in turns for part in turn.parts)
     draws = run.config.inference.max_images > 0
-    if not run.spec.backbone.image_tokens and (pictures or draws):
-        what = "the records' images" if pictures else "what it draws itself"
+    if not run.spec.backbone.image_tokens and (images or draws):
+        what = "the records' images" if images else "what it draws itself"
         raise ConfigError(
             f"this run's model has no vision tower and cannot read {what}; use a "
-            "run whose backbone sees" + ("" if pictures else ", or --inference max_images=0 for text alone")
+            "run whose backbone sees" + ("" if images else ", or --inference max_images=0 for text alone")
         )
     if run.stage == 1:
         logging.warning(

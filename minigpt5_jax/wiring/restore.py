@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, choose, get_config
-from minigpt5_jax.config.keys import FORMER_KEYS
+from minigpt5_jax.config.keys import FORMER_KEYS, RENAMED_KEYS
 from minigpt5_jax.inference.session import Session
 from minigpt5_jax.parts.contracts import FROZEN, KINDS
 from minigpt5_jax.training.checkpoint import Checkpoints, first_lines
@@ -179,7 +179,11 @@ def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None)
     saved, config = meta["config"], get_config()
     for kind in KINDS:
         choose(config, kind, saved["model"][kind]["name"])
-    flat = {key: value for key, value in flatten_dict(saved, sep=".").items() if key not in FORMER_KEYS}
+    flat = {
+        RENAMED_KEYS.get(key, key): value
+        for key, value in flatten_dict(saved, sep=".").items()
+        if key not in FORMER_KEYS
+    }
     if isinstance(remat := flat["model.remat"], bool):  # it was one switch for all towers
         flat["model.remat"] = "all" if remat else "none"
     if unknown := sorted(flat.keys() - flatten_dict(config.to_dict(), sep=".").keys()):

@@ -143,7 +143,7 @@ def test_what_was_told_is_written_in_the_schema_and_read_again(session, tmp_path
             if isinstance(was, str):
                 assert was == now
             else:
-                same = [np.asarray(load_image(part.picture)) for part in (was, now)]
+                same = [np.asarray(load_image(part.image)) for part in (was, now)]
                 np.testing.assert_array_equal(*same)
     assert parse_record(path.read_text().splitlines()[0], "f:1").answers() == [1, 2]
 

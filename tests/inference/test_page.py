@@ -66,9 +66,9 @@ def test_page_holds_every_text_and_picture(tmp_path):
         assert expected in text
     assert not page.tags & {"b", "i", "script", "link"}
     assert page.sources == [
-        "pictures/001-prompt-1.png",
-        "pictures/001-output-1.png",
-        "pictures/001-output-2.png",
+        "images/001-prompt-1.png",
+        "images/001-output-1.png",
+        "images/001-output-2.png",
     ]
     for source, seed in zip(page.sources, (0, 1, 2)):
         np.testing.assert_array_equal(np.asarray(Image.open(index.parent / source)), picture(seed))
@@ -76,10 +76,10 @@ def test_page_holds_every_text_and_picture(tmp_path):
 
 def test_a_second_page_replaces_the_first_and_leaves_other_files(tmp_path):
     write_page(tmp_path, "one", ENTRIES)
-    (tmp_path / "pictures" / "mine.png").write_bytes(b"x")
+    (tmp_path / "images" / "mine.png").write_bytes(b"x")
     write_page(tmp_path, "two", [Entry([picture(3)], ["only"])])
     assert "<h1>two</h1>" in (tmp_path / "index.html").read_text()
-    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"001-prompt-1.png", "mine.png"}
+    assert {p.name for p in (tmp_path / "images").iterdir()} == {"001-prompt-1.png", "mine.png"}
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "index.html"])

@@ -159,7 +159,7 @@ def compiled(session: Session) -> tuple[int, int]:
 def equal(one, other) -> bool:
     """Same ids, and images that differ by rounding at most."""
     return one.token_ids == other.token_ids and all(
-        np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(one.pictures, other.pictures)
+        np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(one.images, other.images)
     )
 
 
@@ -169,24 +169,24 @@ def test_an_answer_is_a_function_of_prompt_and_seed(session):
     assert compiled(session) == (1, 1)
     assert [answer.source for answer in answers] == [prompt.source for prompt in prompts]
     for prompt, answer in zip(prompts, answers):
-        assert len(answer.pictures) == 1 and answer.token_ids.count(IMG0) == 1
-        assert answer.pictures[0].shape == (16, 16, 3) and answer.pictures[0].dtype == np.uint8
+        assert len(answer.images) == 1 and answer.token_ids.count(IMG0) == 1
+        assert answer.images[0].shape == (16, 16, 3) and answer.images[0].dtype == np.uint8
         assert answer.seed == prompt.seed and answer.dropped == 0
         assert equal(session.generate([prompt])[0], answer)
     assert len({answer.token_ids for answer in answers}) == 3
     again = session.generate([dataclasses.replace(prompts[0], seed=4)])[0]
     assert again.token_ids != answers[0].token_ids
-    assert np.abs(again.pictures[0].astype(int) - answers[0].pictures[0]).max() > 5
+    assert np.abs(again.images[0].astype(int) - answers[0].images[0]).max() > 5
     assert compiled(session) == (1, 1), "prompts of one bucket share the programs"
 
 
 def test_answers_without_their_pictures_sample_none(make):
     session, prompt = make(), Prompt("a red lighthouse", seed=3)
-    whole, written = session.generate([prompt])[0], session.generate([prompt], pictures=False)[0]
+    whole, written = session.generate([prompt])[0], session.generate([prompt], images=False)[0]
     assert written.token_ids == whole.token_ids and IMG0 in written.token_ids
-    assert written.pictures == () and written.text == whole.text and len(whole.pictures) == 1
+    assert written.images == () and written.text == whole.text and len(whole.images) == 1
     alone = make()
-    alone.generate([prompt], pictures=False)
+    alone.generate([prompt], images=False)
     assert compiled(alone) == (1, 0)
 
 
@@ -208,7 +208,7 @@ def test_text_ends_at_the_picture_or_has_none(make):
     off = make(force_image="off", max_new_tokens=3)
     off.sampling = dataclasses.replace(off.sampling, max_images=0)
     answer = off.generate([Prompt("a red lighthouse near the sea")])[0]
-    assert answer.pictures == () and answer.parts in ((answer.text,), ())
+    assert answer.images == () and answer.parts in ((answer.text,), ())
     assert compiled(off) == (1, 0), "nothing is drawn for nobody"
 
 
@@ -220,7 +220,7 @@ def test_pictures_in_the_prompt_are_seen(session):
         return session.generate([Prompt(source, images, seed=1), Prompt("a dog", seed=2)])
 
     answers = [ask(one, two), ask(one, two), ask(two, one), ask(one, one)]
-    states = [answer[0].pictures[0].astype(int) for answer in answers]
+    states = [answer[0].images[0].astype(int) for answer in answers]
     assert equal(answers[0][0], answers[1][0])
     for other in (2, 3):
         assert not equal(answers[0][0], answers[other][0]) or np.any(states[0] != states[other])
@@ -293,7 +293,7 @@ def test_stories_read_their_own_pictures_and_go_the_same_way_in_any_batch(make):
     blank.messages[-1] = Message("assistant", (blank.answers[0].text, ImagePart(png(77))))
     continue_story(session, [blank], scenes=1)
     one, other = blank.answers[1], among[0].answers[1]
-    assert one.token_ids != other.token_ids or (one.pictures[0] != other.pictures[0]).any(), (
+    assert one.token_ids != other.token_ids or (one.images[0] != other.images[0]).any(), (
         "the second scene saw the first one's image"
     )
 

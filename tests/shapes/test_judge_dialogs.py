@@ -25,7 +25,7 @@ class Oracle(Session):
     def __init__(self, turns, answer):
         self.turns, self.answer, self.prompts = turns, answer, []
 
-    def generate(self, prompts, *, pictures=True):
+    def generate(self, prompts, *, images=True):
         self.prompts += prompts
         return [self.one(prompt) for prompt in prompts]
 

@@ -38,9 +38,9 @@ class Oracle(Session):
         self.tokenizer = types.SimpleNamespace(first_voken_id=IMG0)
         self.sampled, self.prompts = 0, []
 
-    def generate(self, prompts, *, pictures=True):
+    def generate(self, prompts, *, images=True):
         self.prompts.append(prompts)
-        return [self.one(prompt, pictures) for prompt in prompts]
+        return [self.one(prompt, images) for prompt in prompts]
 
     def one(self, prompt, pictures):
         parts = self.answer(self.numbers[prompt.seed], prompt)

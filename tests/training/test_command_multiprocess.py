@@ -85,9 +85,7 @@ def test_two_processes_then_one_log_the_losses_of_one(tmp_path):
         seen = [logged(tmp_path / run, f"validation/{name}")[4] for run in ("one", "many")]
         np.testing.assert_allclose(*seen, rtol=1e-3, err_msg=name)
     assert 4 in logged(tmp_path / "many", "validation/oracle_all")
-    grids = [
-        np.asarray(Image.open(tmp_path / run / "pictures/held_out_000004.png")) for run in ("one", "many")
-    ]
+    grids = [np.asarray(Image.open(tmp_path / run / "images/held_out_000004.png")) for run in ("one", "many")]
     assert np.abs(grids[0].astype(float) - grids[1]).mean() < 1.0, "a grid has the images of every process"
     # The last checkpoint goes; what is left was written by two processes and is continued by one.
     (newest,) = [p for p in (tmp_path / "many" / "checkpoints").iterdir() if int(p.name) == 4]

@@ -112,9 +112,9 @@ def test_validation_lines_and_pictures(tmp_path):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     with Metrics(tmp_path, 9) as metrics:
         metrics.write(5, {"caption": 0.25}, prefix="validation/")
-        path = metrics.picture(5, "grid", picture)
+        path = metrics.image(5, "grid", picture)
     assert lines(tmp_path)[0]["validation/caption"] == 0.25
-    assert path == tmp_path / "pictures" / "grid_000005.png"
+    assert path == tmp_path / "images" / "grid_000005.png"
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
 
 
@@ -157,7 +157,7 @@ from minigpt5_jax.training.metrics import Metrics
 assert "tensorflow" not in sys.modules and "clu" not in sys.modules
 with Metrics(sys.argv[1], 2, log_every=1) as metrics:
     metrics.push(1, {"loss": np.float32(0.5)})
-    metrics.picture(1, "grid", np.zeros((4, 4, 3), np.uint8))
+    metrics.image(1, "grid", np.zeros((4, 4, 3), np.uint8))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 events = EventAccumulator(sys.argv[1] + "/tensorboard")
 events.Reload()

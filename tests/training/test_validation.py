@@ -149,4 +149,4 @@ def test_a_run_shows_itself(tmp_path, monkeypatch, capfd):
     shown = capfd.readouterr().err
     assert "step 2, held out:" in shown and "oracle_all 0." in shown
     assert "samples/s, loss" in shown, "the bar has rate and losses"
-    assert (tmp_path / "run/pictures/held_out_000002.png").is_file()
+    assert (tmp_path / "run/images/held_out_000002.png").is_file()

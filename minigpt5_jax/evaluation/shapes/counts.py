@@ -67,10 +67,10 @@ def open_session(run: LoadedModel, *, batch_size: int, **inference: object) -> S
 
 def scenes_drawn(answers: Sequence[Generation]) -> list[Scene | None]:
     """What the oracle reads in the first image of each answer; None where there is none."""
-    there = [number for number, answer in enumerate(answers) if answer.pictures]
+    there = [number for number, answer in enumerate(answers) if answer.images]
     found: list[Scene | None] = [None] * len(answers)
     if there:
-        pictures = np.stack([answers[number].pictures[0] for number in there])
+        pictures = np.stack([answers[number].images[0] for number in there])
         for number, scene in zip(there, read(pictures), strict=True):
             found[number] = scene
     return found

@@ -46,7 +46,7 @@ class Reply:
     @property
     def drew(self) -> bool:
         """Whether there is an image."""
-        return bool(self.answer.pictures)
+        return bool(self.answer.images)
 
     @property
     def called_for(self) -> bool:

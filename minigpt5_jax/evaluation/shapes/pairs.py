@@ -26,7 +26,7 @@ def voken_images(
     """What the whole model draws when it reads a caption; None where it wrote no image."""
     session = run.session(batch_size=batch_size)
     prompts = [Prompt(text, (), seed + number) for number, text in enumerate(captions)]
-    return [answer.pictures[0] if answer.pictures else None for answer in session.generate(prompts)]
+    return [answer.images[0] if answer.images else None for answer in session.generate(prompts)]
 
 
 def native_images(

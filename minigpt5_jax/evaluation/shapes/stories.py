@@ -145,7 +145,7 @@ def judge_context(
     drawer: Session, writer: Session, tales: Sequence[Tale], prompts: Sequence[Prompt], context: str
 ) -> dict[str, Any]:
     """One context's numbers; ``drawer`` begins with an image, ``writer`` is free."""
-    answers, free = drawer.generate(prompts), writer.generate(prompts, pictures=False)
+    answers, free = drawer.generate(prompts), writer.generate(prompts, images=False)
     drawn = counts.scenes_drawn(answers)
     voken = writer.tokenizer.first_voken_id
     revealed = [
@@ -169,7 +169,7 @@ def judge_narration(
         wording = number % len(STORY_PROMPTS[prompt_set][task])
         example = rules.worded(tale.story, FINAL, task, wording=wording)
         prompts.append(Prompt(example.source, example.images, mixed_seed(seed, number)))
-    answers = writer.generate(prompts, pictures=False)
+    answers = writer.generate(prompts, images=False)
     wanted = [tale.story.steps[FINAL].text for tale in tales]
     others = wanted if len(wanted) > 1 else []
     voken = writer.tokenizer.first_voken_id
