@@ -234,6 +234,8 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
         active=main_process(),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
     )
+    if spec.unused:
+        metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:
         metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
     step = jax.jit(
