@@ -3,8 +3,8 @@
     python -m minigpt5_jax.train --config configs/shapes_stage1.py --workdir runs/a
     python -m minigpt5_jax.train --config configs/stage1.py --dry_run
 
-``--dry_run`` builds every shape abstractly, prints the parameter table and stops; it needs neither
-weights nor data.
+``--dry_run`` builds every shape abstractly, prints the parameter table (also what is not loaded, because the
+run does not use it) and stops; it needs neither weights nor data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.training.distributed import initialize
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.training import make_loop, parameter_table
+from minigpt5_jax.wiring.used_towers import unused_towers
 
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
 
@@ -24,7 +25,8 @@ DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and 
 def main(config: ConfigDict) -> None:
     """The command."""
     if DRY_RUN.value:
-        print(parameter_table(build(config)))
+        spec = build(config)
+        print(parameter_table(spec.without(unused_towers(config, spec, watched=True))))
         return
     cli.set_compile_cache(config)
     initialize()

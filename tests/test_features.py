@@ -11,8 +11,14 @@ import pytest
 from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.sources.features import FeatureStore
 from minigpt5_jax.training.sharding import make_mesh
-from minigpt5_jax.wiring.features import open_features, prepare_features, with_features
+from minigpt5_jax.wiring.features import (
+    open_features,
+    prepare_features,
+    with_features,
+    with_planned_features,
+)
 from minigpt5_jax.wiring.inputs import batch_spec, encode_config, make_batch_sharder, open_sources
 from minigpt5_jax.wiring.model import build
 
@@ -111,6 +117,22 @@ def test_another_vae_is_refused(config, spec, source, folder, monkeypatch):
     monkeypatch.setattr(room, "load_frozen", other)
     with pytest.raises(DataError, match=r"towers: stored \{'vae': '\w{64}.*now \{'vae': '\w{64}"):
         open_features(config, spec, source, folder)
+
+
+def test_the_tower_they_stand_for_need_not_be_there(config, spec, source, folder, tmp_path, caplog):
+    """A run that never uses the VAE trains from its store without it, with a warning; others do not."""
+    away = config.copy_and_resolve_references()
+    away.weights.vae = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"weights.vae: .*nowhere does not exist"):
+        open_features(away, spec, source, folder)
+    assert len(open_features(away, spec.without({"vae"}), source, folder)) == len(source)
+    assert "taken to be those of this run's weights.vae, which cannot be compared" in caplog.text
+    away.data.features = folder
+    shapes = batch_spec(away, spec, 8)
+    assert with_planned_features(away, spec, shapes).feature_dtype == "float32"
+    away.data.features = str(tmp_path)
+    planned = with_planned_features(away, spec, shapes)
+    assert planned.target_moments == FeatureStore(folder).spec.target and planned.image_states is None
 
 
 def test_features_of_input_pictures_only_where_the_batch_reads_any(config, spec, source, folder):

@@ -74,5 +74,8 @@ def test_training_resumes_behind_its_last_step(old):
     config.run.update(workdir=str(folder), num_steps=3, grid_every=0, eval_every=0, compile_cache="")
     loop = make_loop(config)
     assert loop.first_step == 2 and int(loop.state.step) == 2
+    # It loaded all towers; this version leaves out what captions do not use, and keeps their hashes.
+    assert not any(path.startswith("backbone/vit/") for path in loop.frozen)
+    assert loop.meta["frozen"] == Checkpoints(folder / "checkpoints", read_only=True).meta()["frozen"]
     loop.run()
     assert Checkpoints(folder / "checkpoints", read_only=True).latest_step == 3

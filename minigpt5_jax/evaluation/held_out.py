@@ -17,11 +17,11 @@ from minigpt5_jax.inference.images import make_batch_sampler
 from minigpt5_jax.inference.page import draw_grid
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.shapes import oracle
-from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.training.sharding import replicated
 from minigpt5_jax.training.validation import make_validation_step, make_validator
-from minigpt5_jax.wiring.inputs import SHAPES, make_batch_sharder, open_loader
+from minigpt5_jax.wiring.inputs import make_batch_sharder, open_loader
 from minigpt5_jax.wiring.model import ModelSpec
+from minigpt5_jax.wiring.used_towers import readable
 
 Validate = Callable[[Params], dict[str, float]]
 Grid = Callable[[Params], np.ndarray]
@@ -106,11 +106,6 @@ def watchers(
         return draw_grid(np.concatenate([targets, drawn(trainable)[shown]]), columns=len(targets))
 
     return validate, grid if len(drawn.targets) else None
-
-
-def readable(config: ConfigDict) -> bool:
-    """Whether the oracle can read the images: of the small world, in the size it draws them."""
-    return config.data.format in SHAPES and config.model.generator.image_size == IMAGE_SIZE
 
 
 def oracle_score(

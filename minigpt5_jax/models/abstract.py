@@ -9,14 +9,40 @@ NNX bookkeeping is left on the hot path.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn
 
 import jax
 from flax import nnx
 
 from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import Axis, Params, constructor_rngs
+
+
+class AbsentParameterError(RuntimeError):
+    """A computation reads a parameter that was not loaded; the message has its path."""
+
+
+class AbsentParameter:
+    """The place of a parameter that was not loaded: its shape is known, and reading a value is an error.
+
+    It is no array of zeros or of anything else, so that what a run does not load cannot be computed with.
+    """
+
+    def __init__(self, path: str, like: jax.ShapeDtypeStruct):
+        self.path, self.shape, self.dtype = path, like.shape, like.dtype
+
+    def _refuse(self) -> NoReturn:
+        raise AbsentParameterError(
+            f"parameter {self.path!r} is read, but it was not loaded: no step, validation or image grid of "
+            "this run was found to need its tower (minigpt5_jax/wiring/used_towers.py)"
+        )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self._refuse()
+
+    def __getattr__(self, name: str) -> NoReturn:  # whatever JAX or an operator asks of an array
+        self._refuse()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +52,7 @@ class Template:
     Attributes:
       shapes: path -> ``jax.ShapeDtypeStruct`` of every parameter.
       axes: path -> logical axes of every parameter, one entry per dimension.
+      absent: paths that :meth:`bind` may be called without.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -33,6 +60,7 @@ class Template:
     paths: tuple[tuple[Any, ...], ...]
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[Axis, ...]]
+    absent: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, make: Callable[[nnx.Rngs], nnx.Module], attention: str = "auto") -> Template:
@@ -60,10 +88,24 @@ class Template:
         # It runs once, so compiling is all it costs: unoptimised code is ready four times sooner.
         return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})(key)
 
+    def without(self, paths: Collection[str]) -> Template:
+        """The same template, to be bound without the parameters at ``paths``."""
+        return dataclasses.replace(self, absent=frozenset(paths))
+
     def bind(self, params: Mapping[str, Any]) -> nnx.Module:
-        """The callable module over ``params``; cheap while tracing, KeyError on a missing path."""
-        leaves = [(path, params["/".join(map(str, path))]) for path in self.paths]
+        """The callable module over ``params``; cheap while tracing.
+
+        Raises:
+          KeyError: a path is missing that is not in ``absent``; for one that is, AbsentParameterError as soon
+            as the module reads it.
+        """
+        leaves = [(path, self._leaf(params, "/".join(map(str, path)))) for path in self.paths]
         return nnx.merge(self.graphdef, nnx.from_flat_state(leaves))
+
+    def _leaf(self, params: Mapping[str, Any], path: str) -> Any:
+        if path in self.absent and path not in params:
+            return AbsentParameter(path, self.shapes[path])
+        return params[path]
 
 
 def to_flat(module: nnx.Module) -> Params:

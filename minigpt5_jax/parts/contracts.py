@@ -334,7 +334,8 @@ class Part:
       features: of a frozen image tower: name -> starts of the paths below the part that make the
         precomputed features.
       initial: ``(fresh, pretrained, keys, key)`` -> start values that are not those of the module, paths
-        below the part.
+        below the part.  JAX must be able to trace it, which shows what it reads of ``pretrained``; towers
+        that nothing reads are not loaded and not in there.
       conflicts: ``keys`` -> what does not go together, a line each.
       losses: name -> loss of its own (:class:`minigpt5_jax.minigpt5.Loss`), with weight ``loss_<name>``.
       settings: name of a setting -> values of ``keys`` under it (:data:`SMALL`, :data:`STAGE2`,

@@ -22,6 +22,8 @@ COMPARED = ("config.model", "tokenizer", "frozen")
 """Sections of a description that must agree before its parameters are read into a model."""
 HARMLESS = ("config.model.remat", "config.model.attention")
 """Keys in them that change speed or memory, not numbers."""
+NOT_LOADED = "not loaded"
+"""In place of the hash of a tower's frozen weights: the run did not use them, so nothing is known of them."""
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 PIECE = 256 * 2**20
 """Bytes of a parameter that are copied to the host at a time, to be hashed."""
@@ -39,7 +41,7 @@ def describe_run(
     Args:
       config: the whole configuration as nested dicts.
       tokenizer: identity of the tokenizer (hash of its file, number of vokens, special ids).
-      frozen: tower -> hash of its frozen weights (:func:`hash_parameters`).
+      frozen: tower -> hash of its frozen weights (:func:`hash_parameters`), or ``NOT_LOADED``.
     """
     return plain(
         {
@@ -107,11 +109,12 @@ def hash_parameters(params: Mapping[str, jax.Array]) -> dict[str, str]:
     """
     towers: dict[str, dict[str, jax.Array]] = {}
     for path in sorted(params):
-        towers.setdefault(_tower(path), {})[path] = params[path]
+        towers.setdefault(tower_of(path), {})[path] = params[path]
     return {tower: _hash_tower(tower, leaves) for tower, leaves in towers.items()}
 
 
-def _tower(path: str) -> str:
+def tower_of(path: str) -> str:
+    """The tower that a parameter is hashed with."""
     return "/".join(path.split("/")[:2])
 
 
@@ -153,7 +156,7 @@ def hash_leaves(leaves: Iterable[tuple[str, Any, Iterable[np.ndarray]]]) -> dict
     """
     hashes: dict[str, Any] = {}
     for path, shape, pieces in leaves:
-        tower = hashes.setdefault(_tower(path), hashlib.sha256())
+        tower = hashes.setdefault(tower_of(path), hashlib.sha256())
         tower.update(f"{path} {shape.shape} {np.dtype(shape.dtype).name} ".encode())
         for piece in pieces:
             tower.update(np.ascontiguousarray(piece).view(np.uint8).data)
@@ -184,6 +187,8 @@ def require_same(
       title: first line of the message.  remedy: its last one.
       line: how a key and its values, there and here, are said; "absent" stands for no key.
 
+    A tower that either run did not load (``NOT_LOADED``) is not compared.
+
     Raises:
       CheckpointError: each differing key with both values.
     """
@@ -198,7 +203,8 @@ def require_same(
     lines = []
     for key in sorted(ours.keys() | theirs.keys()):
         pair = theirs.get(key, "absent"), ours.get(key, "absent")
-        if pair[0] != pair[1] and among(key, sections) and not among(key, allow):
+        unknown = NOT_LOADED in pair and among(key, ("frozen",))
+        if pair[0] != pair[1] and not unknown and among(key, sections) and not among(key, allow):
             lines.append("  " + line.format(key, *pair))
     if lines:
         raise CheckpointError("\n".join([title, *lines, *([remedy] if remedy else [])]))

@@ -65,13 +65,17 @@ def _image_losses(
         "image_unconditional": (jnp.broadcast_to(model.unconditional(), condition.shape), mask),
     }
 
-    def at_level(case: jax.Array, level: jax.Array) -> jax.Array:
-        timesteps = jnp.full(mask.shape, level)
-        return model.generator.denoising_loss(latents, case, timesteps, draws.noise)
+    @jax.jit  # so that the generator is traced once, not for each case
+    def at_levels(case: jax.Array) -> jax.Array:
+        def at_level(level: jax.Array) -> jax.Array:
+            timesteps = jnp.full(mask.shape, level)
+            return model.generator.denoising_loss(latents, case, timesteps, draws.noise)
+
+        return jax.lax.map(at_level, jnp.asarray(levels))
 
     result = {}
     for name, (case, valid) in cases.items():
-        per_item = jax.lax.map(lambda level, case=case: at_level(case, level), jnp.asarray(levels))
+        per_item = at_levels(case)
         totals = jnp.where(valid, per_item, 0.0).sum(1)
         count = valid.sum().astype(jnp.float32)
         result[name] = (totals.mean(), count)

@@ -16,16 +16,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from ml_collections import ConfigDict
 
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.batches.collate import BatchSpec
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prepare.feature_writer import Encoder, write_features
 from minigpt5_jax.data.sources import Source
-from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
+from minigpt5_jax.data.sources.features import (
+    FeatureSource,
+    FeatureSpec,
+    FeatureStore,
+    image_fingerprint,
+    read_spec,
+)
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.provenance import hash_parameters
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.wiring.model import ModelSpec, build, load_frozen
 
 KINDS = {"target": "generator", "image": "backbone"}
@@ -72,25 +81,31 @@ def make_encoder(template: Template, kind: str, params: Mapping[str, jax.Array])
     return lambda pictures: compiled(params, pictures)
 
 
-def feature_spec(
-    config: ConfigDict, spec: ModelSpec, source: Source, hashes: Mapping[str, str], *, dtype: str
-) -> FeatureSpec:
-    """What a store for this configuration and source holds: input images where it reads any."""
+def feature_shapes(config: ConfigDict, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Kind of feature (:func:`feature_kinds`) -> shape of one."""
 
-    def shape_of(kind: str, size: int) -> tuple[int, ...]:
+    def shape_of(kind: str) -> tuple[int, ...]:
+        size = spec.generator.image_size if kind == "target" else spec.backbone.image_size
         pictures = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
         call = jax.eval_shape(
             lambda params, x: _make(spec.template.bind(params), kind)(x), spec.template.shapes, pictures
         )
         return call.shape[1:]
 
-    kinds = feature_kinds(config, spec)
+    return {kind: shape_of(kind) for kind in feature_kinds(config, spec)}
+
+
+def feature_spec(
+    config: ConfigDict, spec: ModelSpec, source: Source, hashes: Mapping[str, str], *, dtype: str
+) -> FeatureSpec:
+    """What a store for this configuration and source holds: input images where it reads any."""
+    shapes = feature_shapes(config, spec)
     return FeatureSpec(
         pictures=image_fingerprint(source),
         samples=len(source),
         towers=dict(hashes),
-        target=shape_of("target", spec.generator.image_size),
-        image=shape_of("image", spec.backbone.image_size) if "image" in kinds else None,
+        target=shapes["target"],
+        image=shapes.get("image"),
         target_size=spec.generator.image_size,
         image_size=spec.backbone.image_size,
         pad_input_square=config.data.pad_input_square,
@@ -145,6 +160,9 @@ def prepare_features(
 def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: str | Path) -> FeatureSource:
     """The samples of ``source`` with their features, which are those of its images by this run's towers.
 
+    A tower that the run does not use (``spec.unused``), for the features stand in its place, need not be
+    there: without it a warning says that nothing was compared.
+
     Raises:
       DataError: they are not, with both fingerprints; mirrors or thinned contexts are asked for; no
         finished store.
@@ -157,9 +175,27 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: s
         )
     store, hashes = FeatureStore(folder), {}
     for kind in store.spec.shapes():
-        hashes |= load_towers(config, spec, kind)[1]
+        hashes |= _hashes(config, spec, store.spec, kind)
     store.check(feature_spec(config, spec, source, hashes, dtype=store.spec.dtype))
     return FeatureSource(source, store)
+
+
+def _hashes(config: ConfigDict, spec: ModelSpec, stored: FeatureSpec, kind: str) -> dict[str, str]:
+    """Hashes of the towers that make one kind of feature; as stored where an unused one cannot be read."""
+    try:
+        return load_towers(config, spec, kind)[1]
+    except (ConfigError, WeightFileError) as error:
+        towers = spec.parts[KINDS[kind]].features.keys()
+        if not spec.unused.issuperset(towers):
+            raise
+        reason = str(error).splitlines()[0]
+        logging.warning(
+            "features of %s are taken to be those of this run's weights.%s, which cannot be compared (%s)",
+            kind,
+            " and weights.".join(towers),
+            reason,
+        )
+        return {name: stored.towers[name] for name in towers}
 
 
 def _check_contexts(config: ConfigDict) -> None:
@@ -179,3 +215,18 @@ def with_features(batch: BatchSpec, store: FeatureSpec) -> BatchSpec:
         image_states=store.image if batch.images else None,
         feature_dtype=store.dtype,
     )
+
+
+def with_planned_features(config: ConfigDict, spec: ModelSpec, batch: BatchSpec) -> BatchSpec:
+    """Shapes of a training batch: with the features of ``data.features``, where the run reads any.
+
+    For a store that is not there yet, those that ``prepare features`` will make; without it
+    :func:`open_features` refuses to train.
+    """
+    if not config.data.features:
+        return batch
+    try:
+        return with_features(batch, read_spec(config.data.features))
+    except DataError:
+        shapes = feature_shapes(config, spec)
+        return dataclasses.replace(batch, target_moments=shapes["target"], image_states=shapes.get("image"))

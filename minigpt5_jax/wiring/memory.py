@@ -43,7 +43,7 @@ def fit_memory(
     devices = next(iter(shardings.values())).mesh.size
     room = limit * USABLE - resident_bytes(spec, shardings)
     for policy in POLICIES:
-        tried = spec if policy == "none" else build(config, remat=policy)
+        tried = spec if policy == "none" else build(config, remat=policy).without(spec.unused)
         if policy == POLICIES[-1] or residual_bytes(tried, batch) / devices <= room:
             return tried, policy
     raise AssertionError("unreachable")
@@ -59,6 +59,8 @@ def resident_bytes(spec: ModelSpec, shardings: Mapping[str, Any]) -> int:
     """Bytes of parameters, gradients and moments on each device."""
     total = 0
     for path, shape in spec.template.shapes.items():
+        if path in spec.template.absent:
+            continue
         copies = 1 if spec.labels[path] == FROZEN else TRAINED_COPIES
         total += copies * math.prod(shardings[path].shard_shape(shape.shape)) * shape.dtype.itemsize
     return total

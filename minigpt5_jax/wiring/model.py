@@ -44,6 +44,7 @@ class ModelSpec:
       template: abstract composite.  labels: tuning group of every path.
       sharding: (start of a path, logical axis -> mesh axis); the first match decides.
       options: what the train step needs.
+      unused: names under ``config.weights`` of towers that are not loaded (:meth:`without`).
     """
 
     parts: Mapping[str, Part]
@@ -54,6 +55,7 @@ class ModelSpec:
     labels: dict[str, str]
     sharding: Rules
     options: StepOptions
+    unused: frozenset[str] = frozenset()
 
     @functools.cached_property
     def model(self) -> Any:
@@ -69,6 +71,13 @@ class ModelSpec:
     def generator(self) -> Any:
         """The abstract generator (:class:`minigpt5_jax.parts.contracts.Generator`)."""
         return self.model.generator
+
+    def without(self, names: Collection[str]) -> ModelSpec:
+        """The same model for a run that does not load the towers called ``names``."""
+        absent = {
+            path for name, part, use in self.towers() if name in names for path in self.paths_of(part, use)
+        }
+        return dataclasses.replace(self, template=self.template.without(absent), unused=frozenset(names))
 
     def towers(self) -> Iterator[tuple[str, Part, Use]]:
         """(name, part, files) of everything whose files hold parameters."""
@@ -222,18 +231,18 @@ def load_frozen(
     shardings: Mapping[str, Sharding] | None = None,
     only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
-    """Every pretrained parameter, streamed from its source onto its devices.
+    """Every pretrained parameter that is used, streamed from its source onto its devices.
 
     Args:
       shardings: path -> where it goes; the first local device for paths that are not named.
-      only: names under ``weights`` to read; all of them by default.
+      only: names under ``weights`` to read, the only ones looked for; by default all but ``spec.unused``.
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: naming file and keys.
     """
-    sources, params = check_sources(config), {}
+    sources, params = check_sources(config, spec.unused, only), {}
     for name, part, use in spec.towers():
-        if only is not None and name not in only:
+        if name not in sources:
             continue
         at = part.prefix + use.at
         targets = {}
@@ -255,7 +264,8 @@ def initial_trainable(
     config: ConfigDict, spec: ModelSpec, frozen: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Start values of what is not pretrained, as the modules and the parts' ``initial`` say."""
-    missing = [path for path in spec.template.shapes if path not in frozen]
+    known = {*frozen, *spec.template.absent}
+    missing = [path for path in spec.template.shapes if path not in known]
     key = jax.random.key(config.run.seed)
     fresh = _init_only(spec.template, missing, key)
     for kind, part in spec.parts.items():

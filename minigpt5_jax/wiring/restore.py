@@ -23,6 +23,7 @@ from minigpt5_jax.inference.session import Session
 from minigpt5_jax.parts.contracts import FROZEN, KINDS
 from minigpt5_jax.training.checkpoint import Checkpoints, first_lines
 from minigpt5_jax.training.provenance import (
+    NOT_LOADED,
     CheckpointError,
     Meta,
     check_compatible,
@@ -31,6 +32,7 @@ from minigpt5_jax.training.provenance import (
     plain,
     require_same,
     stage_of,
+    tower_of,
 )
 from minigpt5_jax.wiring.model import ModelSpec, build, language_tokenizer, load_frozen, tokenizer_identity
 from minigpt5_jax.wiring.session import LoadedModel, override
@@ -159,10 +161,32 @@ def open_checkpoints(path: str | Path) -> Checkpoints:
 
 
 def describe(config: ConfigDict, spec: ModelSpec, params: Mapping[str, jax.Array]) -> Meta:
-    """What a checkpoint says about a run with these parameters; the frozen ones among them are hashed."""
-    frozen = {path: value for path, value in params.items() if spec.labels[path] == FROZEN}
+    """What a checkpoint says about a run with these parameters; the frozen ones among them are hashed.
+
+    A tower of which any is not loaded has no hash (``NOT_LOADED``).
+    """
+    partial = {tower_of(path): NOT_LOADED for path in spec.template.absent if path not in params}
+    frozen = {
+        path: value
+        for path, value in params.items()
+        if spec.labels[path] == FROZEN and tower_of(path) not in partial
+    }
     tokenizer = tokenizer_identity(config, spec.sizes)
-    return describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hash_parameters(frozen))
+    hashes = hash_parameters(frozen) | partial
+    return describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hashes)
+
+
+def earlier_hashes(config: ConfigDict, checkpoints: Checkpoints) -> dict[str, str]:
+    """Tower -> hash of its frozen weights, as the checkpoint says that a run goes on from; none at a start.
+
+    Of its own workdir (``checkpoints``), else of ``run.init_from``.
+    """
+    if checkpoints.latest_step is not None:
+        return checkpoints.meta()["frozen"]
+    if not config.run.init_from:
+        return {}
+    with contextlib.closing(open_checkpoints(config.run.init_from)) as parent:
+        return parent.meta()["frozen"]
 
 
 def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> ConfigDict:

@@ -23,7 +23,7 @@ from minigpt5_jax.training.loop import Loop
 from minigpt5_jax.training.metrics import Metrics
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.prefetch import DevicePrefetch
-from minigpt5_jax.training.provenance import CheckpointError, check_compatible, require_same
+from minigpt5_jax.training.provenance import NOT_LOADED, CheckpointError, check_compatible, require_same
 from minigpt5_jax.training.sharding import (
     make_mesh,
     parameter_shardings,
@@ -35,16 +35,23 @@ from minigpt5_jax.wiring.features import open_features
 from minigpt5_jax.wiring.inputs import data_identity, make_batch_sharder, open_loader, open_sources
 from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
-from minigpt5_jax.wiring.restore import describe, open_parent_run, upgrade_meta, warm_start
+from minigpt5_jax.wiring.restore import (
+    describe,
+    earlier_hashes,
+    open_parent_run,
+    upgrade_meta,
+    warm_start,
+)
 from minigpt5_jax.wiring.session import open_sampler
+from minigpt5_jax.wiring.used_towers import unused_towers
 from minigpt5_jax.wiring.weight_paths import check_sources
 
 Watch = Callable[..., tuple[Any, Any]]
 
 
 def parameter_table(spec: ModelSpec) -> str:
-    """Parameters, trainable, frozen and bytes of every tower, and their totals."""
-    rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    """Parameters, trainable, frozen and bytes of every tower, bytes that are not loaded, and their totals."""
+    rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0, 0])
     for path, shape in spec.template.shapes.items():
         parts = path.split("/")
         tower = "/".join(parts[: 1 if parts[0] == "mapper" else 2])
@@ -53,10 +60,14 @@ def parameter_table(spec: ModelSpec) -> str:
             rows[name][0] += count
             rows[name][1] += count if spec.labels[path] != FROZEN else 0
             rows[name][2] += count * shape.dtype.itemsize
+            rows[name][3] += count * shape.dtype.itemsize if path in spec.template.absent else 0
     rows["total"] = rows.pop("total")
-    lines = [f"{'tower':24} {'parameters':>16} {'trainable':>14} {'frozen':>16} {'bytes':>18}"]
-    for name, (count, trainable, size) in rows.items():
-        lines.append(f"{name:24} {count:16,} {trainable:14,} {count - trainable:16,} {size:18,}")
+    heads = ("parameters", "trainable", "frozen", "bytes", "not loaded")
+    widths = (16, 14, 16, 18, 16)
+    lines = [" ".join([f"{'tower':24}", *(f"{head:>{width}}" for head, width in zip(heads, widths))])]
+    for name, (count, trainable, size, unused) in rows.items():
+        values = zip((count, trainable, count - trainable, size, unused), widths)
+        lines.append(" ".join([f"{name:24}", *(f"{value:{width},}" for value, width in values)]))
     return "\n".join(lines)
 
 
@@ -81,8 +92,11 @@ def split_parameters(
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
     own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
     if own and newest is not None:
-        like = {path: {**frozen, **inherited}[path] for path in own}
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        shapes = {path: spec.template.shapes[path] for path in own}
+        like = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
+            for path, x in shapes.items()
+        }
         inherited = checkpoints.restore({"inherited": like})[0]["inherited"]
     values = {**pretrained, **fresh}
     trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
@@ -110,6 +124,14 @@ def resume(
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
     parts, data_state, _ = checkpoints.restore(vars(like))
     return TrainState(**parts), data_state
+
+
+def keep_hashes(hashes: dict[str, str], earlier: dict[str, str]) -> dict[str, str]:
+    """``hashes`` of towers with those that the run before knew of what is not loaded here."""
+    return {
+        tower: earlier.get(tower, digest) if digest == NOT_LOADED else digest
+        for tower, digest in hashes.items()
+    }
 
 
 def place_state(
@@ -182,7 +204,8 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     spec = build(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
-    check_sources(config)
+    spec = spec.without(unused_towers(config, spec, watched=watch is not None))
+    check_sources(config, spec.unused)
     checkpoints = open_run_checkpoints(config)
     if config.run.init_from and checkpoints.latest_step is None:
         open_parent_run(config, spec)
@@ -203,6 +226,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
     meta = {**describe(config, spec, frozen), "data": data_identity(config, source)}
+    meta["frozen"] = keep_hashes(meta["frozen"], earlier_hashes(config, checkpoints))
     state, places = place_state(trainable, spec, optimizer, config.run.seed, shardings, mesh)
     first_step = 0
     if checkpoints.latest_step is not None:
@@ -220,6 +244,8 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     )
     if config.model.remat == "auto" and recomputed != "none":
         metrics.message(f"layers computed again so that the step fits (model.remat): {recomputed}")
+    if spec.unused:
+        metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:
         metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
     step = jax.jit(

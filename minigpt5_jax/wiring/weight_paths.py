@@ -7,7 +7,7 @@ before anything is built or compiled.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,22 @@ def find_sources(config: ConfigDict, names: Iterable[str]) -> tuple[dict[str, Pa
     return paths, problems
 
 
-def check_sources(config: ConfigDict) -> dict[str, Path]:
+def check_sources(
+    config: ConfigDict, unused: Collection[str] = (), only: Collection[str] | None = None
+) -> dict[str, Path]:
     """Path of every needed source.
+
+    Args:
+      unused: names under ``weights`` that are not looked for.
+      only: the only ones that are, whether ``unused`` or not.
 
     Raises:
       ConfigError: naming each source that is not given or not there, and how to get it; or a file beside a
         source that is not the preset's (:func:`check_preset`).
       WeightFileError: a source is of another model, as its part says (``Use.check``).
     """
-    paths, problems = find_sources(config, needed_sources(config))
+    names = [name for name in needed_sources(config) if name not in unused] if only is None else only
+    paths, problems = find_sources(config, names)
     if problems:
         folders = "".join(
             f" (weights.{group}=FOLDER: {', '.join(name for name, use in part.uses.items() if use.group)})"

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.training import provenance
 from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import CheckpointError, check_compatible, describe_run, hash_parameters
+from minigpt5_jax.training.provenance import (
+    NOT_LOADED,
+    CheckpointError,
+    check_compatible,
+    describe_run,
+    hash_parameters,
+)
 from minigpt5_jax.training.state import init_state
 
 LABELS = {"mapper/fc/kernel": "mapper", "llm/voken": "llm", "vae/conv": "frozen"}
@@ -240,6 +246,14 @@ def test_check_compatible_names_every_differing_key_with_both_values():
     assert "frozen.unet: checkpoint 'absent', this run 'dd'" in message
     assert "remat" not in message and "num_vokens" not in message
     check_compatible(saved, other, allow=("config.model.mapper", "tokenizer", "frozen.unet"))
+
+
+def test_towers_that_either_run_did_not_load_are_not_compared():
+    saved = meta(frozen={"vae": "bb", "unet": NOT_LOADED, "vit": NOT_LOADED})
+    check_compatible(saved, meta(frozen={"vae": "bb", "unet": "dd", "vit": NOT_LOADED}))
+    check_compatible(saved, meta(frozen={"vae": NOT_LOADED, "unet": NOT_LOADED, "vit": "ee"}))
+    with pytest.raises(CheckpointError, match=r"frozen.vae: checkpoint 'bb', this run 'cc'$"):
+        check_compatible(saved, meta(frozen={"vae": "cc", "unet": "dd", "vit": "ee"}))
 
 
 def test_other_optimizer_settings_do_not_count_as_another_model():

@@ -250,7 +250,7 @@ class PackedBucketPlan(BucketPlan):
     """The steps of :class:`BucketPlan`, their samples packed into rows that are equally full.
 
     All rows of a step are filled together, whatever micro-batch they are of: the update is a sum over them.
-    Rows have one of two lengths for each bucket: one that nine steps of ten fit into, one that holds any.
+    Rows have one of three lengths for each bucket: two that hold half and 95 % of steps, one that holds any.
 
     Args:
       apart: positions of a sample that stand outside of its row.
@@ -259,7 +259,7 @@ class PackedBucketPlan(BucketPlan):
       row_lengths: positions of rows; ``StepPlan.bucket`` is a place in it.
     """
 
-    MULTIPLE = 8  # what row lengths are rounded up to
+    MULTIPLE, SHARES = 4, (0.5, 0.95)  # what row lengths are rounded up to; steps that the shorter ones hold
 
     def __init__(
         self,
@@ -278,15 +278,15 @@ class PackedBucketPlan(BucketPlan):
         self.buckets = tuple(bucket for bucket, rungs in enumerate(self._ladder) for _ in rungs)
 
     def _lengths_of(self, bucket: int) -> tuple[int, ...]:
-        """The usual and the greatest length of a bucket's rows."""
+        """Usual and greatest lengths of a bucket's rows, ascending."""
         shape, longest = self._shape, self.lengths[bucket] - self._apart
         greatest = shape.places * longest
         mine = self._index.lengths[self._bucket == bucket] - self._apart
         if not len(mine):
             return (greatest,)
         filled = fullest_rows(np.clip(mine, 1, longest), shape.micro * shape.rows, shape.places)
-        usual = math.ceil(np.quantile(filled.max(-1), 0.9) / self.MULTIPLE) * self.MULTIPLE
-        return (usual, greatest) if usual < greatest else (greatest,)
+        usual = np.ceil(np.quantile(filled.max(-1), self.SHARES) / self.MULTIPLE) * self.MULTIPLE
+        return tuple(sorted({*(int(size) for size in usual if size < greatest), greatest}))
 
     def step(self, step: int) -> StepPlan:
         plan, shape = super().step(step), self._shape
