@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.models.attention import attention
-from minigpt5_jax.training.flops import FlopCount, count_flops
+from minigpt5_jax.training.flops import FlopCount, count_flops, product_shapes
 
 
 def spec(*shape: int) -> jax.ShapeDtypeStruct:
@@ -128,6 +128,17 @@ def test_backward_through_frozen_weights_costs_activations_only():
     assert count_flops(jax.value_and_grad(loss, argnums=(0, 1)), W, W, X).total == 8 * MATMUL
 
 
+def test_shapes_of_products_tell_which_gradients_are_made():
+    def loss(trained, frozen, x):
+        return jax.lax.scan(lambda y, w: (jnp.sin(y @ w), None), x @ trained, frozen)[0].sum()
+
+    trained, frozen = spec(5, 7), spec(4, 7, 7)
+    assert product_shapes(loss, trained, frozen, X) == {(3, 7): 2}
+    made = product_shapes(jax.grad(loss, (0, 1)), trained, frozen, X)
+    assert (made[5, 7] + made[7, 5], made[7, 7]) == (1, 1)  # the way it lies is JAX's choice
+    assert product_shapes(jax.grad(loss), trained, frozen, X)[7, 7] == 0
+
+
 def test_remat_recomputes():
     def loss(w, x, wrap):
         def block(x):
@@ -199,7 +210,7 @@ def test_cudnns_other_layout_and_fewer_keys(cudnn_traces):
 def test_pallas_kernels_count_their_grid():
     forward, both = attend("splash")
     assert forward == FlopCount(2 * PRODUCT, {"dot_general": 2 * PRODUCT})
-    # Two kernels, for keys and values and for queries, each of which makes QK and dP; and <dO, O> of each query.
+    # Two kernels, for keys and values and for queries, each of which makes QK and dP; and <dO, O>.
     assert (
         both.by_primitive == {"dot_general": (2 + 4 + 3) * PRODUCT + PRODUCT // T} and not both.counted_once
     )

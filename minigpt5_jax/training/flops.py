@@ -60,10 +60,31 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
     kernel's body times its grid, cuDNN's calls by their shapes, and both recompute the logits in the
     backward pass.  Pairs of query and key that a mask excludes are counted; a kernel may skip some.
     """
-    closed = jax.make_jaxpr(fn)(*args)
-    live, _ = dce_jaxpr(_open(closed), True)
-    counts, counted_once = _count(live)
+    counts, counted_once = _count(_live(fn, *args))
     return FlopCount(sum(counts.values()), dict(counts), tuple(sorted(counted_once)))
+
+
+def product_shapes(fn: Callable[..., Any], *args: Any) -> Counter[tuple[int, ...]]:
+    """Shape of the result -> how many dot products and convolutions of ``fn(*args)`` give one of it.
+
+    Loop bodies are looked into once.  It tells whether a gradient of some weight is made: that has its shape.
+    """
+    return _product_shapes(_live(fn, *args))
+
+
+def _product_shapes(jaxpr: Jaxpr) -> Counter[tuple[int, ...]]:
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _PRODUCT_PRIMITIVES:
+            shapes[tuple(eqn.outvars[0].aval.shape)] += 1
+        for body in jaxprs_in_params(eqn.params):
+            shapes += _product_shapes(_open(body))
+    return shapes
+
+
+def _live(fn: Callable[..., Any], *args: Any) -> Jaxpr:
+    """The jaxpr of ``fn(*args)`` without what no output needs."""
+    return dce_jaxpr(_open(jax.make_jaxpr(fn)(*args)), True)[0]
 
 
 def _open(jaxpr: Any) -> Jaxpr:
@@ -130,6 +151,7 @@ def _cudnn_attention(eqn: JaxprEqn) -> int:
     return 2 * _PRODUCTS[direction] * math.prod(query) * length
 
 
+_PRODUCT_PRIMITIVES = ("dot_general", "conv_general_dilated")
 _LEAVES: dict[str, Callable[[JaxprEqn], int]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
