@@ -11,7 +11,6 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import lengths
@@ -67,20 +66,29 @@ def _mean(cost: Cost, padded: Sequence[int], drawn: Sequence[int], read: Sequenc
 @functools.cache
 def measure(*, lora: bool, sizes: Sizes = FULL) -> Cost:
     """What micro-batches of P1 cost."""
-    vision = sizes.vision if lora else None
-    towers = make_towers(dataclasses.replace(sizes, vision=vision), "meta", new_rows=lengths.VOKENS + 1)
-    ids = np.zeros(sizes.clip["max_position_embeddings"], np.int64)
-    p1 = P1(towers, None, None, (ids, ids + 1), lora=lora, share=True)
+    p1 = full_size_p1(lora=lora, sizes=sizes)
 
     def flops(length: int, drawn: int = 0, read: int = 0) -> int:
-        return count(p1, [_blank(sizes, length, i < drawn, read * (i == 0)) for i in range(MICRO_BATCH)])
+        samples = [blank_sample(sizes, length, draws=i < drawn, reads=i < read) for i in range(MICRO_BATCH)]
+        return count(p1, samples)
 
     totals = [flops(length) for length in PROBES]
     power = np.linalg.solve(np.vander(PROBES, 3).astype(np.float64), np.asarray(totals, np.float64))
     # Of two images the mapper's and the UNet's work is twice that of one.
     drawn = (flops(PROBES[0], drawn=2) - totals[0]) // 2
-    read = flops(PROBES[0], read=1) - totals[0] if vision else 0
+    read = flops(PROBES[0], read=1) - totals[0] if p1.towers.vision else 0
     return Cost(tuple(power.tolist()), drawn, read)
+
+
+def full_size_p1(*, lora: bool, sizes: Sizes = FULL) -> P1:
+    """P1 on meta tensors; with image towers in stage 2 (``lora``), as captions have no input images."""
+    towers = make_towers(
+        dataclasses.replace(sizes, vision=sizes.vision if lora else None),
+        "meta",
+        new_rows=lengths.VOKENS + 1,
+    )
+    ids = np.zeros(sizes.clip["max_position_embeddings"], np.int64)
+    return P1(towers, None, None, (ids, ids + 1), lora=lora, share=True)
 
 
 def count(p1: P1, samples: Sequence[Sample]) -> int:
@@ -90,16 +98,12 @@ def count(p1: P1, samples: Sequence[Sample]) -> int:
     return counter.get_total_flops()
 
 
-def _blank(sizes: Sizes, length: int, draws: bool, images: int) -> Sample:
-    """A sample of ``length`` positions of which nothing but shapes matters."""
+def blank_sample(sizes: Sizes, length: int, *, draws: bool, reads: bool = False) -> Sample:
+    """A sample of ``length`` positions of which nothing but shapes matters; it may draw or read an image."""
     latent, pixels = sizes.unet["sample_size"], sizes.vae["sample_size"]
     ids = np.zeros(length, np.int64)
     noise = np.zeros((latent, latent, 4), np.float32)
     caption = np.zeros(sizes.clip["max_position_embeddings"], np.int64)
     image = np.zeros((pixels, pixels, 3), np.uint8)
-    slots = () if not images else (1,)
-    return Sample(ids, ids, 9 if draws else None, caption, caption + 1, 0, noise, noise, False, image, slots)
-
-
-if __name__ == "__main__":
-    print(torch.__version__, measure(lora=False), measure(lora=True))
+    voken, slots = 9 if draws else None, (1,) if reads else ()
+    return Sample(ids, ids, voken, caption, caption + 1, 0, noise, noise, False, image, slots)
