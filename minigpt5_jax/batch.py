@@ -18,6 +18,11 @@ class Batch:
     Every index is made on the host and relative to this batch.  With gradient accumulation each
     array has one more leading axis, and indices are relative to their micro-batch.
 
+    Where only the vokens have gradients they stand apart from what precedes them (``prompt_end``): rows hold
+    prompts alone, m / b each, and every target image has a continuation of n + 2 places: its prompt's last
+    token, the n vokens and the token behind them.  ``labels`` and ``label_positions`` are of the m
+    continuations instead of the b rows, ``voken_row`` counts continuations and ``voken_start`` is 1.
+
     Attributes:
       tokens: i32[b t].  BOS first; an image is ``image_tokens`` slots of ``<ImageHere>``.
       labels: i32[b t].  Id of the token *at* this position, -100 where it is no target (unshifted,
@@ -38,6 +43,8 @@ class Batch:
       caption_ids: i32[m c].  CLIP ids of the caption.
       caption_mask: i32[m c].  1 on real tokens (BOS and EOS included), 0 on padding.
       has_caption: bool[m].  False where the item takes no part in the caption loss.
+      prompt_end: i32[m].  Position behind the prompt of each target image, which stands in row k // (m / b);
+        None where vokens stand in the rows.
       target_moments: f32 or bf16[m h w 2c].  Precomputed posterior moments of the images to draw, None where
         images travel; ``target`` then is u8[m 0 0 3].
       image_states: f32 or bf16[i q c].  Precomputed states of the input images before the projection into
@@ -62,5 +69,6 @@ class Batch:
     caption_ids: Array
     caption_mask: Array
     has_caption: Array
+    prompt_end: Array | None = None
     target_moments: Array | None = None
     image_states: Array | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
@@ -167,12 +168,34 @@ def test_buckets_and_packing_are_planned_from_an_index_kept_in_the_cache(config,
     loader = inputs.open_loader(config, spec, source, training=True)
     shapes = {next(loader).tokens.shape for _ in range(4)}
     loader.close()
-    assert shapes <= {(1, 40), (1, 64)} and len(list((tmp_path / "cache").glob("lengths-*.npz"))) == 1
+    assert shapes <= {(1, 40 - 9), (1, 64 - 9)} and len(list((tmp_path / "cache").glob("lengths-*.npz"))) == 1
     assert inputs.data_identity(config, source)["buckets"] == [40, 64]
     config.data.update(buckets=(), pack=2, global_batch=2, max_length=128)
     loader = inputs.open_loader(config, spec, source, training=True)
     assert next(loader).tokens.shape == (1, 128)
     loader.close()
+
+
+def test_captions_stand_apart_from_vokens_unless_something_acts_on_them(config, tmp_path):
+    config.data.update(format="cc3m", train=str(write_cc3m(tmp_path)), max_length=64, buckets=(64,))
+    config.data.update(global_batch=8, accumulation=1)
+
+    def first() -> Batch:
+        spec = build(validate(config))
+        loader = inputs.open_loader(config, spec, inputs.open_sources(config, spec.sizes)[0], training=True)
+        batch = next(loader)
+        loader.close()
+        return batch
+
+    batch = first()
+    assert batch.labels.shape == (8, 10) and batch.prompt_end.shape == batch.voken_row.shape == (8,)
+    assert batch.tokens.max() < build(config).backbone.vocab_size  # no voken among the prompts
+    config.data.split_vokens = False
+    assert first().prompt_end is None
+    config.data.split_vokens = True
+    config.model.backbone.lora_rank = 2
+    config.tuning.stage = "stage2"
+    assert first().prompt_end is None
 
 
 @pytest.mark.parametrize(
@@ -181,7 +204,6 @@ def test_buckets_and_packing_are_planned_from_an_index_kept_in_the_cache(config,
         ({"buckets": (40, 60), "max_length": 64}, r"must ascend and end in data.max_length=64"),
         ({"buckets": (64, 40), "max_length": 40}, "must ascend"),
         ({"pack": 3, "global_batch": 4}, r"data.pack=3 does not divide the 4 samples.*a batch of 3 or 6"),
-        ({"pack": 2, "global_batch": 4, "buckets": (64,), "max_length": 64}, "exclude each other"),
         ({"features": "store"}, "set data.flip_mode=off, it is 'independent'"),
     ],
 )

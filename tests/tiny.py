@@ -36,8 +36,12 @@ def make_tiny_template(
     caption_vocab_size: int = 64,
     num_vokens: int = 8,
     mapper: str = "encoder_decoder",
+    attends: str = "",
 ) -> Template:
-    """Composite small enough for any test; 8 heads and widths that divide over 8 devices."""
+    """Composite small enough for any test; 8 heads and widths that divide over 8 devices.
+
+    ``attends``: this implementation of attention, in a bfloat16 UNet that attends over 1,024 pixels.
+    """
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
         configs["llama"]
@@ -60,8 +64,8 @@ def make_tiny_template(
             "block_out_channels": [16],
             "attention_head_dim": [2],
             "layers_per_block": 1,
-            "down_block_types": ["DownBlock2D"],
-            "up_block_types": ["UpBlock2D"],
+            "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D"],
         }
     )
     vae = VaeConfig.from_hf(
@@ -82,14 +86,17 @@ def make_tiny_template(
         "unet": unet,
         "vae": vae,
         "text_encoder": text,
-        "image_size": 16,
+        "image_size": 64 if attends else 16,
         "schedule": NoiseSchedule.from_hf(configs["scheduler"]),
         "empty_caption_ids": (caption_vocab_size - 2, caption_vocab_size - 1) + (0,) * 10,
     }
+    if attends:
+        generator["dtype"] = jax.numpy.bfloat16
     return make_template(
         backbone=("minigpt4", {"llm": llm, "num_vokens": num_vokens}),
         mapper=(mapper, {"config": mappers[mapper]}),
         generator=("stable_diffusion", generator),
+        attention=attends or "auto",
     )
 
 
@@ -131,7 +138,7 @@ def make_tiny_params(template: Template) -> dict[str, jax.Array]:
     }
 
 
-def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24) -> Batch:
+def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24, image_size: int = 16) -> Batch:
     """Stage-1 rows of different lengths with one image each."""
     random = np.random.default_rng(seed)
     tokens = np.full((rows, length), 2, np.int32)
@@ -160,7 +167,7 @@ def make_tiny_batch(rows: int = 8, seed: int = 0, length: int = 24) -> Batch:
         image_row=np.zeros(0, np.int32),
         image_start=np.zeros(0, np.int32),
         image_mask=np.zeros(0, bool),
-        target=random.integers(0, 256, (rows, 16, 16, 3)).astype(np.uint8),
+        target=random.integers(0, 256, (rows, image_size, image_size, 3)).astype(np.uint8),
         voken_row=np.arange(rows, dtype=np.int32),
         voken_start=starts,
         item_id=100 + np.arange(rows, dtype=np.int32),

@@ -68,7 +68,12 @@ KEYS: dict[str, Key] = {
     "data.buckets": Key(
         (), "lengths of rows, ascending to data.max_length: a batch takes samples of one; () pads all to it"
     ),
-    "data.pack": Key(1, "samples of a row, each a segment of its own; for short ones (captions)", low=1),
+    "data.pack": Key(
+        0, "samples of a row, each a segment of its own; 0: up to 4 captions, 1 of what reads images", low=0
+    ),
+    "data.split_vokens": Key(
+        True, "captions, on which nothing trainable acts, run without gradients: same result, less work"
+    ),
     "data.index_cache": Key(
         "~/.cache/minigpt5_jax/lengths", "folder of sample lengths, which buckets and packing plan from"
     ),

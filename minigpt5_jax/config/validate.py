@@ -50,7 +50,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             f"{data.accumulation} micro-batches; choose {_near(data.global_batch, data.accumulation)}"
         )
     samples = data.global_batch // data.accumulation
-    if samples % data.pack:
+    if data.pack and samples % data.pack:
         yield (
             f"data.pack={data.pack} does not divide the {samples} samples of a micro-batch; choose "
             f"{_near(samples, data.pack)}"
@@ -58,8 +58,6 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
     buckets = list(data.buckets)
     if buckets and (buckets != sorted(set(buckets)) or buckets[-1] != data.max_length):
         yield f"data.buckets={data.buckets} must ascend and end in data.max_length={data.max_length}"
-    if buckets and data.pack > 1:
-        yield "data.buckets and data.pack exclude each other; packed rows all have data.max_length positions"
     if data.features and data.flip_mode != "off":
         yield f"data.features are of images as they are; set data.flip_mode=off, it is {data.flip_mode!r}"
     if data.context_dropout and data.features:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from minigpt5_jax.batch import Batch
@@ -23,6 +24,7 @@ class Loop:
     Attributes:
       state: where to start; ``frozen``: parameters that are an argument of the step and never change.
       train_step: ``(state, frozen, batch) -> (state, metrics)``, compiled, donating the state.
+      mesh: of the devices; kernels that the compiler cannot split ask for it while the step is traced.
       data: batches on the devices.
       validate: ``trainable -> {name: value}``; ``grid``: ``trainable -> u8[H W 3]``; None for neither.
       saved_parts: part name -> arrays saved beside the state (parameters inherited from another run).
@@ -32,6 +34,7 @@ class Loop:
     state: TrainState
     frozen: Params
     train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Any]]]
+    mesh: jax.sharding.Mesh
     data: DevicePrefetch
     metrics: Metrics
     checkpoints: Checkpoints
@@ -49,7 +52,7 @@ class Loop:
         """Train to the end; returns the last validation (empty without one)."""
         results: dict[str, float] = {}
         try:
-            with self.metrics:
+            with jax.set_mesh(self.mesh), self.metrics:
                 for step in range(self.first_step + 1, self.num_steps + 1):
                     batch = next(self.data)
                     self.state, values = self.train_step(self.state, self.frozen, batch)

@@ -31,9 +31,10 @@ from minigpt5_jax.data.sources import (
 )
 from minigpt5_jax.data.sources.features import FeatureSource
 from minigpt5_jax.data.sources.kinds import Rules
+from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.shapes.dataset import write_dialogs, write_pairs, write_stories
 from minigpt5_jax.training.distributed import main_process
-from minigpt5_jax.training.sharding import ShardingError, batch_shardings
+from minigpt5_jax.training.sharding import ShardingError, batch_shardings, make_mesh
 from minigpt5_jax.wiring.features import with_features
 from minigpt5_jax.wiring.model import ModelSpec, Sizes, caption_tokenizer, language_tokenizer
 
@@ -161,7 +162,28 @@ def encode_config(config: ConfigDict, sizes: Sizes, *, training: bool) -> Encode
     )
 
 
-def batch_spec(config: ConfigDict, spec: ModelSpec, samples: int, pack: int = 1) -> BatchSpec:
+def splits_prompts(config: ConfigDict, spec: ModelSpec, source: Source) -> bool:
+    """Whether vokens stand apart from their prompts: samples end in them, and nothing before them trains."""
+    data, backbone = config.data, spec.parts["backbone"]
+    trainable = [path for path, group in spec.labels.items() if group != FROZEN]
+    own = [path.removeprefix(backbone.prefix) for path in trainable if path.startswith(backbone.prefix)]
+    fits = data.split_vokens and source.ends_in_vokens and not data.max_images
+    return bool(fits and backbone.frozen_prompts(own))
+
+
+def samples_a_row(config: ConfigDict, split: bool) -> int:
+    """``data.pack``, where it is left open: up to 4 captions, as long as rows divide over the devices."""
+    data = config.data
+    if data.pack or not (split and data.buckets):
+        return data.pack or 1
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor).shape
+    samples, places = data.global_batch // data.accumulation, mesh["data"] * mesh["fsdp"]
+    return next(pack for pack in (4, 3, 2, 1) if pack == 1 or samples % (pack * places) == 0)
+
+
+def batch_spec(
+    config: ConfigDict, spec: ModelSpec, samples: int, pack: int = 1, split: bool = False
+) -> BatchSpec:
     """Static shapes of a (micro-)batch of ``samples`` samples, ``pack`` to a row."""
     data, backbone, generator = config.data, spec.backbone, spec.generator
     if data.max_images and not backbone.image_tokens:
@@ -186,12 +208,13 @@ def batch_spec(config: ConfigDict, spec: ModelSpec, samples: int, pack: int = 1)
         num_vokens=backbone.num_vokens,
         image_tokens=backbone.image_tokens,
         pack=pack,
+        split=split,
     )
 
 
 def size_index(config: ConfigDict, spec: ModelSpec, source: Source) -> LengthIndex | None:
     """Sizes of the samples, where buckets or packing need them; None where they do not."""
-    if not config.data.buckets and config.data.pack == 1:
+    if not config.data.buckets and config.data.pack <= 1:
         return None
     tokenizer = language_tokenizer(config, spec.sizes)
     return length_index(source, tokenizer, spec.backbone.image_tokens, config.data.index_cache)
@@ -201,8 +224,9 @@ def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training
     """Batches of this process.  Held-out ones have one shape and one sample a row."""
     data = config.data
     samples = data.global_batch // data.accumulation
-    pack = data.pack if training else 1
-    shapes = batch_spec(config, spec, samples, pack)
+    split = training and splits_prompts(config, spec, source)
+    pack = samples_a_row(config, split) if training else 1
+    shapes = batch_spec(config, spec, samples, pack, split)
     if isinstance(source, FeatureSource):
         shapes = with_features(shapes, source.features)
     return make_loader(
@@ -230,7 +254,7 @@ def data_identity(config: ConfigDict, source: Source) -> dict[str, object]:
     order = {"global_batch": data.global_batch, "seed": config.run.seed}
     if data.buckets:
         order["buckets"] = list(data.buckets)
-    if data.pack > 1:
+    if data.pack > 1 and not data.buckets:  # with buckets it lays a step out and does not choose its samples
         order["pack"] = data.pack
     return {"fingerprint": source.fingerprint(), "samples": len(source), **order}
 

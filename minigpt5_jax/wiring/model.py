@@ -133,8 +133,8 @@ def build(config: ConfigDict) -> ModelSpec:
             neighbours=neighbours,
         )
         made[kind] = part.make(keys[kind], sizes, context)
-    made = {kind: (config.model[kind].name, made[kind]) for kind in parts}
-    template = make_template(**made, attention=config.model.attention)
+    modules = {kind: (config.model[kind].name, made[kind]) for kind in parts}
+    template = make_template(**modules, attention=config.model.attention)
     # A mapper may have no room for so many vokens: it says so here, not when the first step is compiled.
     jax.eval_shape(lambda params: template.bind(params).unconditional(), template.shapes)
     own = tuple((str(pattern), str(group)) for pattern, group in config.tuning.rules)

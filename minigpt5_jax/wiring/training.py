@@ -222,6 +222,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
         state,
         frozen,
         step,
+        mesh,
         DevicePrefetch(loader, shard),
         metrics,
         checkpoints,

@@ -37,7 +37,7 @@ def source(tmp_path_factory):
     return Cc3mSource(folder / "pairs.tsv", rules=PairRules(training=False))
 
 
-def batch(source, oracle_dir, pack):
+def batch(source, oracle_dir, pack, split=False):
     tokenizer = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model")
     config = EncodeConfig(tokenizer, ClipTokenizer(oracle_dir / "tokenizer_clip", 12))
     spec = BatchSpec(
@@ -50,6 +50,7 @@ def batch(source, oracle_dir, pack):
         target_size=16,
         caption_length=12,
         pack=pack,
+        split=split,
     )
     loader = make_loader(
         source,
@@ -66,8 +67,8 @@ def batch(source, oracle_dir, pack):
     return made
 
 
-@pytest.mark.parametrize("pack", [2, 3])
-def test_packed_and_unpacked_batches_give_equal_losses_and_gradients(template, source, oracle_dir, pack):
+@pytest.mark.parametrize("pack, split", [(2, False), (3, False), (1, True), (3, True)])
+def test_every_layout_gives_equal_losses_and_gradients(template, source, oracle_dir, pack, split):
     params = tiny.make_tiny_params(template)
     trainable = {p: v for p, v in params.items() if p.startswith("mapper/") or p.endswith("/voken")}
     frozen = {p: v for p, v in params.items() if p not in trainable}
@@ -82,7 +83,7 @@ def test_packed_and_unpacked_batches_give_equal_losses_and_gradients(template, s
         return accumulate_gradients(template, trainable, frozen, batch, draw, options)
 
     grads, loss, sums = gradients(batch(source, oracle_dir, 1))
-    packed_grads, packed_loss, packed_sums = gradients(batch(source, oracle_dir, pack))
+    packed_grads, packed_loss, packed_sums = gradients(batch(source, oracle_dir, pack, split))
     np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for name in ("text", "image", "caption"):
         np.testing.assert_allclose(packed_sums[name][0], sums[name][0], rtol=1e-5, err_msg=name)

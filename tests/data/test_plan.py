@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from minigpt5_jax.data.batches.lengths import LengthIndex
-from minigpt5_jax.data.batches.plan import EMPTY_SLOT, BucketPlan, Shape, StreamPlan, overflow_fraction, pack
+from minigpt5_jax.data.batches.plan import (
+    EMPTY_SLOT,
+    BucketPlan,
+    PackedBucketPlan,
+    Shape,
+    StreamPlan,
+    fullest_rows,
+    pack,
+)
 from minigpt5_jax.data.errors import DataError
 
 
@@ -121,8 +129,31 @@ def test_packed_steps_hold_the_samples_of_unpacked_ones():
         for numbers, limits in zip(part.numbers[0], part.limits[0]):
             assert limits.tolist() == [index.lengths[packed.find(int(n))[1]] for n in numbers]
             assert limits.sum() <= 64
-    assert overflow_fraction(index, Shape(1, 4, 3), 64) == 0.0
-    assert 0.2 < overflow_fraction(index, Shape(1, 4, 3), 48) < 1.0
+    filled = fullest_rows(index.lengths, 4, 3)
+    assert filled.shape == (50, 4) and filled.max() <= 64
+    assert 0.2 < (filled > 48).mean() < 1.0
+
+
+@pytest.mark.parametrize("apart", [0, 9])
+def test_packed_buckets_hold_the_samples_of_buckets_and_cut_none(apart):
+    index = index_of(200, high=40)
+    kwargs = {"lengths": (24, 40), "seed": 3, "num_epochs": 1}
+    plain = BucketPlan(index, shape=Shape(2, 12), **kwargs)
+    packed = PackedBucketPlan(index, shape=Shape(2, 3, 4), apart=apart, **kwargs)
+    assert packed.row_lengths[-1] == 4 * (40 - apart) and len(packed.row_lengths) == len(packed.buckets) <= 4
+    seen, used = [], set()
+    for step in range(packed.num_steps):
+        part, numbers = packed.step(step), plain.step(step).numbers
+        assert part.numbers.shape == (2, 3, 4)
+        assert sorted(part.numbers.ravel()) == sorted(numbers.ravel())
+        there = part.numbers != EMPTY_SLOT
+        sizes = [index.lengths[packed.find(int(n))[1]] for n in part.numbers[there]]
+        assert np.all(part.limits[there] >= sizes)
+        rows = np.where(there, part.limits - apart, 0).sum(-1)
+        assert rows.max() <= packed.row_lengths[part.bucket]
+        seen += part.numbers[there].tolist()
+        used.add(part.bucket)
+    assert sorted(seen) == list(range(200)) and len(used) >= 2
 
 
 def test_the_last_packed_step_has_empty_places():

@@ -31,6 +31,7 @@ class BatchSpec:
       num_vokens: vokens of a target image.
       image_tokens: positions of an input image.
       pack: samples of a row, each a segment of its own; ``rows * pack`` samples in all.
+      split: rows hold prompts and every sample ends in vokens, which stand apart (``Batch.prompt_end``).
       target_moments: (h, w, 2c) where targets come as precomputed moments, None where they are images.
       image_states: (q, c) where input images come as ready states, None where they are images.
       feature_dtype: of precomputed features, ``float32`` or ``bfloat16``.
@@ -47,6 +48,7 @@ class BatchSpec:
     num_vokens: int = 8
     image_tokens: int = 32
     pack: int = 1
+    split: bool = False
     target_moments: tuple[int, ...] | None = None
     image_states: tuple[int, ...] | None = None
     feature_dtype: str = "float32"
@@ -60,6 +62,8 @@ class BatchSpec:
             raise DataError(f"targets must be 1 ... length = {self.length}, got {self.targets}")
         if self.items not in (0, self.samples):
             raise DataError(f"items = {self.items} is neither 0 nor one for each of {self.samples} samples")
+        if self.split and not self.items:
+            raise DataError("a batch without images to draw cannot be split into prompts and vokens")
         if self.images < 0 or self.images % self.samples:
             raise DataError(f"images = {self.images} is no multiple of the {self.samples} samples")
 
@@ -67,6 +71,11 @@ class BatchSpec:
     def samples(self) -> int:
         """Samples of a micro-batch."""
         return self.rows * self.pack
+
+    @property
+    def apart(self) -> int:
+        """Positions of a sample that stand outside of its row: vokens and the token behind them."""
+        return self.num_vokens + 1 if self.split else 0
 
     def bucket(self, length: int, images: int) -> BatchSpec:
         """Shapes for samples of at most ``length`` positions and ``images`` input images each."""
@@ -206,6 +215,7 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
     """Fields of a batch without samples: padding everywhere, every mask False."""
     b, t, m, i, c = spec.rows, spec.length, spec.items, spec.images, spec.caption_length
     ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    lines, per_line = (m, 1) if spec.split else (b, spec.pack)
     ready, pixels = {}, {"target": spec.target_size, "images": spec.image_size}
     for name, field, count, shape in (
         ("target", "target_moments", m, spec.target_moments),
@@ -215,8 +225,8 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
             ready[field], pixels[name] = np.zeros((count, *shape), spec.feature_dtype), 0
     return {
         "tokens": ints(b, t),
-        "labels": np.full((b, t), IGNORE, np.int32),
-        "label_positions": ints(b, spec.pack * spec.targets),
+        "labels": np.full((lines, spec.apart + 1 if spec.split else t), IGNORE, np.int32),
+        "label_positions": ints(lines, per_line * spec.targets),
         "positions": ints(b, t),
         "segment_ids": ints(b, t),
         "row_id": ints(b),
@@ -232,6 +242,7 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
         "caption_ids": ints(m, c),
         "caption_mask": ints(m, c),
         "has_caption": np.zeros(m, bool),
+        **({"prompt_end": np.ones(m, np.int32)} if spec.split else {}),
         **ready,
     }
 
@@ -267,32 +278,55 @@ def collate(
     arrays["row_id"][:] = numbers[:, 0]
     if spec.items:
         arrays["item_id"][:] = numbers.ravel()
-        arrays["voken_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.pack)
+        rows = first_row + np.repeat(np.arange(spec.rows), spec.pack)
+        arrays["voken_row"][:] = first_row * spec.pack + np.arange(spec.items) if spec.split else rows
     arrays["image_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.images // spec.rows)
     for row, places in enumerate(samples):
         start = 0  # of the next sample in its row
         for place, sample in enumerate(places):
             if sample is not None:
-                _fill_text(arrays, row, place, start, spec.targets, sample)
                 slot = row * spec.pack + place
+                length = len(sample.text.tokens) - spec.apart
+                _fill_row(arrays, row, place, slice(start, start + length), sample)
+                if spec.split:
+                    _fill_continuation(arrays, slot, start + length, spec.apart, sample)
+                else:
+                    _fill_labels(arrays, row, place * spec.targets, start, sample.text.labels)
                 _fill_images(arrays, slot * (spec.images // spec.samples), start, sample)
                 if sample.target is not None:
-                    _fill_item(arrays, slot, start, sample)
-                start += len(sample.text.tokens)
+                    _fill_item(arrays, slot, sample)
+                    if not spec.split:
+                        arrays["voken_start"][slot] = start + sample.text.voken_start
+                start += length
     return arrays
 
 
-def _fill_text(
-    arrays: dict[str, np.ndarray], row: int, place: int, start: int, targets: int, sample: Sample
-) -> None:
-    length = len(sample.text.tokens)
-    here = slice(start, start + length)
-    arrays["tokens"][row, here] = sample.text.tokens
-    arrays["labels"][row, here] = sample.text.labels
-    found = np.flatnonzero(sample.text.labels != IGNORE)
-    arrays["label_positions"][row, place * targets : place * targets + len(found)] = start + found
+def _fill_row(arrays: dict[str, np.ndarray], row: int, place: int, here: slice, sample: Sample) -> None:
+    length = here.stop - here.start
+    arrays["tokens"][row, here] = sample.text.tokens[:length]
     arrays["positions"][row, here] = np.arange(length)
     arrays["segment_ids"][row, here] = 1 + place
+
+
+def _fill_labels(
+    arrays: dict[str, np.ndarray], line: int, slot: int, start: int, labels: Int32[np.ndarray, " t"]
+) -> None:
+    """Labels of a sample from position ``start`` of a line on, their positions from ``slot`` on."""
+    arrays["labels"][line, start : start + len(labels)] = labels
+    found = np.flatnonzero(labels != IGNORE)
+    arrays["label_positions"][line, slot : slot + len(found)] = start + found
+
+
+def _fill_continuation(
+    arrays: dict[str, np.ndarray], slot: int, end: int, apart: int, sample: Sample
+) -> None:
+    labels, start = sample.text.labels, sample.text.voken_start
+    if start is None or len(labels) - start != apart or (labels[:start] != IGNORE).any():
+        raise DataError(
+            "a sample does not end in its vokens and one token behind them; set data.split_vokens=False"
+        )
+    _fill_labels(arrays, slot, 0, 1, labels[start:])
+    arrays["prompt_end"][slot] = end
 
 
 def _fill_images(arrays: dict[str, np.ndarray], first: int, start: int, sample: Sample) -> None:
@@ -304,9 +338,8 @@ def _fill_images(arrays: dict[str, np.ndarray], first: int, start: int, sample: 
     arrays["image_mask"][slots] = True
 
 
-def _fill_item(arrays: dict[str, np.ndarray], slot: int, start: int, sample: Sample) -> None:
+def _fill_item(arrays: dict[str, np.ndarray], slot: int, sample: Sample) -> None:
     arrays["target_moments" if "target_moments" in arrays else "target"][slot] = sample.target
-    arrays["voken_start"][slot] = start + sample.text.voken_start
     arrays["item_mask"][slot] = True
     arrays["caption_ids"][slot] = sample.caption_ids
     arrays["caption_mask"][slot] = sample.caption_mask

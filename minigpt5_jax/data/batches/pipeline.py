@@ -21,7 +21,15 @@ from absl import flags
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, Sample, collate, encode
 from minigpt5_jax.data.batches.lengths import LengthIndex
-from minigpt5_jax.data.batches.plan import EMPTY_SLOT, BucketPlan, Plan, Shape, StreamPlan, overflow_fraction
+from minigpt5_jax.data.batches.plan import (
+    EMPTY_SLOT,
+    BucketPlan,
+    PackedBucketPlan,
+    Plan,
+    Shape,
+    StreamPlan,
+    fullest_rows,
+)
 from minigpt5_jax.data.errors import DataError, Problem, SampleError
 from minigpt5_jax.data.sources import Source
 
@@ -250,28 +258,38 @@ def _make_plan(
     if (buckets or spec.pack > 1) and (index is None or len(index) != length):
         raise DataError("length buckets and packing need the length index of this source")
     if buckets:
-        if spec.pack > 1 or not shuffle:
-            raise DataError("length buckets go with shuffled samples, one to a row")
+        if not shuffle:
+            raise DataError("length buckets go with shuffled samples")
         if buckets[-1] != spec.length:
             raise DataError(f"the last bucket is {buckets[-1]}, rows have {spec.length} positions")
-        plan = BucketPlan(index, buckets, seed=seed, num_epochs=num_epochs, shape=shape)
+        options = {"seed": seed, "num_epochs": num_epochs, "shape": shape}
+        if spec.pack > 1 or spec.split:
+            plan = PackedBucketPlan(index, buckets, apart=spec.apart, **options)
+            sizes = zip(plan.row_lengths, plan.buckets, strict=True)
+            return plan, [spec.bucket(size, plan.images_in(bucket)) for size, bucket in sizes]
+        plan = BucketPlan(index, buckets, **options)
         return plan, [spec.bucket(size, plan.images_in(i)) for i, size in enumerate(buckets)]
     packed = index if spec.pack > 1 else None
-    if packed and (share := overflow_fraction(packed, shape, spec.length)) > MAX_OVERFLOW:
-        raise DataError(
-            f"{share:.0%} of rows of {spec.length} positions do not hold {spec.pack} samples; use longer "
-            "rows (data.max_length) or fewer samples in each (data.pack)"
-        )
+    if packed:
+        sizes = np.maximum(packed.lengths - spec.apart, 0)
+        share = float((fullest_rows(sizes, shape.rows, shape.places) > spec.length).mean())
+        if share > MAX_OVERFLOW:
+            raise DataError(
+                f"{share:.0%} of rows of {spec.length} positions do not hold {spec.pack} samples; use longer "
+                "rows (data.max_length) or fewer samples in each (data.pack)"
+            )
+    row_length = spec.length - (0 if packed else spec.apart)
     plan = StreamPlan(
         length,
         seed=seed,
         shuffle=shuffle,
         num_epochs=num_epochs,
         shape=shape,
-        row_length=spec.length,
+        row_length=row_length,
         index=packed,
+        apart=spec.apart,
     )
-    return plan, [spec]
+    return plan, [spec.bucket(row_length, spec.images // spec.samples)]
 
 
 def make_loader(

@@ -78,6 +78,7 @@ class StreamPlan:
       num_epochs: None for no end.  With an end, the last step is filled with empty slots.
       shape: of a step.  row_length: positions of a row.
       index: sizes of the samples; needed for packing.
+      apart: positions of a sample that stand outside of its row.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class StreamPlan:
         shape: Shape,
         row_length: int,
         index: LengthIndex | None = None,
+        apart: int = 0,
     ):
         self._length, self._shape, self._row_length, self._index = length, shape, row_length, index
+        self._apart = apart
         self._total = sys.maxsize if num_epochs is None else length * num_epochs
         self.num_steps = None if num_epochs is None else math.ceil(self._total / shape.samples)
         places = grain.MapDataset.range(length)
@@ -106,15 +109,20 @@ class StreamPlan:
         numbers[numbers >= self._total] = EMPTY_SLOT
         numbers = numbers.reshape(shape.micro, shape.rows * shape.places)
         if self._index is None:
-            limits = np.full(numbers.shape, self._row_length, np.int32)
+            limits = np.full(numbers.shape, self._row_length + self._apart, np.int32)
             return StepPlan(numbers[..., None], limits[..., None])
-        packed = [pack(micro, self._sizes(micro), shape.rows, self._row_length) for micro in numbers]
-        return StepPlan(np.stack([part[0] for part in packed]), np.stack([part[1] for part in packed]))
+        sizes = [sizes_in_rows(self, micro, self._index, self._apart) for micro in numbers]
+        packed = [pack(*micro, shape.rows, self._row_length) for micro in zip(numbers, sizes, strict=True)]
+        limits = np.stack([part[1] for part in packed]) + self._apart
+        return StepPlan(np.stack([part[0] for part in packed]), limits)
 
-    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
-        assert self._index is not None
-        sizes = [0 if n == EMPTY_SLOT else self._index.lengths[self.find(int(n))[1]] for n in numbers]
-        return np.asarray(sizes, np.int32)
+
+def sizes_in_rows(
+    plan: Plan, numbers: Int64[np.ndarray, " n"], index: LengthIndex, apart: int
+) -> Int32[np.ndarray, " n"]:
+    """Positions that samples take in their rows; 0 for an empty slot."""
+    sizes = [0 if n == EMPTY_SLOT else index.lengths[plan.find(int(n))[1]] - apart for n in numbers]
+    return np.maximum(np.asarray(sizes, np.int32), 0)
 
 
 def pack(
@@ -152,14 +160,16 @@ def _lower(sizes: Int32[np.ndarray, " p"], room: int) -> Int32[np.ndarray, " p"]
     return lowered
 
 
-def overflow_fraction(index: LengthIndex, shape: Shape, row_length: int, trials: int = 50) -> float:
-    """Share of rows whose samples do not all fit, over micro-batches of random samples."""
-    random, full = np.random.default_rng(0), []
+def fullest_rows(
+    sizes: Int32[np.ndarray, " n"], rows: int, places: int, trials: int = 50
+) -> Int[np.ndarray, "trials rows"]:
+    """Positions that the rows of random packed samples take, if nothing is cut."""
+    random, filled = np.random.default_rng(0), []
     for _ in range(trials):
-        sizes = random.choice(index.lengths, shape.rows * shape.places)
-        chosen, _ = pack(np.arange(len(sizes)), sizes, shape.rows, row_length)
-        full.append(sizes[chosen].sum(-1) > row_length)
-    return float(np.mean(full))
+        drawn = random.choice(sizes, rows * places)
+        chosen, _ = pack(np.arange(len(drawn)), drawn, rows, sys.maxsize)
+        filled.append(drawn[chosen].sum(-1))
+    return np.asarray(filled)
 
 
 class BucketPlan:
@@ -234,3 +244,60 @@ class BucketPlan:
             rest = mine[whole * size :]
         shuffled = random.permutation(self.epoch_steps)
         return order, np.concatenate(steps)[shuffled], np.concatenate(buckets)[shuffled]
+
+
+class PackedBucketPlan(BucketPlan):
+    """The steps of :class:`BucketPlan`, their samples packed into rows that are equally full.
+
+    All rows of a step are filled together, whatever micro-batch they are of: the update is a sum over them.
+    Rows have one of two lengths for each bucket: one that nine steps of ten fit into, one that holds any.
+
+    Args:
+      apart: positions of a sample that stand outside of its row.
+
+    Attributes:
+      row_lengths: positions of rows; ``StepPlan.bucket`` is a place in it.
+    """
+
+    MULTIPLE = 8  # what row lengths are rounded up to
+
+    def __init__(
+        self,
+        index: LengthIndex,
+        lengths: tuple[int, ...],
+        *,
+        seed: int,
+        num_epochs: int | None,
+        shape: Shape,
+        apart: int = 0,
+    ):
+        super().__init__(index, lengths, seed=seed, num_epochs=num_epochs, shape=shape)
+        self._index, self._apart = index, apart
+        self._ladder = [self._lengths_of(bucket) for bucket in range(len(lengths))]
+        self.row_lengths = tuple(sum(self._ladder, ()))
+        self.buckets = tuple(bucket for bucket, rungs in enumerate(self._ladder) for _ in rungs)
+
+    def _lengths_of(self, bucket: int) -> tuple[int, ...]:
+        """The usual and the greatest length of a bucket's rows."""
+        shape, longest = self._shape, self.lengths[bucket] - self._apart
+        greatest = shape.places * longest
+        mine = self._index.lengths[self._bucket == bucket] - self._apart
+        if not len(mine):
+            return (greatest,)
+        filled = fullest_rows(np.clip(mine, 1, longest), shape.micro * shape.rows, shape.places)
+        usual = math.ceil(np.quantile(filled.max(-1), 0.9) / self.MULTIPLE) * self.MULTIPLE
+        return (usual, greatest) if usual < greatest else (greatest,)
+
+    def step(self, step: int) -> StepPlan:
+        plan, shape = super().step(step), self._shape
+        numbers = plan.numbers.ravel()
+        longest, rungs = self.lengths[plan.bucket] - self._apart, self._ladder[plan.bucket]
+        sizes = np.minimum(sizes_in_rows(self, numbers, self._index, self._apart), longest)
+        chosen, limits = pack(numbers, sizes, shape.micro * shape.rows, rungs[-1])
+        rung = int(np.searchsorted(rungs, limits.sum(-1).max()))
+        before = sum(len(rungs) for rungs in self._ladder[: plan.bucket])
+        return StepPlan(
+            chosen.reshape(plan.numbers.shape),
+            (limits + self._apart).reshape(plan.numbers.shape).astype(np.int32),
+            before + rung,
+        )

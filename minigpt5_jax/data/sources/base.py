@@ -28,7 +28,12 @@ class Source(Protocol):
     whole context, made without touching an image: the length index takes the longest.  ``fingerprint()``
     changes with the content and the meaning of the samples, and ``describe()`` is one line for the log.
     The sources of this package inherit from it.
+
+    Attributes:
+      ends_in_vokens: every sample is words alone, then the vokens, then one token.
     """
+
+    ends_in_vokens: bool = False
 
     def __len__(self) -> int: ...
 

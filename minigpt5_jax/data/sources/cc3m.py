@@ -23,6 +23,8 @@ class PairSource(Source):
       place: where the pairs are, for the log.
     """
 
+    ends_in_vokens = True
+
     def __init__(self, rules: PairRules, rows: int, content: str, place: str):
         self._rules, self._content, self._place = rules, content, place
         self.rows = rows

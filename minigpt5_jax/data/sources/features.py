@@ -227,6 +227,7 @@ class FeatureSource(Source):
 
     def __init__(self, source: Source, store: FeatureStore):
         self._source, self._store = source, store
+        self.ends_in_vokens = source.ends_in_vokens
 
     def __len__(self) -> int:
         return len(self._source)

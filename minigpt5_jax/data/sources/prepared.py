@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources.base import Source, TextLines, check_index
 from minigpt5_jax.data.sources.kinds import KINDS, Fields, Rules, make_rules
 
@@ -48,6 +49,7 @@ class PreparedSource(Source):
         self._lines = TextLines(self.folder / UNITS_FILE)
         self._check_shards()
         self._kind = KINDS[self.dataset](rules(self.dataset))
+        self.ends_in_vokens = isinstance(self._kind.rules, PairRules)
         lines = (self._lines[number] for number in range(len(self._lines)))
         counts = self._kind.counts(lines, self.kept_units(), count_tokens)
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

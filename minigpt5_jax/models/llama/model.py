@@ -312,6 +312,62 @@ class Llama(nnx.Module):
         per_layer = (jnp.arange(self.config.num_hidden_layers), before)
         return self.norm(scan_layers(self.layers, x, block, per_layer=per_layer, remat=self.remat)[0])
 
+    def continuations(
+        self,
+        prompts: Float[Array, "b t d"],
+        continuation: Float[Array, "n d"],
+        ends: Int[Array, " m"],
+        *,
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"],
+    ) -> Float[Array, "m n+1 d"]:
+        """States of each prompt's last token and of the same n tokens behind every prompt.
+
+        Prompts are computed without gradients and residuals, once; the continuations attend to their keys
+        and values.  The result and its gradient with respect to ``continuation`` are those of the whole
+        sequences where nothing trainable has a part in the prompts, for 1.3 forwards instead of 2.
+
+        Args:
+          prompts: embeddings of rows that hold m / b prompts each, a segment for each.
+          ends: position behind each prompt; prompt k stands in row ``k // (m / b)``.
+          positions, segment_ids: of the prompts' tokens.
+
+        Raises:
+          ValueError: the model has LoRA or a prefix, which have a part in every state.
+        """
+        if self.lora is not None or self.num_prefix:
+            raise ValueError("with LoRA or a prefix, prompts have gradients too; give whole sequences")
+        rows, count = positions.shape[0], continuation.shape[0]
+        places = ends.shape[0] // rows
+        last = ends.reshape(rows, places) - 1
+        after = jnp.take_along_axis(positions, last, axis=1)[..., None] + 1 + jnp.arange(count)
+        segments = jnp.repeat(jnp.take_along_axis(segment_ids, last, axis=1), count, axis=1)
+        owner = jnp.arange(places * count) // count
+        own = (owner[:, None] == owner) & jnp.tri(places * count, dtype=bool)
+        seen = segments[:, :, None] == segment_ids[:, None, :]
+        mask = jnp.concatenate([seen, jnp.broadcast_to(own, (rows, *own.shape))], axis=2)[:, None]
+        turns = [
+            rotary(at, self.config.head_dim, self.config.rope_theta)
+            for at in (positions, after.reshape(rows, -1))
+        ]
+
+        def block(layer: LlamaBlock, states: tuple[jax.Array, jax.Array], _: None):
+            prompt, own = states
+            attend = layer.self_attn.attention
+            query, key, value = layer.self_attn.project(layer.input_layernorm(prompt), *turns[0])
+            prompt = layer.finish(prompt, attend(query, key, value, is_causal=True, segment_ids=segment_ids))
+            query, *new = layer.self_attn.project(layer.input_layernorm(own), *turns[1])
+            both = (jnp.concatenate(pair, axis=1) for pair in zip((key, value), new, strict=True))
+            return (prompt, layer.finish(own, attend(query, *both, mask=mask))), None
+
+        prompt = jax.lax.stop_gradient(prompts.astype(jnp.float32))
+        own = jnp.broadcast_to(continuation.astype(jnp.float32), (rows * places, *continuation.shape))
+        own = own.reshape(rows, places * count, -1)
+        prompt, own = scan_layers(self.layers, (prompt, own), block, remat=self.remat)[0]
+        ending = jnp.take_along_axis(prompt, last[..., None], axis=1)
+        states = jnp.concatenate([ending[:, :, None], own.reshape(rows, places, count, -1)], axis=2)
+        return self.norm(states.reshape(rows * places, count + 1, -1))
+
     def init_cache(self, batch: int, max_length: int, dtype: Any = None) -> KVCache:
         """A cache for ``max_length`` entries per row, in the compute dtype unless told otherwise.
 

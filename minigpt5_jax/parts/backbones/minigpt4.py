@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,16 @@ class MiniGPT4(nnx.Module):
         return self.llm.embed_tokens.voken[...][: self.num_vokens]
 
     def hidden(self, embeds: jax.Array, batch: Batch, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Final-layer hidden states (after the closing norm), [b t d]."""
+        """Final-layer hidden states (after the closing norm), [b t d], or of continuations [m n+1 d]."""
+        if batch.prompt_end is not None:
+            vokens = self.llm.embed(self.vocab_size + jnp.arange(self.num_vokens)[None])[0]
+            return self.llm.continuations(
+                embeds,
+                vokens,
+                batch.prompt_end,
+                positions=batch.positions,
+                segment_ids=batch.segment_ids,
+            )
         return self.llm(
             embeds, positions=batch.positions, segment_ids=batch.segment_ids, dropout_keys=dropout_keys
         )
@@ -369,6 +379,8 @@ PART = Part(
     # The language model: tensor parallel.  Never sharded over fsdp while frozen: gathering it every step
     # costs more than the step.  ViT and Q-Former: data parallel (the Q-Former has 12 heads).
     sharding={"llm/": {"heads": "tensor", "mlp": "tensor", "vocab": "tensor"}},
+    # Until the first voken, whose row trains, nothing trainable has a part in the states.
+    frozen_prompts=lambda trainable: all(re.fullmatch(NEW_ROWS[0], path) for path in trainable),
     features={"vit": ("vit/",), "qformer": ("ln_vision/", "qformer/")},
     initial=initial,
     conflicts=conflicts,
