@@ -42,7 +42,8 @@ SAMPLES = tuple(StorySample(step, task) for step in range(STEPS) for task in REQ
 def _draw(
     shape: int | tuple[int, ...], seed: int, mean: float, std: float, span: tuple[int, int]
 ) -> np.ndarray:
-    values = np.random.default_rng(seed).normal(mean, std, shape)
+    """Gamma-distributed, as lengths are: never negative, so that clipping does not move the mean."""
+    values = np.random.default_rng(seed).gamma((mean / std) ** 2, std**2 / mean, shape)
     return np.clip(np.round(values), *span).astype(np.int64)
 
 

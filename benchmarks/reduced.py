@@ -23,18 +23,27 @@ import torch
 from ml_collections import ConfigDict
 
 from benchmarks import lengths
-from benchmarks.peers.samples import Sample, take_apart
+from benchmarks.peers.samples import Sample
 from benchmarks.peers.towers import REDUCED, Sizes, Towers, make_towers
 from benchmarks.run_files import loader_of, on_drawn_samples, read_run_file
 from benchmarks.samples import Captions
 from minigpt5_jax.batch import Batch
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.data.text.templates import expand
 from minigpt5_jax.minigpt5 import StepRandomness
 from minigpt5_jax.models.mapper.weights import TABLE as MAPPER_TABLE
 from minigpt5_jax.parts.contracts import FROZEN, find
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.features import make_encoder
-from minigpt5_jax.wiring.model import ModelSpec, build, caption_tokenizer, initial_trainable, load_frozen
+from minigpt5_jax.wiring.model import (
+    ModelSpec,
+    build,
+    caption_tokenizer,
+    initial_trainable,
+    language_tokenizer,
+    load_frozen,
+)
 
 SEED = 0
 BATCH = 12
@@ -176,8 +185,35 @@ def make_data(model: Reduced) -> Data:
         cfg_drop=np.arange(count) == 1,  # one item is dropped, so that this path is compared too
     )
     # The loader shuffles: an item's image is the one whose moments it has.
-    places = [int(np.flatnonzero((moments == own).all((1, 2, 3)))[0]) for own in batch.target_moments]
-    return Data(batch, draws, take_apart(batch, draws, images[places]))
+    numbers = [batch.item_id[batch.target_moments.tolist().index(own.tolist())] for own in moments]
+    samples = [peer_sample(model, captions.example(i), draws, n, images[i]) for i, n in enumerate(numbers)]
+    return Data(batch, draws, samples)
+
+
+def peer_sample(
+    model: Reduced, example: Example, draws: StepRandomness, number: int, image: np.ndarray
+) -> Sample:
+    """A sample for the peers: one plain sequence, however our batch lays it out.
+
+    Args:
+      number: of its item in the batch, whose draws it gets.
+    """
+    language = language_tokenizer(model.config, model.spec.sizes)
+    data = model.config.data
+    text = expand(language, *example.words, image_tokens=0, max_length=data.max_length)
+    ids, mask = caption_tokenizer(model.config, model.spec.sizes).encode([example.caption])
+    return Sample(
+        text.tokens.astype(np.int64),
+        text.labels.astype(np.int64),
+        text.voken_start,
+        ids[0].astype(np.int64),
+        mask[0].astype(np.int64),
+        int(draws.timesteps[number]),
+        draws.noise[number],
+        draws.posterior_noise[number],
+        bool(draws.cfg_drop[number]),
+        image,
+    )
 
 
 class Ours:

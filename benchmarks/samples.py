@@ -31,6 +31,8 @@ IMAGE = Ready(np.zeros(0, np.float32))  # stands for an image whose features are
 class Captions(Source):
     """Stage-1 samples: i captions of ``counts[i]`` tokens, an image to draw each."""
 
+    ends_in_vokens = True
+
     def __init__(self, counts: np.ndarray, seed: int = 0):
         self._counts, self._seed = counts, seed
 

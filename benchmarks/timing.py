@@ -15,9 +15,11 @@ BLOCKS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each side, block by block."""
+    """Seconds of each side, block by block; of the CPU too, all threads together, which a busy machine
+    changes less."""
 
     seconds: Mapping[str, list[float]]
+    cpu_seconds: Mapping[str, list[float]]
 
     def median(self, side: str) -> float:
         """Seconds of a side."""
@@ -36,6 +38,8 @@ class Times:
             "ratio": statistics.median(ratios),
             "spread": [min(ratios), max(ratios)],
             "blocks": len(ratios),
+            "cpu_ratio": statistics.median(self.cpu_seconds[peer])
+            / statistics.median(self.cpu_seconds[ours]),
         }
 
 
@@ -47,12 +51,14 @@ def alternate(sides: Mapping[str, Callable[[], object]], blocks: int = BLOCKS) -
     for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(blocks):
         for name, run in sides.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return Times(seconds)
+            cpu[name].append(time.process_time() - cpu_start)
+    return Times(seconds, cpu)
 
 
 def fastest(run: Callable[[], object], tries: int = 5) -> float:

@@ -7,7 +7,6 @@ image drawn and each image read.  A few micro-batches give the numbers; the rest
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,7 +62,6 @@ def _mean(cost: Cost, padded: Sequence[int], drawn: Sequence[int], read: Sequenc
     return total / len(padded) / TERA
 
 
-@functools.cache
 def measure(*, lora: bool, sizes: Sizes = FULL) -> Cost:
     """What micro-batches of P1 cost."""
     p1 = full_size_p1(lora=lora, sizes=sizes)

@@ -1,9 +1,8 @@
-"""A batch of ours taken apart into samples, as the peers read them.  Numpy only."""
+"""One sample as the peers read it.  Numpy only."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -32,31 +31,3 @@ class Sample:
     dropped: bool
     image: np.ndarray
     images: tuple[int, ...] = ()
-
-
-def take_apart(batch: Any, draws: Any, images: np.ndarray) -> list[Sample]:
-    """The items of a numpy batch without accumulation, packed or not, in the order of their numbers.
-
-    Args:
-      draws: timesteps, noise, posterior_noise and cfg_drop of every item, by its number.
-      images: u8[m H W 3] of the batch's items.
-    """
-    found = []
-    for item in np.flatnonzero(batch.item_mask):
-        row, start = int(batch.voken_row[item]), int(batch.voken_start[item])
-        inside = np.flatnonzero(batch.segment_ids[row] == batch.segment_ids[row, start])
-        number = int(batch.item_id[item])
-        sample = Sample(
-            ids=batch.tokens[row, inside].astype(np.int64),
-            labels=batch.labels[row, inside].astype(np.int64),
-            voken=start - int(inside[0]),
-            caption_ids=batch.caption_ids[item].astype(np.int64),
-            caption_mask=batch.caption_mask[item].astype(np.int64),
-            timestep=int(draws.timesteps[number]),
-            noise=draws.noise[number],
-            posterior_noise=draws.posterior_noise[number],
-            dropped=bool(draws.cfg_drop[number]),
-            image=images[item],
-        )
-        found.append((number, sample))
-    return [sample for _, sample in sorted(found, key=lambda pair: pair[0])]

@@ -130,7 +130,7 @@ def measure(config: ConfigDict, source: Source) -> Work:
         on_images=sum(pixels[name] * count for name, count in batches.items()) / samples,
         once=(items * target + images * image) / samples,
         shapes={_described(kept[name]): count for name, count in batches.items()},
-        frozen_gradients=max(frozen_gradients(spec, step, *arguments, batch) for batch in kept.values()),
+        frozen_gradients=frozen_gradients(spec, step, *arguments, next(iter(kept.values()))),
     )
 
 
