@@ -15,8 +15,12 @@ BLOCKS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each side, block by block; of the CPU too, all threads together, which a busy machine
-    changes less."""
+    """Times of each side, block by block.
+
+    Attributes:
+      seconds: on the clock.
+      cpu_seconds: of all threads together, which a busy machine changes less.
+    """
 
     seconds: Mapping[str, list[float]]
     cpu_seconds: Mapping[str, list[float]]
