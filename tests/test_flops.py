@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from minigpt5_jax.training.flops import FlopCount, count_flops
+from minigpt5_jax.models.attention import attention
+from minigpt5_jax.training.flops import FlopCount, count_flops, product_shapes
 
 
 def spec(*shape: int) -> jax.ShapeDtypeStruct:
@@ -124,6 +128,17 @@ def test_backward_through_frozen_weights_costs_activations_only():
     assert count_flops(jax.value_and_grad(loss, argnums=(0, 1)), W, W, X).total == 8 * MATMUL
 
 
+def test_shapes_of_products_tell_which_gradients_are_made():
+    def loss(trained, frozen, x):
+        return jax.lax.scan(lambda y, w: (jnp.sin(y @ w), None), x @ trained, frozen)[0].sum()
+
+    trained, frozen = spec(5, 7), spec(4, 7, 7)
+    assert product_shapes(loss, trained, frozen, X) == {(3, 7): 2}
+    made = product_shapes(jax.grad(loss, (0, 1)), trained, frozen, X)
+    assert (made[5, 7] + made[7, 5], made[7, 7]) == (1, 1)  # the way it lies is JAX's choice
+    assert product_shapes(jax.grad(loss), trained, frozen, X)[7, 7] == 0
+
+
 def test_remat_recomputes():
     def loss(w, x, wrap):
         def block(x):
@@ -145,3 +160,68 @@ def test_sharded_bodies_count_on_every_device():
     assert count_flops(split, x, w).total == count_flops(jnp.dot, x, w).total
     repeated = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert count_flops(repeated, x, w).total == 2 * count_flops(jnp.dot, x, w).total
+
+
+# ------------------------------------------------------------------------------------ fused attention
+
+B, T, H, D = 2, 512, 4, 64
+PRODUCT = 2 * B * H * T * T * D  # one matrix product over all pairs of query and key
+
+
+def attend(implementation):
+    heads = jax.ShapeDtypeStruct((B, T, H, D), jnp.bfloat16)
+
+    def forward(q, k, v):
+        return attention(q, k, v, implementation=implementation).astype(jnp.float32).sum()
+
+    both = jax.value_and_grad(forward, (0, 1, 2))
+    return count_flops(forward, heads, heads, heads), count_flops(both, heads, heads, heads)
+
+
+@pytest.fixture
+def cudnn_traces(monkeypatch):
+    """Let cuDNN's attention be traced on a machine without it, as if for a recent GPU."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def test_cudnns_attention_counts_and_its_backward_recomputes(cudnn_traces):
+    forward, both = attend("cudnn")
+    assert forward == FlopCount(2 * PRODUCT, {"dot_product_attention_fwd": 2 * PRODUCT})
+    assert both.by_primitive == {
+        "dot_product_attention_fwd": 2 * PRODUCT,
+        "dot_product_attention_bwd": 5 * PRODUCT,
+    }
+    # The same work as the blocks that run where there is no such kernel.
+    assert [count.total for count in attend("blockwise")] == [forward.total, both.total]
+
+
+def test_cudnns_other_layout_and_fewer_keys(cudnn_traces):
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    query, key = (jax.ShapeDtypeStruct((B, H, n, D), jnp.bfloat16) for n in (T, 128))
+    count = count_flops(
+        lambda q, k, v: fused.dot_product_attention(q, k, v, qkv_layout="BNTH"), query, key, key
+    )
+    assert count.total == 2 * PRODUCT * 128 // T
+
+
+def test_pallas_kernels_count_their_grid():
+    forward, both = attend("splash")
+    assert forward == FlopCount(2 * PRODUCT, {"dot_general": 2 * PRODUCT})
+    # Two kernels, for keys and values and for queries, each of which makes QK and dP; and <dO, O>.
+    assert (
+        both.by_primitive == {"dot_general": (2 + 4 + 3) * PRODUCT + PRODUCT // T} and not both.counted_once
+    )
+
+
+def test_a_pallas_grid_known_only_when_it_runs_is_named():
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def call(n, x, w):
+        return pl.pallas_call(kernel, out_shape=spec(3, 5), grid=(n,))(x, w)
+
+    count = count_flops(call, jax.ShapeDtypeStruct((), jnp.int32), X, W)
+    assert count.total == MATMUL and count.counted_once == ("pallas_call",)

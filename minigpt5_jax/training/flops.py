@@ -1,4 +1,4 @@
-"""Exact count of the matrix and convolution FLOPs that a function asks for, read off its jaxpr.
+"""Exact count of the matrix, convolution and attention FLOPs that a function asks for, read off its jaxpr.
 
 XLA's own cost analysis counts a loop body once and depends on the backend.  Here loops are
 multiplied out, and what no output needs is removed first, so that counts answer questions such as
@@ -39,7 +39,8 @@ class FlopCount:
 
     Attributes:
       total: sum over primitives.
-      by_primitive: ``dot_general`` and ``conv_general_dilated``, where they occur.
+      by_primitive: ``dot_general``, ``conv_general_dilated`` and cuDNN's ``dot_product_attention_fwd`` and
+        ``_bwd``, where they occur.
       counted_once: loops of unknown length (``while``) and other bodies with FLOPs whose number of
         runs the jaxpr does not tell; if not empty, ``total`` is a lower bound.
     """
@@ -55,12 +56,35 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
     Counted are dot products and convolutions after dead-code elimination, with scans multiplied by
     their length, the dearest branch of a ``cond``, and ``shard_map`` bodies by the number of devices.
     A convolution over a dilated input (the gradient of a strided one) is counted without the zeros;
-    taps that fall on padding are counted.
+    taps that fall on padding are counted.  Fused attention is counted as what its kernels compute: a Pallas
+    kernel's body times its grid, cuDNN's calls by their shapes, and both recompute the logits in the
+    backward pass.  Pairs of query and key that a mask excludes are counted; a kernel may skip some.
     """
-    closed = jax.make_jaxpr(fn)(*args)
-    live, _ = dce_jaxpr(_open(closed), True)
-    counts, counted_once = _count(live)
+    counts, counted_once = _count(_live(fn, *args))
     return FlopCount(sum(counts.values()), dict(counts), tuple(sorted(counted_once)))
+
+
+def product_shapes(fn: Callable[..., Any], *args: Any) -> Counter[tuple[int, ...]]:
+    """Shape of the result -> how many dot products and convolutions of ``fn(*args)`` give one of it.
+
+    Loop bodies are looked into once.  It tells whether a gradient of some weight is made: that has its shape.
+    """
+    return _product_shapes(_live(fn, *args))
+
+
+def _product_shapes(jaxpr: Jaxpr) -> Counter[tuple[int, ...]]:
+    shapes: Counter[tuple[int, ...]] = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _PRODUCT_PRIMITIVES:
+            shapes[tuple(eqn.outvars[0].aval.shape)] += 1
+        for body in jaxprs_in_params(eqn.params):
+            shapes += _product_shapes(_open(body))
+    return shapes
+
+
+def _live(fn: Callable[..., Any], *args: Any) -> Jaxpr:
+    """The jaxpr of ``fn(*args)`` without what no output needs."""
+    return dce_jaxpr(_open(jax.make_jaxpr(fn)(*args)), True)[0]
 
 
 def _open(jaxpr: Any) -> Jaxpr:
@@ -75,7 +99,7 @@ def _count(jaxpr: Jaxpr) -> tuple[Counter[str], set[str]]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in _LEAVES:
-            counts[name] += _LEAVES[name](eqn)
+            counts[name.removesuffix(_WRAPPER)] += _LEAVES[name](eqn)
             continue
         bodies = [_count(_open(body)) for body in jaxprs_in_params(eqn.params)]
         if name == "cond":
@@ -94,6 +118,9 @@ def _runs(eqn: JaxprEqn) -> int | None:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return params["length"]
+    if name == "pallas_call":
+        grid = params["grid_mapping"].grid
+        return math.prod(grid) if all(isinstance(size, int) for size in grid) else None
     if name == "shard_map":
         return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return 1 if name == "cond" or name in _CALLS else None
@@ -112,7 +139,25 @@ def _conv_general_dilated(eqn: JaxprEqn) -> int:
     return 2 * eqn.outvars[0].aval.size * taps // math.prod(eqn.params["lhs_dilation"])
 
 
+_PRODUCTS = {"fwd": 2, "bwd": 5}
+"""Matrix products of fused attention: QK and PV; QK once more, then those of dP, dQ, dK and dV."""
+_WRAPPER = "_wrapper"  # the primitive that cuDNN's call is bound as, which lowers to the bare one
+
+
+def _cudnn_attention(eqn: JaxprEqn) -> int:
+    query, key = (variable.aval.shape for variable in eqn.invars[:2])
+    length = key[1 if eqn.params["layout"] == 0 else 2]  # 0: [b t h d], 1: [b h t d]
+    direction = eqn.primitive.name.removesuffix(_WRAPPER)[-3:]
+    return 2 * _PRODUCTS[direction] * math.prod(query) * length
+
+
+_PRODUCT_PRIMITIVES = ("dot_general", "conv_general_dilated")
 _LEAVES: dict[str, Callable[[JaxprEqn], int]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv_general_dilated,
+    **{
+        f"dot_product_attention_{direction}{end}": _cudnn_attention
+        for direction in _PRODUCTS
+        for end in ("", _WRAPPER)
+    },
 }

@@ -1,0 +1,1 @@
+"""What the rows are measured against, in PyTorch; imported by the rows that need them only."""
