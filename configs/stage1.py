@@ -2,13 +2,14 @@
 
     python -m minigpt5_jax.train --config configs/stage1.py --workdir runs/stage1 \
         --config.data.train=CC3M/train.tsv --config.data.validation=CC3M/cc3m_val.tsv \
-        --config.weights.llm=vicuna-7b --config.weights.vit=eva_vit_g.safetensors \
-        --config.weights.qformer=qformer.safetensors \
-        --config.weights.llama_proj=llama_proj.safetensors \
-        --config.weights.stable_diffusion=stable-diffusion-2-1-base
+        --config.weights.llm=vicuna-7b --config.weights.stable_diffusion=stable-diffusion-2-1-base
+
+No caption has an image to read, so the vision towers are not needed to train; generating takes them
+(--config.weights.vit, qformer, llama_proj, kept in the run's configuration).
 
 Trainable: 122,973,184 parameters (18 voken rows, mapper, its MLP and queries); `--dry_run` prints the
-table without weights or data.  Most captions take about 23 positions, so a batch has rows of 32 or of 128.
+table without weights or data.  Captions of up to 32 positions and longer ones have steps of their own, packed
+four to a row.
 Steps: two epochs of CC3M are about 92,600 updates at batch 48.
 Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
 Expected numbers (paper, CC3M validation): not yet measured here.

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.extend.core import Var
 from ml_collections import ConfigDict
 
@@ -50,9 +52,13 @@ def fit_memory(
 
 
 def device_bytes() -> int | None:
-    """Memory of the first local device, None where JAX does not tell."""
+    """Memory of the first local device, None where JAX does not tell; the least of all processes."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")
+    limit = stats.get("bytes_limit")
+    if limit is None or jax.process_count() == 1:
+        return limit
+    # All processes must compile the same program.  In MiB: 32 bits are what JAX sends.
+    return 2**20 * int(multihost_utils.process_allgather(np.int32(limit // 2**20)).min())
 
 
 def resident_bytes(spec: ModelSpec, shardings: Mapping[str, Any]) -> int:

@@ -208,7 +208,7 @@ def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None)
         for key, value in flatten_dict(saved, sep=".").items()
         if key not in FORMER_KEYS
     }
-    if isinstance(remat := flat["model.remat"], bool):  # it was one switch for all towers
+    if isinstance(remat := flat.get("model.remat"), bool):  # it was one switch for all towers
         flat["model.remat"] = "all" if remat else "none"
     if unknown := sorted(flat.keys() - flatten_dict(config.to_dict(), sep=".").keys()):
         raise CheckpointError(f"the checkpoint was written with settings this version lacks: {unknown}")
