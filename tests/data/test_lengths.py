@@ -15,6 +15,8 @@ from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 class Words:
     """A source of texts alone."""
 
+    ends_in_vokens = False
+
     def __init__(self, texts, name="a"):
         self._texts, self._name = texts, name
 

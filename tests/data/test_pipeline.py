@@ -414,7 +414,10 @@ def test_packed_rows_hold_every_sample_whole(ragged, config):
     [
         ({"buckets": (24, 48)}, "need the length index"),
         ({"buckets": (24, 40), "index": LENGTHS}, "last bucket is 40, rows have 48"),
-        ({"buckets": (24, 48), "index": LENGTHS, "shuffle": False}, "shuffled samples, one to a row"),
+        (
+            {"buckets": (24, 48), "index": LENGTHS, "shuffle": False},
+            "length buckets go with shuffled samples",
+        ),
         (
             {"spec": spec(2, items=4, images=0, pack=2), "index": LENGTHS},
             r"\d+% of rows of 48 positions do not hold 2 samples; use longer rows",
