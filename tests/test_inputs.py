@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 
@@ -15,6 +16,7 @@ from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, v
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
 from minigpt5_jax.shapes.dataset import read_scenes
+from minigpt5_jax.training.sharding import ShardingError, make_mesh
 from minigpt5_jax.wiring import inputs
 from minigpt5_jax.wiring.model import build
 
@@ -194,8 +196,24 @@ def test_captions_stand_apart_from_vokens_unless_something_acts_on_them(config, 
     assert first().prompt_end is None
     config.data.split_vokens = True
     config.model.backbone.lora_rank = 2
-    config.tuning.stage = "stage2"
-    assert first().prompt_end is None
+    for stage in ("stage1", "stage2"):  # LoRA acts on captions, whether it trains or not
+        config.tuning.stage = stage
+        assert first().prompt_end is None
+
+
+def test_rows_of_packed_samples_that_do_not_divide_are_named_with_the_remedy(config, tmp_path):
+    config.data.update(format="cc3m", train=str(write_cc3m(tmp_path)), max_length=64, buckets=(64,))
+    config.data.update(global_batch=8, pack=4)
+    spec = build(validate(config))
+    loader = inputs.open_loader(config, spec, inputs.open_sources(config, spec.sizes)[0], training=True)
+    shard = inputs.make_batch_sharder(make_mesh(devices=jax.devices()[:4]), 1)
+    with pytest.raises(ShardingError, match=r"has 2 entries.*a multiple of 16, or lower data.pack=4"):
+        shard(next(loader))
+    loader.close()
+    config.data.update(pack=2)  # the remedy
+    loader = inputs.open_loader(config, spec, inputs.open_sources(config, spec.sizes)[0], training=True)
+    assert shard(next(loader)).tokens.shape[0] == 4
+    loader.close()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.wiring.restore import load_run, not_pretrained, open_parent_run, open_run
@@ -48,6 +49,16 @@ def test_a_first_stage_loads_and_makes_a_session(old):
     saved = Checkpoints(folder / "checkpoints", read_only=True).paths("trainable", 2)
     assert {path for path, group in run.spec.labels.items() if group != FROZEN} == set(saved)
     assert run.session(batch_size=1).sampling.max_new_tokens == 64
+
+
+def test_a_moved_source_is_named_with_the_flag_that_says_where_it_is(old, tmp_path):
+    folder = old("run_df60a7f")
+    run = open_run(folder, weights={"vit": str(tmp_path / "moved")})
+    with pytest.raises(
+        ConfigError, match=r"(?s)weights.vit: .*not exist.*Say where they are: --weights NAME="
+    ):
+        run.check()
+    open_run(folder, weights={"vit": open_run(folder).config.weights.vit}).check()
 
 
 def test_a_second_stage_keeps_its_tuning_rules(old):

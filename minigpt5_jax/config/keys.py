@@ -69,7 +69,9 @@ KEYS: dict[str, Key] = {
         (), "lengths of rows, ascending to data.max_length: a batch takes samples of one; () pads all to it"
     ),
     "data.pack": Key(
-        0, "samples of a row, each a segment of its own; 0: up to 4 captions, 1 of what reads images", low=0
+        0,
+        "samples of a row, each a segment of its own; 0: up to 4 captions where data.buckets are set, else 1",
+        low=0,
     ),
     "data.split_vokens": Key(
         True, "captions, on which nothing trainable acts, run without gradients: same result, less work"

@@ -131,13 +131,25 @@ def choose(query: Any, key: Any, mask: Any, implementation: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
-        implementation = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "blockwise")
+        implementation = _of_platform()
     if query.shape[1] * key.shape[1] <= BLOCK**2:
         return "plain"
     if implementation == "cudnn":
         narrow = query.dtype in (jnp.bfloat16, jnp.float16)
         return "cudnn" if narrow and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128 else "blockwise"
     return "blockwise" if implementation == "splash" and mask is not None else implementation
+
+
+def _of_platform() -> str:
+    """The implementation of the platform JAX runs on; cuDNN's needs an NVIDIA GPU of 2020 (8.0) or newer."""
+    if jax.default_backend() == "tpu":
+        return "splash"
+    if jax.default_backend() == "gpu":
+        capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+        major = capability.partition(".")[0]
+        if major.isdigit() and int(major) >= 8:
+            return "cudnn"
+    return "blockwise"
 
 
 def inside_segments(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b 1 t t"]:

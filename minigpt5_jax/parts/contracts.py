@@ -329,8 +329,9 @@ class Part:
       trainable: stage (``stage1``, ``stage2``) -> ordered (pattern below the part, learning-rate group);
         the first match decides, and what none matches is frozen.
       sharding: start of paths below the part -> logical axis -> mesh axis; the first match decides.
-      frozen_prompts: trainable paths below the part -> whether states before the first voken depend on none
-        of them, so that prompts without images may run without gradients (``Batch.prompt_end``).
+      frozen_prompts: trainable paths below the part and ``keys`` -> whether states before the first voken
+        depend on none of them, so that prompts without images may run without gradients
+        (``Batch.prompt_end``).
       features: of a frozen image tower: name -> starts of the paths below the part that make the
         precomputed features.
       initial: ``(fresh, pretrained, keys, key)`` -> start values that are not those of the module, paths
@@ -357,7 +358,7 @@ class Part:
     offers: Callable[[Sizes], Mapping[str, Any]] = lambda sizes: {}
     trainable: Mapping[str, Patterns] = dataclasses.field(default_factory=dict)
     sharding: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
-    frozen_prompts: Callable[[Iterable[str]], bool] = lambda trainable: False
+    frozen_prompts: Callable[[Iterable[str], Keys], bool] = lambda trainable, keys: False
     features: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     initial: Callable[[dict[str, Any], Mapping[str, Any], Keys, Any], dict[str, Any]] | None = None
     conflicts: Callable[[Keys], Iterable[str]] = lambda keys: ()

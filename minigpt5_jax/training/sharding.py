@@ -127,10 +127,13 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
         axes = ROWS if name in row_fields | image_fields else ITEMS
         size, places = np.shape(value)[len(lead)], math.prod(mesh.shape[a] for a in axes)
         if size % places:
+            samples = np.shape(batch.item_id)[len(lead)]
+            pack = max(1, samples // size) if name in row_fields else 1
             raise ShardingError(
                 f"batch.{name} has {size} entries per micro-batch, which {places} devices "
                 f"(mesh {'x'.join(axes)} = {'x'.join(str(mesh.shape[a]) for a in axes)}) do not divide; "
-                f"make data.global_batch / data.accumulation a multiple of {places}"
+                f"make data.global_batch / data.accumulation a multiple of {places * pack}"
+                + (f", or lower data.pack={pack}" if pack > 1 else "")
             )
         return NamedSharding(mesh, P(*lead, axes))
 

@@ -168,11 +168,11 @@ def splits_prompts(config: ConfigDict, spec: ModelSpec, source: Source) -> bool:
     trainable = [path for path, group in spec.labels.items() if group != FROZEN]
     own = [path.removeprefix(backbone.prefix) for path in trainable if path.startswith(backbone.prefix)]
     fits = data.split_vokens and source.ends_in_vokens and not data.max_images
-    return bool(fits and backbone.frozen_prompts(own))
+    return bool(fits and backbone.frozen_prompts(own, spec.keys["backbone"]))
 
 
 def samples_a_row(config: ConfigDict, split: bool) -> int:
-    """``data.pack``, where it is left open: up to 4 captions, as long as rows divide over the devices."""
+    """``data.pack``; where it is left open (0), up to 4 captions, as long as rows divide over the devices."""
     data = config.data
     if data.pack or not (split and data.buckets):
         return data.pack or 1

@@ -42,7 +42,8 @@ def fit_memory(
     limit = device_bytes() if limit is None else limit
     if limit is None:
         return spec, "none"
-    devices = next(iter(shardings.values())).mesh.size
+    mesh = next(iter(shardings.values())).mesh.shape
+    devices = mesh["data"] * mesh["fsdp"]  # rows are whole on each device of the tensor axis
     room = limit * USABLE - resident_bytes(spec, shardings)
     for policy in POLICIES:
         tried = spec if policy == "none" else build(config, remat=policy).without(spec.unused)

@@ -60,7 +60,9 @@ class OpenedRun:
         Raises:
           ConfigError: a source of frozen weights is missing, or another one than the configuration means.
         """
-        check_sources(self.config)
+        check_sources(
+            self.config, remedy="Say where they are: --weights NAME=PATH, or weights={NAME: PATH} in Python"
+        )
         return build(self.config)
 
     @functools.cached_property

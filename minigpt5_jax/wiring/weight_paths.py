@@ -73,13 +73,14 @@ def find_sources(config: ConfigDict, names: Iterable[str]) -> tuple[dict[str, Pa
 
 
 def check_sources(
-    config: ConfigDict, unused: Collection[str] = (), only: Collection[str] | None = None
+    config: ConfigDict, unused: Collection[str] = (), only: Collection[str] | None = None, remedy: str = ""
 ) -> dict[str, Path]:
     """Path of every needed source.
 
     Args:
       unused: names under ``weights`` that are not looked for.
       only: the only ones that are, whether ``unused`` or not.
+      remedy: how to say where sources are, for the message; by default the flags of training.
 
     Raises:
       ConfigError: naming each source that is not given or not there, and how to get it; or a file beside a
@@ -97,8 +98,12 @@ def check_sources(
         raise ConfigError(
             "these weights are missing:\n"
             + "\n".join(problems)
-            + "\nSet each with --config.weights.NAME=PATH, or =ORG/NAME once `hf download ORG/NAME` has "
-            f"downloaded it{folders}, or look at the model without weights: --dry_run"
+            + "\n"
+            + (
+                remedy
+                or "Set each with --config.weights.NAME=PATH, or =ORG/NAME once `hf download ORG/NAME` has "
+                f"downloaded it{folders}, or look at the model without weights: --dry_run"
+            )
         )
     for name, path in paths.items():
         check_preset(config, name, path)

@@ -156,6 +156,12 @@ def test_packed_buckets_hold_the_samples_of_buckets_and_cut_none(apart):
     assert sorted(seen) == list(range(200)) and len(used) >= 2
 
 
+def test_a_bucket_too_short_for_a_sample_is_empty():
+    index = index_of(200, high=40)
+    plan = PackedBucketPlan(index, (8, 40), seed=0, num_epochs=1, shape=Shape(1, 2, 2), apart=9)
+    assert min(plan.row_lengths) >= 2
+
+
 def test_the_last_packed_step_has_empty_places():
     index = index_of(10, high=20)
     plan = StreamPlan(

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -127,6 +128,10 @@ def test_the_choice_goes_by_platform_and_shape(monkeypatch):
     assert of(BLOCK, BLOCK) == of(1, 512) == "plain"
     assert of(4096, 4096, implementation="plain") == "plain"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = types.SimpleNamespace(compute_capability="7.5")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert of(4096, 4096) == "blockwise"  # too old for cuDNN's kernels
+    device.compute_capability = "9.0"
     assert of(4096, 4096) == of(4096, 77) == "cudnn"
     assert of(4096, 4096, dtype=jnp.float32) == of(4096, 4096, d=512) == "blockwise"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

@@ -127,7 +127,7 @@ def test_words_outside_the_world_and_too_many_of_them_still_give_a_picture(stage
     prompts = [OUTSIDE, " ".join([OUTSIDE] * 8)]
     with caplog.at_level("WARNING"):
         page = command(checkpoint=str(stage1), prompt=prompts, output=str(tmp_path / "page")).read_text()
-    assert len(list((tmp_path / "page/pictures").glob("*.png"))) == 2
+    assert len(list((tmp_path / "page/images").glob("*.png"))) == 2
     assert "猫 zeppelin" in page and page.count("positions of the prompt did not fit") == 1
     assert "prompt 2: its first" in caplog.text and "(max_length)" in caplog.text
 

@@ -279,7 +279,7 @@ class PackedBucketPlan(BucketPlan):
 
     def _lengths_of(self, bucket: int) -> tuple[int, ...]:
         """Usual and greatest lengths of a bucket's rows, ascending."""
-        shape, longest = self._shape, self.lengths[bucket] - self._apart
+        shape, longest = self._shape, max(2, self.lengths[bucket] - self._apart)
         greatest = shape.places * longest
         mine = self._index.lengths[self._bucket == bucket] - self._apart
         if not len(mine):
@@ -291,7 +291,7 @@ class PackedBucketPlan(BucketPlan):
     def step(self, step: int) -> StepPlan:
         plan, shape = super().step(step), self._shape
         numbers = plan.numbers.ravel()
-        longest, rungs = self.lengths[plan.bucket] - self._apart, self._ladder[plan.bucket]
+        longest, rungs = max(2, self.lengths[plan.bucket] - self._apart), self._ladder[plan.bucket]
         sizes = np.minimum(sizes_in_rows(self, numbers, self._index, self._apart), longest)
         chosen, limits = pack(numbers, sizes, shape.micro * shape.rows, rungs[-1])
         rung = int(np.searchsorted(rungs, limits.sum(-1).max()))

@@ -380,7 +380,10 @@ PART = Part(
     # costs more than the step.  ViT and Q-Former: data parallel (the Q-Former has 12 heads).
     sharding={"llm/": {"heads": "tensor", "mlp": "tensor", "vocab": "tensor"}},
     # Until the first voken, whose row trains, nothing trainable has a part in the states.
-    frozen_prompts=lambda trainable: all(re.fullmatch(NEW_ROWS[0], path) for path in trainable),
+    frozen_prompts=lambda trainable, keys: (
+        not (keys["lora_rank"] or keys["prefix_tokens"])
+        and all(re.fullmatch(NEW_ROWS[0], path) for path in trainable)
+    ),
     features={"vit": ("vit/",), "qformer": ("ln_vision/", "qformer/")},
     initial=initial,
     conflicts=conflicts,
