@@ -20,7 +20,7 @@ class Batch:
 
     Where only the vokens have gradients they stand apart from what precedes them (``prompt_end``): rows hold
     prompts alone, m / b each, and every target image has a continuation of n + 2 places: its prompt's last
-    token, the n vokens and the token behind them.  ``labels`` and ``label_positions`` are of the m
+    token, the n vokens and the token after them.  ``labels`` and ``label_positions`` are of the m
     continuations instead of the b rows, ``voken_row`` counts continuations and ``voken_start`` is 1.
 
     Attributes:
@@ -43,7 +43,7 @@ class Batch:
       caption_ids: i32[m c].  CLIP ids of the caption.
       caption_mask: i32[m c].  1 on real tokens (BOS and EOS included), 0 on padding.
       has_caption: bool[m].  False where the item takes no part in the caption loss.
-      prompt_end: i32[m].  Position behind the prompt of each target image, which stands in row k // (m / b);
+      prompt_end: i32[m].  Position after the prompt of each target image, which stands in row k // (m / b);
         None where vokens stand in the rows.
       target_moments: f32 or bf16[m h w 2c].  Precomputed posterior moments of the images to draw, None where
         images travel; ``target`` then is u8[m 0 0 3].

@@ -44,7 +44,7 @@ class PrefixEncoder(nnx.Module):
         return keys.swapaxes(0, 1), values.swapaxes(0, 1)
 
 
-def behind(prefix: jax.Array, own: jax.Array) -> jax.Array:
+def prepend(prefix: jax.Array, own: jax.Array) -> jax.Array:
     """Put [n heads d] in front of every row of [b t heads d]."""
     rows = jnp.broadcast_to(prefix.astype(own.dtype), (own.shape[0], *prefix.shape))
     return jnp.concatenate([rows, own], axis=1)

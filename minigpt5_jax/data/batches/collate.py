@@ -74,7 +74,7 @@ class BatchSpec:
 
     @property
     def apart(self) -> int:
-        """Positions of a sample that stand outside of its row: vokens and the token behind them."""
+        """Positions of a sample that stand outside of its row: vokens and the token after them."""
         return self.num_vokens + 1 if self.split else 0
 
     def bucket(self, length: int, images: int) -> BatchSpec:
@@ -323,7 +323,7 @@ def _fill_continuation(
     labels, start = sample.text.labels, sample.text.voken_start
     if start is None or len(labels) - start != apart or (labels[:start] != IGNORE).any():
         raise DataError(
-            "a sample does not end in its vokens and one token behind them; set data.split_vokens=False"
+            "a sample does not end in its vokens and one token after them; set data.split_vokens=False"
         )
     _fill_labels(arrays, slot, 0, 1, labels[start:])
     arrays["prompt_end"][slot] = end

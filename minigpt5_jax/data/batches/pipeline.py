@@ -334,8 +334,7 @@ def make_loader(
       worker_count: processes that read and decode; 0 for one thread here.
       prefetch: batches made ahead (per worker).
       error_budget: unusable samples all processes may meet before one of them stops, each at its share
-        (rounded up): a count (int) or a fraction
-        of the source (float), each sample counted once.
+        (rounded up): a count (int) or a fraction of the source (float), each sample counted once.
 
     Raises:
       DataError: sizes that do not divide, with the numbers; an empty source; tokenizers that do not fit

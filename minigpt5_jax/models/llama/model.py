@@ -26,7 +26,7 @@ from minigpt5_jax.models.common import (
     zeros,
 )
 from minigpt5_jax.models.lora import LoraConfig, LoraLinear
-from minigpt5_jax.models.prefix import PrefixConfig, PrefixEncoder, behind
+from minigpt5_jax.models.prefix import PrefixConfig, PrefixEncoder, prepend
 
 _IMPLEMENTED = {
     "hidden_act": ("silu",),
@@ -304,7 +304,7 @@ class Llama(nnx.Module):
             drop = _fold_in(keys, number)
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, drop)
             if prefix is not None:
-                key, value = (behind(p, own) for p, own in zip(prefix, (key, value), strict=True))
+                key, value = (prepend(p, own) for p, own in zip(prefix, (key, value), strict=True))
             attended = layer.self_attn.attention(query, key, value, **allowed)
             return layer.finish(x, attended, drop), None
 
@@ -321,15 +321,16 @@ class Llama(nnx.Module):
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"],
     ) -> Float[Array, "m n+1 d"]:
-        """States of each prompt's last token and of the same n tokens behind every prompt.
+        """States of each prompt's last token and of the same n tokens after every prompt.
 
-        Prompts are computed without gradients and residuals, once; the continuations attend to their keys
-        and values.  The result and its gradient with respect to ``continuation`` are those of the whole
-        sequences where nothing trainable has a part in the prompts, for 1.3 forwards instead of 2.
+        Prompts are computed once and without gradients: the backward pass keeps nothing of them but the keys
+        and values that the continuations attend to.  The result and its gradient with respect to
+        ``continuation`` are those of the whole sequences where nothing trainable has a part in the prompts,
+        for 1.3 forwards instead of 2.
 
         Args:
           prompts: embeddings of rows that hold m / b prompts each, a segment for each.
-          ends: position behind each prompt; prompt k stands in row ``k // (m / b)``.
+          ends: position after each prompt; prompt k stands in row ``k // (m / b)``.
           positions, segment_ids: of the prompts' tokens.
 
         Raises:
