@@ -28,12 +28,16 @@ from minigpt5_jax.config import num_steps
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.flops import count_flops, product_shapes
+from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import make_train_step
+from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build
 from minigpt5_jax.wiring.training import open_optimizer
+from minigpt5_jax.wiring.used_towers import abstract_batch
 
 TERA = 1e12
+DEVICE_BYTES = 80 * 10**9
 SEED = 0
 CAPTIONS, STORIES = 4_800, 96
 """Samples drawn: whole batches of 48 captions, of 32 samples and of 3 stories."""
@@ -47,6 +51,7 @@ class Work:
       step: on ready features.  on_images: with the image towers in the step.  once: these towers alone, on
         every image of every sample once.
       shapes: rows x length -> steps of that shape.
+      remat: what is computed again in the backward pass so that the step fits the device.
       frozen_gradients: matrix products in the step with the shape of a frozen kernel.
     """
 
@@ -54,6 +59,7 @@ class Work:
     on_images: float
     once: float
     shapes: dict[str, int]
+    remat: str
     frozen_gradients: int
 
 
@@ -90,6 +96,7 @@ def _extras(case: str, config: ConfigDict, work: Work) -> dict[str, Any]:
         "frozen_gradients": work.frozen_gradients,
         "steps_by_shape": work.shapes,
         "attention": config.model.attention,
+        "remat": work.remat,
     }
 
 
@@ -108,6 +115,9 @@ def measure(config: ConfigDict, source: Source) -> Work:
     """One epoch of the configured training, counted."""
     spec = build(config)
     loader = loader_of(config, spec, source)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+    spec, remat = fit_memory(config, spec, abstract_batch(loader.largest), shardings, limit=DEVICE_BYTES)
     steps = num_steps(_one_epoch(config), len(source))
     batches: Counter[str] = Counter()
     kept: dict[str, Batch] = {}
@@ -129,6 +139,7 @@ def measure(config: ConfigDict, source: Source) -> Work:
         step=sum(counted[name] * count for name, count in batches.items()) / samples,
         on_images=sum(pixels[name] * count for name, count in batches.items()) / samples,
         once=(items * target + images * image) / samples,
+        remat=remat,
         shapes={_described(kept[name]): count for name, count in batches.items()},
         frozen_gradients=frozen_gradients(spec, step, *arguments, next(iter(kept.values()))),
     )

@@ -60,7 +60,7 @@ class AttentionModule(nnx.Module):
         return self.attention(*heads, **kwargs)
 
     def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, **kwargs: Any) -> jax.Array:
-        """:func:`attention` of heads, as this module is told to compute it."""
+        """:func:`attention` of heads, with this module's implementation and layout."""
         return attention(query, key, value, implementation=self.implementation, layout=self.layout, **kwargs)
 
 

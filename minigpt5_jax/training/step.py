@@ -96,6 +96,16 @@ def accumulate_gradients(
     return grads, loss, sums
 
 
+def make_draw(template: Template, options: StepOptions) -> Callable[[jax.Array, Batch], StepRandomness]:
+    """``draw(key, micro_batch)``: the random draws of training by these options."""
+    return functools.partial(
+        StepRandomness.from_key,
+        generator=template.bind(template.shapes).generator,
+        cfg_dropout=options.cfg_dropout,
+        lora_dropout=options.lora_dropout,
+    )
+
+
 def make_train_step(
     template: Template,
     labels: Mapping[str, str],
@@ -106,18 +116,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """``step(state, frozen, batch) -> (state, metrics)``; jit it with ``donate_argnums=0``.
 
-    ``draw(key, micro_batch)`` replaces the random draws (:meth:`StepRandomness.from_key`) by given ones.
+    ``draw(key, micro_batch)`` replaces the random draws (:func:`make_draw`) by given ones.
 
     Metrics are scalars: ``loss``, each loss and diagnostic as a global mean (NaN where nothing
     counted, so that an empty bin is not mistaken for a zero), and ``grad_norm`` over the trainables.
     """
-    if draw is None:
-        draw = functools.partial(
-            StepRandomness.from_key,
-            generator=template.bind(template.shapes).generator,
-            cfg_dropout=options.cfg_dropout,
-            lora_dropout=options.lora_dropout,
-        )
+    draw = draw or make_draw(template, options)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)

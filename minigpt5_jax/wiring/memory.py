@@ -13,9 +13,9 @@ from jax.extend.core import Var
 from ml_collections import ConfigDict
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import StepRandomness, loss_counts
+from minigpt5_jax.minigpt5 import loss_counts
 from minigpt5_jax.parts.contracts import FROZEN
-from minigpt5_jax.training.step import loss_and_diagnostics
+from minigpt5_jax.training.step import loss_and_diagnostics, make_draw
 from minigpt5_jax.wiring.model import ModelSpec, build
 
 POLICIES = ("none", "backbone", "generator", "all")
@@ -32,7 +32,7 @@ def fit_memory(
     """(model, policy) with as little computed again as fits into a device; ``model.remat`` where it is said.
 
     Args:
-      batch: shapes of a micro-batch of all devices.
+      batch: shapes of this process's part of a micro-batch.
       shardings: path -> how a parameter lies on the mesh.
       limit: bytes of a device; what JAX tells of the first one by default.  Without a number (CPU) nothing is
         computed again.
@@ -43,13 +43,14 @@ def fit_memory(
     if limit is None:
         return spec, "none"
     mesh = next(iter(shardings.values())).mesh.shape
-    devices = mesh["data"] * mesh["fsdp"]  # rows are whole on each device of the tensor axis
+    # Rows are whole on each device of the tensor axis.
+    shares = max(1, mesh["data"] * mesh["fsdp"] // jax.process_count())
     room = limit * USABLE - resident_bytes(spec, shardings)
-    for policy in POLICIES:
+    for policy in POLICIES[:-1]:
         tried = spec if policy == "none" else build(config, remat=policy).without(spec.unused)
-        if policy == POLICIES[-1] or residual_bytes(tried, batch) / devices <= room:
+        if residual_bytes(tried, batch) / shares <= room:
             return tried, policy
-    raise AssertionError("unreachable")
+    return build(config, remat=POLICIES[-1]).without(spec.unused), POLICIES[-1]
 
 
 def device_bytes() -> int | None:
@@ -74,7 +75,7 @@ def resident_bytes(spec: ModelSpec, shardings: Mapping[str, Any]) -> int:
 
 
 def residual_bytes(spec: ModelSpec, batch: Batch) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for its backward pass, over all devices.
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass.
 
     Counted on abstract values: nothing is compiled or allocated.  Parameters and the batch, which are there
     anyway, are not counted.
@@ -82,12 +83,10 @@ def residual_bytes(spec: ModelSpec, batch: Batch) -> int:
     shapes, template, options = spec.template.shapes, spec.template, spec.options
     trainable = {path: shape for path, shape in shapes.items() if spec.labels[path] != FROZEN}
     frozen = {path: shape for path, shape in shapes.items() if spec.labels[path] == FROZEN}
-    generator = template.bind(shapes).generator
+    draw = make_draw(template, options)
 
     def forward(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> Any:
-        draws = StepRandomness.from_key(
-            key, batch, generator, cfg_dropout=options.cfg_dropout, lora_dropout=options.lora_dropout
-        )
+        draws = draw(key, batch)
         counts = loss_counts(batch, draws, options.loss)
 
         def loss(values: Any) -> jax.Array:

@@ -13,9 +13,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
-from minigpt5_jax.data.batches.collate import empty_arrays
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import main_process
@@ -43,7 +41,7 @@ from minigpt5_jax.wiring.restore import (
     warm_start,
 )
 from minigpt5_jax.wiring.session import open_sampler
-from minigpt5_jax.wiring.used_towers import unused_towers
+from minigpt5_jax.wiring.used_towers import abstract_batch, unused_towers
 from minigpt5_jax.wiring.weight_paths import check_sources
 
 Watch = Callable[..., tuple[Any, Any]]
@@ -217,11 +215,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     shard = make_batch_sharder(mesh, config.data.accumulation)
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((jax.process_count() * x.shape[0], *x.shape[1:]), x.dtype),
-        Batch(**empty_arrays(loader.largest)),
-    )
-    spec, recomputed = fit_memory(config, spec, shapes, shardings)
+    spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings)
     steps = num_steps(config, len(source))
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.collate import BatchSpec, empty_arrays
 from minigpt5_jax.inference.images import make_batch_sampler
-from minigpt5_jax.minigpt5 import StepRandomness
 from minigpt5_jax.parts.contracts import FROZEN, Part
 from minigpt5_jax.shapes.render import IMAGE_SIZE
+from minigpt5_jax.training.step import make_draw
 from minigpt5_jax.training.validation import make_validation_step
 from minigpt5_jax.wiring.features import with_planned_features
 from minigpt5_jax.wiring.inputs import SHAPES, batch_spec
@@ -110,16 +110,10 @@ def _start_values(spec: ModelSpec, part: Part) -> Callable[[dict[str, Any]], Any
 
 def _losses(spec: ModelSpec) -> Callable[[dict[str, Any], Batch], Any]:
     """Losses of a micro-batch; their gradients read nothing else."""
-    options = spec.options
+    options, draw = spec.options, make_draw(spec.template, spec.options)
 
     def read(params: dict[str, Any], batch: Batch) -> Any:
-        draws = StepRandomness.from_key(
-            jax.random.key(0),
-            batch,
-            spec.generator,
-            cfg_dropout=options.cfg_dropout,
-            lora_dropout=options.lora_dropout,
-        )
+        draws = draw(jax.random.key(0), batch)
         return spec.template.bind(params).losses(batch, draws, options.loss)
 
     return read

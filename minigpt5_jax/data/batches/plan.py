@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import sys
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -254,6 +254,7 @@ class PackedBucketPlan(BucketPlan):
 
     Args:
       apart: positions of a sample that stand outside of its row.
+      index, lengths, options: as in :class:`BucketPlan`.
 
     Attributes:
       row_lengths: positions of rows; ``StepPlan.bucket`` is a place in it.
@@ -261,17 +262,8 @@ class PackedBucketPlan(BucketPlan):
 
     MULTIPLE, SHARES = 4, (0.5, 0.95)  # what row lengths are rounded up to; steps that the shorter ones hold
 
-    def __init__(
-        self,
-        index: LengthIndex,
-        lengths: tuple[int, ...],
-        *,
-        seed: int,
-        num_epochs: int | None,
-        shape: Shape,
-        apart: int = 0,
-    ):
-        super().__init__(index, lengths, seed=seed, num_epochs=num_epochs, shape=shape)
+    def __init__(self, index: LengthIndex, lengths: tuple[int, ...], *, apart: int = 0, **options: Any):
+        super().__init__(index, lengths, **options)
         self._index, self._apart = index, apart
         self._ladder = [self._lengths_of(bucket) for bucket in range(len(lengths))]
         self.row_lengths = tuple(sum(self._ladder, ()))
