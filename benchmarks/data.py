@@ -82,7 +82,7 @@ def features(folder: Path, source: Source) -> FeatureSource:
     import torch
 
     spec = FeatureSpec(
-        pictures=image_fingerprint(source),
+        image_fingerprint=image_fingerprint(source),
         samples=len(source),
         towers={"vae": "none"},
         target=(64, 64, 8),

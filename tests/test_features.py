@@ -52,7 +52,7 @@ def folder(config, source):
     return path
 
 
-def test_moments_on_the_devices_are_those_of_the_pictures(config, spec, source, folder):
+def test_moments_on_the_devices_are_those_of_the_images(config, spec, source, folder):
     ready = open_features(config, spec, source, folder)
     shapes = batch_spec(config, spec, 8)
     words = encode_config(config, spec.sizes, training=True)
@@ -67,17 +67,17 @@ def test_moments_on_the_devices_are_those_of_the_pictures(config, spec, source, 
     assert jax.tree.structure(batch) != jax.tree.structure(plain)
 
 
-def prepare_once(config, spec, pictures):
+def prepare_once(config, spec, images):
     """Moments straight from the tower."""
     from minigpt5_jax.wiring.model import load_frozen
 
     params = load_frozen(config, spec, only=("vae",))
 
     @jax.jit
-    def moments(params, pictures):
-        return spec.template.bind({**spec.template.shapes, **params}).generator.moments(pictures)
+    def moments(params, images):
+        return spec.template.bind({**spec.template.shapes, **params}).generator.moments(images)
 
-    return moments(params, pictures)
+    return moments(params, images)
 
 
 def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
@@ -96,7 +96,7 @@ def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
         validate(thinned)
     fewer = config.copy_and_resolve_references()
     fewer.data.instruction_every = 2
-    with pytest.raises(DataError, match="(?s)does not belong to this run.*pictures: stored '.*', now '"):
+    with pytest.raises(DataError, match="(?s)not belong to this run.*image_fingerprint: stored '.*', now '"):
         open_features(fewer, spec, open_sources(fewer, spec.sizes)[0], folder)
     reworded = config.copy_and_resolve_references()
     reworded.run.seed = 7  # another order, other wordings, other scenes
@@ -135,7 +135,7 @@ def test_the_tower_they_stand_for_need_not_be_there(config, spec, source, folder
     assert planned.target_moments == FeatureStore(folder).spec.target and planned.image_states is None
 
 
-def test_features_of_input_pictures_only_where_the_batch_reads_any(config, spec, source, folder):
+def test_features_of_input_images_only_where_the_batch_reads_any(config, spec, source, folder):
     ready = open_features(config, spec, source, folder)
     shapes = batch_spec(config, spec, 8)
     assert with_features(shapes, ready.features).image_states is None

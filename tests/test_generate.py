@@ -80,10 +80,10 @@ def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
     assert page == tmp_path / "page" / "index.html"
     text = page.read_text()
     assert text.count("a small red circle") == 2 and "seed 5" in text and "seed 6" in text
-    pictures = sorted((tmp_path / "page" / "images").glob("*.png"))
-    assert len(pictures) == 4, "each prompt twice"
-    shown = [np.asarray(Image.open(path)) for path in pictures]
-    assert all(picture.shape == (64, 64, 3) for picture in shown)
+    images = sorted((tmp_path / "page" / "images").glob("*.png"))
+    assert len(images) == 4, "each prompt twice"
+    shown = [np.asarray(Image.open(path)) for path in images]
+    assert all(image.shape == (64, 64, 3) for image in shown)
     assert (shown[0] != shown[1]).any(), "samples have their own seeds"
     assert "inference.force_image" in text and "first" in text
 
@@ -116,7 +116,7 @@ def test_refused_before_weights_are_read(values, error, message, checkpoint, tmp
     assert not (tmp_path / "page").exists()
 
 
-def test_a_page_shows_a_prompt_with_its_pictures_in_place(tmp_path):
+def test_a_page_shows_a_prompt_with_its_images_in_place(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (3, 2), "red").save(path)
     prompt = text_prompt("before <ImageHere> behind", [str(path)], dialog=True)

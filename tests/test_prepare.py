@@ -54,7 +54,7 @@ def test_prepare_writes_data_and_a_report(tmp_path, table):
     report = json.loads((folder / "report.json").read_text())
     assert (report["units"], report["kept"], report["skipped"]) == (6, 5, 1)
     assert report["skipped_by_reason"] == {"image cannot be read (No such file or directory)": 1}
-    assert report["pictures_by_size"] == {"16x16": 5}
+    assert report["images_by_size"] == {"16x16": 5}
     assert sum(report["lengths"]["histogram"].values()) == report["lengths"]["samples"] == 6
     page = (folder / "report.html").read_text()
     assert page.count('src="data:image/jpeg;base64,') == 6  # fewer than ten samples, all are shown

@@ -168,7 +168,7 @@ def test_it_answers_and_draws_as_the_original_did(released, oracle_cases):
 
     noise = case["image/latents_init"].transpose(0, 2, 3, 1)
     keys = jax.random.split(jax.random.key(0), 1)
-    embeds, tokens, condition, nothing, latents, picture = run(released.params, np.int32([ids]), noise, keys)
+    embeds, tokens, condition, nothing, latents, image = run(released.params, np.int32([ids]), noise, keys)
     np.testing.assert_array_equal(tokens, case["out/sequences"])
     for ours, theirs, tolerance in (
         (embeds, case["mid/prompt_embeds_llm"], 0),
@@ -177,7 +177,7 @@ def test_it_answers_and_draws_as_the_original_did(released, oracle_cases):
         (latents, case["image/latents"][-1:].transpose(0, 2, 3, 1), 1e-5),
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
-    apart = np.abs(np.asarray(picture[0], int) - case["image/uint8"])
+    apart = np.abs(np.asarray(image[0], int) - case["image/uint8"])
     assert apart.max() <= 1 and (apart > 0).mean() < 1e-3  # a value may round the other way
 
 

@@ -57,7 +57,7 @@ def test_tsv_without_its_column(config, tmp_path):
     refused(config, DataError, r"caption")
 
 
-def test_unreadable_pictures_stop_above_the_budget(config, tmp_path):
+def test_unreadable_images_stop_above_the_budget(config, tmp_path):
     lines = Path(config.data.train).read_text().splitlines()
     for line in lines[1:4]:
         (tmp_path / "data" / line.split("\t")[1]).write_bytes(b"")

@@ -170,8 +170,8 @@ def test_an_absent_parameter_cannot_be_computed_with(sources):
     eyes = {path for path in params if path.startswith("backbone/vit/")}
     some = {path: value for path, value in params.items() if path not in eyes}
     assert template.absent == eyes and template.shapes.keys() == params.keys()
-    pictures = jnp.zeros((1, spec.backbone.image_size, spec.backbone.image_size, 3), jnp.uint8)
-    see = jax.jit(lambda params: template.bind(params).backbone.image_states(pictures))
+    images = jnp.zeros((1, spec.backbone.image_size, spec.backbone.image_size, 3), jnp.uint8)
+    see = jax.jit(lambda params: template.bind(params).backbone.image_states(images))
     with pytest.raises(AbsentParameterError, match=r"'backbone/vit/\w+.*' is read, but it was not loaded"):
         see(some)
     draw = jax.eval_shape(lambda params: template.bind(params).unconditional(), some)

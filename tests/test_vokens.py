@@ -28,7 +28,7 @@ V, END = 1000, "###"  # of the oracle's tokenizer
 CAPTIONS = ("a red dog", "the lake near the sea", "a dog")
 
 
-def make_batch(oracle_dir, pictures, count: int) -> tuple[Batch, LlamaTokenizer]:
+def make_batch(oracle_dir, images, count: int) -> tuple[Batch, LlamaTokenizer]:
     """A stage-1 batch as the data pipeline makes it."""
     tokenizer = LlamaTokenizer(oracle_dir / "tokenizer_llama" / "tokenizer.model", count)
     config = EncodeConfig(tokenizer, ClipTokenizer(oracle_dir / "tokenizer_clip", 12))
@@ -47,17 +47,17 @@ def make_batch(oracle_dir, pictures, count: int) -> tuple[Batch, LlamaTokenizer]
     target = target_text("", draws=True, num_vokens=count)
     samples = [
         encode(Example(c, target, (), p, c, "cc3m", c, "f:1"), config, spec, (0, 0, 0))
-        for c, p in zip(CAPTIONS, pictures, strict=True)
+        for c, p in zip(CAPTIONS, images, strict=True)
     ]
     numbers = np.arange(3)[:, None]
     return Batch(**collate([[sample] for sample in samples], spec, numbers, config)), tokenizer
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     from PIL import Image
 
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     paths = [str(folder / f"{i}.png") for i in range(3)]
     for path in paths:
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
@@ -69,8 +69,8 @@ def pictures(tmp_path_factory):
     # Fidelity 2.2: the slice behind [IMG0] ends one short, so the last voken stays a target.
     [(1, [V]), (2, [V, V + 1]), (4, [V, V + 3]), (16, [V, V + 15])],
 )
-def test_data(oracle_dir, pictures, count, labels):
-    batch, tokenizer = make_batch(oracle_dir, pictures, count)
+def test_data(oracle_dir, images, count, labels):
+    batch, tokenizer = make_batch(oracle_dir, images, count)
     [end] = tokenizer.encode(END)
     for row, caption in enumerate(CAPTIONS):
         start = 1 + len(tokenizer.encode(caption))
@@ -83,10 +83,10 @@ def test_data(oracle_dir, pictures, count, labels):
 
 
 @pytest.fixture(scope="module", params=[(1, "decoder_only"), (16, "encoder_decoder")], ids=str)
-def model(request, oracle_dir, pictures):
+def model(request, oracle_dir, images):
     """(number of vokens, template, parameters, batch, tokenizer); 16 are more than the 12 queries."""
     count, mapper = request.param
-    batch, tokenizer = make_batch(oracle_dir, pictures, count)
+    batch, tokenizer = make_batch(oracle_dir, images, count)
     template = tiny.make_tiny_template(V, 528, count, mapper)
     return count, template, tiny.make_tiny_params(template), batch, tokenizer
 
@@ -137,6 +137,6 @@ def test_what_is_decoded_is_what_was_trained(model, oracle_configs):
     [answer] = session.generate([Prompt(CAPTIONS[0], seed=5)])
     assert answer.token_ids[0] == V and answer.token_ids.count(V) == 1 and "[IMG" not in answer.text
     right, wrong = session.draw([states[0], 3 * states[1]], [5, 5], [0, 0])
-    [picture] = answer.images
-    assert np.abs(picture.astype(int) - right).max() <= 1
-    assert np.abs(picture.astype(int) - wrong).max() > 3
+    [image] = answer.images
+    assert np.abs(image.astype(int) - right).max() <= 1
+    assert np.abs(image.astype(int) - wrong).max() > 3

@@ -1,4 +1,4 @@
-"""Pictures: decoding, and the original's resize, crop and flip (fidelity 5.5), on the host as bytes.
+"""Images: decoding, and the original's resize, crop and flip (fidelity 5.5), on the host as bytes.
 
 Pixels are those of PIL calls with torchvision's rounding; normalisation happens on the device.  What is
 done with unusual files:
@@ -34,28 +34,28 @@ FLIP_MODES = ("independent", "shared", "off")
 ImageSource = str | Path | bytes
 
 
-def picture_name(picture: ImageSource) -> str:
+def image_name(source: ImageSource) -> str:
     """What to call an image in a report."""
-    return f"<{len(picture)} bytes in memory>" if isinstance(picture, bytes) else str(picture)
+    return f"<{len(source)} bytes in memory>" if isinstance(source, bytes) else str(source)
 
 
-def read_image(picture: ImageSource) -> bytes:
+def read_image(source: ImageSource) -> bytes:
     """The encoded bytes of an image; SampleError where its file cannot be read."""
     try:
-        return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        return source if isinstance(source, bytes) else Path(source).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
-        raise SampleError(picture_name(picture), f"image cannot be read ({reason})") from None
+        raise SampleError(image_name(source), f"image cannot be read ({reason})") from None
 
 
-def load_image(picture: ImageSource) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """Decodes a file or bytes to 8-bit RGB.
 
     Raises:
       SampleError: missing, empty, truncated, of no known format, of a kind of pixels that has no 8-bit
         meaning (floating point), or more than :data:`MAX_PIXELS`.
     """
-    name, data = picture_name(picture), read_image(picture)
+    name, data = image_name(source), read_image(source)
     if not data:
         raise SampleError(name, "image file is empty (0 bytes)")
     try:
@@ -159,12 +159,12 @@ def _quarters(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> tuple[
 
 
 def prepare_image(
-    picture: ImageSource, size: int, *, square: bool, flip: bool
+    source: ImageSource, size: int, *, square: bool, flip: bool
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """One image as the model wants it, u8[size size 3].
 
     Args:
-      picture: file or encoded bytes.
+      source: file or encoded bytes.
       size: side in pixels.
       square: pad to a white square first (target images; input images only on request, quirk Q30).
       flip: mirror left to right.
@@ -173,8 +173,8 @@ def prepare_image(
       SampleError: as :func:`load_image`, or so elongated that resizing would exceed
         :data:`MAX_PIXELS`.
     """
-    image = load_image(picture)
-    name, short, long = picture_name(picture), min(image.size), max(image.size)
+    image = load_image(source)
+    name, short, long = image_name(source), min(image.size), max(image.size)
     _refuse_huge(name, *((long, long) if square else (size, int(size * long / short))))
     image = pad_square(image) if square else image
     doubles = image.size == (size // 2, size // 2) and size % 2 == 0

@@ -120,10 +120,10 @@ def ban(
     """-inf for ids that may not come now: see ``min_text_tokens``, ``max_images``, ``ban_inner_vokens``."""
     ids = jnp.arange(logits.shape[-1])
     early = (generated < config.min_text_tokens)[:, None]
-    picture = (ids == first_voken_id) & (early | (images >= config.max_images)[:, None])
+    beginning = (ids == first_voken_id) & (early | (images >= config.max_images)[:, None])
     ending = jnp.isin(ids, jnp.array(config.ending_ids, jnp.int32)) & early
     inner = (ids > first_voken_id) & config.ban_inner_vokens
-    return jnp.where(picture | ending | inner, -jnp.inf, logits)
+    return jnp.where(beginning | ending | inner, -jnp.inf, logits)
 
 
 def draw(

@@ -73,12 +73,12 @@ def make_encoder(template: Template, kind: str, params: Mapping[str, jax.Array])
       params: leaves that take part; the model's others need not exist.
     """
 
-    def encode(params: Params, pictures: jax.Array) -> jax.Array:
+    def encode(params: Params, images: jax.Array) -> jax.Array:
         model = template.bind({**template.shapes, **params})
-        return _make(model, kind)(pictures).astype(jnp.float32)
+        return _make(model, kind)(images).astype(jnp.float32)
 
     compiled = jax.jit(encode)
-    return lambda pictures: compiled(params, pictures)
+    return lambda images: compiled(params, images)
 
 
 def feature_shapes(config: ConfigDict, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -86,9 +86,9 @@ def feature_shapes(config: ConfigDict, spec: ModelSpec) -> dict[str, tuple[int, 
 
     def shape_of(kind: str) -> tuple[int, ...]:
         size = spec.generator.image_size if kind == "target" else spec.backbone.image_size
-        pictures = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
         call = jax.eval_shape(
-            lambda params, x: _make(spec.template.bind(params), kind)(x), spec.template.shapes, pictures
+            lambda params, x: _make(spec.template.bind(params), kind)(x), spec.template.shapes, images
         )
         return call.shape[1:]
 
@@ -101,7 +101,7 @@ def feature_spec(
     """What a store for this configuration and source holds: input images where it reads any."""
     shapes = feature_shapes(config, spec)
     return FeatureSpec(
-        pictures=image_fingerprint(source),
+        image_fingerprint=image_fingerprint(source),
         samples=len(source),
         towers=dict(hashes),
         target=shapes["target"],

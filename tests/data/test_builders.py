@@ -73,7 +73,7 @@ def test_records_keep_words_and_bytes(tmp_path):
         "image_path": "val/000000004.jpg",
         "where": "cc3m_train.tsv:6",
     }
-    assert source.pictures(4) == [(tmp_path / "raw/val/000000004.jpg").read_bytes()]
+    assert source.images(4) == [(tmp_path / "raw/val/000000004.jpg").read_bytes()]
 
 
 def test_other_tools_read_the_records_through_tfds(tmp_path):
@@ -105,7 +105,7 @@ def test_unusable_units_are_left_out_counted_and_named(tmp_path):
     assert skipped[6] == (f"{table}:8", "empty caption")
 
 
-def test_a_null_character_in_a_path_is_a_picture_that_cannot_be_read(tmp_path):
+def test_a_null_character_in_a_path_is_an_image_that_cannot_be_read(tmp_path):
     table = cc3m(tmp_path / "raw")
     table.write_text(table.read_text().replace("val/000000002.jpg", "val/2\0.jpg"))
     folder = make(table, tmp_path / "out", error_budget=1, num_shards=None)  # sizes are looked at as well
@@ -239,7 +239,7 @@ def test_settings_that_are_wrong(tmp_path):
         make(table, tmp_path / "out")
 
 
-def test_letterbox_keeps_the_whole_picture_on_white(tmp_path):
+def test_letterbox_keeps_the_whole_image_on_white(tmp_path):
     draw(tmp_path / "a.png", 0, size=(40, 10))
     Image.new("RGB", (40, 10), (10, 20, 30)).save(tmp_path / "a.png")
     stored = encode_image(str(tmp_path / "a.png"), letterbox=16)

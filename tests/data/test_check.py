@@ -47,7 +47,7 @@ def test_a_good_table(tmp_path):
     path = table(tmp_path, "A cat\ta.jpg", "A dog\tb.jpg", "Another cat\ta.jpg", end="\r\n")
     found = check(path)
     assert found.problems == [] and found.bad == 0
-    assert (found.format, found.samples, found.pictures) == ("cc3m", 4, 3)
+    assert (found.format, found.samples, found.images) == ("cc3m", 4, 3)
     assert found.sizes == {"12x9": 2}  # each file once
     assert found.notes["lines end in CR LF"][0] == 3
     assert found.notes["rows whose image another row has too"] == (1, f"{path}:4: a.jpg")
@@ -77,21 +77,21 @@ def test_every_problem_of_a_table_is_listed(tmp_path):
     data = path.read_bytes().replace(b"good\t", "café\t".encode("latin-1"))
     path.write_bytes(data)
     found = check(path)
-    pictures = tmp_path
+    images = tmp_path
     assert listed(found) == [
         "cc3m.tsv:3: 1 tab-separated cells, the header has 2",
         "cc3m.tsv:4: empty caption",
         "cc3m.tsv:5: empty image_path",
         f"cc3m.tsv:6: the same caption and image as {path}:2",
         "cc3m.tsv:7: 3 tab-separated cells, the header has 2",
-        f"cc3m.tsv:9: {pictures}/nope.jpg: image cannot be read (No such file or directory)",
-        f"cc3m.tsv:10: {pictures}/nope.jpg: image cannot be read (No such file or directory)",
+        f"cc3m.tsv:9: {images}/nope.jpg: image cannot be read (No such file or directory)",
+        f"cc3m.tsv:10: {images}/nope.jpg: image cannot be read (No such file or directory)",
         listed(found)[7],  # PIL's own words
-        f"cc3m.tsv:12: {pictures}/empty.jpg: image file is empty (0 bytes)",
-        f"cc3m.tsv:13: {pictures}/text.jpg: no known image format (8 bytes)",
+        f"cc3m.tsv:12: {images}/empty.jpg: image file is empty (0 bytes)",
+        f"cc3m.tsv:13: {images}/text.jpg: no known image format (8 bytes)",
         "cc3m.tsv:14: not UTF-8 (byte 0xe9 at column 4)",
     ]
-    assert listed(found)[7].startswith(f"cc3m.tsv:11: {pictures}/broken.jpg: image is broken (")
+    assert listed(found)[7].startswith(f"cc3m.tsv:11: {images}/broken.jpg: image is broken (")
     assert found.bad == 11 and "11 problems in 11 of 13 lines" in found.summary(256)
 
 
@@ -104,7 +104,7 @@ def test_a_table_without_its_columns(tmp_path, header, missing):
     assert problem.startswith(f"cc3m.tsv:1: no column {missing}, found ")
 
 
-def test_a_failed_picture_is_named_wherever_it_is_used(tmp_path, monkeypatch):
+def test_a_failed_image_is_named_wherever_it_is_used(tmp_path, monkeypatch):
     from minigpt5_jax.data.prepare import check as module
 
     monkeypatch.setattr(module, "BATCH", 2)
@@ -119,7 +119,7 @@ def test_processes_find_the_same(tmp_path):
     assert alone.sizes == together.sizes == {"12x9": 3}
 
 
-def test_pictures_that_cannot_be_padded_to_a_square(tmp_path):
+def test_images_that_cannot_be_padded_to_a_square(tmp_path):
     path = table(tmp_path, "wide\twide.png")
     Image.new("L", (20_000, 1)).save(tmp_path / "wide.png")
     (problem,) = listed(check(path))
@@ -139,13 +139,13 @@ def test_lengths_against_the_limit(tmp_path):
 
 
 def test_shards(tmp_path):
-    picture = draw(tmp_path / "a.jpg")
+    image = draw(tmp_path / "a.jpg")
     (tmp_path / "tars").mkdir()
     for shard in range(3):
         with tarfile.open(tmp_path / f"tars/0000{shard}.tar", "w") as tar:
             for row in range(2):
                 (tmp_path / "caption").write_text("A cat" if row else " . ")
-                tar.add(picture, f"{shard}{row}.jpg")
+                tar.add(image, f"{shard}{row}.jpg")
                 tar.add(tmp_path / "caption", f"{shard}{row}.txt")
     cut = tmp_path / "tars/00001.tar"
     cut.write_bytes(cut.read_bytes()[:700])
@@ -176,13 +176,13 @@ def vist(folder: Path, stories: dict, mapping: dict | None = None) -> Path:
     return path
 
 
-def steps(pictures: str) -> list[dict]:
-    return [{"caption": f"text {k}", "image_id": p, "sequence_index": k} for k, p in enumerate(pictures)]
+def steps(images: str) -> list[dict]:
+    return [{"caption": f"text {k}", "image_id": p, "sequence_index": k} for k, p in enumerate(images)]
 
 
 def test_stories(tmp_path):
     found = check(vist(tmp_path, {"1": steps("aabbc"), "2": steps("ab")}))
-    assert found.problems == [] and found.samples == 13 + 4 and found.pictures == 7
+    assert found.problems == [] and found.samples == 13 + 4 and found.images == 7
     assert found.notes["stories without 5 steps"][0] == 1
 
 
@@ -302,7 +302,7 @@ def test_prepared_data(tmp_path):
     path = table(tmp_path / "raw", "A cat\ta.jpg", "A dog\tb.jpg", "A fish\tc.jpg")
     folder = prepare(Job.plan(Raw("cc3m", str(path)), tmp_path / "out", num_shards=3), show_progress=False)
     found = check(tmp_path / "out")
-    assert (found.format, found.entries, found.pictures, found.problems) == ("prepared", 3, 3, [])
+    assert (found.format, found.entries, found.images, found.problems) == ("prepared", 3, 3, [])
     assert found.samples == check(path).samples == 3 + 1  # the instruction sample of row 0 with them
     shard = next(folder.glob("*00001-of-00003"))
     shard.write_bytes(shard.read_bytes()[:70])

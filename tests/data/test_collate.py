@@ -28,8 +28,8 @@ def config(oracle_dir):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(4):
         Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
@@ -52,15 +52,15 @@ def example(source, text, images=(), target=None, caption=None):
 
 
 @pytest.fixture(scope="module")
-def examples(pictures):
+def examples(images):
     return [
-        example("the lake", "", target=pictures[0], caption="a red dog"),
-        example(f"one{IMAGE}two{IMAGE}", "we", (pictures[1], pictures[2]), pictures[3]),
+        example("the lake", "", target=images[0], caption="a red dog"),
+        example(f"one{IMAGE}two{IMAGE}", "we", (images[1], images[2]), images[3]),
         example("the lake", "we went"),
     ]
 
 
-def test_batch_fields(examples, config, pictures, oracle_cases):
+def test_batch_fields(examples, config, images, oracle_cases):
     samples = [encode(e, config, SPEC, (0, 0, i)) for i, e in enumerate(examples)]
     row_ids = [7, 2**31 + 5, 9]
     batch = Batch(**collate(in_rows(samples), SPEC, numbers(row_ids), config, first_row=6))
@@ -83,7 +83,7 @@ def test_batch_fields(examples, config, pictures, oracle_cases):
         start = batch.voken_start[item]
         assert batch.tokens[item, start : start + 8].tolist() == list(config.tokenizer.voken_ids)
     assert batch.voken_start[2] == 1
-    np.testing.assert_array_equal(batch.target[0], prepare_image(pictures[0], 24, square=True, flip=False))
+    np.testing.assert_array_equal(batch.target[0], prepare_image(images[0], 24, square=True, flip=False))
     assert not batch.target[2].any()
 
     assert batch.image_mask.tolist() == [False, False, True, True, False, False]
@@ -91,7 +91,7 @@ def test_batch_fields(examples, config, pictures, oracle_cases):
     for slot in (2, 3):
         start = batch.image_start[slot]
         assert batch.tokens[1, start : start + 3].tolist() == [config.tokenizer.image_id] * 3
-        want = prepare_image(pictures[slot - 1], 16, square=False, flip=False)
+        want = prepare_image(images[slot - 1], 16, square=False, flip=False)
         np.testing.assert_array_equal(batch.images[slot], want)
     assert (batch.tokens == config.tokenizer.image_id).sum() == 6
 
@@ -129,33 +129,33 @@ def test_a_row_without_a_sample_is_padding(examples, config):
     np.testing.assert_array_equal(full.images[2:4], batch.images[2:4])
 
 
-def test_rows_with_more_pictures_than_slots_keep_the_last_ones(examples, config, pictures):
+def test_rows_with_more_images_than_slots_keep_the_last_ones(examples, config, images):
     one = dataclasses.replace(SPEC, images=3)
     sample = encode(examples[1], config, one, (0, 0, 0))
     assert sample.text.dropped and sample.text.images == (1,)
-    want = prepare_image(pictures[2], 16, square=False, flip=False)
+    want = prepare_image(images[2], 16, square=False, flip=False)
     np.testing.assert_array_equal(sample.images, want[None])
 
 
-def test_flips_follow_the_key(examples, config, pictures):
+def test_flips_follow_the_key(examples, config, images):
     flipping = dataclasses.replace(config, flip_mode="independent")
     for key in ((1, 0, i) for i in range(4)):
         sample, flips = encode(examples[1], flipping, SPEC, key), draw_flips("independent", key, 2)
         np.testing.assert_array_equal(
-            sample.target, prepare_image(pictures[3], 24, square=True, flip=flips.target)
+            sample.target, prepare_image(images[3], 24, square=True, flip=flips.target)
         )
         for i in (0, 1):
-            want = prepare_image(pictures[1 + i], 16, square=False, flip=flips.images[i])
+            want = prepare_image(images[1 + i], 16, square=False, flip=flips.images[i])
             np.testing.assert_array_equal(sample.images[i], want)
 
 
-def test_square_padding_of_input_pictures_on_request(examples, config, pictures):
+def test_square_padding_of_input_images_on_request(examples, config, images):
     sample = encode(examples[1], dataclasses.replace(config, pad_input_square=True), SPEC, (0, 0, 0))
-    np.testing.assert_array_equal(sample.images[0], prepare_image(pictures[1], 16, square=True, flip=False))
+    np.testing.assert_array_equal(sample.images[0], prepare_image(images[1], 16, square=True, flip=False))
 
 
-def test_samples_that_do_not_add_up(examples, config, pictures, tmp_path):
-    more = dataclasses.replace(examples[0], images=(pictures[0],))
+def test_samples_that_do_not_add_up(examples, config, images, tmp_path):
+    more = dataclasses.replace(examples[0], images=(images[0],))
     with pytest.raises(SampleError, match="f:1: id has 0 image placeholders and 1 images"):
         encode(more, config, SPEC, (0, 0, 0))
     lenient = dataclasses.replace(config, strict_image_count=False)
@@ -163,7 +163,7 @@ def test_samples_that_do_not_add_up(examples, config, pictures, tmp_path):
     with pytest.raises(SampleError, match="2 image placeholders and 0 images"):
         encode(dataclasses.replace(examples[1], images=()), lenient, SPEC, (0, 0, 0))
     with pytest.raises(SampleError, match="2 image placeholders and 1 images"):
-        encode(dataclasses.replace(examples[1], images=(pictures[0],)), config, SPEC, (0, 0, 0))
+        encode(dataclasses.replace(examples[1], images=(images[0],)), config, SPEC, (0, 0, 0))
     with pytest.raises(SampleError, match="vokens exactly where it has a target"):
         encode(dataclasses.replace(examples[0], target_image=None), config, SPEC, (0, 0, 0))
     with pytest.raises(SampleError, match="the batch holds text only"):
@@ -182,7 +182,7 @@ def test_text_only_shapes(examples, config):
     assert arrays["caption_ids"].shape == (0, 77)
 
 
-def test_input_pictures_are_not_dropped_for_want_of_room(examples, config):
+def test_input_images_are_not_dropped_for_want_of_room(examples, config):
     with pytest.raises(DataError, match=r"f:1: id reads 2 images.*set data.max_images"):
         encode(examples[1], config, dataclasses.replace(SPEC, images=0), (0, 0, 0))
 

@@ -17,8 +17,8 @@ def turns(*items):
     return Dialog("9", tuple(made), "f.jsonl:3")
 
 
-def there(picture):
-    return picture != "gone.jpg"
+def there(image):
+    return image != "gone.jpg"
 
 
 def words(text):
@@ -59,7 +59,7 @@ def test_names_of_both_loaders():
         DialogRules("old")
 
 
-def test_only_pictures_of_the_window_are_read():
+def test_only_images_of_the_window_are_read():
     dialog = turns(("t0", "0"), ("t1", "1"), "t2", ("t3", "3"), "t4")
     for loader in LOADERS:
         rules = DialogRules(loader)
@@ -127,7 +127,7 @@ def test_the_older_loader_looks_for_less():
     assert example.target == "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7] ###"
 
 
-def test_bad_pictures_are_a_setting():
+def test_bad_images_are_a_setting():
     dialog = turns("a", ("b", BAD_MEDIA_IDS[0]), ("c", "5"))
     assert use(DialogRules("head", bad_media_ids=("5",)), dialog)[0] == 2
     assert use(DialogRules("head", bad_media_ids=()), dialog) == (3, [])
@@ -193,7 +193,7 @@ SHARED = [
 HEAD = [*SHARED, 962, 303, 301, 971, 971, 965, 467, 350, 285, 306, 984, 835, 310, 977]
 # ▁with ▁a p p r op ri ate ▁image .### Human :
 RELEASE = [*SHARED, 303, 301, 971, 971, 965, 467, 350, 285, 270, 334, 310, 977]
-PICTURE = [327, 274, 981, 1008, 367, 274, 981]  # ▁< Img > <ImageHere> ▁</ Img >
+IMAGE = [327, 274, 981, 1008, 367, 274, 981]  # ▁< Img > <ImageHere> ▁</ Img >
 WENT, DOG, LAKE = [508, 822], [301, 806], [277, 650]  # ▁we ▁went, ▁a ▁dog, ▁the ▁lake
 HUMAN, ASSISTANT = [835, 310, 977], [835, 312, 977]  # ▁### Human :, ▁### Assistant :
 LINE_HUMAN, LINE_ASSISTANT = [13, 263, 310, 977], [13, 263, 312, 977]  # newline ### Human :
@@ -218,7 +218,7 @@ DIALOG = turns(("we went", "0"), "a dog", "the lake", ("we went", "3"), ("a dog"
             1,
             f"###Human: we went {IMG} ###Assistant:",
             "a dog ###",
-            [*HEAD, *WENT, *PICTURE, *ASSISTANT],
+            [*HEAD, *WENT, *IMAGE, *ASSISTANT],
             DOG,
             None,
         ),
@@ -226,7 +226,7 @@ DIALOG = turns(("we went", "0"), "a dog", "the lake", ("we went", "3"), ("a dog"
             2,
             f"###Human: we went {IMG} ###Assistant: a dog ###Human:",
             "the lake ###",
-            [*HEAD, *WENT, *PICTURE, *ASSISTANT, *DOG, *HUMAN],
+            [*HEAD, *WENT, *IMAGE, *ASSISTANT, *DOG, *HUMAN],
             LAKE,
             None,
         ),
@@ -234,7 +234,7 @@ DIALOG = turns(("we went", "0"), "a dog", "the lake", ("we went", "3"), ("a dog"
             3,
             f"###Human: we went {IMG} ###Assistant: a dog ###Human: the lake ###Assistant:",
             f"we went {SPELT}",
-            [*HEAD, *WENT, *PICTURE, *ASSISTANT, *DOG, *HUMAN, *LAKE, *ASSISTANT],
+            [*HEAD, *WENT, *IMAGE, *ASSISTANT, *DOG, *HUMAN, *LAKE, *ASSISTANT],
             WENT,
             1 + 52 + 2 + (7 + 31) + 3 + 2 + 3 + 2 + 3 + 2,
         ),
@@ -242,7 +242,7 @@ DIALOG = turns(("we went", "0"), "a dog", "the lake", ("we went", "3"), ("a dog"
             4,
             f"###Human: the lake ###Assistant: we went {IMG} ###Human:",
             f"a dog {SPELT}",
-            [*HEAD, *LAKE, *ASSISTANT, *WENT, *PICTURE, *HUMAN],
+            [*HEAD, *LAKE, *ASSISTANT, *WENT, *IMAGE, *HUMAN],
             DOG,
             1 + 52 + 2 + 3 + 2 + (7 + 31) + 3 + 2,
         ),
@@ -262,7 +262,7 @@ def test_golden_head(check_golden, turn, source, target, source_ids, text_ids, v
             1,
             f"###Human: we went {IMG}\n###Assistant:",
             "a dog ###",
-            [*RELEASE, *WENT, *PICTURE, *LINE_ASSISTANT],
+            [*RELEASE, *WENT, *IMAGE, *LINE_ASSISTANT],
             DOG,
             None,
         ),
@@ -270,7 +270,7 @@ def test_golden_head(check_golden, turn, source, target, source_ids, text_ids, v
             3,
             f"###Human: we went {IMG}\n###Assistant: a dog\n###Human: the lake\n###Assistant:",
             f"we went {SPELT}",
-            [*RELEASE, *WENT, *PICTURE, *LINE_ASSISTANT, *DOG, *LINE_HUMAN, *LAKE, *LINE_ASSISTANT],
+            [*RELEASE, *WENT, *IMAGE, *LINE_ASSISTANT, *DOG, *LINE_HUMAN, *LAKE, *LINE_ASSISTANT],
             WENT,
             1 + 50 + 2 + (7 + 31) + 4 + 2 + 4 + 2 + 4 + 2,
         ),
@@ -278,7 +278,7 @@ def test_golden_head(check_golden, turn, source, target, source_ids, text_ids, v
             4,
             f"###Human: the lake\n###Assistant: we went {IMG}\n###Human:",
             f"a dog {SPELT}",
-            [*RELEASE, *LAKE, *LINE_ASSISTANT, *WENT, *PICTURE, *LINE_HUMAN],
+            [*RELEASE, *LAKE, *LINE_ASSISTANT, *WENT, *IMAGE, *LINE_HUMAN],
             DOG,
             1 + 50 + 2 + 4 + 2 + (7 + 31) + 4 + 2,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickle
 
@@ -33,16 +34,16 @@ from minigpt5_jax.parts.backbones.minigpt4 import MiniGPT4
 ROWS, BROKEN = 7, 4
 
 
-def pooled(pictures):
+def pooled(images):
     """Stands for a tower: the means of four quarters, as [n 2 2 6], by which an image is known again."""
-    n, size = len(pictures), pictures.shape[1] // 2
-    means = pictures.reshape(n, 2, size, 2, size, 3).astype(np.float32).mean((2, 4))
+    n, size = len(images), images.shape[1] // 2
+    means = images.reshape(n, 2, size, 2, size, 3).astype(np.float32).mean((2, 4))
     return np.concatenate([means, 255 - means], -1)
 
 
-def states(pictures):
+def states(images):
     """Stands for the other tower: [n 3 4]."""
-    return np.broadcast_to(pooled(pictures)[:, :1, 0, :4], (len(pictures), 3, 4))
+    return np.broadcast_to(pooled(images)[:, :1, 0, :4], (len(images), 3, 4))
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def pairs(folder):
 
 def spec_of(source, **changes):
     values = dict(
-        pictures=image_fingerprint(source),
+        image_fingerprint=image_fingerprint(source),
         samples=len(source),
         towers={"vae": "v" * 64},
         target=(2, 2, 6),
@@ -76,7 +77,7 @@ def spec_of(source, **changes):
     return FeatureSpec(**(values | changes))
 
 
-def test_a_samples_features_are_those_of_its_picture(folder, pairs):
+def test_a_samples_features_are_those_of_its_image(folder, pairs):
     assert len(pairs) == ROWS + 3
     missing = write_features(folder / "store", pairs, spec_of(pairs), {"target": pooled}, batch_size=3)
     assert missing == 1
@@ -102,7 +103,20 @@ def test_a_samples_features_are_those_of_its_picture(folder, pairs):
     np.testing.assert_array_equal(again[0].target_image.values, source[0].target_image.values)
 
 
-def test_a_picture_of_two_samples_is_stored_once(folder, pairs):
+def test_a_store_of_an_earlier_version_is_read_and_has_the_same_fingerprint(folder, pairs):
+    write_features(folder / "store", pairs, spec_of(pairs), {"target": pooled}, batch_size=3)
+    now = FeatureSource(pairs, FeatureStore(folder / "store"))
+    manifest = folder / "store" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"image_fingerprint"', '"pictures"'))
+    then = FeatureSource(pairs, FeatureStore(folder / "store"))
+    assert then.features == now.features and then.fingerprint() == now.fingerprint()
+    spec = {**dataclasses.asdict(then.features), "pictures": then.features.image_fingerprint}
+    del spec["image_fingerprint"]
+    written = f"features {pairs.fingerprint()} {json.dumps(spec, sort_keys=True)}"
+    assert then.fingerprint() == hashlib.sha256(written.encode()).hexdigest(), "as checkpoints have it"
+
+
+def test_an_image_of_two_samples_is_stored_once(folder, pairs):
     calls = []
     write_features(
         folder / "store",
@@ -126,11 +140,11 @@ def test_bfloat16_is_stored_in_half_the_bytes(folder, pairs):
 def test_an_interrupted_run_continues(folder, pairs):
     store, calls = folder / "store", []
 
-    def encoder(pictures):
+    def encoder(images):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(1)
-        return pooled(pictures)
+        return pooled(images)
 
     with pytest.raises(KeyboardInterrupt):
         write_features(store, pairs, spec_of(pairs), {"target": encoder}, batch_size=4)
@@ -154,7 +168,7 @@ def test_processes_share_the_shards(folder, pairs):
     assert FeatureStore(folder / "store").target(len(pairs) - 1) is not None
 
 
-def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(folder, pairs):
+def test_a_store_of_other_images_or_towers_is_refused_with_both_fingerprints(folder, pairs):
     write_features(folder / "store", pairs, spec_of(pairs), {"target": pooled})
     store = FeatureStore(folder / "store")
     store.check(spec_of(pairs, dtype="bfloat16", image=(3, 4), image_size=99))
@@ -170,7 +184,7 @@ def test_a_store_of_other_pictures_or_towers_is_refused_with_both_fingerprints(f
     changed = Cc3mSource(folder / "pairs.tsv", rules=PairRules(instruction_every=3))
     mine, theirs = image_fingerprint(pairs), image_fingerprint(changed)
     with pytest.raises(
-        DataError, match=f"pictures: stored '{mine}', now '{theirs}'\n  samples: stored 10, now 2"
+        DataError, match=f"image_fingerprint: stored '{mine}', now '{theirs}'\n  samples: stored 10, now 2"
     ):
         store.check(spec_of(changed))
     with pytest.raises(DataError, match="holds other features.*\n.*towers: stored"):
@@ -212,7 +226,7 @@ def stories(folder):
     return JsonlSource(folder / "stories.jsonl")
 
 
-def test_input_pictures_in_their_order(folder, stories):
+def test_input_images_in_their_order(folder, stories):
     spec = spec_of(stories, image=(3, 4), shard_samples=2)
     write_features(folder / "store", stories, spec, {"target": pooled, "image": states}, batch_size=2)
     source = FeatureSource(stories, FeatureStore(folder / "store"))
@@ -239,7 +253,7 @@ def batch_spec(**changes):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_hold_features_in_the_place_of_pictures(folder, stories, config, workers):
+def test_batches_hold_features_in_the_place_of_images(folder, stories, config, workers):
     spec = spec_of(stories, image=(3, 4), dtype="bfloat16")
     write_features(folder / "store", stories, spec, {"target": pooled, "image": states})
     kwargs = dict(global_batch=2, shuffle=False, num_epochs=1)
@@ -292,7 +306,7 @@ def test_settings_that_do_not_go_together(folder, stories, config):
 # The model.
 
 
-def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params, tiny_batch):
+def test_images_and_their_moments_give_equal_losses(tiny_template, tiny_params, tiny_batch):
     batch = jax.tree.map(jnp.asarray, tiny_batch(rows=2))
 
     @jax.jit
@@ -309,7 +323,7 @@ def test_pictures_and_their_moments_give_equal_losses(tiny_template, tiny_params
     assert abs(float(other[0] - want[0])) > 1e-3 * abs(float(want[0]))
 
 
-def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, tiny_batch):
+def test_input_images_and_their_states_give_equal_embeddings(oracle_configs, tiny_batch):
     vit = dataclasses.replace(original.eva_config(oracle_configs["eva_vit"]), num_hidden_layers=1)
     qformer = QFormerConfig.from_hf(
         oracle_configs["qformer_bert"] | {"num_hidden_layers": 1},
@@ -324,13 +338,11 @@ def test_input_pictures_and_their_states_give_equal_embeddings(oracle_configs, t
         p: jnp.asarray(0.1 * random.standard_normal(s.shape), s.dtype) for p, s in template.shapes.items()
     }
     embed = jax.jit(lambda batch: template.bind(params).embed(batch))
-    image_states = jax.jit(lambda pictures: template.bind(params).image_states(pictures))
-    pictures = np.random.default_rng(0).integers(
-        0, 256, (2, vit.image_size, vit.image_size, 3), dtype=np.uint8
-    )
+    image_states = jax.jit(lambda images: template.bind(params).image_states(images))
+    images = np.random.default_rng(0).integers(0, 256, (2, vit.image_size, vit.image_size, 3), dtype=np.uint8)
     batch = dataclasses.replace(
         tiny_batch(rows=2),
-        images=pictures,
+        images=images,
         image_row=np.array([0, 1]),
         image_start=np.array([2, 5]),
         image_mask=np.array([True, True]),

@@ -1,4 +1,4 @@
-"""Pictures: torchvision's rules computed by hand, the same from torch's own resize, and flips by key."""
+"""Images: torchvision's rules computed by hand, the same from torch's own resize, and flips by key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize("width, height, resized, offset", BY_HAND)
-def test_input_picture_is_torchvisions(width, height, resized, offset):
+def test_input_image_is_torchvisions(width, height, resized, offset):
     image = noise(width, height)
     want = image if image.size == resized else image.resize(resized, Image.Resampling.BILINEAR)
     want = want.crop((*offset, offset[0] + 64, offset[1] + 64))
@@ -49,7 +49,7 @@ def test_input_picture_is_torchvisions(width, height, resized, offset):
     np.testing.assert_array_equal(mirrored, got[:, ::-1])
 
 
-def test_target_picture_gets_a_white_square(tmp_path):
+def test_target_image_gets_a_white_square(tmp_path):
     file = tmp_path / "a.png"
     noise(30, 17).save(file)
     white = np.full((30, 30, 3), 255, np.uint8)
@@ -109,7 +109,7 @@ def test_doubling_is_pils_resize_to_the_last_pixel(width, height):
 
 
 @pytest.mark.parametrize("width, height", [(32, 32), (32, 9), (48, 48)])
-def test_a_mirrored_picture_is_the_picture_mirrored(width, height):
+def test_a_mirrored_image_is_the_image_mirrored(width, height):
     data = encoded(noise(width, height))
     got = prepare_image(data, 64, square=True, flip=True)
     np.testing.assert_array_equal(got, prepare_image(data, 64, square=True, flip=False)[:, ::-1])

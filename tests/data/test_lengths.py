@@ -27,7 +27,7 @@ class Words:
         return self.example(index)
 
     def example(self, index, epoch=0):
-        raise AssertionError("pictures are not needed to measure words")
+        raise AssertionError("images are not needed to measure words")
 
     def texts(self, index):
         if self._texts[index] is None:

@@ -26,10 +26,10 @@ def conversation(name, *turns):
     return {"conversation_id": name, "conversation": [turn(t) if isinstance(t, str) else t for t in turns]}
 
 
-def write(folder, items, pictures=()):
+def write(folder, items, images=()):
     path = folder / "train.jsonl"
     path.write_text("\n".join(i if isinstance(i, str) else json.dumps(i) for i in items), encoding="utf-8")
-    for n, name in enumerate(pictures):
+    for n, name in enumerate(images):
         Image.fromarray(np.full((9, 9, 3), 20 * n, np.uint8)).save(folder / f"{name}.jpg")
     return path
 
@@ -67,7 +67,7 @@ def test_samples_of_both_loaders(tmp_path):
             source[bad]
 
 
-def test_pictures_elsewhere(tmp_path):
+def test_images_elsewhere(tmp_path):
     (tmp_path / "there").mkdir()
     path = write(tmp_path, [GOOD])
     write(tmp_path / "there", [], ["-17", "4"])
@@ -96,11 +96,11 @@ ITEMS = [
     conversation(7, "a", "b"),  # one
     conversation(8),  # none
 ]
-PICTURES = ["1", "2", "-3872362534310063124"]
+IMAGES = ["1", "2", "-3872362534310063124"]
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
-    path = write(tmp_path, ITEMS, PICTURES)
+    path = write(tmp_path, ITEMS, IMAGES)
     source = read(path)
     assert [source[i].item_id for i in range(len(source))] == ["1_1-mm", "3_1-mm", "5_1-mm", "7_1-mm"]
     assert source.counts == {
@@ -140,7 +140,7 @@ def test_only_the_first_few_are_kept_by_name(tmp_path):
 
 
 def test_fingerprint(tmp_path):
-    path = write(tmp_path, ITEMS, PICTURES)
+    path = write(tmp_path, ITEMS, IMAGES)
     settings = [{}, {"training": False}, {"loader": "release"}, {"num_vokens": 4}, {"bad_media_ids": ()}]
     prints = [read(path, **one).fingerprint() for one in settings]
     assert len(set(prints)) == len(settings) and read(path).fingerprint() == prints[0]
@@ -198,12 +198,12 @@ def test_a_line_that_is_wrong_is_one_sample_that_cannot_be_fetched(tmp_path, ite
         assert caught.value.where == f"{path}:3"
 
 
-def test_numbers_name_pictures_too(tmp_path):
+def test_numbers_name_images_too(tmp_path):
     path = write(tmp_path, [conversation(1, "a", turn("b", -5))], ["-5"])
     assert read(path)[0].target_image == str(tmp_path / "-5.jpg")
 
 
-def test_a_turn_of_a_picture_alone(tmp_path):
+def test_a_turn_of_an_image_alone(tmp_path):
     path = write(tmp_path, [conversation(1, "a", {"turn": [{"__MEDIA__": "5"}]})], ["5"])
     with pytest.raises(DataError, match="no samples in .*: 1 empty text"):
         read(path)

@@ -178,7 +178,7 @@ def test_a_last_epoch_ends_in_empty_rows(table, config):
         loader.restore(4)
 
 
-def break_pictures(table):
+def break_images(table):
     """Zero bytes, half a file, no file, no image: rows 1, 3, 5, 7."""
     folder = table.parent / "val"
     (folder / "1.png").write_bytes(b"")
@@ -189,7 +189,7 @@ def break_pictures(table):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unusable_samples_are_masked_counted_and_named(table, config, workers, caplog):
-    break_pictures(table)
+    break_images(table)
     source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(
         source,
@@ -221,7 +221,7 @@ def test_unusable_samples_are_masked_counted_and_named(table, config, workers, c
 
 @pytest.mark.parametrize("budget, allowed", [(3, 3), (0.3, 3), (0, 0), (0.05, 0)])
 def test_a_spent_budget_is_one_error_that_names_the_first(table, config, budget, allowed):
-    break_pictures(table)
+    break_images(table)
     source = Cc3mSource(table, rules=PairRules(training=False))
     loader = make_loader(
         source, config, spec(1), global_batch=1, shuffle=False, num_epochs=1, error_budget=budget
@@ -233,7 +233,7 @@ def test_a_spent_budget_is_one_error_that_names_the_first(table, config, budget,
 
 
 def test_processes_share_the_budget(table, config):
-    break_pictures(table)
+    break_images(table)
     source = Cc3mSource(table, rules=PairRules(training=False))
     for budget, allowed in ((4, 2), (3, 2), (0, 0)):
         loader = make_loader(

@@ -60,8 +60,8 @@ def test_rows_of_a_step_hold_the_lengths_of_its_bucket():
         sizes = np.array([index.lengths[place] for _, place in places_of(plan, [step])])
         assert sizes.max() <= limit
         moved += (sizes <= (0, 16, 32)[part.bucket]).sum()
-        pictures = max(index.images[place] for _, place in places_of(plan, [step]))
-        assert pictures <= plan.images_in(part.bucket)
+        images = max(index.images[place] for _, place in places_of(plan, [step]))
+        assert images <= plan.images_in(part.bucket)
         seen.add(part.bucket)
     assert seen == {0, 1, 2}
     assert 0 < moved < 2 * 8  # less than a step's worth from each shorter bucket

@@ -20,6 +20,7 @@ from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.prepare.builders.run import prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import Raw
+from minigpt5_jax.data.prepare.report import summary
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import PairRules
@@ -102,7 +103,7 @@ def prepared(raw: Raw, output: Path, **settings) -> Path:
 
 def as_bytes(example: Example) -> Example:
     """With images as bytes, and without the folder of the place."""
-    read = lambda picture: Path(picture).read_bytes() if isinstance(picture, str) else picture  # noqa: E731
+    read = lambda image: Path(image).read_bytes() if isinstance(image, str) else image  # noqa: E731
     target = None if example.target_image is None else read(example.target_image)
     return dataclasses.replace(
         example, images=tuple(map(read, example.images)), target_image=target, where=Path(example.where).name
@@ -186,7 +187,7 @@ def test_stories(tmp_path, settings, count):
     same_samples(stored, VistSource(stories, rules=StoryRules(**settings)))
 
 
-def test_a_story_with_a_missing_picture_is_left_out(tmp_path):
+def test_a_story_with_a_missing_image_is_left_out(tmp_path):
     stories = write_vist(tmp_path / "raw")
     (tmp_path / "raw/val_images/5.jpg").unlink()  # of the story of six
     folder = prepared(Raw("vist", str(stories)), tmp_path / "out", error_budget=1)
@@ -231,7 +232,7 @@ def test_dialogues(tmp_path, settings):
     assert unit == 2 and where.endswith(f"jsonl:3, {tmp_path / 'raw/33.jpg'}") and "No such file" in reason
 
 
-def test_a_dialogue_ends_before_a_broken_picture(tmp_path):
+def test_a_dialogue_ends_before_a_broken_image(tmp_path):
     path = tmp_path / "raw/talk.jsonl"
     write_mmdialog(tmp_path / "raw")
     talk = [turn("a"), turn("b", 22), turn("c", 55), turn("d", 44)]
@@ -284,13 +285,21 @@ def test_the_folder_of_the_raw_files_leaves_no_trace(tmp_path):
     assert first[0].where == "val_cleaned.json: story 40470"
 
 
-def test_picture_fingerprint_is_that_of_the_pictures(tmp_path):
+def test_image_fingerprint_is_that_of_the_images(tmp_path):
     folder = prepared(Raw("vist", str(write_vist(tmp_path / "raw"))), tmp_path / "out")
     prints = [
         open_prepared(folder, **settings).image_fingerprint()
         for settings in ({}, {"seed": 1, "prompt_set": "release"}, {"training": False}, {"tasks": ("gen",)})
     ]
     assert prints[0] == prints[1] != prints[2] == prints[3]
+
+
+def test_a_preparation_of_an_earlier_version_is_reported(tmp_path):
+    folder = prepared(Raw("vist", str(write_vist(tmp_path / "raw"))), tmp_path / "out")
+    now, file = PreparedSource(folder).metadata, folder / "metadata.json"
+    file.write_text(file.read_text().replace('"images"', '"pictures"'))
+    then = PreparedSource(folder)
+    assert then.metadata == now and summary(then, None, 32)["images"] == now["tally"]["images"] > 0
 
 
 def test_fingerprint_follows_content_and_settings(tmp_path):

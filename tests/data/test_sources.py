@@ -122,10 +122,10 @@ def test_cc3m_fingerprint_and_description(tmp_path):
 
 
 def test_cc3m_other_columns_and_folders(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     path = write_tsv(tmp_path, ["7\ta.jpg\tA dog!"], header="id\timage_path\tcaption")
-    example = pickle.loads(pickle.dumps(Cc3mSource(path, tmp_path / "pictures")))[0]
-    assert (example.caption, example.target_image) == ("a dog", str(tmp_path / "pictures" / "a.jpg"))
+    example = pickle.loads(pickle.dumps(Cc3mSource(path, tmp_path / "images")))[0]
+    assert (example.caption, example.target_image) == ("a dog", str(tmp_path / "images" / "a.jpg"))
 
 
 def test_cc3m_files_that_are_wrong(tmp_path):

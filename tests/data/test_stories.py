@@ -47,7 +47,7 @@ def test_tasks_by_name_go_before_the_mode():
         StoryRules(tasks=())
 
 
-def test_names_and_pictures_of_every_sample():
+def test_names_and_images_of_every_sample():
     rules = StoryRules()
     got = [rules.example(STORY, *sample) for sample in rules.samples(5)]
     assert [example.item_id for example in got[:5]] == [
@@ -92,21 +92,21 @@ def test_wordings_are_drawn_by_seed_sample_and_epoch():
 
 
 @pytest.mark.parametrize(
-    ("context", "before", "pictures"),
+    ("context", "before", "images"),
     [
         ("none", "", ()),
         ("text", "we went .a dog .\n", ()),
         ("image", "<Img><ImageHere></Img><Img><ImageHere></Img>\n", ("0.jpg", "1.jpg")),
     ],
 )
-def test_what_is_read_of_the_steps_before(context, before, pictures):
+def test_what_is_read_of_the_steps_before(context, before, images):
     drawn = StoryRules().worded(STORY, 2, "gen", wording=1, context=context)
     request = "the scene description: the lake . ###Assistant:"
-    assert drawn.source == f"{prompts.STORY_SYSTEM}###Human:{before} {request}" and drawn.images == pictures
+    assert drawn.source == f"{prompts.STORY_SYSTEM}###Human:{before} {request}" and drawn.images == images
     told = StoryRules().worded(STORY, 2, "understanding", wording=0, context=context)
-    assert told.images == (*pictures, "2.jpg") and told.target == "the lake . ###"
-    with pytest.raises(DataError, match="unknown context 'pictures'; known: none, text, image, image"):
-        StoryRules().worded(STORY, 2, "gen", wording=0, context="pictures")
+    assert told.images == (*images, "2.jpg") and told.target == "the lake . ###"
+    with pytest.raises(DataError, match="unknown context 'images'; known: none, text, image, image"):
+        StoryRules().worded(STORY, 2, "gen", wording=0, context="images")
 
 
 def test_a_share_of_contexts_is_thinned():
@@ -190,13 +190,13 @@ SYSTEM = [
     310,
     977,
 ]
-PICTURE = [1008, 367, 274, 981]  # <ImageHere> ▁</ Img >
+IMAGE = [1008, 367, 274, 981]  # <ImageHere> ▁</ Img >
 OPEN = [980, 274, 981]  # < Img > behind a space and full stop
 WENT, GLUED_WENT = [508, 822, 581], [524, 822, 581]  # ▁we ▁went ▁.  and, glued to "Human:", we ▁went ▁.
 DOG, GLUED_DOG = [301, 806, 581], [955, 806, 581]  # ▁a ▁dog ▁.  and a ▁dog ▁.
 LAKE = [277, 650, 581]
-ONE = [*GLUED_WENT, *OPEN, *PICTURE, 13]  # the history of step 1, its newline 13
-TWO = [*GLUED_WENT, *OPEN, *PICTURE, *GLUED_DOG, *OPEN, *PICTURE, 13]
+ONE = [*GLUED_WENT, *OPEN, *IMAGE, 13]  # the history of step 1, its newline 13
+TWO = [*GLUED_WENT, *OPEN, *IMAGE, *GLUED_DOG, *OPEN, *IMAGE, 13]
 GENERATE_AN = [
     411,
     329,
@@ -213,9 +213,9 @@ TELL = [371, 346, 277, 373, 326, 303, 270, 984]  # ▁Tell ▁me ▁the ▁next 
 NEXT = [411, 277, 373, 326, 303, 270, 984]  # ▁Generate ▁the ▁next ▁scene ▁with ▁image .
 WHAT = [372, 376, 375, 374, 990]  # ▁What ▁should ▁happen ▁then ?
 # ▁Tell ▁me ▁the ▁next ▁scene ▁description ▁b y ▁t hi s ▁image : ▁< Img >
-TELL_BY = [371, 346, 277, 373, 326, 414, 284, 973, 261, 589, 962, 270, 977, 327, 274, 981, *PICTURE]
+TELL_BY = [371, 346, 277, 373, 326, 414, 284, 973, 261, 589, 962, 270, 977, 327, 274, 981, *IMAGE]
 # ▁What ▁happen ▁in ▁the ▁next ▁scene ▁image : ▁< Img >
-WHAT_IN = [372, 375, 360, 277, 373, 326, 270, 977, 327, 274, 981, *PICTURE]
+WHAT_IN = [372, 375, 360, 277, 373, 326, 270, 977, 327, 274, 981, *IMAGE]
 ASSISTANT = [835, 312, 977]  # ▁### Assistant :
 
 SYSTEM_TEXT = (

@@ -88,7 +88,7 @@ def test_label_mask(num_vokens, all_inner, want):
     assert label_ids([7, 835], 1000, num_vokens) == [7, 835]
 
 
-def test_expand_pictures_by_hand(tokenizer):
+def test_expand_images_by_hand(tokenizer):
     # <Img> a </Img>: 327 274 981 / 367 274 981 as in the recorded ids of "<Img><ImageHere></Img>".
     got = expand(tokenizer, f"{IMAGE}{IMAGE}", voken_text(8) + " ###", image_tokens=3, max_length=64)
     img = 1008
@@ -115,7 +115,7 @@ def long_sample(tokenizer, **kwargs):
 
 
 @pytest.mark.parametrize("truncation", ["left_history", "right"])
-def test_truncation_keeps_the_named_side_whole_pictures_and_all_vokens(tokenizer, truncation):
+def test_truncation_keeps_the_named_side_whole_images_and_all_vokens(tokenizer, truncation):
     whole = long_sample(tokenizer, max_length=99)[0]
     target = whole.tokens[-(8 + 1 + 2) :].tolist()  # we went, vokens, ###
     full_source = whole.tokens[1 : -len(target)].tolist()
@@ -197,7 +197,7 @@ def test_long_histories_lose_whole_turns_from_the_left(tokenizer, source, left):
     assert fewer.images == (1,)
 
 
-def test_truncation_by_pictures(tokenizer):
+def test_truncation_by_images(tokenizer):
     whole, cut = long_sample(tokenizer, max_length=99, max_images=1)
     assert cut.images == (1,) and len(cut.image_start) == 1
     assert cut.tokens[1:].tolist() == whole.tokens[whole.image_start[0] + 4 :].tolist()

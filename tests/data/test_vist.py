@@ -55,10 +55,10 @@ def test_samples(tmp_path):
         "12_1-understanding",
     ]
     last = training[16]
-    pictures = [str(tmp_path / f"val_images/{n:09d}.jpg") for n in (5, 6)]
-    assert last.images == tuple(pictures) and last.target_image is None
+    images = [str(tmp_path / f"val_images/{n:09d}.jpg") for n in (5, 6)]
+    assert last.images == tuple(images) and last.target_image is None
     assert last.target == "step 1 of 12 . ###" and last.where == f"{path}: story 12"
-    assert test[6].images == (pictures[0],) and test[6].target_image == pictures[1]
+    assert test[6].images == (images[0],) and test[6].target_image == images[1]
     assert "17 samples of 2 stories" in training.describe() and "1 with more or fewer" in training.describe()
     assert training.story(1).id == "12" and training.rows == 2
     for bad in (-1, 17):
@@ -214,7 +214,7 @@ def test_keys_that_are_not_read_do_not_matter(tmp_path):
     assert len(source) == 13
 
 
-def test_samples_that_need_a_lost_picture_are_left_out_and_named(tmp_path, oracle_dir):
+def test_samples_that_need_a_lost_image_are_left_out_and_named(tmp_path, oracle_dir):
     """From the files to batches: of the 13 samples, those that look at the lost image are counted."""
     path = write(tmp_path, {"7": steps(7)})
     (tmp_path / "val_images").mkdir()

@@ -56,12 +56,12 @@ def session():
     return Echo()
 
 
-def picture(value):
+def image(value):
     return encode_png(np.full((8, 8, 3), value, np.uint8))
 
 
 def story(name="a", seed=1):
-    return Conversation(name, seed, [Message("user", ("we left", ImagePart(picture(1)), "we swam"))])
+    return Conversation(name, seed, [Message("user", ("we left", ImagePart(image(1)), "we swam"))])
 
 
 def test_a_story_reads_all_that_was_told_and_drawn(session):
@@ -72,7 +72,7 @@ def test_a_story_reads_all_that_was_told_and_drawn(session):
     assert first.source == f"{STORY_SYSTEM}###Human:we left{IMAGE}we swam\n{request}"
     word = one.answers[0].parts[0]
     assert second.source == f"{STORY_SYSTEM}###Human:we left{IMAGE}we swam{word}{IMAGE}\n{request}"
-    assert first.images == (picture(1),) and len(second.images) == 2
+    assert first.images == (image(1),) and len(second.images) == 2
     np.testing.assert_array_equal(np.asarray(load_image(second.images[1])), one.answers[0].parts[1])
     assert first.seed != second.seed and [turn.role for turn in one.messages] == ["user"] + ["assistant"] * 2
 
@@ -92,7 +92,7 @@ def test_a_dialogue_answers_every_user_turn_that_has_no_answer(session):
         [
             Message("user", ("hello",)),
             Message("assistant", ("hi",)),
-            Message("user", ("draw", ImagePart(picture(2)))),
+            Message("user", ("draw", ImagePart(image(2)))),
         ],
         [Message("user", ("one",)), Message("user", ("two",))],
     ]
@@ -128,7 +128,7 @@ def test_an_empty_answer_is_no_turn(session):
 def test_what_was_told_is_written_in_the_schema_and_read_again(session, tmp_path):
     told = [story("a"), Conversation("b", 2, [Message("user", ("go",))], system="S.")]
     continue_story(session, told, scenes=2)
-    told[1].messages.append(Message("assistant", (ImagePart(picture(9)), "and text after it")))
+    told[1].messages.append(Message("assistant", (ImagePart(image(9)), "and text after it")))
     write_page(tmp_path, "Stories", [entry_of(one, given=1) for one in told])
     path = write_records(tmp_path, [record_of(one, 1, number) for number, one in enumerate(told, 1)])
     again = read_records(path)
@@ -171,7 +171,7 @@ def test_files_that_are_no_conversations(tmp_path, lines, message):
         read_records(tmp_path / "none.jsonl")
 
 
-def test_a_missing_picture_is_named(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     record = parse_record(
         json.dumps({"turns": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}]}), "f:1"
     )

@@ -144,7 +144,7 @@ def test_every_row_ends_by_its_own_rule():
     assert (result.voken_position == -1).all()
 
 
-def test_picture_feeds_all_vokens_and_keeps_the_states_before_them():
+def test_image_feeds_all_vokens_and_keeps_the_states_before_them():
     """Row 0 starts an image in its second turn; row 1 goes on with single entries meanwhile."""
     model = chain(_3=4, _4=V, **{f"_{V + N - 1}": 11}, _11=2)
     result = answer(model, [[1, 3], [9, 9, 9]])
@@ -156,7 +156,7 @@ def test_picture_feeds_all_vokens_and_keeps_the_states_before_them():
     assert not result.voken_states[1].any()
 
 
-def test_pictures_beyond_the_allowed_are_not_begun():
+def test_images_beyond_the_allowed_are_not_begun():
     model = chain(_3=V, **{f"_{V + N - 1}": V})
     one = answer(model, [[3]], max_new_tokens=4)
     assert texts(one)[0].count(V) == 1
@@ -172,14 +172,14 @@ def test_pictures_beyond_the_allowed_are_not_begun():
     assert texts(stray) == [[V + 1, V + 1]]
 
 
-def test_picture_as_the_last_id_has_its_states():
+def test_image_as_the_last_id_has_its_states():
     result = answer(chain(_3=4, _4=V), [[3], [9]], max_new_tokens=2)
     assert texts(result) == [[4, V], [9, 9]]
     assert reasons(result) == ["length", "length"]
     assert list(result.voken_states[0, 0, :, 0]) == [4, *range(V, V + N - 1)]
 
 
-def test_forced_pictures():
+def test_forced_images():
     model = chain(_3=4, _4=5, _8=6, _6=7, **{f"_{V + N - 1}": 5})
     prompts = [[3], [8], [9]]
     first = answer(model, prompts, force_image="first")

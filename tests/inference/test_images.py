@@ -1,4 +1,4 @@
-"""Pictures from ready conditions: what they are guided away from."""
+"""Images from ready conditions: what they are guided away from."""
 
 from __future__ import annotations
 

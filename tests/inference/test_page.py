@@ -11,7 +11,7 @@ from PIL import Image
 from minigpt5_jax.inference.page import Entry, draw_grid, write_page
 
 
-def picture(seed: int, height: int = 8, width: int = 12) -> np.ndarray:
+def image(seed: int, height: int = 8, width: int = 12) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
@@ -39,8 +39,8 @@ class Reader(html.parser.HTMLParser):
 
 ENTRIES = [
     Entry(
-        ['a <b>red</b> & "blue" circle', picture(0)],
-        ["then\nthis", picture(1), "and", picture(2)],
+        ['a <b>red</b> & "blue" circle', image(0)],
+        ["then\nthis", image(1), "and", image(2)],
         seed=7,
         notes="<i>held out</i>",
     ),
@@ -48,7 +48,7 @@ ENTRIES = [
 ]
 
 
-def test_page_holds_every_text_and_picture(tmp_path):
+def test_page_holds_every_text_and_image(tmp_path):
     index = write_page(tmp_path / "page", "Title <1>", ENTRIES, {"sampler": "pndm & co", "steps": 50})
     assert index == tmp_path / "page" / "index.html"
     page = Reader(index.read_text(encoding="utf-8"))
@@ -71,13 +71,13 @@ def test_page_holds_every_text_and_picture(tmp_path):
         "images/001-output-2.png",
     ]
     for source, seed in zip(page.sources, (0, 1, 2)):
-        np.testing.assert_array_equal(np.asarray(Image.open(index.parent / source)), picture(seed))
+        np.testing.assert_array_equal(np.asarray(Image.open(index.parent / source)), image(seed))
 
 
 def test_a_second_page_replaces_the_first_and_leaves_other_files(tmp_path):
     write_page(tmp_path, "one", ENTRIES)
     (tmp_path / "images" / "mine.png").write_bytes(b"x")
-    write_page(tmp_path, "two", [Entry([picture(3)], ["only"])])
+    write_page(tmp_path, "two", [Entry([image(3)], ["only"])])
     assert "<h1>two</h1>" in (tmp_path / "index.html").read_text()
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"001-prompt-1.png", "mine.png"}
 
@@ -108,30 +108,30 @@ def test_a_file_in_the_way_and_an_empty_page_are_refused(tmp_path):
         (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
     ],
 )
-def test_other_arrays_are_not_pictures(bad, found):
+def test_other_arrays_are_not_images(bad, found):
     with pytest.raises(ValueError, match=found):
         Entry([], [bad])
 
 
-def test_grid_lays_pictures_out_row_by_row():
-    pictures = np.stack([picture(seed) for seed in range(5)])
-    grid = draw_grid(pictures, columns=3, min_side=1)
+def test_grid_lays_images_out_row_by_row():
+    images = np.stack([image(seed) for seed in range(5)])
+    grid = draw_grid(images, columns=3, min_side=1)
     assert grid.shape == (2 * (8 + 6) + 6, 3 * (12 + 6) + 6, 3)
     for index in range(5):
         row, column = divmod(index, 3)
         y, x = 6 + row * 14, 6 + column * 18
-        np.testing.assert_array_equal(grid[y : y + 8, x : x + 12], pictures[index])
+        np.testing.assert_array_equal(grid[y : y + 8, x : x + 12], images[index])
     assert (grid[20:28, 42:] == 255).all()  # the sixth cell is empty
 
 
-def test_small_pictures_are_enlarged():
-    grid = draw_grid(np.stack([picture(0), picture(1)]), columns=9)
+def test_small_images_are_enlarged():
+    grid = draw_grid(np.stack([image(0), image(1)]), columns=9)
     assert grid.shape == (88 + 12, 2 * (132 + 6) + 6, 3)  # 12 px wide, enlarged 11 times
 
 
 def test_grid_refuses_what_does_not_fit_together():
-    pictures = np.stack([picture(0), picture(1)])
+    images = np.stack([image(0), image(1)])
     with pytest.raises(ValueError, match="0 columns"):
-        draw_grid(pictures, 0)
+        draw_grid(images, 0)
     with pytest.raises(ValueError, match="u8"):
-        draw_grid(pictures[0], 1)
+        draw_grid(images[0], 1)

@@ -180,7 +180,7 @@ def test_an_answer_is_a_function_of_prompt_and_seed(session):
     assert compiled(session) == (1, 1), "prompts of one bucket share the programs"
 
 
-def test_answers_without_their_pictures_sample_none(make):
+def test_answers_without_their_images_sample_none(make):
     session, prompt = make(), Prompt("a red lighthouse", seed=3)
     whole, written = session.generate([prompt])[0], session.generate([prompt], images=False)[0]
     assert written.token_ids == whole.token_ids and IMG0 in written.token_ids
@@ -204,7 +204,7 @@ def test_parts_are_in_the_order_they_were_written(session, tokenizer):
     assert session._assemble(row, [835], 0, iter([])).parts == ()
 
 
-def test_text_ends_at_the_picture_or_has_none(make):
+def test_text_ends_at_the_image_or_has_none(make):
     off = make(force_image="off", max_new_tokens=3)
     off.sampling = dataclasses.replace(off.sampling, max_images=0)
     answer = off.generate([Prompt("a red lighthouse near the sea")])[0]
@@ -212,7 +212,7 @@ def test_text_ends_at_the_picture_or_has_none(make):
     assert compiled(off) == (1, 0), "nothing is drawn for nobody"
 
 
-def test_pictures_in_the_prompt_are_seen(session):
+def test_images_in_the_prompt_are_seen(session):
     source = f"look: {IMAGE} and {IMAGE} what next"
     one, two = png(1), png(2)
 
@@ -273,7 +273,7 @@ def test_the_empty_prompt_is_unmasked_and_the_caption_target_is_not(make, seeing
     assert np.abs(drawn - draw(params, caption, np.uint32(0))).max() > 1
 
 
-def test_stories_read_their_own_pictures_and_go_the_same_way_in_any_batch(make):
+def test_stories_read_their_own_images_and_go_the_same_way_in_any_batch(make):
     session = make(max_length=160)
 
     def begun():

@@ -204,7 +204,7 @@ def test_unimplemented_configurations_are_refused_by_name(field, value):
         VaeConfig.from_hf(CONFIGS[0] | {field: value})
 
 
-def test_picture_that_does_not_divide_is_refused():
+def test_image_that_does_not_divide_is_refused():
     vae = template_of(VaeConfig.from_hf(CONFIGS[1]))
     with pytest.raises(ValueError, match="12 x 16 do not divide by the VAE's factor 8"):
         jax.eval_shape(lambda p: vae.bind(p).encode(jnp.zeros((1, 12, 16, 3))), vae.shapes)

@@ -212,7 +212,7 @@ def test_a_history_longer_than_a_row_loses_its_oldest_steps(uneven):
 @pytest.mark.slow
 def test_a_story_goes_on_from_any_length_and_forgets_its_oldest(stage1, uneven, tmp_path, caplog):
     """From one scene and from more than fit; and by a stage-1 run, with a warning."""
-    pictures = [str(uneven.story(2).steps[n].picture) for n in range(4)]
+    pictures = [str(uneven.story(2).steps[n].image) for n in range(4)]
 
     def scene(n):
         return "user", [{"type": "text", "text": f"scene {n}"}, {"type": "image", "path": pictures[n]}]

@@ -108,14 +108,14 @@ def test_pauses_do_not_count_in_the_rate(tmp_path, monkeypatch):
     assert [line["samples_per_s"] for line in lines(tmp_path)] == [4.0, 2.0]
 
 
-def test_validation_lines_and_pictures(tmp_path):
-    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+def test_validation_lines_and_images(tmp_path):
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     with Metrics(tmp_path, 9) as metrics:
         metrics.write(5, {"caption": 0.25}, prefix="validation/")
-        path = metrics.image(5, "grid", picture)
+        path = metrics.image(5, "grid", pixels)
     assert lines(tmp_path)[0]["validation/caption"] == 0.25
     assert path == tmp_path / "images" / "grid_000005.png"
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
 
 
 def test_inactive_process_checks_but_writes_nothing(tmp_path):
@@ -167,7 +167,7 @@ print([float(make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")], sor
 """
 
 
-def test_tensorboard_files_hold_scalars_and_pictures(tmp_path):
+def test_tensorboard_files_hold_scalars_and_images(tmp_path):
     """In a process of its own: TensorFlow comes late, and not into the other tests."""
     pytest.importorskip("tensorboard")
     done = subprocess.run(

@@ -51,8 +51,8 @@ def test_two_processes_take_the_step_of_one():
 
 
 @pytest.mark.slow
-def test_every_process_has_the_held_out_pictures_of_all():
-    pattern = r"PICTURES (\[.*?\]) (\[.*?\]) (\[.*?\])"
-    (single,) = run("pictures_worker.py", 1, pattern)
+def test_every_process_has_the_held_out_images_of_all():
+    pattern = r"IMAGES (\[.*?\]) (\[.*?\]) (\[.*?\])"
+    (single,) = run("images_worker.py", 1, pattern)
     assert single[:2] == ("[2, 3, 5, 7]", "[102, 103, 105, 107]") and len(set(json.loads(single[2]))) > 1
-    assert run("pictures_worker.py", 2, pattern) == [single] * 2
+    assert run("images_worker.py", 2, pattern) == [single] * 2

@@ -76,7 +76,7 @@ def coloured(mask, first=0):
     return dataclasses.replace(batch, target=np.broadcast_to(colours[:, None, None, None], (8, 4, 4, 3)))
 
 
-def test_pictures_are_drawn_for_the_first_batch_that_has_any():
+def test_images_are_drawn_for_the_first_batch_that_has_any():
     calls = []
 
     def draw(params, batch, keys):
@@ -96,7 +96,7 @@ def test_pictures_are_drawn_for_the_first_batch_that_has_any():
     assert not len(watch.HeldOutImages(draw, batches[:1], frozen, make_mesh(8, 1, 1), seed=0).targets)
 
 
-def test_the_oracle_compares_drawn_pictures_with_the_datas():
+def test_the_oracle_compares_drawn_images_with_the_datas():
     def scene(colour, background):
         return Scene(background, (Object(0, 1, 0, 0, 0), Object(1, colour, 1, 2, 3)))
 
@@ -108,7 +108,7 @@ def test_the_oracle_compares_drawn_pictures_with_the_datas():
     assert got["oracle_place"] == got["oracle_shape"] == got["oracle_texture"] == got["oracle_size"] == 1.0
 
 
-def test_only_pictures_of_the_small_world_are_judged():
+def test_only_images_of_the_small_world_are_judged():
     config = get_config()
     config.model.generator.image_size = 64
     assert not watch.readable(config)

@@ -158,14 +158,14 @@ def encode(
       SampleError: an image cannot be read, or placeholders and images differ in number (quirk Q31).
       DataError: the example has input images and the batch no room for any.
     """
-    placeholders, pictures = example.source.count(IMAGE_TOKEN), len(example.images)
-    if pictures and not spec.images:
+    placeholders, images = example.source.count(IMAGE_TOKEN), len(example.images)
+    if images and not spec.images:
         raise DataError(
-            f"{example.where}: {example.item_id} reads {pictures} images, but a row has room for none; set "
+            f"{example.where}: {example.item_id} reads {images} images, but a row has room for none; set "
             "data.max_images (and give a backbone that sees)"
         )
-    if placeholders > pictures or (config.strict_image_count and placeholders < pictures):
-        counts = f"{placeholders} image placeholders and {pictures} images"
+    if placeholders > images or (config.strict_image_count and placeholders < images):
+        counts = f"{placeholders} image placeholders and {images} images"
         raise SampleError(example.where, f"{example.item_id} has {counts}")
     text = expand(
         config.tokenizer,
@@ -198,17 +198,17 @@ def encode(
 
 
 def _values(
-    picture: ImageSource | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
+    image: ImageSource | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
 ) -> np.ndarray:
     """Pixels of an image, or the features it comes as; DataError where the batch wants the other."""
-    if not isinstance(picture, Ready):
+    if not isinstance(image, Ready):
         if ready is not None:
             raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
-        return prepare_image(picture, size, square=square, flip=flip)
-    if picture.values.shape != ready:
+        return prepare_image(image, size, square=square, flip=flip)
+    if image.values.shape != ready:
         wants = f"features of shape {ready}" if ready else "images"
-        raise DataError(f"the batch holds {wants}, the data gives features of shape {picture.values.shape}")
-    return picture.values
+        raise DataError(f"the batch holds {wants}, the data gives features of shape {image.values.shape}")
+    return image.values
 
 
 def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:

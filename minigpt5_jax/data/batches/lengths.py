@@ -63,9 +63,9 @@ def longest(
     length = images = 0
     for words, answer in texts:
         ids = tokenizer.encode(words)
-        pictures = ids.count(tokenizer.image_id)
-        size = 1 + len(ids) + pictures * (image_tokens - 1) + len(tokenizer.encode(answer))
-        length, images = max(length, size), max(images, pictures)
+        count = ids.count(tokenizer.image_id)
+        size = 1 + len(ids) + count * (image_tokens - 1) + len(tokenizer.encode(answer))
+        length, images = max(length, size), max(images, count)
     return length, images
 
 

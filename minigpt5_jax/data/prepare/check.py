@@ -40,7 +40,7 @@ class Findings:
       notes: kind -> (how often, the first place and detail).
       entries: lines, stories or records read; ``bad`` of them have a problem.
       samples: training samples.
-      pictures: named by entries; ``sizes`` counts the distinct ones that could be decoded.
+      images: named by entries; ``sizes`` counts the distinct ones that could be decoded.
       lengths: positions of each sample, empty without a tokenizer; ``longest`` is where the longest is.
     """
 
@@ -50,7 +50,7 @@ class Findings:
     notes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     entries: int = 0
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     sizes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     lengths: list[int] = dataclasses.field(default_factory=list)
     longest: tuple[int, str] = (0, "")
@@ -68,7 +68,7 @@ class Findings:
         more = f", {len(self.sizes) - SHOWN_SIZES:,} other sizes" if len(self.sizes) > SHOWN_SIZES else ""
         lines = [
             f"format: {self.format}{guessed}",
-            f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.pictures:,} images",
+            f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.images:,} images",
             f"images decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
         ]
         if self.lengths:
@@ -87,7 +87,7 @@ class Findings:
         return "\n".join([*lines, verdict])
 
 
-class Pictures:
+class Images:
     """Decodes the images of entries in batches, each path once, and says what each reference gets."""
 
     def __init__(self, findings: Findings, workers: int | None):
@@ -98,52 +98,52 @@ class Pictures:
         self._waiting: dict[ImageSource, list[tuple[int, str]]] = {}
 
     def add(self, order: int, entry: Entry) -> None:
-        for picture in entry.pictures:
-            self._findings.pictures += 1
-            if isinstance(picture, str) and picture in self._failed:
-                self._fail(order, entry.where, picture, self._failed[picture])
-            elif isinstance(picture, bytes) or hash(picture) not in self._good:
-                self._waiting.setdefault(picture, []).append((order, entry.where))
+        for image in entry.images:
+            self._findings.images += 1
+            if isinstance(image, str) and image in self._failed:
+                self._fail(order, entry.where, image, self._failed[image])
+            elif isinstance(image, bytes) or hash(image) not in self._good:
+                self._waiting.setdefault(image, []).append((order, entry.where))
         if len(self._waiting) >= BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Decodes what is waiting."""
         waiting, self._waiting = self._waiting, {}
-        for (picture, references), (size, reason) in zip(waiting.items(), self._inspect(list(waiting))):
+        for (image, references), (size, reason) in zip(waiting.items(), self._inspect(list(waiting))):
             if reason:
                 for order, where in references:
-                    self._fail(order, where, picture, reason)
-                if isinstance(picture, str):
-                    self._failed[picture] = reason
+                    self._fail(order, where, image, reason)
+                if isinstance(image, str):
+                    self._failed[image] = reason
                 continue
             self._findings.sizes[size] += 1
-            if isinstance(picture, str):
-                self._good.add(hash(picture))
+            if isinstance(image, str):
+                self._good.add(hash(image))
 
-    def _fail(self, order: int, where: str, picture: ImageSource, reason: str) -> None:
-        name = f"{picture}: " if isinstance(picture, str) else ""
+    def _fail(self, order: int, where: str, image: ImageSource, reason: str) -> None:
+        name = f"{image}: " if isinstance(image, str) else ""
         self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
 
-    def _inspect(self, pictures: list[ImageSource]) -> Iterable[tuple[str, str]]:
+    def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str]]:
         if self._pool is None and (
-            self._workers or (self._workers is None and self._findings.pictures >= MANY)
+            self._workers or (self._workers is None and self._findings.images >= MANY)
         ):
             count = self._workers or os.cpu_count() or 1
             self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
         if self._pool is None:
-            return map(inspect_image, pictures)
-        return self._pool.map(inspect_image, pictures, chunksize=16)
+            return map(inspect_image, images)
+        return self._pool.map(inspect_image, images, chunksize=16)
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
-def inspect_image(picture: ImageSource) -> tuple[str, str]:
+def inspect_image(image: ImageSource) -> tuple[str, str]:
     """(``WIDTHxHEIGHT``, nothing) of an image that training can use, or (nothing, what is wrong)."""
     try:
-        width, height = load_image(picture).size
+        width, height = load_image(image).size
     except SampleError as error:
         return "", error.reason
     if max(width, height) ** 2 > MAX_PIXELS:
@@ -191,15 +191,15 @@ def check(
     count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
     reader = READERS[format](path, Options(root, None if mapping is None else Path(mapping), count))
     findings = Findings(format, guessed)
-    pictures = Pictures(findings, workers)
+    images = Images(findings, workers)
     try:
         entries = tqdm(reader, desc="checking", unit="entry", disable=not show_progress, delay=1)
         for order, entry in enumerate(entries):
             _enter(findings, order, entry, tokenizer, max_length, image_tokens)
-            pictures.add(order, entry)
-        pictures.flush()
+            images.add(order, entry)
+        images.flush()
     finally:
-        pictures.close()
+        images.close()
     findings.problems.sort(key=lambda problem: problem.index)
     return findings
 

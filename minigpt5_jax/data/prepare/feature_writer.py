@@ -121,8 +121,8 @@ def _write_shard(
     rows: dict[str, dict[ImageSource, int]] = {}
     bad: dict[ImageSource, SampleError] = {}
     for kind in spec.shapes():
-        pictures = dict.fromkeys(p for e in examples.values() for p in wanted[kind](e))
-        rows[kind], values = _encode_all(list(pictures), kind, spec, encoders[kind], batch_size, pool, bad)
+        images = dict.fromkeys(p for e in examples.values() for p in wanted[kind](e))
+        rows[kind], values = _encode_all(list(images), kind, spec, encoders[kind], batch_size, pool, bad)
         _replace(array_file(folder, number, kind), lambda out, v=values: np.save(out, v))
     for sample, example in examples.items():
         error = next((bad[p] for kind in rows for p in wanted[kind](example) if p in bad), None)
@@ -143,7 +143,7 @@ def _write_shard(
 
 
 def _encode_all(
-    pictures: Sequence[ImageSource],
+    images: Sequence[ImageSource],
     kind: str,
     spec: FeatureSpec,
     encoder: Encoder,
@@ -155,28 +155,28 @@ def _encode_all(
     size = spec.target_size if kind == "target" else spec.image_size
     square = kind == "target" or spec.pad_input_square
 
-    def read(picture: ImageSource) -> np.ndarray | SampleError:
+    def read(image: ImageSource) -> np.ndarray | SampleError:
         try:
-            return prepare_image(picture, size, square=square, flip=False)
+            return prepare_image(image, size, square=square, flip=False)
         except SampleError as error:
             return error
 
     def submit(start: int) -> list[concurrent.futures.Future]:
-        return [pool.submit(read, picture) for picture in pictures[start : start + batch_size]]
+        return [pool.submit(read, image) for image in images[start : start + batch_size]]
 
     rows: dict[ImageSource, int] = {}
     made: list[np.ndarray] = []
     ahead = submit(0)
-    for start in range(0, len(pictures), batch_size):
+    for start in range(0, len(images), batch_size):
         now, ahead = ahead, submit(start + batch_size)
         batch, filled = np.zeros((batch_size, size, size, 3), np.uint8), 0
-        for picture, future in zip(pictures[start:], now):
+        for image, future in zip(images[start:], now):
             pixels = future.result()
             if isinstance(pixels, SampleError):
-                bad[picture] = pixels
+                bad[image] = pixels
             else:
                 batch[filled] = pixels
-                rows[picture] = len(rows)
+                rows[image] = len(rows)
                 filled += 1
         if filled:
             made.append(np.asarray(encoder(batch))[:filled].astype(DTYPES[spec.dtype]))

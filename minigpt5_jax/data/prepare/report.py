@@ -91,14 +91,14 @@ def summary(source: PreparedSource, tokenizer: LanguageTokenizer | None, image_t
         "skipped": len(skipped),
         "skipped_by_reason": _by_reason(skip["reason"] for skip in skipped),
         "skipped_units": skipped,
-        "pictures_lost": lost,
+        "images_lost": lost,
         "samples": len(source),
         "shards": made["num_shards"],
         "letterbox": made["letterbox"],
-        "pictures": tally["pictures"],
-        "picture_bytes": tally["bytes"],
-        "pictures_by_size": dict(sorted(tally["sizes"].items(), key=lambda item: -item[1])),
-        "pictures_by_kilobytes": {
+        "images": tally["images"],
+        "image_bytes": tally["bytes"],
+        "images_by_size": dict(sorted(tally["sizes"].items(), key=lambda item: -item[1])),
+        "images_by_kilobytes": {
             f"{2 ** int(power) / 1024:g}": number
             for power, number in sorted(tally["bytes_log2"].items(), key=lambda item: int(item[0]))
         },
@@ -136,8 +136,8 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         "kept": f"{facts['kept']:,}",
         "left out": f"{facts['skipped']:,}",
         "samples": f"{facts['samples']:,}",
-        "pictures": f"{facts['pictures']:,}",
-        "all images": _size(facts["picture_bytes"]),
+        "images": f"{facts['images']:,}",
+        "all images": _size(facts["image_bytes"]),
         "shards": f"{facts['shards']:,}",
     }
     parts = [f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles.items()]
@@ -147,15 +147,15 @@ def _page(facts: dict[str, Any], source: PreparedSource, drawn: list[int]) -> st
         rows = ((skip["where"], skip["reason"]) for skip in facts["skipped_units"][:SHOWN])
         cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>\n" for a, b in rows)
         body += f"<h2>The first of them</h2>\n<table>{cells}</table>\n"
-    if facts["pictures_lost"]:
+    if facts["images_lost"]:
         body += "<h2>Images that dialogues go without, and end before</h2>\n"
-        body += _bars(_by_reason(lost["reason"] for lost in facts["pictures_lost"]))
+        body += _bars(_by_reason(lost["reason"] for lost in facts["images_lost"]))
     if facts.get("lengths", {}).get("samples"):
         lengths = facts["lengths"]
         shown = ", ".join(f"{name} {lengths[name]}" for name in ("mean", "p50", "p90", "p95", "p99", "max"))
         body += f"<h2>Positions of a sample</h2>\n<p>{shown}</p>\n" + _bars(lengths["histogram"])
-    body += "<h2>Images by width x height</h2>\n" + _bars(facts["pictures_by_size"])
-    body += "<h2>Images by size of file (KiB, from)</h2>\n" + _bars(facts["pictures_by_kilobytes"])
+    body += "<h2>Images by width x height</h2>\n" + _bars(facts["images_by_size"])
+    body += "<h2>Images by size of file (KiB, from)</h2>\n" + _bars(facts["images_by_kilobytes"])
     body += f"<h2>{len(drawn)} samples</h2>\n" + "".join(_sample(source, index) for index in drawn)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -202,8 +202,8 @@ def _sample(source: PreparedSource, index: int) -> str:
 def _article(example: Example) -> str:
     pieces = example.source.split(IMAGE)
     words = html.escape(pieces[0])
-    for picture, piece in zip(example.images, pieces[1:], strict=True):
-        words += _img(picture) + html.escape(piece)
+    for image, piece in zip(example.images, pieces[1:], strict=True):
+        words += _img(image) + html.escape(piece)
     target = html.escape(example.target)
     if example.target_image is not None:
         target += "\n" + _img(example.target_image)
@@ -214,9 +214,9 @@ def _article(example: Example) -> str:
     )
 
 
-def _img(picture: ImageSource) -> str:
+def _img(source: ImageSource) -> str:
     """A small copy of an image, inside the page."""
-    image = load_image(picture)
+    image = load_image(source)
     name = f"{image.width}x{image.height}"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -32,7 +32,7 @@ class DialogTurn:
     """
 
     text: str
-    picture: ImageSource | None = None
+    image: ImageSource | None = None
     media: tuple[str, ...] = ()
 
 
@@ -151,10 +151,10 @@ class DialogRules:
                 return f"over {self.max_tokens} tokens", f"{size} tokens"
         elif self.training and (size := len(turn.text.split())) > self.max_words:
             return f"over {self.max_words} words", f"{size} words"
-        if turn.picture is not None:
+        if turn.image is not None:
             if self.loader == "head" and turn.media and turn.media[0] in self.bad_media_ids:
                 return "bad image", f"image {turn.media[0]} is in the list of bad ones"
-            if not has_image(turn.picture):
+            if not has_image(turn.image):
                 return "missing image", f"image {turn.media[0] if turn.media else ''} is missing"
         return None
 
@@ -167,18 +167,18 @@ class DialogRules:
         """The sample that writes turn ``turn``, 1 or more."""
         before = [dialog.turns[number] for number in self.history(turn)]
         said = [
-            (SPEAKERS[number % 2], one.text if one.picture is None else f"{one.text} {IMAGE}")
+            (SPEAKERS[number % 2], one.text if one.image is None else f"{one.text} {IMAGE}")
             for number, one in zip(self.history(turn), before)
         ]
         now, system, speaker = dialog.turns[turn], prompts.DIALOG_SYSTEMS[self.loader], SPEAKERS[turn % 2]
         head = self.loader == "head"
         spell = prompts.dialog_source if head else prompts.dialog_source_release
-        draws = now.picture is not None
+        draws = now.image is not None
         return Example(
             source=spell(system, said, speaker),
             target=target_text(now.text, draws=draws, num_vokens=self.num_vokens),
-            images=tuple(one.picture for one in before if one.picture is not None),
-            target_image=now.picture,
+            images=tuple(one.image for one in before if one.image is not None),
+            target_image=now.image,
             caption=None,
             task="mmdialog",
             item_id=f"{dialog.id}_{turn}-mm" if head else f"mmdialog{dialog.id}_{turn}",

@@ -24,7 +24,7 @@ class Pair:
 
     row: int
     caption: str
-    picture: ImageSource
+    image: ImageSource
     where: str
 
 
@@ -98,7 +98,7 @@ class PairRules:
             source=source,
             target=target,
             images=(),
-            target_image=pair.picture,
+            target_image=pair.image,
             caption=caption,
             task="cc3m-instruction" if instruction else "cc3m",
             item_id=f"cc3m_{pair.row}_instruction" if instruction else f"cc3m_{pair.row}",

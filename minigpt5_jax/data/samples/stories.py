@@ -35,7 +35,7 @@ class Step:
     """A text, its image (path or encoded bytes) and its number in the file."""
 
     text: str
-    picture: ImageSource
+    image: ImageSource
     sequence_index: int
 
 
@@ -115,13 +115,13 @@ class StoryRules:
         draws = task != "understanding"
         request = prompts.STORY_PROMPTS[self.prompt_set][task][wording].format(text=now.text)
         parts = [[one.text] * ("text" in context) + [IMAGE] * ("image" in context) for one in before]
-        pictures = [one.picture for one in before if "image" in context]
+        images = [one.image for one in before if "image" in context]
         written = "" if task == "gen" else now.text
         return Example(
             source=prompts.story_source([*itertools.chain(*parts)], request),
             target=target_text(written, draws=draws, num_vokens=self.num_vokens),
-            images=(*pictures, now.picture) if task == "understanding" else tuple(pictures),
-            target_image=now.picture if draws else None,
+            images=(*images, now.image) if task == "understanding" else tuple(images),
+            target_image=now.image if draws else None,
             caption=None,
             task=f"story-{task}",
             item_id=f"{story.id}_{now.sequence_index}-{task}",

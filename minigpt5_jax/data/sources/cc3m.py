@@ -30,8 +30,8 @@ class PairSource(Source):
         self.rows = rows
 
     @abc.abstractmethod
-    def pair(self, row: int, *, picture: bool = True) -> Pair:
-        """A pair as it is written; where no ``picture`` is asked for, bytes of its image need not be read."""
+    def pair(self, row: int, *, image: bool = True) -> Pair:
+        """A pair as it is written; where no ``image`` is asked for, bytes of its image need not be read."""
 
     def __len__(self) -> int:
         return self._rules.count(self.rows)
@@ -48,7 +48,7 @@ class PairSource(Source):
     def texts(self, index: int) -> list[tuple[str, str]]:
         """(source, target) of sample ``index`` in every wording it may have; errors as ``example``."""
         row, instruction = self._find(index)
-        return self._rules.texts(self.pair(row, picture=False), instruction)
+        return self._rules.texts(self.pair(row, image=False), instruction)
 
     def image_fingerprint(self) -> str:
         """Hash of which image each sample draws, whatever its wording."""
@@ -100,7 +100,7 @@ class Cc3mSource(PairSource):
             raise DataError(f"{self._lines.path} has a header and no rows")
         super().__init__(rules, rows, f"cc3m {self._lines.sha256}", f"rows in {self._lines.path}")
 
-    def pair(self, row: int, *, picture: bool = True) -> Pair:
+    def pair(self, row: int, *, image: bool = True) -> Pair:
         """A row as it is written; SampleError for too few columns or no path."""
         where = self._lines.where(row + 1)
         cells = self._lines[row + 1].split("\t")

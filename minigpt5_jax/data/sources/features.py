@@ -31,10 +31,11 @@ from minigpt5_jax.data.sources.base import Source
 FORMAT = 1
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MANIFEST = "manifest.json"
+FORMER_NAME = "pictures"  # of ``image_fingerprint`` in stores of earlier versions
 
 
 @runtime_checkable
-class FixedPictures(Protocol):
+class FixedImages(Protocol):
     """A source that can say which images its samples have apart from how they are worded."""
 
     def image_fingerprint(self) -> str: ...
@@ -42,7 +43,7 @@ class FixedPictures(Protocol):
 
 def image_fingerprint(source: Source) -> str:
     """Hash of which images each sample has; of everything where a source does not know that apart."""
-    return source.image_fingerprint() if isinstance(source, FixedPictures) else source.fingerprint()
+    return source.image_fingerprint() if isinstance(source, FixedImages) else source.fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FeatureSpec:
     """What a store holds.
 
     Attributes:
-      pictures: :func:`image_fingerprint` of the source.  samples: its length.
+      image_fingerprint: of the source (:func:`image_fingerprint`).  samples: its length.
       towers: tower -> hash of its weights, for the towers that made the features.
       target: (h, w, 2c) of a target's moments, None where only input images are stored.
       image: (q, c) of an input image's states, None where only targets are stored.
@@ -61,7 +62,7 @@ class FeatureSpec:
       shard_samples: samples of a shard.
     """
 
-    pictures: str
+    image_fingerprint: str
     samples: int
     towers: dict[str, str]
     target: tuple[int, ...] | None
@@ -120,6 +121,8 @@ def read_spec(folder: str | Path) -> FeatureSpec:
         if content.pop("format") != FORMAT:
             raise DataError(f"{file} is of another version; prepare the features again")
         content = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        if FORMER_NAME in content:
+            content["image_fingerprint"] = content.pop(FORMER_NAME)
         return FeatureSpec(**content)
     except FileNotFoundError:
         raise DataError(f"no feature store in {folder}: {MANIFEST} is missing") from None
@@ -254,7 +257,9 @@ class FeatureSource(Source):
 
     def fingerprint(self) -> str:
         """Hash of the source's fingerprint and of what the store holds."""
-        stored = json.dumps(dataclasses.asdict(self._store.spec), sort_keys=True)
+        spec = dataclasses.asdict(self._store.spec)
+        spec[FORMER_NAME] = spec.pop("image_fingerprint")  # so that runs of earlier versions can resume
+        stored = json.dumps(spec, sort_keys=True)
         return hashlib.sha256(f"features {self._source.fingerprint()} {stored}".encode()).hexdigest()
 
     def describe(self) -> str:

@@ -25,7 +25,7 @@ Numbers = Int[np.ndarray, " n"]
 CountTokens = Callable[[str], int] | None
 Rules = PairRules | StoryRules | DialogRules | RecordRules
 LOST = b""  # stands for an image that the dialogue has lost
-UNREAD = "picture"  # stands for one that is not read, where words are all that is wanted
+UNREAD = "image"  # stands for one that is not read, where words are all that is wanted
 
 
 class Kind(abc.ABC):
@@ -51,7 +51,7 @@ class Kind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
+    def example(self, fields: Fields, images: list[bytes], place: int, epoch: int) -> Example:
         """Sample ``place`` of a record."""
 
     @abc.abstractmethod
@@ -72,8 +72,8 @@ class PairKind(Kind):
         every = self.rules.instruction_every
         return 1 + (units % every == 0) if every else np.ones_like(units)
 
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self.rules.example(self._pair(fields, pictures[0]), place == 1, epoch)
+    def example(self, fields: Fields, images: list[bytes], place: int, epoch: int) -> Example:
+        return self.rules.example(self._pair(fields, images[0]), place == 1, epoch)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
         return self.rules.texts(self._pair(fields, UNREAD), place == 1)
@@ -81,8 +81,8 @@ class PairKind(Kind):
     def layout(self) -> tuple:
         return (self.rules.instruction_every,)
 
-    def _pair(self, fields: Fields, picture: ImageSource) -> Pair:
-        return Pair(fields["row"], fields["caption"], picture, fields["where"])
+    def _pair(self, fields: Fields, image: ImageSource) -> Pair:
+        return Pair(fields["row"], fields["caption"], image, fields["where"])
 
 
 class StoryKind(Kind):
@@ -94,8 +94,8 @@ class StoryKind(Kind):
         steps = [len(json.loads(line)["steps"]) for line in lines]
         return np.array([len(self.rules.samples(number)) for number in steps], np.int64)
 
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self.rules.example(*self._sample(fields, pictures, place), epoch)
+    def example(self, fields: Fields, images: list[bytes], place: int, epoch: int) -> Example:
+        return self.rules.example(*self._sample(fields, images, place), epoch)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
         return self.rules.texts(*self._sample(fields, [UNREAD] * len(fields["steps"]), place))
@@ -103,10 +103,10 @@ class StoryKind(Kind):
     def layout(self) -> tuple:
         return (self.rules.tasks,)
 
-    def _sample(self, fields: Fields, pictures: Iterable[ImageSource], place: int) -> tuple[Story, int, str]:
+    def _sample(self, fields: Fields, images: Iterable[ImageSource], place: int) -> tuple[Story, int, str]:
         steps = tuple(
-            Step(step["caption"], picture, step["sequence_index"])
-            for step, picture in zip(fields["steps"], pictures, strict=True)
+            Step(step["caption"], image, step["sequence_index"])
+            for step, image in zip(fields["steps"], images, strict=True)
         )
         story = Story(fields["id"], steps, fields["where"])
         return story, *self.rules.samples(len(steps))[place]
@@ -122,13 +122,13 @@ class DialogKind(Kind):
         found = []
         for line in lines:
             dialog = self._dialog(json.loads(line), None)
-            usable, remarks = self.rules.usable(dialog, lambda picture: picture != LOST, count_tokens)
+            usable, remarks = self.rules.usable(dialog, lambda image: image != LOST, count_tokens)
             self.left_out.update(remark.kind for remark in remarks)
             found.append(max(0, usable - 1))
         return np.array(found, np.int64)
 
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
-        return self.rules.example(self._dialog(fields, pictures), place + 1)
+    def example(self, fields: Fields, images: list[bytes], place: int, epoch: int) -> Example:
+        return self.rules.example(self._dialog(fields, images), place + 1)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
         return [self.rules.example(self._dialog(fields, None), place + 1).words]
@@ -136,13 +136,13 @@ class DialogKind(Kind):
     def layout(self) -> tuple:
         return self.rules.settings()
 
-    def _dialog(self, fields: Fields, pictures: list[bytes] | None) -> Dialog:
+    def _dialog(self, fields: Fields, images: list[bytes] | None) -> Dialog:
         turns = []
         for turn in fields["turns"]:
-            picture: ImageSource | None = LOST if turn["media"] else None
+            image: ImageSource | None = LOST if turn["media"] else None
             if turn["picture"] >= 0:
-                picture = UNREAD if pictures is None else pictures[turn["picture"]]
-            turns.append(DialogTurn(turn["text"], picture, tuple(filter(None, turn["media"].split("/")))))
+                image = UNREAD if images is None else images[turn["picture"]]
+            turns.append(DialogTurn(turn["text"], image, tuple(filter(None, turn["media"].split("/")))))
         return Dialog(fields["id"], tuple(turns), fields["where"])
 
 
@@ -154,13 +154,13 @@ class RecordKind(Kind):
     def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
         return np.array([len(self._record(json.loads(line)).answers()) for line in lines], np.int64)
 
-    def example(self, fields: Fields, pictures: list[bytes], place: int, epoch: int) -> Example:
+    def example(self, fields: Fields, images: list[bytes], place: int, epoch: int) -> Example:
         record, example = self._record(fields), self._example(fields, place)
         paths = (str(Path(image.path)) for turn in record.turns for image in turn.images())
-        found: dict[ImageSource, bytes] = dict(zip(paths, pictures, strict=True))
+        found: dict[ImageSource, bytes] = dict(zip(paths, images, strict=True))
         target = None if example.target_image is None else found[example.target_image]
-        images = tuple(found[path] for path in example.images)
-        return dataclasses.replace(example, images=images, target_image=target)
+        read = tuple(found[path] for path in example.images)
+        return dataclasses.replace(example, images=read, target_image=target)
 
     def texts(self, fields: Fields, place: int) -> list[tuple[str, str]]:
         return [self._example(fields, place).words]

@@ -29,7 +29,7 @@ class MMDialogSource(Source):
     """Conversations in the form MMDialog is published in (fidelity 5.4).
 
     A line is ``{"conversation_id": number, "conversation": [{"turn": [{"__TEXT__": text}, {"__MEDIA__":
-    id}]}, ...]}``; other keys are ignored.  The picture of an id is ``{id}.jpg``.  Every turn but the first
+    id}]}, ...]}``; other keys are ignored.  The image of an id is ``{id}.jpg``.  Every turn but the first
     is a sample, up to one that the rules of :class:`~minigpt5_jax.data.samples.dialogs.DialogRules` end the
     conversation at.  A line that breaks the form, or that repeats a conversation id, counts as one sample
     that cannot be fetched.
@@ -80,7 +80,7 @@ class MMDialogSource(Source):
         """Line and turn of every sample; turn -1 for a line that cannot be used."""
         lines, turns, first = array("q"), array("i"), {}
         there = {entry.name for entry in os.scandir(self._root)}  # one listing, not a call for each image
-        has_image = lambda picture: os.path.basename(picture) in there  # noqa: E731
+        has_image = lambda path: os.path.basename(path) in there  # noqa: E731
         for line in tqdm(range(self.rows), desc="reading dialogues", delay=2, unit="line"):
             try:
                 dialog = self.dialog(line)
@@ -178,8 +178,8 @@ def _turn(fields: Fields, value: Any, number: int, root: Path) -> DialogTurn:
             media.append(_media(fields, part[MEDIA], spot))
     if len(texts) > 1:
         raise fields.fail(place, f"has {len(texts)} texts")
-    picture = str(root / f"{media[0]}.jpg") if media else None
-    return DialogTurn(texts[0] if texts else "", picture, tuple(media))
+    image = str(root / f"{media[0]}.jpg") if media else None
+    return DialogTurn(texts[0] if texts else "", image, tuple(media))
 
 
 def _media(fields: Fields, value: Any, place: str) -> str:

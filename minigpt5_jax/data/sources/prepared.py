@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -96,7 +97,7 @@ class PreparedSource(Source):
         """What a record says besides the images."""
         return json.loads(self._lines[record])
 
-    def pictures(self, record: int) -> list[bytes]:
+    def images(self, record: int) -> list[bytes]:
         """Encoded images of a record; the last one's are kept, as its samples follow each other."""
         if self._last[0] != record:
             self._last = (record, self._read(record))
@@ -122,7 +123,7 @@ class PreparedSource(Source):
     def example(self, index: int, epoch: int = 0) -> Example:
         """Sample ``index``, its images as encoded bytes; SampleError where the record is broken."""
         record, place = self.find(index)
-        return self._kind.example(self.fields(record), self.pictures(record), place, epoch)
+        return self._kind.example(self.fields(record), self.images(record), place, epoch)
 
     def texts(self, index: int) -> list[tuple[str, str]]:
         """(source, target) of sample ``index`` in every wording, its context whole; no image is read."""
@@ -177,9 +178,15 @@ def find_prepared(folder: str | Path, split: str | None = None) -> Path:
     )
 
 
+def current_tally(tally: dict[str, Any]) -> dict[str, Any]:
+    """What a preparation counted, under today's names: earlier versions wrote ``pictures`` for images."""
+    return {"images" if name == "pictures" else name: value for name, value in tally.items()}
+
+
 def _metadata(folder: Path) -> dict:
     """What the preparation wrote about itself."""
     try:
-        return json.loads((folder / "metadata.json").read_bytes())[METADATA]
+        made = json.loads((folder / "metadata.json").read_bytes())[METADATA]
+        return {**made, "tally": current_tally(made["tally"])}
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder / 'metadata.json'} is broken ({error!r}); prepare the data again") from None

@@ -14,7 +14,7 @@ from minigpt5_jax.data.samples.pairs import Pair, PairRules
 from minigpt5_jax.data.sources.cc3m import PairSource
 from minigpt5_jax.data.sources.tar_index import load_indices
 
-PICTURE, TEXT = 0, 1  # columns of an index
+IMAGE, TEXT = 0, 1  # columns of an index
 
 
 def find_shards(shards: str | Path) -> list[Path]:
@@ -92,7 +92,7 @@ class Cc3mTarSource(PairSource):
                 "take the copies out of the folder"
             )
 
-    def pair(self, row: int, *, picture: bool = True) -> Pair:
+    def pair(self, row: int, *, image: bool = True) -> Pair:
         """A pair as it is in its shard, the image as bytes (empty where not asked for).
 
         Raises:
@@ -101,7 +101,7 @@ class Cc3mTarSource(PairSource):
         """
         shard = self._shards[self._shard[row]]
         where = f"{shard}:{self._keys[row].decode()}"
-        for column, name in ((PICTURE, "image (.jpg, .png or .webp)"), (TEXT, "caption (.txt)")):
+        for column, name in ((IMAGE, "image (.jpg, .png or .webp)"), (TEXT, "caption (.txt)")):
             if not self._places[row, column, 0]:
                 raise SampleError(where, f"no {name} in the shard")
         try:
@@ -110,7 +110,7 @@ class Cc3mTarSource(PairSource):
             raise SampleError(where, f"shard cannot be read ({error.strerror})") from None
         try:
             caption = self._read(file, row, TEXT, where)
-            data = self._read(file, row, PICTURE, where) if picture else b""
+            data = self._read(file, row, IMAGE, where) if image else b""
         finally:
             os.close(file)
         try:

@@ -24,7 +24,7 @@ from minigpt5_jax.data.errors import DataError
 logger = logging.getLogger(__name__)
 
 BLOCK = 512
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXT = "txt"
 FORMAT = 1  # of index files; another number and they are rebuilt
 
@@ -138,7 +138,7 @@ def make_index(path: Path) -> ShardIndex:
     for member in read_members(path):
         folder, _, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")
-        column = 0 if ending.lower() in PICTURES else 1 if ending.lower() == TEXT else None
+        column = 0 if ending.lower() in IMAGES else 1 if ending.lower() == TEXT else None
         if column is None or not stem:
             continue
         row = rows.setdefault(f"{folder}/{stem}" if folder.strip("./") else stem, [None, None])

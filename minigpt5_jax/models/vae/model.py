@@ -58,7 +58,7 @@ class VaeConfig(PublishedSizes):
 
     @property
     def downsampling(self) -> int:
-        """Picture pixels per latent pixel along one side."""
+        """Image pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod

@@ -87,9 +87,9 @@ class StableDiffusion(nnx.Module):
         self.vae = AutoencoderKL(vae, **kwargs)
         self.text_encoder = ClipTextModel(text_encoder, **kwargs)
 
-    def moments(self, pictures: UInt8[Array, "m H W 3"]) -> Float[Array, "m h w c2"]:
+    def moments(self, images: UInt8[Array, "m H W 3"]) -> Float[Array, "m h w c2"]:
         """Moments of the posterior over unscaled latents, fp32, of pixels in [-1, 1] (Q9, Q12)."""
-        return self.vae.encode(pictures.astype(jnp.float32) / 127.5 - 1.0)
+        return self.vae.encode(images.astype(jnp.float32) / 127.5 - 1.0)
 
     def latents(
         self, moments: Float[Array, "m h w c2"], posterior_noise: Float[Array, "m h w c"]

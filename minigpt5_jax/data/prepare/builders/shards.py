@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, Problem, SampleError
-from minigpt5_jax.data.prepare.builders.units import Encoded, Raw, Unit, Units, encode_image, keep_pictures
+from minigpt5_jax.data.prepare.builders.units import Encoded, Raw, Unit, Units, encode_image, keep_images
+from minigpt5_jax.data.sources.prepared import current_tally
 
 PARTS = "parts"
 SHARD_BYTES = 128 * 2**20
@@ -119,8 +120,8 @@ def _mean_bytes(units: Units, looks: int = 100) -> float:
     sizes = []
     for index in sorted({len(units) * i // looks for i in range(looks)}):
         try:
-            pictures = units[index].pictures
-            sizes.append(sum(len(p) if isinstance(p, bytes) else os.stat(p).st_size for p in pictures) + 1000)
+            images = units[index].images
+            sizes.append(sum(len(p) if isinstance(p, bytes) else os.stat(p).st_size for p in images) + 1000)
         except (SampleError, OSError, ValueError):
             continue
     return float(np.mean(sizes)) if sizes else 0.0
@@ -131,13 +132,13 @@ class Record:
     """A unit ready to be written: its images, its fields, and the images it has lost."""
 
     unit: Unit
-    pictures: list[Encoded]
+    images: list[Encoded]
     fields: dict[str, Any]
     lost: list[SampleError]
 
     def example(self) -> dict[str, Any]:
         """What TFDS encodes."""
-        return {**self.fields, "image": [io.BytesIO(picture.data) for picture in self.pictures]}
+        return {**self.fields, "image": [io.BytesIO(image.data) for image in self.images]}
 
     def line(self, raw: Raw) -> str:
         """The unit without its images, one line of JSON."""
@@ -152,7 +153,7 @@ class Tally:
       kept: records written.
       skipped: those that were left out, by unit.
       cut: images that dialogues go without, by unit; each ends before it.
-      pictures: how many were stored, of ``bytes`` in all.
+      images: how many were stored, of ``bytes`` in all.
       sizes: images by ``WIDTHxHEIGHT``.
       bytes_log2: images by the power of two below their number of bytes.
     """
@@ -160,7 +161,7 @@ class Tally:
     kept: int = 0
     skipped: list[Problem] = dataclasses.field(default_factory=list)
     cut: list[Problem] = dataclasses.field(default_factory=list)
-    pictures: int = 0
+    images: int = 0
     bytes: int = 0
     sizes: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
     bytes_log2: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
@@ -169,18 +170,18 @@ class Tally:
         """Enters a record that was written."""
         self.kept += 1
         self.cut += [Problem(index, error.where, error.reason) for error in record.lost]
-        for picture in record.pictures:
-            self.pictures += 1
-            self.bytes += len(picture.data)
-            self.sizes[f"{picture.width}x{picture.height}"] += 1
-            self.bytes_log2[str(len(picture.data).bit_length() - 1)] += 1
+        for image in record.images:
+            self.images += 1
+            self.bytes += len(image.data)
+            self.sizes[f"{image.width}x{image.height}"] += 1
+            self.bytes_log2[str(len(image.data).bit_length() - 1)] += 1
 
     def add(self, other: Tally) -> None:
         """Joins the tally of another shard."""
         self.kept += other.kept
         self.skipped += other.skipped
         self.cut += other.cut
-        self.pictures += other.pictures
+        self.images += other.images
         self.bytes += other.bytes
         for mine, theirs in ((self.sizes, other.sizes), (self.bytes_log2, other.bytes_log2)):
             for name, number in theirs.items():
@@ -188,7 +189,7 @@ class Tally:
 
     @classmethod
     def read(cls, path: Path) -> Tally:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = current_tally(json.loads(path.read_text(encoding="utf-8")))
         lists = {name: [Problem(*problem) for problem in values[name]] for name in ("skipped", "cut")}
         return cls(**{**values, **lists})
 
@@ -252,16 +253,16 @@ class ShardWork:
     def record(self, index: int) -> Record:
         """A unit with its images read; SampleError naming the unit and the image."""
         unit = self.job.raw.open()[index]
-        pictures, kept, lost = [], [], []
-        for number, picture in enumerate(unit.pictures):
+        images, kept, lost = [], [], []
+        for number, image in enumerate(unit.images):
             try:
-                pictures.append(encode_image(picture, self.job.letterbox))
+                images.append(encode_image(image, self.job.letterbox))
                 kept.append(number)
             except SampleError as error:
                 lost.append(SampleError(f"{unit.where}, {error.where}", error.reason))
                 if unit.whole:
                     raise lost[0] from None
-        return Record(unit, pictures, keep_pictures(unit.fields, kept) if lost else unit.fields, lost)
+        return Record(unit, images, keep_images(unit.fields, kept) if lost else unit.fields, lost)
 
     def _tell(self, units: int) -> None:
         if self.progress is not None:

@@ -58,11 +58,11 @@ class PreparedBuilder(tfds.core.ShardBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        pictures = tfds.features.Sequence(tfds.features.Image())
+        images = tfds.features.Sequence(tfds.features.Image())
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.DESCRIPTION,
-            features=tfds.features.FeaturesDict({**self.FIELDS, "image": pictures}),
+            features=tfds.features.FeaturesDict({**self.FIELDS, "image": images}),
             metadata=tfds.core.MetadataDict({METADATA: self._job.settings()}),
             disable_shuffling=True,
         )
@@ -114,8 +114,8 @@ class Vist(PreparedBuilder):
 class Mmdialog(PreparedBuilder):
     """Dialogues.
 
-    A turn's ``picture`` counts in ``image``, -1 for none, or a lost one if it has ``media``: ids with ``/``
-    between, as TFDS needs TensorFlow to write lists within lists.
+    A turn's ``picture`` (its name on disk since version 1) counts in ``image``, -1 for none, or a lost
+    one if it has ``media``: ids with ``/`` between, as TFDS needs TensorFlow to write lists within lists.
     """
 
     DESCRIPTION = "Dialogues with images, turn by turn, the first turn a human's."

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import ImageSource, load_image, pad_square, picture_name, read_image
+from minigpt5_jax.data.images import ImageSource, image_name, load_image, pad_square, read_image
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.stories import StoryRules
@@ -29,13 +29,13 @@ class Unit:
 
     Attributes:
       fields: what its record says besides the images, as plain JSON values.
-      pictures: paths or encoded bytes, in the order its fields count them.
+      images: paths or encoded bytes, in the order its fields count them.
       where: place in the raw files (``train.tsv:18``).
       whole: whether the unit is unusable without one of its images.  A dialogue is not: it ends there.
     """
 
     fields: dict[str, Any]
-    pictures: tuple[ImageSource, ...]
+    images: tuple[ImageSource, ...]
     where: str
     whole: bool = True
 
@@ -98,9 +98,9 @@ class Raw:
         folder = Path(self.path) if os.path.isdir(self.path) else Path(self.path).parent
         return where.removeprefix(f"{folder}{os.sep}")
 
-    def name(self, picture: ImageSource) -> str:
+    def name(self, image: ImageSource) -> str:
         """Path of an image as the files give it; nothing for one in a tar shard."""
-        return "" if isinstance(picture, bytes) else os.path.relpath(picture, self.root())
+        return "" if isinstance(image, bytes) else os.path.relpath(image, self.root())
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,9 +122,9 @@ class Cc3mUnits(Units):
     def __getitem__(self, index: int) -> Unit:
         pair = self._source.pair(index)
         self._source.texts(index)  # refuses an empty caption
-        name = self._raw.name(pair.picture)
+        name = self._raw.name(pair.image)
         fields = {"row": pair.row, "caption": pair.caption, "image_path": name}
-        return Unit(fields, (pair.picture,), pair.where)
+        return Unit(fields, (pair.image,), pair.where)
 
 
 class VistUnits(Units):
@@ -140,13 +140,13 @@ class VistUnits(Units):
         steps = [
             {
                 "caption": step.text,
-                "image_path": self._raw.name(step.picture),
+                "image_path": self._raw.name(step.image),
                 "sequence_index": step.sequence_index,
             }
             for step in story.steps
         ]
         fields = {"id": story.id, "steps": steps}
-        return Unit(fields, tuple(step.picture for step in story.steps), story.where)
+        return Unit(fields, tuple(step.image for step in story.steps), story.where)
 
 
 class MMDialogUnits(Units):
@@ -158,13 +158,13 @@ class MMDialogUnits(Units):
 
     def __getitem__(self, index: int) -> Unit:
         dialog = self._source.dialog(index)
-        pictures, turns = [], []
+        images, turns = [], []
         for turn in dialog.turns:
             turns.append({"text": turn.text, "media": "/".join(turn.media), "picture": -1})
-            if turn.picture is not None:
-                turns[-1]["picture"] = len(pictures)
-                pictures.append(turn.picture)
-        return Unit({"id": dialog.id, "turns": turns}, tuple(pictures), dialog.where, whole=False)
+            if turn.image is not None:
+                turns[-1]["picture"] = len(images)
+                images.append(turn.image)
+        return Unit({"id": dialog.id, "turns": turns}, tuple(images), dialog.where, whole=False)
 
 
 class JsonlUnits(Units):
@@ -177,8 +177,8 @@ class JsonlUnits(Units):
 
     def __getitem__(self, index: int) -> Unit:
         record, lines = self._source.record(index), self._source.lines
-        pictures = tuple(str(self._root / image.path) for turn in record.turns for image in turn.images())
-        return Unit({"name": self._source.name(index), "record": lines[index]}, pictures, lines.where(index))
+        images = tuple(str(self._root / image.path) for turn in record.turns for image in turn.images())
+        return Unit({"name": self._source.name(index), "record": lines[index]}, images, lines.where(index))
 
 
 UNITS: Mapping[str, type[Units]] = {
@@ -198,7 +198,7 @@ class Encoded:
     height: int
 
 
-def encode_image(picture: ImageSource, letterbox: int | None = None) -> Encoded:
+def encode_image(source: ImageSource, letterbox: int | None = None) -> Encoded:
     """Bytes of an image as they are, decoded once to see that they can be.
 
     Args:
@@ -208,11 +208,11 @@ def encode_image(picture: ImageSource, letterbox: int | None = None) -> Encoded:
     Raises:
       SampleError: missing or broken.
     """
-    data = read_image(picture)
+    data = read_image(source)
     try:
         image = load_image(data)
     except SampleError as error:
-        raise SampleError(picture_name(picture), error.reason) from None
+        raise SampleError(image_name(source), error.reason) from None
     if letterbox is None or image.size == (letterbox, letterbox):
         return Encoded(data, *image.size)
     longer = max(image.size)
@@ -223,7 +223,7 @@ def encode_image(picture: ImageSource, letterbox: int | None = None) -> Encoded:
     return Encoded(buffer.getvalue(), *image.size)
 
 
-def keep_pictures(fields: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+def keep_images(fields: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """A dialogue's fields with images ``kept`` alone; a turn that has lost its own has media and image -1."""
     place = {number: new for new, number in enumerate(kept)}
     turns = [{**turn, "picture": place.get(turn["picture"], -1)} for turn in fields["turns"]]

@@ -22,14 +22,14 @@ class Entry:
       where: ``file:line``.
       problems: what makes it unusable, whole or in part.
       notes: (kind, detail) of what is accepted but worth knowing; counted by kind.
-      pictures: what it names, in order.
+      images: what it names, in order.
       samples: for each of its training samples, (source, target) in every wording.
     """
 
     where: str
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    pictures: list[ImageSource] = dataclasses.field(default_factory=list)
+    images: list[ImageSource] = dataclasses.field(default_factory=list)
     samples: list[Texts] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager

@@ -81,10 +81,10 @@ class Stories:
             else:
                 if len(story.steps) != STEPS:
                     entry.notes.append((f"stories without {STEPS} steps", f"{len(story.steps)} steps"))
-                entry.pictures += [step.picture for step in story.steps]
+                entry.images += [step.image for step in story.steps]
                 samples = self._rules.samples(len(story.steps))
                 entry.samples += [self._rules.texts(story, *sample) for sample in samples]
-                used.update(entry.pictures)
+                used.update(entry.images)
             yield entry
         idle = [name for name, path in self._mapping.items() if str(self._root / str(path)) not in used]
         if idle and self._stories:
@@ -135,7 +135,7 @@ class Shards:
             pair = dataclasses.replace(source.pair(place), row=row)
         except SampleError as error:
             return Entry(error.where, [error.reason])
-        entry = Entry(pair.where, pictures=[pair.picture])
+        entry = Entry(pair.where, images=[pair.image])
         with entry.collect():
             entry.samples += [self._rules.texts(pair, kind) for kind in self._rules.kinds(row)]
         return entry
@@ -163,7 +163,7 @@ class Prepared:
             entry = Entry(f"{source.folder}: record {record}")
             entry.samples += [source.texts(index) for index in samples[record]]
             with entry.collect():
-                entry.pictures += source.pictures(record)
+                entry.images += source.images(record)
             yield entry
 
 

@@ -54,7 +54,7 @@ class Table:
     def __init__(self, path: Path, options: Options):
         self._root, self._rules = options.root(path), PairRules()
         self._header: list[str] | None = None
-        self._row, self._seen, self._pictures = -1, {}, set()
+        self._row, self._seen, self._images = -1, {}, set()
 
     def __call__(self, line: str, entry: Entry) -> None:
         cells = line.split("\t")
@@ -79,13 +79,13 @@ class Table:
         if not path:
             entry.problems.append("empty image_path")
         else:
-            entry.pictures.append(str(self._root / path))
+            entry.images.append(str(self._root / path))
         first = self._seen.setdefault(hash((caption, path)), entry.where)
         if first != entry.where:
             entry.problems.append(f"the same caption and image as {first}")
-        elif path in self._pictures:
+        elif path in self._images:
             entry.notes.append(("rows whose image another row has too", path))
-        self._pictures.add(path)
+        self._images.add(path)
         pair = Pair(self._row, caption, path, entry.where)
         entry.samples += [self._rules.texts(pair, kind) for kind in self._rules.kinds(self._row)]
 
@@ -102,7 +102,7 @@ class Records:
             entry.problems.append(f"id {record.id!r} is that of {self._ids[record.id]} too")
         if not record.answers():
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
-        entry.pictures += [str(self._root / image.path) for turn in record.turns for image in turn.images()]
+        entry.images += [str(self._root / image.path) for turn in record.turns for image in turn.images()]
         for turn in record.answers():
             example = self._rules.example(record, turn, image_root=self._root, name="", where=entry.where)
             entry.samples.append([example.words])
@@ -121,12 +121,12 @@ class Dialogues:
         dialog = parse_dialog(line, entry.where, self._root)
         if self._ids.setdefault(dialog.id, entry.where) != entry.where:
             entry.problems.append(f"conversation_id {dialog.id} is that of {self._ids[dialog.id]} too")
-        usable, remarks = self._rules.usable(dialog, lambda picture: True, self._count)
+        usable, remarks = self._rules.usable(dialog, lambda image: True, self._count)
         for remark in remarks:
             if remark.kind.startswith(self.ACCEPTED):
                 entry.notes.append((f"turns: {remark.kind}", remark.detail))
             else:
                 entry.problems.append(remark.detail)
-        entry.pictures += [turn.picture for turn in dialog.turns if turn.picture is not None]
+        entry.images += [turn.image for turn in dialog.turns if turn.image is not None]
         for turn in range(1, usable):
             entry.samples.append([self._rules.example(dialog, turn).words])

@@ -1,6 +1,6 @@
 """One process of the test of held-out images: each reads its rows of a batch, all get every image.
 
-Usage: python pictures_worker.py RANK COUNT PORT; prints ``PICTURES <targets> <pictures> <noise in them>``.
+Usage: python images_worker.py RANK COUNT PORT; prints ``IMAGES <targets> <images> <noise in them>``.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def draw(params, batch, keys):
     return (batch.target + params["brighter"]).at[:, 0, 0, 0].add(noise)
 
 
-pictures = HeldOutImages(draw, [placed], {}, mesh, seed=0)
-drawn = pictures({"brighter": np.uint8(100)})
+images = HeldOutImages(draw, [placed], {}, mesh, seed=0)
+drawn = images({"brighter": np.uint8(100)})
 noise = drawn[:, 0, 0, 0] - drawn[:, 1, 1, 1]
-shown = pictures.targets[:, 0, 0, 0], drawn[:, 1, 1, 1], noise
-print("PICTURES", *(values.tolist() for values in shown), flush=True)
+shown = images.targets[:, 0, 0, 0], drawn[:, 1, 1, 1], noise
+print("IMAGES", *(values.tolist() for values in shown), flush=True)

@@ -108,7 +108,7 @@ def test_exif_orientation_is_ignored_as_in_the_original():
     same(load_image(encoded(image, "JPEG", exif=exif)), load_image(encoded(image, "JPEG")))
 
 
-def test_one_pixel_fills_the_picture():
+def test_one_pixel_fills_the_image():
     data = encoded(Image.new("RGB", (1, 1), (10, 20, 30)))
     for square in (False, True):
         same(prepare_image(data, 64, square=square, flip=True), np.full((64, 64, 3), (10, 20, 30)))
@@ -130,7 +130,7 @@ def test_a_pillow_without_a_format_reads_the_others(monkeypatch):
     transforms._formats.cache_clear()
 
 
-def test_a_wide_picture_within_the_limit_is_prepared():
+def test_a_wide_image_within_the_limit_is_prepared():
     wide = encoded(smooth(20_000, 100))
     got = prepare_image(wide, 64, square=False, flip=False)
     same(got, smooth(20_000, 100).resize((12_800, 64), Image.Resampling.BILINEAR).crop((6368, 0, 6432, 64)))
@@ -169,9 +169,9 @@ def damaged_files():
 def test_a_damaged_file_is_named(tmp_path, name):
     data, reason = damaged_files()[name]
     (tmp_path / name).write_bytes(data)
-    for picture in (tmp_path / name, str(tmp_path / name)):
+    for image in (tmp_path / name, str(tmp_path / name)):
         with pytest.raises(SampleError, match=reason) as caught:
-            prepare_image(picture, 64, square=True, flip=False)
+            prepare_image(image, 64, square=True, flip=False)
         assert caught.value.where == str(tmp_path / name)
     with pytest.raises(SampleError, match=reason) as caught:
         prepare_image(data, 64, square=False, flip=False)
@@ -179,13 +179,13 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    for picture in (tmp_path / "missing.jpg", tmp_path, tmp_path / "a\0.jpg"):
+    for image in (tmp_path / "missing.jpg", tmp_path, tmp_path / "a\0.jpg"):
         with pytest.raises(SampleError, match="cannot be read") as caught:
-            load_image(picture)
-        assert caught.value.where == str(picture)
+            load_image(image)
+        assert caught.value.where == str(image)
 
 
-def test_a_wide_picture_whose_square_is_too_large_is_refused(tmp_path):
+def test_a_wide_image_whose_square_is_too_large_is_refused(tmp_path):
     """20,000 pixels wide: the white square of a target would have 400 million pixels."""
     file = tmp_path / "panorama.png"
     smooth(20_000, 100).save(file)
@@ -197,7 +197,7 @@ def test_a_wide_picture_whose_square_is_too_large_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_between_pils_warning_and_its_error_is_refused(tmp_path):
+def test_an_image_between_pils_warning_and_its_error_is_refused(tmp_path):
     (tmp_path / "large.png").write_bytes(png(10_000, 9_000))
     with pytest.raises(SampleError, match="large.png: image of 10000x9000 has more than 89,478,485"):
         load_image(tmp_path / "large.png")
@@ -205,7 +205,7 @@ def test_a_picture_between_pils_warning_and_its_error_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
-def test_random_damage_gives_a_picture_or_a_sample_error(fmt, monkeypatch):
+def test_random_damage_gives_an_image_or_a_sample_error(fmt, monkeypatch):
     """Nothing but SampleError leaves the decoder, whatever bytes are wrong."""
     monkeypatch.setattr(transforms, "MAX_PIXELS", 10**6)
     random = np.random.default_rng(0)
@@ -218,9 +218,9 @@ def test_random_damage_gives_a_picture_or_a_sample_error(fmt, monkeypatch):
         places = random.integers(0, min(len(data), 400), random.integers(1, 6))
         data[places] = random.integers(0, 256, len(places))
         try:
-            picture = load_image(data[: random.integers(len(data) // 2, len(data) + 1)].tobytes())
+            image = load_image(data[: random.integers(len(data) // 2, len(data) + 1)].tobytes())
         except SampleError:
             failed += 1
         else:
-            assert picture.mode == "RGB"
+            assert image.mode == "RGB"
     assert failed
