@@ -66,8 +66,8 @@ class HeldOutImages:
     def __call__(self, trainable: Params) -> UInt8[np.ndarray, "n H W 3"]:
         """An image for each of ``targets``."""
         if self._last is None or self._last[0] is not trainable:
-            pictures = np.asarray(self._draw({**self._frozen, **trainable}, self._batch))
-            self._last = trainable, pictures[self._items]
+            images = np.asarray(self._draw({**self._frozen, **trainable}, self._batch))
+            self._last = trainable, images[self._items]
         return self._last[1]
 
 

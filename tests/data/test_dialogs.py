@@ -59,7 +59,7 @@ def test_names_of_both_loaders():
         DialogRules("old")
 
 
-def test_only_pictures_of_the_window_are_read():
+def test_only_images_of_the_window_are_read():
     dialog = turns(("t0", "0"), ("t1", "1"), "t2", ("t3", "3"), "t4")
     for loader in LOADERS:
         rules = DialogRules(loader)

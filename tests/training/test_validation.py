@@ -108,7 +108,7 @@ def test_the_oracle_compares_drawn_pictures_with_the_datas():
     assert got["oracle_place"] == got["oracle_shape"] == got["oracle_texture"] == got["oracle_size"] == 1.0
 
 
-def test_only_pictures_of_the_small_world_are_judged():
+def test_only_images_of_the_small_world_are_judged():
     config = get_config()
     config.model.generator.image_size = 64
     assert not watch.readable(config)
