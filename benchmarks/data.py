@@ -52,7 +52,7 @@ SEED, ROWS = 0, 10_000
 # Files
 
 
-def make_pictures(folder: Path, count: int) -> list[str]:
+def make_images(folder: Path, count: int) -> list[str]:
     """Letterboxed JPEGs with the detail of photographs (about 20 kB)."""
     random, names = np.random.default_rng(SEED), []
     for i in range(count):
@@ -92,12 +92,12 @@ def features(folder: Path, source: Source) -> FeatureSource:
     )
     random = np.random.default_rng(SEED)
 
-    def encoder(pictures: np.ndarray) -> np.ndarray:
-        return random.standard_normal((len(pictures), 64, 64, 8), dtype=np.float32)
+    def encoder(images: np.ndarray) -> np.ndarray:
+        return random.standard_normal((len(images), 64, 64, 8), dtype=np.float32)
 
     write_features(folder / "store", source, spec, {"target": encoder})
-    for picture in folder.glob("*.jpg"):
-        torch.save(torch.randn(8, 64, 64).to(torch.bfloat16), picture.with_suffix(".pt"))
+    for image in folder.glob("*.jpg"):
+        torch.save(torch.randn(8, 64, 64).to(torch.bfloat16), image.with_suffix(".pt"))
     return FeatureSource(source, FeatureStore(folder / "store"))
 
 
@@ -160,7 +160,7 @@ def torch_loader(
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    class Pictures(Dataset):
+    class Images(Dataset):
         """One sample: ids, label mask, images as normalised floats."""
 
         def __init__(self):
@@ -203,7 +203,7 @@ def torch_loader(
         }
 
     loader = DataLoader(
-        Pictures(),
+        Images(),
         batch,
         shuffle=True,
         collate_fn=collate,
@@ -311,7 +311,7 @@ def main() -> None:
         flip_mode="independent",
     )
     with tempfile.TemporaryDirectory() as folder:
-        names = make_pictures(Path(folder), flags.files)
+        names = make_images(Path(folder), flags.files)
         pairs, stories = cc3m(Path(folder), names), vist(Path(folder), names)
         rows = {
             "cc3m": (pairs, pairs, 0),

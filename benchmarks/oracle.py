@@ -26,16 +26,16 @@ from minigpt5_jax.shapes.world import draw_scene
 NOISES = (0.0, 0.1, 0.25)  # on latents, in their standard deviations
 
 
-def box_blur(pictures: np.ndarray, width: int) -> np.ndarray:
+def box_blur(images: np.ndarray, width: int) -> np.ndarray:
     for axis in (1, 2):
-        shifted = [np.roll(pictures, k, axis) for k in range(-(width // 2), width // 2 + 1)]
-        pictures = np.mean(shifted, axis=0)
-    return pictures
+        shifted = [np.roll(images, k, axis) for k in range(-(width // 2), width // 2 + 1)]
+        images = np.mean(shifted, axis=0)
+    return images
 
 
-def corrupted(pictures: np.ndarray, random: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+def corrupted(images: np.ndarray, random: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
     """(how, images in 0 ... 255) for several ways of corrupting them, ``clean`` first."""
-    clean = pictures.astype(np.float32)
+    clean = images.astype(np.float32)
     yield "clean", clean
     for sd in (0.2, 0.4, 0.8):
         yield f"white noise, sd {sd} of -1..1", clean + 127.5 * sd * random.standard_normal(clean.shape)
@@ -45,13 +45,13 @@ def corrupted(pictures: np.ndarray, random: np.random.Generator) -> Iterator[tup
     yield "half resolution", half.repeat(2, 1).repeat(2, 2)
 
 
-def through_vae(pictures: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Pictures after the stored VAE, by noise on the latents."""
+def through_vae(images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Images after the stored VAE, by noise on the latents."""
     folder = Path(flags.FLAGS.assets)
     config, params = files.read_config(folder, "vae"), files.read_tower(folder, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
     for noise in NOISES:
-        yield f"VAE, latent noise {noise}", train_vae.reconstruct(template, params, pictures, noise)
+        yield f"VAE, latent noise {noise}", train_vae.reconstruct(template, params, images, noise)
 
 
 def lines() -> Iterator[dict]:
@@ -60,11 +60,11 @@ def lines() -> Iterator[dict]:
     count = flags.FLAGS.count
     for objects in (1, 2, 3):
         scenes = [draw_scene(random, bool(i % 2), objects) for i in range(count)]
-        for name, pictures in corrupted(render(scenes), random):
-            yield {"objects": objects, "corrupted by": name, **score(pictures, scenes)}
+        for name, images in corrupted(render(scenes), random):
+            yield {"objects": objects, "corrupted by": name, **score(images, scenes)}
         held_out = [draw_scene(random, True, objects) for _ in range(count)]
-        for name, pictures in through_vae(render(held_out)):
-            yield {"objects": objects, "corrupted by": name, **score(pictures, held_out)}
+        for name, images in through_vae(render(held_out)):
+            yield {"objects": objects, "corrupted by": name, **score(images, held_out)}
 
 
 def main(_: list[str]) -> None:

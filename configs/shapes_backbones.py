@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "out": "",
             "work": "runs/backbones",
             "seed": 0,
-            "pictures": 500,
+            "images": 500,
             "steps": STEPS,
         }
     )

@@ -198,7 +198,7 @@ def voken_section(results: Results, folder: Path, tally) -> str:
 CONTEXT_NOTE = """\
 The image of a story's last step, drawn with nothing before it but its own narration (none), the earlier
 narrations (text), images (image) or both. "attributes": all attributes of all objects and the background,
-compared with the paper's ordering; "pictures only": those that no text tells, "texture" among them. Other
+compared with the paper's ordering; "images only": those that no text tells, "texture" among them. Other
 than the paper's, the rows of stage 2 were trained with some of the samples reading texts only or images
 only of the steps before (`data.context_dropout` in their JSON); the zero-shot row was not."""
 
@@ -207,7 +207,7 @@ def context_section(results: Results, folder: Path, tally) -> str:
     """Table 6."""
     rows = []
     for variant, numbers in paper.TABLE6.items():
-        for what in ("attributes", "pictures only", "texture"):
+        for what in ("attributes", "images only", "texture"):
             names = [f"{what}, {context}" for context in CONTEXTS]
             guess = METRICS.get(f"chance, {what}")
             chance = shown(guess and estimate(results.get(variant, []), guess))

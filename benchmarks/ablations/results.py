@@ -164,7 +164,7 @@ def chance(name: str) -> Callable:
     """Reads how often guessing is right in what only images reveal."""
 
     def read(result: Result) -> Measured | None:
-        found = within(result["scores"], ("contexts", "none", "picture_only", name)).get("chance")
+        found = within(result["scores"], ("contexts", "none", "image_only", name)).get("chance")
         return None if found is None else Measured(found)
 
     return read
@@ -179,8 +179,8 @@ METRICS: dict[str, Callable[[Result], Measured | None]] = {
     "emission": pairs("drawn"),
     "caption": held_out("caption"),
     "image": held_out("image"),
-    **{f"pictures only, {c}": stories("contexts", c, "picture_only", "together") for c in CONTEXTS},
-    **{f"texture, {c}": stories("contexts", c, "picture_only", "texture") for c in CONTEXTS},
+    **{f"images only, {c}": stories("contexts", c, "image_only", "together") for c in CONTEXTS},
+    **{f"texture, {c}": stories("contexts", c, "image_only", "texture") for c in CONTEXTS},
     "chance, images only": chance("together"),
     "chance, texture": chance("texture"),
     **{f"attributes, {c}": stories("contexts", c, "all_attributes", "together") for c in CONTEXTS},

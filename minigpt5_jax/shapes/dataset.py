@@ -108,20 +108,20 @@ def write_pairs(
 def write_stories(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
     """Write stories in VIST's files (fidelity 5.3), with their truth; returns ``<split>_cleaned.json``."""
     directory = Path(directory)
-    cleaned, mapping, truth, pictures = {}, {}, [], {}
+    cleaned, mapping, truth, images = {}, {}, [], {}
     for number, story in enumerate(draw_stories(split, count, seed)):
         name, steps = str(number), []
         for index, step in enumerate(story.steps):
             image_id = f"{SPLITS.index(split) + 1}{number:07d}{index}"
             mapping[image_id] = f"{split}_images/{len(story.steps) * number + index:09d}.png"
-            pictures[mapping[image_id]] = step.scene
+            images[mapping[image_id]] = step.scene
             steps.append({"caption": step.text, "image_id": image_id, "sequence_index": index})
         cleaned[name] = steps
         told = [
             {"image": mapping[step["image_id"]], **one.to_json()}
             for step, one in zip(steps, story.steps, strict=True)
         ]
-        truth.append({"story_id": name, "picture_only": story.picture_only, "steps": told})
+        truth.append({"story_id": name, "image_only": story.image_only, "steps": told})
     _replace(directory / f"{split}_image_mapping.json", json.dumps(mapping))
     return _write(
         directory / f"{split}_cleaned.json",
@@ -129,7 +129,7 @@ def write_stories(directory: str | os.PathLike[str], split: str, count: int, see
         _truth_file(directory, split, "stories"),
         truth,
         directory / f"{split}_images",
-        pictures,
+        images,
         f"stories, seed {seed}",
     )
 
@@ -137,7 +137,7 @@ def write_stories(directory: str | os.PathLike[str], split: str, count: int, see
 def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
     """Write dialogues in MMDialog's files (fidelity 5.4), with their truth; returns the conversations."""
     directory = Path(directory)
-    lines, truth, pictures = [], [], {}
+    lines, truth, images = [], [], {}
     for number, turns in enumerate(draw_dialogs(split, count, seed)):
         conversation, told = [], []
         for place, turn in enumerate(turns):
@@ -146,7 +146,7 @@ def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, see
                 media = f"{SPLITS.index(split) + 1}{number:07d}{place:02d}"
                 pieces.append({"__MEDIA__": media})
                 file = f"{split}/{media}.jpg"
-                pictures[file] = turn.scene
+                images[file] = turn.scene
             conversation.append({"turn": pieces})
             told.append({"image": file, **turn.to_json()})
         lines.append(json.dumps({"conversation_id": number, "conversation": conversation}))
@@ -157,7 +157,7 @@ def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, see
         _truth_file(directory, split, "dialogs"),
         truth,
         directory / split,
-        pictures,
+        images,
         f"dialogues, seed {seed}",
     )
 
@@ -179,7 +179,7 @@ def read_truth(directory: str | os.PathLike[str], split: str, kind: str) -> list
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def scenes_of_pictures(directory: str | os.PathLike[str], split: str, kind: str) -> dict[str, Scene]:
+def scenes_of_images(directory: str | os.PathLike[str], split: str, kind: str) -> dict[str, Scene]:
     """Scene of every image of written stories or dialogues, by the path a reader gives it."""
     steps = "steps" if kind == "stories" else "turns"
     return {
@@ -211,10 +211,10 @@ def _write(
     truth_file: Path,
     truth: Sequence[dict],
     folder: Path,
-    pictures: dict[str, Scene],
+    images: dict[str, Scene],
     stamp: str,
 ) -> Path:
-    """Pictures, then the truth, then the table, unless the very table is there and today's code drew it."""
+    """Images, then the truth, then the table, unless the very table is there and today's code drew it."""
     mark, stamp = folder / ".made_of", f"{stamp}, code {_code()}"
     same = mark.is_file() and mark.read_text() == stamp
     if same and table.is_file() and table.read_text() == content and truth_file.is_file():
@@ -223,7 +223,7 @@ def _write(
     root = truth_file.parent
     if not same:
         _begin(folder, mark, stamp)
-    _draw(root, pictures)
+    _draw(root, images)
     _replace(truth_file, "".join(json.dumps(line) + "\n" for line in truth))
     _replace(table, content)
     return table
@@ -244,22 +244,22 @@ def _begin(folder: Path, mark: Path, stamp: str) -> None:
     _replace(mark, stamp)
 
 
-def _draw(root: Path, pictures: dict[str, Scene]) -> None:
+def _draw(root: Path, images: dict[str, Scene]) -> None:
     """Draw what is missing."""
-    missing = [name for name in pictures if not (root / name).is_file()]
+    missing = [name for name in images if not (root / name).is_file()]
     starts: Iterable[int] = range(0, len(missing), CHUNK)
-    for start in tqdm(starts, desc="drawing", unit=f"x{CHUNK} pictures", delay=2.0):
+    for start in tqdm(starts, desc="drawing", unit=f"x{CHUNK} images", delay=2.0):
         names = missing[start : start + CHUNK]
-        for name, picture in zip(names, render([pictures[name] for name in names]), strict=True):
-            _replace(root / name, _encoded(picture, Path(name).suffix))
+        for name, image in zip(names, render([images[name] for name in names]), strict=True):
+            _replace(root / name, _encoded(image, Path(name).suffix))
 
 
-def _encoded(picture: np.ndarray, suffix: str) -> bytes:
+def _encoded(image: np.ndarray, suffix: str) -> bytes:
     file = io.BytesIO()
     if suffix == ".png":
-        Image.fromarray(picture).save(file, "PNG", compress_level=1)
+        Image.fromarray(image).save(file, "PNG", compress_level=1)
     else:  # as good as JPEG can: the oracle reads it like the original
-        Image.fromarray(picture).save(file, "JPEG", quality=95, subsampling=0)
+        Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue()
 
 

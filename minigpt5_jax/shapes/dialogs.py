@@ -32,7 +32,7 @@ EXCHANGES = (2, 3, 4)
 OBJECTS_AT_START = (0.6, 0.4)  # shares of one and two objects in images asked for or shown
 OBJECTS_AT_MOST = 3
 STARTS = {"show": 0.75, "look": 0.25}
-AFTER_PICTURE = {"edit": 0.45, "ask": 0.3, "show": 0.1, "look": 0.1, "thank": 0.05}
+AFTER_IMAGE = {"edit": 0.45, "ask": 0.3, "show": 0.1, "look": 0.1, "thank": 0.05}
 AFTER_WORDS = {"show": 0.6, "look": 0.3, "thank": 0.1}
 
 SHOW = (
@@ -193,6 +193,6 @@ def draw_dialog(random: np.random.Generator, held_out: bool = False) -> tuple[Tu
     """Turns of a dialogue; images of a held-out one are asked for with held-out kinds."""
     talk = _Talk(random, held_out)
     for number in range(int(random.choice(EXCHANGES))):
-        shares = STARTS if not number else AFTER_PICTURE if talk.scene else AFTER_WORDS
+        shares = STARTS if not number else AFTER_IMAGE if talk.scene else AFTER_WORDS
         talk.exchange(str(random.choice(list(shares), p=list(shares.values()))))
     return tuple(talk.turns)

@@ -22,10 +22,10 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     return flat, np.square(flat).sum(1)
 
 
-def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
+def read(images: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
     """Scene in each image, u8 or float in 0 ... 255."""
-    count = len(pictures)
-    parts = pictures.astype(np.float32).reshape(count, 2, CELL, 2, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    count = len(images)
+    parts = images.astype(np.float32).reshape(count, 2, CELL, 2, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
     parts = parts.reshape(count * 4, -1) / 127.5 - 1.0
     templates, norms = _templates()
     # |part - template|^2 without |part|^2, which is the same for all templates
@@ -35,20 +35,20 @@ def read(pictures: Num[np.ndarray, "n 64 64 3"]) -> list[Scene]:
     return scenes_of_cells(contents, backgrounds)
 
 
-def score(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
+def score(images: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of images in which everything is right (``all``), the background, and each attribute.
 
     An attribute is right where the objects, in order of their places, have the scene's values of it.
     """
-    if len(pictures) != len(scenes) or not len(scenes):
-        raise ValueError(f"{len(pictures)} images and {len(scenes)} scenes")
-    rows = [_compare(got, want) for got, want in zip(read(pictures), scenes, strict=True)]
+    if len(images) != len(scenes) or not len(scenes):
+        raise ValueError(f"{len(images)} images and {len(scenes)} scenes")
+    rows = [_compare(got, want) for got, want in zip(read(images), scenes, strict=True)]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def right(pictures: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> np.ndarray:
+def right(images: Num[np.ndarray, "n 64 64 3"], scenes: Sequence[Scene]) -> np.ndarray:
     """bool[n]: everything right."""
-    return np.array([got == want for got, want in zip(read(pictures), scenes, strict=True)])
+    return np.array([got == want for got, want in zip(read(images), scenes, strict=True)])
 
 
 def _compare(got: Scene, want: Scene) -> dict[str, bool]:

@@ -29,7 +29,7 @@ from minigpt5_jax.shapes.world import (
 )
 
 STEPS = 5
-PICTURE_ONLY_SHARE = 0.5  # of stories whose text never describes the subject
+IMAGE_ONLY_SHARE = 0.5  # of stories whose text never describes the subject
 OBJECTS_AT_MOST = 3
 COMPANION_AT_START = 0.25  # share of stories that begin with one
 EVENTS = {"move": 0.3, "resize": 0.2, "turn": 0.2, "join": 0.2, "leave": 0.1}
@@ -102,7 +102,7 @@ class Step:
             "subject_place": PLACES[subject.item.place],
             "subject_told": sorted(subject.told),
             "background_told": self.background_told,
-            "only_pictures": list(self.revealed),
+            "only_images": list(self.revealed),
         }
 
 
@@ -110,7 +110,7 @@ class Step:
 class Story:
     """Steps, and whether their texts leave the subject undescribed."""
 
-    picture_only: bool
+    image_only: bool
     steps: tuple[Step, ...]
 
 
@@ -119,7 +119,7 @@ class _Teller:
 
     def __init__(self, random: np.random.Generator, held_out: bool):
         self.random, self.held_out = random, held_out
-        self.picture_only = bool(random.random() < PICTURE_ONLY_SHARE)
+        self.image_only = bool(random.random() < IMAGE_ONLY_SHARE)
         self.background = int(random.integers(len(BACKGROUNDS)))
         self.shapes: list[Seen] = []
         self.steps: list[Step] = []
@@ -147,7 +147,7 @@ class _Teller:
         if not seen.is_subject:
             return full
         alone = len(self.shapes) == 1
-        if self.picture_only:
+        if self.image_only:
             return choose(("it", "the shape") if alone else ("it", "the first shape"), self.random)
         return choose(("it", full, f"the {spoken['shape']}"), self.random)
 
@@ -155,9 +155,9 @@ class _Teller:
 
     def opening(self) -> str:
         item = self.new_object(held_out_kind=self.held_out)
-        told = frozenset({"place"}) if self.picture_only else frozenset(ATTRIBUTES)
+        told = frozenset({"place"}) if self.image_only else frozenset(ATTRIBUTES)
         self.shapes.append(Seen(item, told, is_subject=True))
-        form = choose(SILENT_OPENINGS if self.picture_only else OPENINGS, self.random)
+        form = choose(SILENT_OPENINGS if self.image_only else OPENINGS, self.random)
         text = form.format(background=BACKGROUNDS[self.background], **words_of(item, self.random))
         if self.random.random() < COMPANION_AT_START:
             text += " " + self.join(BESIDE)
@@ -229,9 +229,9 @@ class _Teller:
                 if name not in subject.told
                 and getattr(subject.item, name) == getattr(before.shapes[0].item, name)
             ]
-            revealed += ["background"] * self.picture_only
+            revealed += ["background"] * self.image_only
         self.steps.append(
-            Step(text, event, tuple(self.shapes), self.background, not self.picture_only, tuple(revealed))
+            Step(text, event, tuple(self.shapes), self.background, not self.image_only, tuple(revealed))
         )
 
 
@@ -241,4 +241,4 @@ def draw_story(random: np.random.Generator, held_out: bool = False) -> Story:
     teller.add_step("opening", teller.opening())
     for _ in range(STEPS - 1):
         teller.add_step(*teller.happens())
-    return Story(teller.picture_only, tuple(teller.steps))
+    return Story(teller.image_only, tuple(teller.steps))

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 PLACEHOLDER = re.compile(r"\{(\d*)([a-z])(?:\+(\d+))?\}")
+NUMBER = re.compile(rf"{PLACEHOLDER.pattern}|\d+")
 
 
 class WeightTableError(ValueError):
@@ -125,7 +126,12 @@ def listed(problems: Sequence[str]) -> str:
     return "".join(f"\n  {problem}" for problem in [*problems[:20], *more])
 
 
-@functools.cache  # every key is tried on every rule
+def _skeleton(name: str) -> str:
+    """The name, or pattern, with ``#`` for each number: a name fits only patterns of the same skeleton."""
+    return NUMBER.sub("#", name)
+
+
+@functools.cache  # the rules of a stack are asked about each of its layers
 def _regex(pattern: str) -> re.Pattern[str]:
     parts, last = [], 0
     for match in PLACEHOLDER.finditer(pattern):
@@ -136,8 +142,6 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def _match(pattern: str, name: str) -> dict[str, int] | None:
     """Values of the placeholders if ``name`` fits ``pattern``, else None."""
-    if not name.startswith(pattern.partition("{")[0]):  # most pairs end here, cheaply
-        return None
     found = _regex(pattern).fullmatch(name)
     if found is None:
         return None
@@ -173,9 +177,16 @@ class Table:
     def __add__(self, other: Table) -> Table:
         return Table(self.rules + other.rules, {**self.ignored, **other.ignored})
 
+    @functools.cached_property
+    def _by_skeleton(self) -> dict[str, list[Rule]]:
+        found: dict[str, list[Rule]] = {}
+        for rule in self.rules:
+            found.setdefault(_skeleton(rule.source), []).append(rule)
+        return found
+
     def resolve(self, key: str) -> Assignment | None:
         """The assignment of a source key, None where no rule matches; ``ignored`` is not looked at."""
-        for rule in self.rules:
+        for rule in self._by_skeleton.get(_skeleton(key), ()):
             values = _match(rule.source, key)
             if values is None:
                 continue
@@ -250,9 +261,12 @@ class Table:
 
     def to_source(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Export, the exact inverse of :meth:`to_params`; every path of ``params`` must be covered."""
-        source, covered = {}, set()
+        source, covered, paths_of = {}, set(), {}
+        for path in params:
+            paths_of.setdefault(_skeleton(path), []).append(path)
         for rule in self.rules:
-            matches = ((path, _match(rule.targets[0], path)) for path in params)
+            likely = paths_of.get(_skeleton(rule.targets[0]), ())
+            matches = ((path, _match(rule.targets[0], path)) for path in likely)
             found = [(path, values) for path, values in matches if values is not None]
             for path, values in found:
                 paths = [path] + [_fill(t, values) for t in rule.targets[1:]]

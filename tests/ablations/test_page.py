@@ -36,7 +36,7 @@ def story_scores(shares: dict[str, float], rouge: float = 0.5) -> dict:
     """What judge_stories returns."""
     contexts = {
         context: {
-            "picture_only": {name: number(share) | {"chance": 0.25} for name in ("together", "texture")},
+            "image_only": {name: number(share) | {"chance": 0.25} for name in ("together", "texture")},
             "all_attributes": {"together": number(share), "all_right": number(share / 2)},
         }
         for context, share in shares.items()

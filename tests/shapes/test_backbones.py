@@ -95,7 +95,7 @@ def test_tokenizers_know_their_world():
     assert llama.decode(llama.encode("a rötes 猫")) == "a rötes 猫"  # bytes stand in for unknown letters
 
 
-def test_native_pictures_are_right():
+def test_native_images_are_right():
     """The ceiling of stage 1; the provenance has it on 500 captions."""
     assert evaluate.native(ASSETS, count=48)["all"] >= 0.9
 

@@ -123,7 +123,7 @@ def test_tokenizers_take_any_words():
 
 
 @pytest.mark.slow
-def test_words_outside_the_world_and_too_many_of_them_still_give_a_picture(stage1, tmp_path, caplog):
+def test_words_outside_the_world_and_too_many_of_them_still_give_a_image(stage1, tmp_path, caplog):
     prompts = [OUTSIDE, " ".join([OUTSIDE] * 8)]
     with caplog.at_level("WARNING"):
         page = command(checkpoint=str(stage1), prompt=prompts, output=str(tmp_path / "page")).read_text()
@@ -156,7 +156,7 @@ def test_empty_prompts_of_a_file_are_named(mode, line, message, only_described, 
     assert not (tmp_path / "page").exists()
 
 
-def test_more_pictures_than_there_are_positions(only_described, tmp_path, no_weights):
+def test_more_images_than_there_are_positions(only_described, tmp_path, no_weights):
     with pytest.raises(ConfigError, match=r"max_length=64 .* 500 images\) exceed .*'s \d+ positions"):
         command(
             checkpoint=str(only_described),
@@ -212,10 +212,10 @@ def test_a_history_longer_than_a_row_loses_its_oldest_steps(uneven):
 @pytest.mark.slow
 def test_a_story_goes_on_from_any_length_and_forgets_its_oldest(stage1, uneven, tmp_path, caplog):
     """From one scene and from more than fit; and by a stage-1 run, with a warning."""
-    pictures = [str(uneven.story(2).steps[n].image) for n in range(4)]
+    images = [str(uneven.story(2).steps[n].image) for n in range(4)]
 
     def scene(n):
-        return "user", [{"type": "text", "text": f"scene {n}"}, {"type": "image", "path": pictures[n]}]
+        return "user", [{"type": "text", "text": f"scene {n}"}, {"type": "image", "path": images[n]}]
 
     lines = [records(tmp_path / "one", scene(0), name="short")]
     lines += [records(tmp_path / "two", *map(scene, range(4)), name="long")]

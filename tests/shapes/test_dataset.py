@@ -14,7 +14,7 @@ from minigpt5_jax.shapes.dataset import (
     draw_pairs,
     read_scenes,
     read_truth,
-    scenes_of_pictures,
+    scenes_of_images,
     write_dialogs,
     write_pairs,
     write_stories,
@@ -33,8 +33,8 @@ def test_the_cc3m_reader_reads_them(written):
     source = Cc3mSource(table, rules=PairRules(training=False))
     scenes = read_scenes(folder, split)
     assert len(source) == len(scenes) == 40
-    pictures = np.stack([np.asarray(Image.open(source[i].target_image)) for i in range(40)])
-    assert right(pictures, scenes).all()
+    images = np.stack([np.asarray(Image.open(source[i].target_image)) for i in range(40)])
+    assert right(images, scenes).all()
 
 
 def test_splits_hold_only_their_own_scenes(written):
@@ -65,13 +65,13 @@ def test_the_same_call_leaves_the_files_alone(write, tmp_path):
 def test_a_stopped_call_goes_on_with_the_same_files(write, tmp_path):
     table = write(tmp_path / "a", "train", 5, seed=3)
     whole = files_of(tmp_path / "a")
-    pictures = sorted(tmp_path.rglob("*.[pj][np]g"))
+    images = sorted(tmp_path.rglob("*.[pj][np]g"))
     table.unlink()
-    pictures[1].unlink()
-    kept = pictures[0].stat().st_mtime_ns
+    images[1].unlink()
+    kept = images[0].stat().st_mtime_ns
     write(tmp_path / "a", "train", 5, seed=3)
     assert files_of(tmp_path / "a") == whole
-    assert pictures[0].stat().st_mtime_ns == kept
+    assert images[0].stat().st_mtime_ns == kept
 
 
 def test_more_of_the_same_keeps_what_is_there(write, tmp_path):
@@ -82,26 +82,26 @@ def test_more_of_the_same_keeps_what_is_there(write, tmp_path):
     assert before.items() < after.items()
 
 
-def test_pictures_of_another_seed_are_not_taken_for_ours(tmp_path):
+def test_images_of_another_seed_are_not_taken_for_ours(tmp_path):
     for seed in (1, 2):
         write_stories(tmp_path, "train", 3, seed=seed)
     fresh = write_stories(tmp_path / "fresh", "train", 3, seed=2)
-    ours = scenes_of_pictures(tmp_path, "train", "stories")
-    pictures = np.stack([np.asarray(Image.open(path)) for path in ours])
-    assert right(pictures, list(ours.values())).all()
+    ours = scenes_of_images(tmp_path, "train", "stories")
+    images = np.stack([np.asarray(Image.open(path)) for path in ours])
+    assert right(images, list(ours.values())).all()
     assert (tmp_path / fresh.name).read_bytes() == fresh.read_bytes()
 
 
-def test_pictures_that_other_code_drew_are_drawn_again(write, tmp_path, monkeypatch):
+def test_images_that_other_code_drew_are_drawn_again(write, tmp_path, monkeypatch):
     with monkeypatch.context() as other:
         other.setattr(dataset, "_code", lambda: "former")
         write(tmp_path, "train", 3, seed=1)
-        for path in (pictures := sorted(tmp_path.rglob("*.[pj][np]g"))):
+        for path in (images := sorted(tmp_path.rglob("*.[pj][np]g"))):
             path.write_bytes(b"as it was drawn then")
     write(tmp_path, "train", 3, seed=1)
     write(tmp_path / "fresh", "train", 3, seed=1)
     fresh = sorted((tmp_path / "fresh").rglob("*.[pj][np]g"))
-    assert [path.read_bytes() for path in pictures] == [path.read_bytes() for path in fresh]
+    assert [path.read_bytes() for path in images] == [path.read_bytes() for path in fresh]
 
 
 def look_at(path):
@@ -111,14 +111,14 @@ def look_at(path):
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_vist_reader_reads_stories(split, tmp_path):
     source = VistSource(write_stories(tmp_path, split, 3, seed=2))
-    truth, scenes = read_truth(tmp_path, split, "stories"), scenes_of_pictures(tmp_path, split, "stories")
+    truth, scenes = read_truth(tmp_path, split, "stories"), scenes_of_images(tmp_path, split, "stories")
     assert len(source) == 3 * 13 and "unusable" not in source.describe()
     for example in (source[i] for i in range(len(source))):
         story, step = example.item_id.split("-")[0].split("_")
         told = truth[int(story)]["steps"][int(step)]
         assert told["text"] in example.source + example.target
-        pictures = [*example.images, *([example.target_image] if example.target_image else [])]
-        assert right(np.stack([look_at(p) for p in pictures]), [scenes[str(p)] for p in pictures]).all()
+        images = [*example.images, *([example.target_image] if example.target_image else [])]
+        assert right(np.stack([look_at(p) for p in images]), [scenes[str(p)] for p in images]).all()
         if example.target_image:
             assert scenes[str(example.target_image)].to_json() == told["scene"]
 
@@ -127,16 +127,16 @@ def test_the_vist_reader_reads_stories(split, tmp_path):
 def test_the_mmdialog_reader_reads_dialogues(split, tmp_path):
     path = write_dialogs(tmp_path, split, 10, seed=2)
     source = MMDialogSource(path, count_tokens=lambda text: len(text.replace(",", " ,").split()) + 2)
-    truth, scenes = read_truth(tmp_path, split, "dialogs"), scenes_of_pictures(tmp_path, split, "dialogs")
+    truth, scenes = read_truth(tmp_path, split, "dialogs"), scenes_of_images(tmp_path, split, "dialogs")
     assert len(source) == sum(len(dialog["turns"]) - 1 for dialog in truth)
     assert not source.counts
     for example in (source[i] for i in range(len(source))):
         dialog, turn = example.item_id.split("-")[0].split("_")
         told = truth[int(dialog)]["turns"][int(turn)]
         assert (example.target_image is not None) == told["wants_image"]
-        pictures = [*example.images, *([example.target_image] if example.target_image else [])]
-        if pictures:
-            assert right(np.stack([look_at(p) for p in pictures]), [scenes[str(p)] for p in pictures]).all()
+        images = [*example.images, *([example.target_image] if example.target_image else [])]
+        if images:
+            assert right(np.stack([look_at(p) for p in images]), [scenes[str(p)] for p in images]).all()
 
 
 def test_another_seed_gives_another_table(write, tmp_path):
@@ -150,7 +150,7 @@ def test_every_scene_comes_once_before_any_comes_twice():
     assert len(captions) == 640
 
 
-def test_one_picture_serves_all_captions_of_its_scene(tmp_path):
+def test_one_image_serves_all_captions_of_its_scene(tmp_path):
     write_pairs(tmp_path, "held_out", 700, seed=0)
     assert len(list((tmp_path / "held_out").glob("*.png"))) == 320
 

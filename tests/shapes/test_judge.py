@@ -27,7 +27,7 @@ def copy(run):
     return dataclasses.replace(run, config=run.config.copy_and_resolve_references())
 
 
-def test_a_session_has_room_for_stories_and_no_forced_picture(seeing_run):
+def test_a_session_has_room_for_stories_and_no_forced_image(seeing_run):
     run = copy(seeing_run)
     run.config.data.max_length, run.config.inference.force_image = 30, "after_text"
     session = judge_counts.open_session(run, batch_size=2)

@@ -69,13 +69,13 @@ def test_the_truth_is_all_right(judge, dialogs):
     found, _ = judge(truth)
     turns = assistant(dialogs)
     wanted = [turn for turn in turns if turn.scene is not None]
-    placing, pictures, answers = found["placing"], found["pictures"], found["answers"]
+    placing, images, answers = found["placing"], found["images"], found["answers"]
     assert found["turns"] == len(turns) == placing["accuracy"]["count"] and found["cut"] == 0
     assert placing["precision"]["count"] == placing["recall"]["count"] == len(wanted)
     assert all(placing[name]["share"] == 1.0 for name in ("accuracy", "precision", "recall"))
     assert placing["by_kind"].keys() == {turn.kind for turn in turns} >= {"show", "edit", "look", "ask"}
-    assert pictures["all"]["all_right"] == {"share": 1.0, "count": len(wanted), "standard_error": 0.0}
-    assert pictures["show"]["together"]["share"] == pictures["edit"]["together"]["share"] == 1.0
+    assert images["all"]["all_right"] == {"share": 1.0, "count": len(wanted), "standard_error": 0.0}
+    assert images["show"]["together"]["share"] == images["edit"]["together"]["share"] == 1.0
     asked = [turn.answer for turn in turns if turn.answer]
     assert answers["all"] == {"share": 1.0, "count": len(asked), "standard_error": 0.0}
     assert answers.keys() - {"all"} == {what for what, _ in asked}
@@ -100,8 +100,8 @@ def test_a_model_that_always_draws(judge, dialogs):
     assert placing["precision"]["share"] == placing["accuracy"]["share"] == pytest.approx(part)
     assert placing["precision"]["count"] == len(turns) and placing["recall"]["share"] == 1.0
     assert placing["by_kind"]["ask"]["share"] == 0.0 and placing["by_kind"]["show"]["share"] == 1.0
-    assert found["pictures"]["all"]["all_right"]["share"] == 0.0
-    assert found["pictures"]["all"]["place"]["share"] == 0.0
+    assert found["images"]["all"]["all_right"]["share"] == 0.0
+    assert found["images"]["all"]["place"]["share"] == 0.0
     assert found["answers"]["all"]["share"] == 0.0
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_never_draws(judge, dialogs):
     assert placing["precision"] == {"share": None, "count": 0, "standard_error": None}
     assert placing["recall"]["share"] == 0.0
     assert 0 < placing["accuracy"]["share"] < 1 and placing["accuracy"]["standard_error"] > 0
-    assert found["pictures"]["all"]["all_right"]["count"] == 0
+    assert found["images"]["all"]["all_right"]["count"] == 0
     assert found["answers"]["all"]["share"] == 1.0
 
 

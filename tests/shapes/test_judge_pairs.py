@@ -22,8 +22,8 @@ class Painter(Session):
 
     def generate(self, prompts):
         self.seeds += [prompt.seed for prompt in prompts]
-        pictures = [self.known.get(prompt.source) for prompt in prompts]
-        return [Generation(() if p is None else (p,), "", (), "", 0) for p in pictures]
+        images = [self.known.get(prompt.source) for prompt in prompts]
+        return [Generation(() if p is None else (p,), "", (), "", 0) for p in images]
 
 
 @pytest.mark.parametrize("objects", (1, 2, 3))
@@ -45,7 +45,7 @@ def test_each_number_of_objects_is_counted_apart(monkeypatch, seeing_run):
     assert {n: row["vokens"]["all"] for n, row in found.items()} == pytest.approx({"1": 1.0, "3": 2 / 6})
 
 
-def test_another_scenes_picture_is_wrong(monkeypatch, seeing_run):
+def test_another_scenes_image_is_wrong(monkeypatch, seeing_run):
     scenes, captions = held_out_captions(12, 0, 2)
     painter = Painter(scenes[1:] + scenes[:1], captions)
     monkeypatch.setattr(LoadedModel, "session", lambda run, batch_size: painter)
@@ -57,11 +57,11 @@ def test_nothing_drawn():
     assert judging.shares([None, None], held_out_captions(2, 0, 1)[0]) == {"all": 0.0, "drawn": 0.0}
 
 
-def test_native_pictures_do_not_depend_on_their_batch(seeing_run):
+def test_native_images_do_not_depend_on_their_batch(seeing_run):
     """Batches are filled up and cut; an image does not depend on them."""
     captions = ["a red circle", "two blue squares", "nothing"]
     whole, parts = (judging.native_images(seeing_run, captions, batch_size=size) for size in (3, 2))
     assert len(parts) == 3
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one.astype(int), other.astype(int), atol=1)
-    assert all((whole[0] != picture).any() for picture in whole[1:])
+    assert all((whole[0] != image).any() for image in whole[1:])

@@ -15,7 +15,7 @@ from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts as judge_counts
 from minigpt5_jax.evaluation.shapes import stories as judge_stories
-from minigpt5_jax.evaluation.shapes.revealed import Revealed, picture_only_shares
+from minigpt5_jax.evaluation.shapes.revealed import Revealed, image_only_shares
 from minigpt5_jax.inference.session import Generation, Session, mixed_seed
 from minigpt5_jax.shapes.dataset import draw_stories
 from minigpt5_jax.shapes.render import render
@@ -42,12 +42,12 @@ class Oracle(Session):
         self.prompts.append(prompts)
         return [self.one(prompt, images) for prompt in prompts]
 
-    def one(self, prompt, pictures):
+    def one(self, prompt, images):
         parts = self.answer(self.numbers[prompt.seed], prompt)
         ids = tuple(3 if isinstance(part, str) else IMG0 for part in parts)
         text = " ".join(part for part in parts if isinstance(part, str))
-        self.sampled += pictures * sum(not isinstance(part, str) for part in parts)
-        return Generation(parts if pictures else (text,), text, ids, prompt.source, prompt.seed)
+        self.sampled += images * sum(not isinstance(part, str) for part in parts)
+        return Generation(parts if images else (text,), text, ids, prompt.source, prompt.seed)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_truth_is_all_right_and_is_told_in_its_own_words(judge):
         assert row["emitted"]["share"] == 1.0 and row["cut"] == 0
         assert row["all_attributes"].pop("too_many")["mean"] == 0.0
         assert all(part["share"] == 1.0 for part in row["all_attributes"].values())
-        revealed = row["picture_only"]
+        revealed = row["image_only"]
         assert revealed["stories"] == sum(map(bool, hidden)) and revealed["placed"]["share"] == 1.0
         assert revealed["together"]["count"] == sum(map(len, hidden))
         assert revealed["texture"]["count"] == sum("texture" in names for names in hidden)
@@ -119,7 +119,7 @@ def test_the_truth_is_all_right_and_is_told_in_its_own_words(judge):
     assert found["multimodal"]["rouge_l"]["mean"] == found["understanding"]["rouge_l"]["mean"] == 1.0
     assert found["multimodal"]["emitted"]["share"] == 1.0
     assert 0 < found["multimodal"]["of_another"]["mean"] < 0.6
-    assert found["session"].sampled == 4 * 12, "pictures are sampled only where they are looked at"
+    assert found["session"].sampled == 4 * 12, "images are sampled only where they are looked at"
     requests = {prompt.source.split("\n ")[-1] for prompt in found["session"].prompts[-2]}
     assert requests == {f"{text} ###Assistant:" for text in STORY_PROMPTS["head"]["multimodal"]}
 
@@ -128,7 +128,7 @@ def test_guesses_are_near_chance(judge):
     random = np.random.default_rng(3)
     guesses = [drawn(draw_scene(random, False, 1 + number % 3)) for number in range(150)]
     found = judge(lambda number, _: (guesses[number],), 150, contexts=["text"], narrations=())
-    revealed = found["contexts"]["text"]["picture_only"]
+    revealed = found["contexts"]["text"]["image_only"]
     assert 60 < revealed["stories"] < 90 and 0.85 < revealed["found"]["share"] <= 1
     assert revealed["placed"]["share"] < 0.75
     assert revealed["together"]["near_chance"]
@@ -150,7 +150,7 @@ def test_one_attribute_corrupted_is_one_attribute_wrong(judge):
     for name in ("shape", "colour", "size", "place", "background"):
         assert row["all_attributes"][name]["share"] == 1.0
     assert row["all_attributes"]["texture"]["share"] == 0.0
-    assert row["picture_only"]["texture"]["share"] == 0.0 and row["picture_only"]["shape"]["share"] == 1.0
+    assert row["image_only"]["texture"]["share"] == 0.0 and row["image_only"]["shape"]["share"] == 1.0
 
 
 def test_contexts_are_put_in_the_order_that_was_found(judge):
@@ -187,7 +187,7 @@ def test_a_model_that_never_draws(judge):
     found = judge(lambda number, _: ("words",), 12, contexts=["none"], narrations=())
     row = found["contexts"]["none"]
     assert row["emitted"]["share"] == 0.0 and row["all_attributes"]["together"]["share"] == 0.0
-    assert row["picture_only"]["found"]["share"] == 0.0
+    assert row["image_only"]["found"]["share"] == 0.0
 
 
 STAR = Object(shape=3, colour=1, size=0, texture=2, place=0)
@@ -214,17 +214,17 @@ def test_shapes_that_companions_have_are_no_guesses():
     assert step.left_open("shape") == 4 and step.left_open("colour") == 6
     told = dataclasses.replace(step, names=("shape",))
     wrong = dataclasses.replace(told, got=make_scene(1, [dataclasses.replace(STAR, shape=0)]))
-    found = picture_only_shares([told] + [wrong] * 3)["shape"]  # a share of 1/4 of four shapes left
+    found = image_only_shares([told] + [wrong] * 3)["shape"]  # a share of 1/4 of four shapes left
     assert found["chance"] == 0.2 and found["chance_by_texts"] == found["share"] == 0.25
     assert found["from_chance"] == 0 and found["near_chance"]
-    found = picture_only_shares([told] * 3 + [wrong])["shape"]
+    found = image_only_shares([told] * 3 + [wrong])["shape"]
     assert found["from_chance"] == pytest.approx(0.5 / (0.75 * 0.25 / 4) ** 0.5) and not found["near_chance"]
 
 
 def test_chance_by_margins_minds_how_often_values_are():
     blue = dataclasses.replace(STAR, colour=2)
     steps = [revealed(STAR), revealed(STAR), revealed(blue), revealed()]
-    found = picture_only_shares(steps)
+    found = image_only_shares(steps)
     # all four are green in truth; two of four images have a green subject
     assert found["colour"]["chance_by_margins"] == 0.5 and found["colour"]["share"] == 0.5
     assert found["shape"]["share"] == 0.75 and found["background"]["share"] == 1.0

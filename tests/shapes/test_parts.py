@@ -42,11 +42,9 @@ def test_eyes_and_projection_are_those_of_the_backbone(assets):
         )
     )
     assert whole.shapes.keys() == (tongue | eyes).keys()
-    pictures = render([draw_scene(np.random.default_rng(i), count=2) for i in range(3)])
-    theirs = jax.jit(lambda p, x: whole.bind(p).project(whole.bind(p).image_states(x)))(
-        tongue | eyes, pictures
-    )
-    ours = train_vision.make_look(eyes, size=2)(pictures)
+    images = render([draw_scene(np.random.default_rng(i), count=2) for i in range(3)])
+    theirs = jax.jit(lambda p, x: whole.bind(p).project(whole.bind(p).image_states(x)))(tongue | eyes, images)
+    ours = train_vision.make_look(eyes, size=2)(images)
     ours = ours @ np.asarray(tongue["llama_proj/kernel"]) + np.asarray(tongue["llama_proj/bias"])
     np.testing.assert_allclose(ours, np.asarray(theirs), atol=1e-4)
 
@@ -107,12 +105,12 @@ def test_the_run_file_has_what_pretrain_asks_for():
     spec.loader.exec_module(module)
     config = module.get_config()
     assert pretrain.parts_of(config.parts) == list(pretrain.PARTS)
-    assert {"out", "work", "seed", "pictures", "steps"} <= set(config)
+    assert {"out", "work", "seed", "images", "steps"} <= set(config)
     assert set(pretrain.PARTS) <= set(config.steps) and min(config.steps.values()) > 0
 
 
 def test_a_fit_goes_on_only_on_the_towers_it_was_made_on(assets, tmp_path):
-    job = pretrain.Job(assets, tmp_path, seed=0, steps=ConfigDict(), pictures=1)
+    job = pretrain.Job(assets, tmp_path, seed=0, steps=ConfigDict(), images=1)
     first = job.kept("vit", "qformer")
     assert first.parent == job.kept() == tmp_path and first == job.kept("vit", "qformer")
     path = assets / "qformer/config.json"

@@ -34,7 +34,7 @@ def test_something_happens_at_every_step(stories):
 
 
 def test_half_of_the_stories_never_describe_their_subject(stories):
-    silent = [story for story in stories if story.picture_only]
+    silent = [story for story in stories if story.image_only]
     assert 0.4 < len(silent) / len(stories) < 0.6
     for story in silent:
         opening = story.steps[0].text.split(" . ")[0]  # a companion's description may follow
@@ -58,7 +58,7 @@ def test_told_attributes_are_in_the_texts_and_others_are_not(stories):
                     assert told == (name in step.shapes[0].told)
 
 
-def test_only_pictures_reveal_what_earlier_pictures_show_and_no_text_tells(stories):
+def test_only_images_reveal_what_earlier_images_show_and_no_text_tells(stories):
     seen = set()
     for story in stories:
         assert story.steps[0].revealed == ()
@@ -67,7 +67,7 @@ def test_only_pictures_reveal_what_earlier_pictures_show_and_no_text_tells(stori
             assert not set(step.revealed) & step.shapes[0].told
             for name in set(step.revealed) - {"background"}:
                 assert getattr(subject(before), name) == getattr(subject(step), name)
-            assert bool(step.revealed) == story.picture_only
+            assert bool(step.revealed) == story.image_only
     assert seen == {"shape", "colour", "size", "texture", "background"}
 
 
@@ -81,7 +81,7 @@ def test_splits_of_stories_and_dialogues_are_apart(stories):
         assert not any(turn.scene.held_out for turn in seen if turn.scene)
 
 
-def test_dialogues_ask_only_about_pictures_in_sight():
+def test_dialogues_ask_only_about_images_in_sight():
     """The reader of MMDialog shows an answer the three turns before it (fidelity 5.4)."""
     kinds = set()
     for i in range(300):

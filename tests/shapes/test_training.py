@@ -151,7 +151,7 @@ def test_the_vae_never_sees_a_held_out_kind():
 
 
 def test_batches_are_functions_of_the_step(clip, llama, histories):
-    look = lambda pictures: np.zeros((len(pictures), IMAGE_TOKENS, 128), np.float32)  # noqa: E731
+    look = lambda images: np.zeros((len(images), IMAGE_TOKENS, 128), np.float32)  # noqa: E731
     made = {
         "vae": train_vae.batches(2, seed=0),
         "text": train_text.batches(clip, 2, seed=0),
@@ -246,7 +246,7 @@ def test_language_rows_predict_words_and_ask_the_scene_of_fillers(llama):
         assert only in scene.objects
 
 
-def test_histories_become_rows_with_all_their_pictures(llama, histories):
+def test_histories_become_rows_with_all_their_images(llama, histories):
     random, drawn = np.random.default_rng(1), 0
     for _ in range(12):
         samples = [histories.sample(random) for _ in range(6)]
@@ -286,17 +286,17 @@ def test_two_fifths_of_what_follows_tell_what_is_seen(llama, histories):
     assert (made["valid"].sum(1) < told[0].length).all()  # nothing was cut
 
 
-def test_pictures_stand_where_their_rows_say(llama):
+def test_images_stand_where_their_rows_say(llama):
     random = np.random.default_rng(4)
     samples = [data.told(draw_scene(random), random) for _ in range(40)]
     made, scenes = rows_of(llama, samples, 104)
     template = train_llama.template()
-    look = lambda pictures: 1.0 + np.zeros((len(pictures), IMAGE_TOKENS, 128), np.float32)  # noqa: E731
+    look = lambda images: 1.0 + np.zeros((len(images), IMAGE_TOKENS, 128), np.float32)  # noqa: E731
     rows = train_llama.with_states(made, scenes, look)
     params = template.init(jax.random.key(0))
     params |= {"llama_proj/kernel": jnp.zeros((128, 128)), "llama_proj/bias": jnp.full(128, 7.0)}
     noise = jnp.zeros((*made["ids"].shape, 128))
     embeds = np.asarray(jax.jit(lambda p, r: template.bind(p).embed(r, noise))(params, rows))
-    pictures = (embeds == 7.0).all(-1)
-    assert pictures.sum() == IMAGE_TOKENS * sum(len(sample.scenes) for sample in samples) > 0
-    assert not pictures[made["nexts"] >= 0].any() or (made["ids"][pictures] == 0).all()
+    images = (embeds == 7.0).all(-1)
+    assert images.sum() == IMAGE_TOKENS * sum(len(sample.scenes) for sample in samples) > 0
+    assert not images[made["nexts"] >= 0].any() or (made["ids"][images] == 0).all()

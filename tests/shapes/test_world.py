@@ -86,7 +86,7 @@ def test_the_oracle_reads_objects_that_touch():
 def test_the_oracle_is_reliable_under_noise_and_blur():
     random = np.random.default_rng(0)
     scenes = [draw_scene(random, bool(i % 2), 1 + i % 3) for i in range(90)]
-    shares = {name: right(pictures, scenes).mean() for name, pictures in corrupted(render(scenes), random)}
+    shares = {name: right(images, scenes).mean() for name, images in corrupted(render(scenes), random)}
     assert shares["clean"] == shares["white noise, sd 0.8 of -1..1"] == 1.0
     assert shares["box blur of 3 pixels"] > 0.95
     assert shares["half resolution"] > 0.95
@@ -100,6 +100,6 @@ def test_scores_tell_the_attributes_apart():
     assert result["shape"] == result["background"] == result["place"] == 1.0
 
 
-def test_scores_need_as_many_pictures_as_scenes():
+def test_scores_need_as_many_images_as_scenes():
     with pytest.raises(ValueError, match="1 images and 0 scenes"):
         score(render([draw_scene(np.random.default_rng(0))]), [])

@@ -53,8 +53,8 @@ def open_session(run: LoadedModel, *, batch_size: int, **inference: object) -> S
     tokens = max(NEW_TOKENS, config.inference.max_new_tokens)
     config.inference.update(max_images=1, force_image="off", max_new_tokens=tokens)
     config.inference.update(inference)
-    picture = run.spec.backbone.num_vokens - 1
-    room = config.inference.max_new_tokens + config.inference.max_images * picture
+    image = run.spec.backbone.num_vokens - 1
+    room = config.inference.max_new_tokens + config.inference.max_images * image
     positions = run.spec.backbone.max_positions
     if room >= positions:
         raise ConfigError(
@@ -70,8 +70,8 @@ def scenes_drawn(answers: Sequence[Generation]) -> list[Scene | None]:
     there = [number for number, answer in enumerate(answers) if answer.images]
     found: list[Scene | None] = [None] * len(answers)
     if there:
-        pictures = np.stack([answers[number].images[0] for number in there])
-        for number, scene in zip(there, read(pictures), strict=True):
+        images = np.stack([answers[number].images[0] for number in there])
+        for number, scene in zip(there, read(images), strict=True):
             found[number] = scene
     return found
 

@@ -64,7 +64,7 @@ def judge_dialogs(
     """Everything above, of ``count`` held-out dialogues.
 
     Returns:
-      ``{"count", "seed", "turns", "cut", "placing", "pictures", "answers"}``, see the functions of these
+      ``{"count", "seed", "turns", "cut", "placing", "images", "answers"}``, see the functions of these
       names; ``cut`` counts prompts that did not fit.
 
     Raises:
@@ -84,7 +84,7 @@ def judge_dialogs(
         "turns": len(given),
         "cut": sum(one.dropped > 0 for one in given),
         "placing": placing(dialogs),
-        "pictures": pictures(dialogs),
+        "images": image_shares(dialogs),
         "answers": answers(dialogs),
     }
 
@@ -132,7 +132,7 @@ def placing(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
     }
 
 
-def pictures(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
+def image_shares(dialogs: Sequence[Sequence[Reply]]) -> dict[str, Any]:
     """``counts.attribute_shares`` of images that were called for and drawn: ``all``, and by kind."""
     wanted = [reply for replies in dialogs for reply in replies if reply.called_for]
     there = [reply for reply in wanted if reply.drew]

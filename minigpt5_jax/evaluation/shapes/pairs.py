@@ -17,12 +17,12 @@ from minigpt5_jax.wiring.model import caption_tokenizer
 from minigpt5_jax.wiring.session import LoadedModel, open_sampler
 
 BATCH_SIZE = 32
-Pictures = list[np.ndarray | None]
+Images = list[np.ndarray | None]
 
 
 def voken_images(
     run: LoadedModel, captions: Sequence[str], seed: int = 0, batch_size: int = BATCH_SIZE
-) -> Pictures:
+) -> Images:
     """What the whole model draws when it reads a caption; None where it wrote no image."""
     session = run.session(batch_size=batch_size)
     prompts = [Prompt(text, (), seed + number) for number, text in enumerate(captions)]
@@ -31,7 +31,7 @@ def voken_images(
 
 def native_images(
     run: LoadedModel, captions: Sequence[str], seed: int = 1, batch_size: int = BATCH_SIZE
-) -> Pictures:
+) -> Images:
     """Images by the generator's own text encoder: what the frozen UNet can do at best."""
     inference = run.config.inference
     ids, mask = caption_tokenizer(run.config, run.spec.sizes).encode(list(captions))
@@ -49,20 +49,20 @@ def native_images(
             inference.guidance_scale,
         )
 
-    keys, pictures = jax.random.split(jax.random.key(seed), len(ids)), []
+    keys, images = jax.random.split(jax.random.key(seed), len(ids)), []
     for start in range(0, len(ids), batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), len(ids) - 1)  # the last one fills up
-        pictures += list(np.asarray(draw(run.params, ids[rows], mask[rows], keys[rows])))
-    return pictures[: len(ids)]
+        images += list(np.asarray(draw(run.params, ids[rows], mask[rows], keys[rows])))
+    return images[: len(ids)]
 
 
-def shares(pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
+def shares(images: Images, scenes: Sequence[Scene]) -> dict[str, float]:
     """The oracle's shares, and ``drawn``; an image that was not drawn is wrong in everything."""
-    there = [i for i, picture in enumerate(pictures) if picture is not None]
-    part = len(there) / len(pictures)
+    there = [i for i, image in enumerate(images) if image is not None]
+    part = len(there) / len(images)
     if not there:
         return {"all": 0.0, "drawn": 0.0}
-    found = score(np.stack([pictures[i] for i in there]), [scenes[i] for i in there])
+    found = score(np.stack([images[i] for i in there]), [scenes[i] for i in there])
     return {**{name: value * part for name, value in found.items()}, "drawn": part}
 
 

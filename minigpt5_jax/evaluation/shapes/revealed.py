@@ -35,7 +35,7 @@ class Revealed:
     @classmethod
     def of(cls, got: Scene | None, truth: dict[str, Any], texts: Sequence[str]) -> Revealed:
         """From a step's truth in ``shapes_*_stories.jsonl``."""
-        place, names = PLACES.index(truth["subject_place"]), tuple(truth["only_pictures"])
+        place, names = PLACES.index(truth["subject_place"]), tuple(truth["only_images"])
         return cls(got, Scene.from_json(truth["scene"]), place, names, tuple(texts))
 
     @property
@@ -64,7 +64,7 @@ class Revealed:
         return VALUES[name] - len(told)
 
 
-def picture_only_shares(steps: Sequence[Revealed]) -> dict[str, Any]:
+def image_only_shares(steps: Sequence[Revealed]) -> dict[str, Any]:
     """Shares right of what only images reveal, each beside what guessing gives.
 
     Returns:

@@ -28,7 +28,7 @@ from minigpt5_jax.data.samples.stories import CONTEXTS, Step, Story, StoryRules
 from minigpt5_jax.data.sources.vist import mapping_path, parse_story
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts
-from minigpt5_jax.evaluation.shapes.revealed import Revealed, picture_only_shares
+from minigpt5_jax.evaluation.shapes.revealed import Revealed, image_only_shares
 from minigpt5_jax.inference.session import Prompt, Session, mixed_seed
 from minigpt5_jax.shapes.dataset import read_truth, write_stories
 from minigpt5_jax.shapes.stories import STEPS
@@ -72,7 +72,7 @@ def judge_stories(
       ``{"count", "seed", "held_out": share of last scenes with an object of a held-out kind (a story begins
       with one, which may change), "contexts": {context: ...}, "order": contexts from the least to the most
       attributes right, "table_6", NARRATION: {"rouge_l", "of_another", "emitted", "cut"}, ...}``.  A context
-      has ``picture_only`` (:func:`~minigpt5_jax.evaluation.shapes.revealed.picture_only_shares`),
+      has ``image_only`` (:func:`~minigpt5_jax.evaluation.shapes.revealed.image_only_shares`),
       ``all_attributes`` (``attribute_shares``), ``emitted`` (the model
       begins an image by itself) and ``cut`` (prompts that did not fit).  Every share comes with its count
       and standard error.
@@ -155,7 +155,7 @@ def judge_context(
     return {
         "emitted": counts.each([voken in answer.token_ids for answer in free]),
         "cut": sum(max(pair) > 0 for pair in zip((a.dropped for a in answers), (a.dropped for a in free))),
-        "picture_only": picture_only_shares(revealed),
+        "image_only": image_only_shares(revealed),
         "all_attributes": counts.attribute_shares([(got, t.scene) for got, t in zip(drawn, tales)]),
     }
 

@@ -138,7 +138,7 @@ def histories_kept(histories: Histories, share) -> dict[str, float]:
         step, task = rest.split("-")
         if task != "gen" or step == "0":
             continue
-        silent = truth[name]["picture_only"]
+        silent = truth[name]["image_only"]
         kind = "subject known from images only" if silent else "subject described"
         sample = histories.of_example(example)
         groups.setdefault(f"story's scene read at the vokens, {kind}", []).append(sample)

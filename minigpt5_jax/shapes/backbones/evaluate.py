@@ -59,11 +59,11 @@ def native(
         features = np.where(mask[..., None] > 0, features.mean(0), features)
     empty = train_text.features(text, *tokenizer.encode([""]))[0]
     draw = make_native(assets, sampler=sampler, steps=steps, guidance=guidance)
-    pictures = [
+    images = [
         np.asarray(draw(features[i : i + BATCH], empty, jax.random.fold_in(jax.random.key(seed), i)))
         for i in range(0, count, BATCH)
     ]
-    return score(np.concatenate(pictures), scenes)
+    return score(np.concatenate(images), scenes)
 
 
 def held_out_captions(count: int, seed: int, objects: int) -> tuple[list[Scene], list[str]]:

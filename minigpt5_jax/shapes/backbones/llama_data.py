@@ -23,12 +23,12 @@ from minigpt5_jax.shapes.backbones.fields import CLASSES, UNTOLD, alone, labels
 from minigpt5_jax.shapes.backbones.texts import (
     description,
     draw_training_scene,
+    image_question,
     instruction,
-    picture_question,
     question,
     recall,
 )
-from minigpt5_jax.shapes.dataset import read_truth, scenes_of_pictures, write_dialogs, write_stories
+from minigpt5_jax.shapes.dataset import read_truth, scenes_of_images, write_dialogs, write_stories
 from minigpt5_jax.shapes.wording import caption, ends_of_objects
 from minigpt5_jax.shapes.world import Scene
 
@@ -71,12 +71,12 @@ def told(scene: Scene, random: np.random.Generator) -> Sample:
         return Sample(asked, target_text("", draws=True, num_vokens=FILLERS), drawn=scene)
     if kind <= 2:
         return Sample(*(question, recall)[kind - 1](scene, random))
-    return Sample(*(picture_question if kind == 3 else description)(scene, random), scenes=(scene,))
+    return Sample(*(image_question if kind == 3 else description)(scene, random), scenes=(scene,))
 
 
 def seen(scene: Scene, random: np.random.Generator) -> Sample:
     """An image that is described, or, less often, asked about."""
-    kind = description if random.random() < DESCRIBED_SHARE else picture_question
+    kind = description if random.random() < DESCRIBED_SHARE else image_question
     return Sample(*kind(scene, random), scenes=(scene,))
 
 
@@ -92,8 +92,8 @@ class Histories:
         count = lambda text: len(tokenizer.encode(text))  # noqa: E731
         rules = DialogRules(num_vokens=FILLERS)
         self.dialogs = MMDialogSource(conversations, rules=rules, count_tokens=count)
-        self.scenes = scenes_of_pictures(folder, split, "stories")
-        self.scenes |= scenes_of_pictures(folder, split, "dialogs")
+        self.scenes = scenes_of_images(folder, split, "stories")
+        self.scenes |= scenes_of_images(folder, split, "dialogs")
         self.truth = {record["story_id"]: record for record in read_truth(folder, split, "stories")}
 
     def sample(self, random: np.random.Generator) -> Sample:

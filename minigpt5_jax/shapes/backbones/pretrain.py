@@ -52,7 +52,7 @@ class Job:
     work: Path
     seed: int
     steps: ConfigDict
-    pictures: int
+    images: int
 
     def kept(self, *towers: str) -> Path:
         """Folder of the fits that are made on finished ``towers``: others of them, another folder.
@@ -96,8 +96,8 @@ def scaled_moments(assets: Path) -> Callable[[np.ndarray], np.ndarray]:
     config, params = files.read_config(assets, "vae"), files.read_tower(assets, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
 
-    def encode(pictures: np.ndarray) -> np.ndarray:
-        mean, logvar = np.split(train_vae.encode(template, params, pictures), 2, axis=-1)
+    def encode(images: np.ndarray) -> np.ndarray:
+        mean, logvar = np.split(train_vae.encode(template, params, images), 2, axis=-1)
         factor = config.scaling_factor
         return np.concatenate([mean * factor, logvar + 2 * np.log(factor)], axis=-1)
 
@@ -116,7 +116,7 @@ def unet(job: Job) -> Result:
     files.write_tower(job.assets, "unet", params, train_unet.CONFIG)
     files.write_scheduler(job.assets)
     measured = {
-        f"native, {objects} objects": evaluate.native(job.assets, count=job.pictures, objects=objects)
+        f"native, {objects} objects": evaluate.native(job.assets, count=job.images, objects=objects)
         for objects in (1, 2, 3)
     }
     return {"seconds": round(seconds), "measured": measured}
@@ -194,7 +194,7 @@ def train(config: ConfigDict) -> None:
         Path(config.work).expanduser(),
         config.seed,
         config.steps,
-        config.pictures,
+        config.images,
     )
     jax.config.update("jax_compilation_cache_dir", str(job.work / "xla"))
     command = "python -m minigpt5_jax.shapes.backbones.pretrain " + " ".join(sys.argv[1:])

@@ -69,7 +69,7 @@ def description(scene: Scene, random: np.random.Generator) -> Sample:
     return f"###Human: {IMAGE} {ask} ###Assistant:", f"{clean_caption(describe(scene))} {END}"
 
 
-def picture_question(scene: Scene, random: np.random.Generator) -> Sample:
+def image_question(scene: Scene, random: np.random.Generator) -> Sample:
     """An image and a question about it."""
     ask, answer = asked(scene, random)
     return f"###Human: {IMAGE} {ask} ###Assistant:", f"{answer} {END}"

@@ -52,7 +52,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=512,
 )
 READ_WEIGHT = 1.0
-LENGTH, PICTURES = 208, 5  # of the longest row
+LENGTH, IMAGES = 208, 5  # of the longest row
 
 
 class ShapesLanguageModel(nnx.Module):
@@ -72,8 +72,8 @@ class ShapesLanguageModel(nnx.Module):
         embeds = jnp.where(rows["filler"][..., None], filler, self.llm.embed(rows["ids"]))
         if rows["image_row"].shape[0]:
             columns = rows["image_start"][:, None] + jnp.arange(QFORMER.num_query_tokens)
-            pictures = self.llama_proj(rows["states"])
-            embeds = embeds.at[rows["image_row"][:, None], columns].set(pictures, mode="drop")
+            images = self.llama_proj(rows["states"])
+            embeds = embeds.at[rows["image_row"][:, None], columns].set(images, mode="drop")
         return embeds
 
     def __call__(self, rows: Rows, noise: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ def scene_states(
 
     def states(samples: Sequence[Sample]) -> np.ndarray:
         rows = len(samples)
-        made, scenes = make_rows(tokenizer, samples, LENGTH, rows * PICTURES, QFORMER.num_query_tokens)
+        made, scenes = make_rows(tokenizer, samples, LENGTH, rows * IMAGES, QFORMER.num_query_tokens)
         hidden = np.asarray(run(params, with_states(made, scenes, look)))
         first = made["filler"].argmax(1)
         return hidden[np.arange(rows)[:, None], first[:, None] + np.arange(-1, FILLERS)]

@@ -50,10 +50,10 @@ def batches(size: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarra
         chosen = contents[random.integers(len(contents), size=(size, 4))]
         chosen = np.where(random.random((size, 4)) < FILLED, chosen, 0)
         background = random.integers(len(BACKGROUNDS), size=size)
-        pictures = render_cells(chosen, background)
+        images = render_cells(chosen, background)
         empty = render_cells(np.zeros_like(chosen), background)
-        weight = 1.0 + (OBJECT_WEIGHT - 1.0) * (pictures != empty).any(-1, keepdims=True)
-        return pictures, weight.astype(np.float32)
+        weight = 1.0 + (OBJECT_WEIGHT - 1.0) * (images != empty).any(-1, keepdims=True)
+        return images, weight.astype(np.float32)
 
     return batch
 
@@ -90,8 +90,8 @@ def train(
 
 def spread_of_latents(template: Template, params: Params) -> float:
     """Standard deviation of the latents of training images."""
-    pictures = render(list(all_scenes(False))[::5])
-    return float(np.split(encode(template, params, pictures), 2, axis=-1)[0].std())
+    images = render(list(all_scenes(False))[::5])
+    return float(np.split(encode(template, params, images), 2, axis=-1)[0].std())
 
 
 def train_decoder(
@@ -126,18 +126,18 @@ def train_decoder(
     return {**encoder, **decoder}, seconds
 
 
-def encode(template: Template, params: Params, pictures: np.ndarray, size: int = 64) -> np.ndarray:
+def encode(template: Template, params: Params, images: np.ndarray, size: int = 64) -> np.ndarray:
     """Moments of images u8[n 64 64 3], f32[n 8 8 8]."""
     run = jax.jit(lambda p, x: template.bind(p).encode(x.astype(jnp.float32) / 127.5 - 1.0))
-    return in_parts(functools.partial(run, params), size, pictures)
+    return in_parts(functools.partial(run, params), size, images)
 
 
 def reconstruct(
-    template: Template, params: Params, pictures: np.ndarray, noise: float, seed: int = 0
+    template: Template, params: Params, images: np.ndarray, noise: float, seed: int = 0
 ) -> np.ndarray:
     """Images through the VAE, latents disturbed by ``noise`` standard deviations of themselves."""
     run = jax.jit(lambda p, z: template.bind(p).decode(z))
-    mean, _ = np.split(encode(template, params, pictures), 2, axis=-1)
+    mean, _ = np.split(encode(template, params, images), 2, axis=-1)
     random = np.random.default_rng(seed)
     latents = mean + noise * mean.std() * random.standard_normal(mean.shape).astype(np.float32)
     pixels = in_parts(functools.partial(run, params), 64, latents)
@@ -149,8 +149,8 @@ def measure(params: Params, template: Template, count: int = 200) -> dict[str, f
     random, result = np.random.default_rng(1), {}
     for objects in (1, 2, 3):
         scenes = [draw_scene(random, held_out=True, count=objects) for _ in range(count)]
-        pictures = render(scenes)
+        images = render(scenes)
         for noise in (0.0, 0.1, 0.25):
-            share = right(reconstruct(template, params, pictures, noise), scenes).mean()
+            share = right(reconstruct(template, params, images, noise), scenes).mean()
             result[f"all right, {objects} objects, latent noise {noise}"] = float(share)
     return result

@@ -60,9 +60,9 @@ class ShapesVision(nnx.Module):
         self.ln_vision = LayerNorm(VIT.hidden_size, eps=1e-5, rngs=rngs)
         self.qformer = QFormer(QFORMER, rngs=rngs)
 
-    def __call__(self, pictures: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array) -> jax.Array:
         """Images [i 64 64 3] in 0 ... 255 to states of the queries [i 8 128]."""
-        pixels = (pictures.astype(jnp.float32) / 255.0 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+        pixels = (images.astype(jnp.float32) / 255.0 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
         return self.qformer(self.ln_vision(self.vit(pixels)))
 
 
@@ -83,15 +83,15 @@ def batches(size: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
         background = random.integers(len(BACKGROUNDS), size=size)
         scenes = scenes_of_cells(chosen, background)
         every = np.ones((size, QFORMER.num_query_tokens), bool)
-        return {"pictures": render_cells(chosen, background), "asked": ask(labels(scenes), every, fields)}
+        return {"images": render_cells(chosen, background), "asked": ask(labels(scenes), every, fields)}
 
     return batch
 
 
-def disturb(pictures: jax.Array, key: jax.Array) -> jax.Array:
+def disturb(images: jax.Array, key: jax.Array) -> jax.Array:
     """Noise and blur of a random strength, image by image; f32 in 0 ... 255."""
-    keys, pixels = jax.random.split(key, 3), pictures.astype(jnp.float32)
-    one = (len(pictures), 1, 1, 1)
+    keys, pixels = jax.random.split(key, 3), images.astype(jnp.float32)
+    one = (len(images), 1, 1, 1)
     soft = sum(jnp.roll(pixels, (dy, dx), (1, 2)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)) / 9.0
     share = BLUR * jax.random.uniform(keys[0], one)
     noise = 127.5 * PIXEL_NOISE * jax.random.uniform(keys[1], one)
@@ -112,7 +112,7 @@ def train(
 
     def loss(params, batch, key):
         first, second = jax.random.split(key)
-        states = tower.bind(params["eyes"])(disturb(batch["pictures"], first))
+        states = tower.bind(params["eyes"])(disturb(batch["images"], first))
         states += STATE_NOISE * jax.random.normal(second, states.shape)
         error, right = read_loss(params["head"], states, batch["asked"])
         return error, {"read": error, "right": right}
@@ -128,20 +128,20 @@ def train(
 
 
 def make_look(params: Params, size: int = 50, seed: int | None = None) -> Look:
-    """``f(pictures u8[i 64 64 3]) -> f32[i q d]``, states of the queries, compiled once.
+    """``f(images u8[i 64 64 3]) -> f32[i q d]``, states of the queries, compiled once.
 
     With a ``seed`` the images are disturbed as in training.
     """
     tower, root = template(), jax.random.key(seed or 0)
 
     @jax.jit
-    def run(params, pictures, key):
-        return tower.bind(params)(pictures if seed is None else disturb(pictures, key))
+    def run(params, images, key):
+        return tower.bind(params)(images if seed is None else disturb(images, key))
 
-    def look(pictures: np.ndarray) -> np.ndarray:
+    def look(images: np.ndarray) -> np.ndarray:
         parts = []
-        for start in range(0, len(pictures), size):
-            part = pictures[start : start + size]
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
             states = run(params, padded, jax.random.fold_in(root, start))
             parts.append(np.asarray(states)[: len(part)])
@@ -150,10 +150,10 @@ def make_look(params: Params, size: int = 50, seed: int | None = None) -> Look:
     return look
 
 
-def see(look: Look, heads: Heads, pictures: UInt8[np.ndarray, "i 64 64 3"]) -> list[Scene]:
+def see(look: Look, heads: Heads, images: UInt8[np.ndarray, "i 64 64 3"]) -> list[Scene]:
     """What the head reads: each place from the first query that tells of it."""
-    states, fields = look(pictures), by_turns(len(PLACES))
-    found = np.zeros((len(pictures), fields.shape[1]), np.int32)
+    states, fields = look(images), by_turns(len(PLACES))
+    found = np.zeros((len(images), fields.shape[1]), np.int32)
     for place in range(len(PLACES)):
         classes = np.asarray(read(heads, jnp.asarray(states[:, place])))
         found = np.where(fields[place], classes, found)

@@ -3,7 +3,7 @@
     python example.py --language_model ../llm --prompt "a red fox in the snow" --output fox.png
 
 ``--language_model`` is a folder of ``minigpt5_jax.export --to transformers``.  The prompt is a caption, as
-in stage 1; its picture is drawn whether or not the model would have asked for one.
+in stage 1; its image is drawn whether or not the model would have asked for one.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--language_model", required=True)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--output", default="picture.png")
+    parser.add_argument("--output", default="image.png")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +54,7 @@ def main():
     pipeline = StableDiffusionPipeline.from_pretrained(HERE)
     mapper = FeatureMapper.from_folder(HERE / "mapper")
     states = voken_states(options.language_model, options.prompt, mapper)
-    [picture] = draw(
+    [image] = draw(
         pipeline,
         mapper,
         states,
@@ -62,7 +62,7 @@ def main():
         guidance_scale=options.guidance_scale,
         generator=torch.Generator().manual_seed(options.seed),
     )
-    picture.save(options.output)
+    image.save(options.output)
     print(options.output)
 
 
