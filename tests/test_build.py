@@ -29,6 +29,7 @@ from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring import inputs
 from minigpt5_jax.wiring import model as building
 from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
+from minigpt5_jax.wiring.session import decoder_layers
 from minigpt5_jax.wiring.weight_paths import check_sources, uses_of
 from minigpt5_jax.wiring.weights_plan import make_plan, source_status
 
@@ -55,6 +56,12 @@ def run_file(name: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
+
+
+def test_a_session_takes_the_layers_of_the_language_model_apart():
+    shapes = build(run_file("stage2_vist")).template
+    layers = {path for path in shapes.shapes if path.startswith("backbone/llm/layers/")}
+    assert set(decoder_layers(shapes)) == layers and len(layers) >= 9
 
 
 def count(spec: ModelSpec, prefix: str, without: str = "/lora_") -> int:

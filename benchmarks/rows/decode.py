@@ -21,7 +21,9 @@ from benchmarks.timing import alternate, matmul_rate, read_rate
 from minigpt5_jax.inference.decode import decode
 from minigpt5_jax.inference.images import sample_images
 from minigpt5_jax.inference.sampling import SamplingConfig
+from minigpt5_jax.models.abstract import take_layers_apart
 from minigpt5_jax.training.flops import count_flops
+from minigpt5_jax.wiring.session import decoder_layers
 
 PROMPT, NEW = 32, 128
 BATCHES = (1, 8)
@@ -78,9 +80,10 @@ def decoder(model: Reduced, prompts: np.ndarray) -> Callable[[], np.ndarray]:
         answer = decode(llm, llm.embed(tokens), lengths, keys, GREEDY, first_voken_id=first, num_vokens=count)
         return answer.tokens
 
-    batch = len(prompts)
+    batch, params = len(prompts), dict(model.params)
+    take_layers_apart(params, decoder_layers(template))  # inference.layers=apart
     keys = jax.random.split(jax.random.key(0), batch)
-    arguments = (model.params, jnp.asarray(prompts, jnp.int32), jnp.full(batch, PROMPT, jnp.int32), keys)
+    arguments = (params, jnp.asarray(prompts, jnp.int32), jnp.full(batch, PROMPT, jnp.int32), keys)
     compiled = jax.jit(run).lower(*arguments).compile()
     return lambda: np.asarray(compiled(*arguments))
 

@@ -214,6 +214,12 @@ KEYS: dict[str, Key] = {
         choices=("off", "first", "after_text"),
     ),
     "inference.max_images": Key(1, "images drawn per answer (Q36)", low=0),
+    "inference.layers": Key(
+        "auto",
+        "how a session keeps the language model's layers: stacked compile sooner, apart are decoded with no "
+        "copy of their matrices; auto: apart on accelerators",
+        choices=("auto", "stacked", "apart"),
+    ),
 }
 
 DEFAULT_PARTS = {"backbone": "minigpt4", "mapper": "encoder_decoder", "generator": "stable_diffusion"}

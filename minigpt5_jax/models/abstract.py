@@ -108,6 +108,19 @@ class Template:
         return params[path]
 
 
+def take_layers_apart(params: dict[str, Any], paths: Collection[str]) -> None:
+    """Replaces the stacked arrays at ``paths`` by tuples with an array for each layer, one by one.
+
+    A scan over stacked arrays copies the matrices of a layer before it multiplies with them, which is most
+    of the time where one token is all that they are multiplied with.  Apart they are read in place, and the
+    program grows with the number of layers.
+    """
+    take = jax.jit(lambda stacked: tuple(stacked[number] for number in range(stacked.shape[0])))
+    for path in paths:
+        if not isinstance(params[path], tuple):
+            params[path] = take(params[path])
+
+
 def to_flat(module: nnx.Module) -> Params:
     """Parameters of a live module as a flat dict."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -345,6 +346,9 @@ def scan_layers(
     ``call(block, x, layer_input) -> (x, layer_output)``; ``per_layer`` is a pytree with a leading
     layer axis (KV caches, dropout keys) whose slices arrive as ``layer_input``.  Returns the final
     carry and the stacked layer outputs.  ``remat`` recomputes each block in the backward pass.
+
+    Where the leaves are tuples with an array for each layer
+    (:func:`~minigpt5_jax.models.abstract.take_layers_apart`), the layers are written out one after another.
     """
     graphdef, state = nnx.split(layers)
 
@@ -354,7 +358,17 @@ def scan_layers(
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    return jax.lax.scan(body, x, (state, per_layer))
+    is_apart = lambda value: isinstance(value, tuple)  # noqa: E731
+    apart = [value for value in jax.tree.leaves(state, is_leaf=is_apart) if is_apart(value)]
+    if not apart:
+        return jax.lax.scan(body, x, (state, per_layer))
+    outputs = []
+    for number in range(len(apart[0])):
+        take = operator.itemgetter(number)
+        own = jax.tree.map(take, state, is_leaf=is_apart), jax.tree.map(take, per_layer)
+        x, output = body(x, own)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *values: jnp.stack(values), *outputs)
 
 
 def run_layers(layers: nnx.Module, x: jax.Array, *context: Any, remat: bool) -> jax.Array:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, setting_errors, validate
@@ -15,6 +16,7 @@ from minigpt5_jax.data.text.prompts import PromptStyle
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import Session, stop_sequences
+from minigpt5_jax.models.abstract import Template, take_layers_apart
 from minigpt5_jax.wiring.model import ModelSpec
 
 
@@ -35,8 +37,17 @@ class LoadedModel:
     step: int
 
     def session(self, *, batch_size: int = 4) -> Session:
-        """A session that answers prompts; ConfigError where its settings do not go together."""
+        """A session that answers prompts; ConfigError where its settings do not go together.
+
+        It shares ``params``.  By ``inference.layers`` the language model's layers are taken apart in them
+        (:func:`~minigpt5_jax.models.abstract.take_layers_apart`), so that no weight is there twice.
+        """
         inference, data = self.config.inference, self.config.data
+        apart = inference.layers == "apart" or (
+            inference.layers == "auto" and jax.default_backend() in ("gpu", "tpu")
+        )
+        if apart and self.params:
+            take_layers_apart(self.params, decoder_layers(self.spec.template))
         style = self.spec.parts["backbone"].prompts
         sampling = sampling_config(self.config, self.tokenizer, style)
         with setting_errors():
@@ -53,6 +64,14 @@ class LoadedModel:
                 batch_size=batch_size,
                 pad_input_square=data.pad_input_square,
             )
+
+
+def decoder_layers(template: Template) -> list[str]:
+    """Paths of the stacked parameters of the language model that decodes."""
+    decoder = template.bind(template.shapes).backbone.decoder
+    own = {id(leaf) for leaf in jax.tree.leaves(nnx.state(decoder))}
+    stacked = {path for path, axes in template.axes.items() if "layers" in axes}
+    return [path for path, shape in template.shapes.items() if path in stacked and id(shape) in own]
 
 
 def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:

@@ -16,7 +16,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 import original
 from minigpt5_jax.inference.decode import FINISH_REASONS, DecodeResult, decode
 from minigpt5_jax.inference.sampling import SamplingConfig, process
-from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.abstract import Template, take_layers_apart
 from minigpt5_jax.models.llama import weights as llama_map
 from minigpt5_jax.models.llama.model import Llama, LlamaConfig
 
@@ -272,13 +272,18 @@ PROMPTS = ((4, 9, 30, 3, 22, 17, 35), (8, 8), (33, 20, 21, 22, 39), (6,), (13, 3
 @pytest.fixture(scope="module")
 def small():
     """Bound tiny LLaMA that draws ``[IMG0]`` (id 40) often."""
+    template, params = make_small()
+    return template.bind(params)
+
+
+def make_small():
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
     template = Template.of(lambda rngs: Llama(config, rngs=rngs))
     params = {k: v * (1 if "scale" in k else 12) for k, v in template.init(jax.random.key(0)).items()}
     params["lm_head/voken"] = params["lm_head/voken"].at[0].mul(8)
-    return template.bind(params)
+    return template, params
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +313,24 @@ def test_a_row_does_not_depend_on_its_batch(sample):
             assert np.array_equal(getattr(alone, name)[0], getattr(many, name)[row]), name
         np.testing.assert_allclose(alone.voken_states[0], many.voken_states[row], atol=1e-5)
     assert not np.array_equal(sample(everything, 6).tokens, many.tokens)
+
+
+def test_layers_taken_apart_give_the_same_states(small):
+    template, params = make_small()
+    stacked = [path for path, axes in template.axes.items() if "layers" in axes]
+    take_layers_apart(params, stacked)
+    take_layers_apart(params, stacked)  # a second session of the same model
+    assert all(isinstance(params[path], tuple) == (path in stacked) for path in params) and stacked
+    ids = jnp.array([PROMPTS[0]])
+    place, valid = jnp.arange(7)[None], jnp.ones((1, 7), bool)
+
+    def run(llm):
+        options = {"positions": place, "valid": valid, "cache": llm.init_cache(1, 9)}
+        states, cache = llm.decode(llm.embed(ids), **options)
+        return states, cache.keys
+
+    for one, other in zip(compiled(run)(small), compiled(run)(template.bind(params)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_voken_states_are_those_of_training(small, sample):
