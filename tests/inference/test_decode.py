@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -331,6 +335,22 @@ def test_layers_taken_apart_give_the_same_states(small):
 
     for one, other in zip(compiled(run)(small), compiled(run)(template.bind(params)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "platform, module_name, package",
+    [("cuda", "jax_cuda13_plugin", "jax[cuda13]"), ("tpu", "libtpu", "jax[tpu]")],
+)
+def test_layers_apart_are_not_copied_where_it_is_compiled_for(platform, module_name, package):
+    pytest.importorskip(module_name, reason=f"{module_name} is not installed; pip install '{package}'")
+    worker = [sys.executable, str(Path(__file__).with_name("decode_worker.py")), platform]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
+    found = {how: subprocess.run([*worker, how], **options) for how in ("stacked", "apart")}
+    assert all(done.returncode == 0 for done in found.values()), [d.stderr[-1000:] for d in found.values()]
+    assert found["apart"].stdout.startswith("0 "), found["apart"].stdout
+    assert not found["stacked"].stdout.startswith("0 "), "the counter sees copies where there are some"
 
 
 def test_voken_states_are_those_of_training(small, sample):
