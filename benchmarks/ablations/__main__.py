@@ -66,8 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=words, default=list(VARIANTS), help="variants, comma separated")
     parser.add_argument("--seeds", type=seeds, default=[0], help="comma separated; all rows of one first")
-    parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSONs, beside the page")
+    home = lambda given: Path(given).expanduser()  # noqa: E731
+    parser.add_argument("--work", type=home, default=Path("runs/ablations"), help="folder of the runs")
+    parser.add_argument("--results", type=home, default=RESULTS, help="folder of the JSONs, beside the page")
     parser.add_argument("--steps", type=count, help="of stage-1 rows; warm-up stays in proportion")
     parser.add_argument("--story_steps", type=count, help="of stage-2 rows; warm-up stays in proportion")
     parser.add_argument("--pairs", type=count, default=200, help="captions judged of each number of objects")

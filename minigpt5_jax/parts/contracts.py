@@ -145,6 +145,8 @@ class Key:
       choices: allowed values; empty for any.
       low, high: closed bounds of a number.
       kind: type of the value where the default is None.
+      path: whether it is a path (or may be one), whose ``~`` is replaced when a configuration enters.  Folders
+        of caches are none: their home is that of whoever runs it.
     """
 
     default: Any
@@ -153,6 +155,7 @@ class Key:
     low: int | float | None = None
     high: int | float | None = None
     kind: type | None = None
+    path: bool = False
 
     def initial(self) -> Any:
         """The default as a ConfigDict holds it: a typed placeholder where there is none."""

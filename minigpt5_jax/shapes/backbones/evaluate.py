@@ -118,7 +118,7 @@ def main() -> None:
     only = flags.DEFINE_multi_enum("only", list(PARTS), list(PARTS), "what to measure")
 
     def run(_: list[str]) -> None:
-        given, folder = {option.name: option.value for option in options}, Path(assets.value)
+        given, folder = {option.name: option.value for option in options}, Path(assets.value).expanduser()
         if "vae" in only.value:
             print(json.dumps({"vae": reconstruction(folder)}), flush=True)
         if "described" in only.value:

@@ -190,7 +190,7 @@ def parts_of(asked: str) -> list[str]:
 def train(config: ConfigDict) -> None:
     """Train the parts asked for, one after the other."""
     job = Job(
-        Path(config.out or files.ASSETS),
+        Path(config.out or files.ASSETS).expanduser(),
         Path(config.work).expanduser(),
         config.seed,
         config.steps,
