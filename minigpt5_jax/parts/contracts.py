@@ -145,8 +145,8 @@ class Key:
       choices: allowed values; empty for any.
       low, high: closed bounds of a number.
       kind: type of the value where the default is None.
-      path: whether it is a path (or may be one), whose ``~`` is replaced when a configuration enters.  Folders
-        of caches are none: their home is that of whoever runs it.
+      path: whether it is a path (or may be one), whose ``~`` is replaced when a configuration enters.
+        Folders of caches are none: their home is that of whoever runs it.
     """
 
     default: Any

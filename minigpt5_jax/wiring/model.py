@@ -25,7 +25,8 @@ from minigpt5_jax.parts.contracts import FROZEN, Context, Part, Use, shipped
 from minigpt5_jax.training.sharding import Rules
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.training.tuning import TABLE_DECAY, label_parameters, rules_of
-from minigpt5_jax.weights.check import open_source, with_cause
+from minigpt5_jax.weights.check import with_cause
+from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring.weight_paths import check_sources, find_source, read_config
@@ -221,7 +222,7 @@ def open_tower(use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
     Raises:
       WeightFileError: a file cannot be read.
     """
-    adapted = use.tower.adapt(open_source(path, use.tower.key), sizes)
+    adapted = use.tower.adapt(open_weights(path, use.tower.key), sizes)
     return use.tower.table(adapted, sizes), adapted
 
 
@@ -253,7 +254,7 @@ def load_frozen(
         try:
             arrays = stream_tower(*open_tower(use, sources[name], spec.sizes[name]), targets)
         except WeightTableError as error:
-            source = open_source(sources[name], use.tower.key)
+            source = open_weights(sources[name], use.tower.key)
             message = with_cause(str(error), name, use.tower, source, known_towers())
             raise WeightTableError(message) from None
         params |= {at + path: array for path, array in arrays.items()}

@@ -31,9 +31,10 @@ from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.tuning import TABLE_DECAY
 from minigpt5_jax.weights.check import COVERAGE_FILE
+from minigpt5_jax.weights.foreign.minigpt5 import PREFIX_EMBEDDING, PREFIX_INNER
 from minigpt5_jax.weights.foreign.release import Release, compare_rows, read_release
 from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
-from minigpt5_jax.weights.formats.load import open_container, open_weights
+from minigpt5_jax.weights.formats.load import is_torch, open_container, open_weights
 from minigpt5_jax.wiring.model import build, initial_trainable, language_tokenizer, load_frozen
 from minigpt5_jax.wiring.restore import describe, load_run, not_pretrained
 from minigpt5_jax.wiring.session import LoadedModel
@@ -70,7 +71,8 @@ def load_pretrained(
     ``python -m minigpt5_jax.convert`` reads, but for Stable Diffusion, which is a diffusers folder.
 
     Args:
-      minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; a folder with checkpoints of this
+      minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; each as Lightning wrote it, or
+        its tensors alone (a dictionary of PyTorch, or safetensors); a folder with checkpoints of this
         package; None for untrained vokens and mapper.
       config: settings; by default those of the stage that the files are of.  A checkpoint folder brings
         its own.
@@ -138,8 +140,10 @@ def default_config(stage2: str | Path | None, profile: str) -> ConfigDict:
         rank = next((keys[key].shape[0] for key in keys if ".lora_A." in key), 0)
         if rank:
             config.model.backbone.lora_rank = rank
-        elif any(key.startswith("model.prefix_encoder.") for key in keys):
+        elif PREFIX_EMBEDDING in keys and PREFIX_INNER in keys:
             use_prefix(config)
+            tokens, width = keys[PREFIX_EMBEDDING].shape[0], keys[PREFIX_INNER].shape[0]
+            config.model.backbone.update(prefix_tokens=tokens, prefix_hidden_size=width)
     return PROFILES[profile](config)
 
 
@@ -179,7 +183,8 @@ def import_release(
     shrunk = 0.0 if rows == "all" else 1.0 - release.factor
     params |= {path: jnp.asarray(shrunk, jnp.float32) for path in decays}
     about = {str(path): _about(path) for path in files}
-    step = max((int(values.get("global_step") or 0) for values in about.values()), default=0)
+    steps = [values.get("global_step") for values in about.values()]
+    step = max((number for number in steps if isinstance(number, int)), default=0)
     if stage2 is not None:
         config.run.init_from = str(files[0])
     run = LoadedModel(config, spec, {**frozen, **params}, language_tokenizer(config, spec.sizes), step)
@@ -212,7 +217,7 @@ def save_imported(imported: ImportedModel, workdir: str | Path) -> Path:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What a Lightning file says about its run, as plain JSON."""
-    values: Mapping[str, Any] = open_container(path)
+    """What a Lightning file says about its run, as plain JSON; nothing where it holds tensors alone."""
+    values: Mapping[str, Any] = open_container(path) if is_torch(path) else {}
     names = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")
     return {name: json.loads(json.dumps(values[name], default=str)) for name in names if name in values}
