@@ -218,6 +218,10 @@ KEYS: dict[str, Key] = {
         "make an image certain: at once, or after the text (Q35)",
         choices=("off", "first", "after_text"),
     ),
+    "inference.ban_inner_vokens": Key(True, "never write [IMG1]... into a text; the original may (Q1)"),
+    "inference.dummy_token_id": unset(
+        int, "first id that is penalised and never read; not set: none, the original: 0 (Q33)", low=0
+    ),
     "inference.max_images": Key(1, "images drawn per answer (Q36)", low=0),
 }
 

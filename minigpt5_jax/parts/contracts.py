@@ -234,6 +234,7 @@ class Use:
       file: the file that is meant where a folder is given.
       stock: SHA-256 of a published file -> what it is.
       check: refuses a ``config.json`` (its values, its path) that fits in size but is of another model.
+      refuse: refuses a source, whatever its sizes, that holds what a run adds to it.
     """
 
     why: str
@@ -252,6 +253,7 @@ class Use:
     file: str = ""
     stock: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check: Callable[[Mapping[str, Any], Path], None] | None = None
+    refuse: Callable[[Path], None] | None = None
 
     def fills(self, path: str) -> bool:
         """Whether its files hold the parameter ``path`` (below the part)."""

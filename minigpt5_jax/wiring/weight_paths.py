@@ -135,9 +135,12 @@ def check_preset(config: ConfigDict, name: str, path: Path) -> None:
 
     Raises:
       ConfigError: the file, each field that differs with both values, and what to do.
-      WeightFileError: the file is no JSON, or has a value that is not implemented.
+      WeightFileError: the file is no JSON, or has a value that is not implemented; or the source holds what
+        a run adds to it (``Use.refuse``).
     """
     kind, use = uses_of(config)[name]
+    if use.refuse is not None:
+        use.refuse(path)
     chosen = config.model[kind].get(name)
     if use.tower is None or chosen is None or path.suffix in SINGLE_FILES:
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +109,27 @@ def _sizes_file(source: Path, given: str | None) -> Path | None:
     return beside if given == "source" or (source.is_dir() and beside.is_file()) else None
 
 
-def convert_diffusion(source: Path, output: Path, options: Any) -> list[Coverage]:
+def convert_diffusion(
+    source: Path, output: Path, options: Any, *, open_tokenizer: Callable[[Path], Any]
+) -> list[Coverage]:
     """A diffusers folder, of a diffusers folder or of one file of Stable Diffusion.
 
+    Args:
+      open_tokenizer: opens the folder of its tokenizer, so that none is passed on that cannot be read.
+
     Raises:
-      ValueError: one file, and no tokenizer for it.
+      WeightFileError: one file, and no tokenizer for it.
     """
+    tokenizer = source / "tokenizer" if source.is_dir() else options.tokenizer and Path(options.tokenizer)
+    if tokenizer and tokenizer.exists():
+        open_tokenizer(tokenizer)
     if source.is_dir():
         check_scheduler(source / "scheduler/scheduler_config.json")
         return write_diffusers(source, output, any_size=options.sizes is not None)
     if options.tokenizer is None:
-        raise WeightFileError("one file holds no tokenizer: give --tokenizer FOLDER (vocab.json, merges.txt)")
+        raise WeightFileError(
+            "one file holds no tokenizer: give --tokenizer FOLDER, tokenizer/ of a diffusers folder"
+        )
     weights = open_weights(source)
     sizes = Path(options.sizes) if options.sizes not in (None, "source") else None
     return write_single_file(weights, Path(options.tokenizer), output, sizes)
@@ -201,6 +211,7 @@ def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = 
             raise WeightFileError(
                 f"{folder} has no {name} ({why_missing(folder / name)}); fetch it with the weights"
             )
+    refuse_vokens(folder)
     sizes, notes = llama.TOWER.read_sizes(folder / "config.json"), ()
     config = read_json(folder / "config.json")
     refuse_other_vicuna(config, folder / "config.json")
@@ -241,6 +252,26 @@ def tokenizer_entries(folder: Path) -> int:
         return max([pieces.vocab_size(), *(number + 1 for number in more)])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise WeightFileError(f"{folder}: its tokenizer cannot be read ({error}); fetch it again") from None
+
+
+def refuse_vokens(path: Path) -> None:
+    """Refuse a language model whose tokenizer has the vokens: others would be placed behind them.
+
+    Args:
+      path: its folder, or a file in it.
+
+    Raises:
+      WeightFileError: naming the file that lists ``[IMG0]``, and where to start from instead.
+    """
+    folder = path if path.is_dir() else path.parent
+    for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and '"[IMG0]"' in read_small(folder / name).decode("utf-8", "replace"):
+            raise WeightFileError(
+                f"{folder} holds the vokens already ({name} lists [IMG0]): it is an export of a trained run, "
+                "and a second set would be added beside the trained rows.  Start from that run with "
+                "--config.run.init_from=WORKDIR, or generate from its checkpoint; for this key give the "
+                "language model that it was trained on"
+            )
 
 
 def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:
@@ -292,15 +323,14 @@ def write_single_file(
     """A Stable Diffusion 2.1-base checkpoint of one file as a diffusers folder.
 
     Args:
-      source: its tensors.  tokenizer: folder with ``vocab.json`` and ``merges.txt``, which it lacks.
+      source: its tensors.  tokenizer: folder of CLIP's tokenizer, which it lacks.
       output: folder to fill.  sizes: diffusers folder with the sizes; the full-size presets by default.
 
     Raises:
       WeightTableError: keys that belong to no part, and the likely cause.
     """
-    for name in ("vocab.json", "merges.txt"):
-        if not (tokenizer / name).is_file():
-            raise WeightFileError(f"{tokenizer} has no {name}; give tokenizer/ of a diffusers folder")
+    if not tokenizer.is_dir():
+        raise WeightFileError(f"{tokenizer} is no folder; give tokenizer/ of a diffusers folder")
     _refuse_other_diffusion(source)
     known, ignored = Table((), ldm.IGNORED), {}
     prefixes = {name: prefix for name, (prefix, _) in SINGLE_FILE.items()}
