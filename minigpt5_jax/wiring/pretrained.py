@@ -32,7 +32,14 @@ from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.tuning import TABLE_DECAY
 from minigpt5_jax.weights.check import COVERAGE_FILE
 from minigpt5_jax.weights.foreign.minigpt5 import PREFIX_EMBEDDING, PREFIX_INNER
-from minigpt5_jax.weights.foreign.release import Release, compare_rows, read_release
+from minigpt5_jax.weights.foreign.release import (
+    WHOLE,
+    Release,
+    compare_rows,
+    is_whole,
+    read_release,
+    trained_of_whole,
+)
 from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
 from minigpt5_jax.weights.formats.load import is_torch, open_container, open_weights
 from minigpt5_jax.wiring.model import build, initial_trainable, language_tokenizer, load_frozen
@@ -72,8 +79,10 @@ def load_pretrained(
 
     Args:
       minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; each as Lightning wrote it, or
-        its tensors alone (a dictionary of PyTorch, or safetensors); a folder with checkpoints of this
-        package; None for untrained vokens and mapper.
+        its tensors alone (a dictionary of PyTorch, or safetensors); a whole state dict of stage 1, which is
+        then the source of every tower that is not given, so that only ``tokenizer`` and
+        ``stable_diffusion`` (for ``tokenizer/`` and ``scheduler/``) are needed; a folder with checkpoints
+        of this package; None for untrained vokens and mapper.
       config: settings; by default those of the stage that the files are of.  A checkpoint folder brings
         its own.
       profile: code generation the weights fit, ``head`` or ``release_2023_10``.
@@ -103,6 +112,8 @@ def load_pretrained(
             raise ConfigError("a checkpoint folder brings its own configuration; leave `config` away")
         return load_run(minigpt5, weights=given)
     stage1, stage2 = minigpt5 if isinstance(minigpt5, tuple) else (minigpt5, None)
+    if stage1 is not None:
+        given = {**_towers_of_whole(stage1, base, given), **given}
     config = default_config(stage2, profile) if config is None else config.copy_and_resolve_references()
     _leave_out_optional(config, given)
     config.weights.update(given)
@@ -113,6 +124,23 @@ def load_pretrained(
     frozen = load_frozen(config, spec)
     params = {**frozen, **initial_trainable(config, spec, frozen)}
     return LoadedModel(config, spec, params, language_tokenizer(config, spec.sizes), 0)
+
+
+def _towers_of_whole(stage1: str | Path, config: ConfigDict, given: Mapping[str, str]) -> dict[str, str]:
+    """The file itself as the source of every tower, if it is a whole state dict of the original.
+
+    Raises:
+      ConfigError: it is, and a tokenizer is not given, of which it holds none.
+    """
+    path = resolve(stage1)
+    if not is_whole(open_weights(path, key="state_dict")):
+        return {}
+    if not ({"llm", "tokenizer"} & given.keys() and {"stable_diffusion", "clip_tokenizer"} & given.keys()):
+        raise ConfigError(
+            f"{path} is a whole state dict, which holds no tokenizers: give tokenizer=FILE (LLaMA's "
+            "tokenizer.model) and stable_diffusion=FOLDER (with tokenizer/ and scheduler/)"
+        )
+    return {name: str(path) for name in WHOLE if name in config.weights}
 
 
 def _leave_out_optional(config: ConfigDict, given: Mapping[str, str]) -> None:
@@ -160,7 +188,7 @@ def import_release(
       ConfigError, WeightFileError, WeightTableError: as in :func:`load_pretrained`.
     """
     files = [resolve(path) for path in (stage1, stage2) if path is not None]
-    sources = [open_weights(path, key="state_dict") for path in files]
+    sources = [trained_of_whole(open_weights(path, key="state_dict")) for path in files]
     both = (sources[0], sources[1] if stage2 is not None else None)
     check_sources(validate(config))
     spec = build(config)
