@@ -36,6 +36,8 @@ WORKDIR = flags.DEFINE(
 HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
 flags.disclaim_key_flags()  # what define_path defines belongs to the command that calls it
 LIST_KEYS = "--help_config lists every key"
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and line break, separators, changes of direction, halves of surrogate pairs."""
 _CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
 
 
@@ -119,9 +121,33 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def quiet() -> None:
-    """Warnings only (Orbax tells every file it renames), unless ``--verbosity`` asks for more."""
+    """Warnings only (Orbax tells every file it renames), unless ``--verbosity`` asks for more.
+
+    What is logged may quote data; it reaches the terminal as :func:`printable` text.
+    """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().setFormatter(_Printable())
+
+
+class _Printable(logging.PythonFormatter):
+    """absl's lines without anything that a terminal would obey."""
+
+    def format(self, record: Any) -> str:
+        return printable(super().format(record))
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters written out (``\\x1b``), so that a terminal does not obey them.
+
+    Line breaks and tabs stay.  Captions and names of files may hold anything.
+    """
+    return "".join(char.encode("unicode_escape").decode() if _OBEYED.match(char) else char for char in text)
+
+
+def tell(line: str) -> None:
+    """Say on stderr what a command is doing, as stdout is for results."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def set_compile_cache(config: ConfigDict) -> None:
@@ -136,7 +162,7 @@ def set_compile_cache(config: ConfigDict) -> None:
 
 def fail(message: str) -> None:
     """Print what is wrong and end the program."""
-    print(f"error: {message}", file=sys.stderr)
+    tell(f"error: {message}")
     sys.exit(1)
 
 

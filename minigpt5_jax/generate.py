@@ -91,7 +91,7 @@ def generate(mode: str | None = None) -> Path:
         scenes=SCENES.value,
         window=WINDOW.value,
     )
-    return generate_page(run, request, OUTPUT.value)
+    return generate_page(run, request, OUTPUT.value, cli.tell)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -107,3 +108,12 @@ def test_an_error_of_the_file_system_is_one_line(capsys):
         cli.guarded(command)
     assert ended.value.code == 1 and "Traceback" not in (said := capsys.readouterr().err)
     assert said.splitlines() == ["error: secret.tsv: Permission denied"]
+
+
+def test_a_terminal_does_not_obey_what_a_message_quotes(capsys):
+    hostile = "caption \x1b[2J\x9b31m\u202e\ttab caf\u00e9 \u4e00\nline\r\ud800"
+    cli.tell(hostile)
+    said = capsys.readouterr().err
+    assert said == "caption \\x1b[2J\\x9b31m\\u202e\ttab caf\u00e9 \u4e00\nline\\r\\ud800\n"
+    record = logging.LogRecord("absl", logging.WARNING, __file__, 1, "skipped: %s", ("\x1b]0;x\x07",), None)
+    assert cli._Printable().format(record).endswith("skipped: \\x1b]0;x\\x07")
