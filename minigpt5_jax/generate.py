@@ -72,6 +72,7 @@ def generate(mode: str | None = None) -> Path:
     if not CHECKPOINT.value:
         raise ConfigError("give a run: --checkpoint DIR")
     cli.check_writable(OUTPUT.value)
+    cli.tell(f"opening {CHECKPOINT.value}")
     run = open_run(
         CHECKPOINT.value,
         step=STEP.value,

@@ -139,7 +139,7 @@ def toy_towers(config: ConfigDict) -> str:
     if PACKAGED not in config.weights.values() or config.data.format.startswith(PACKAGED):
         return ""
     return (
-        "note: this run stands on the tiny towers that ship with the package, which know coloured shapes only: "
+        "note: this run stands on the tiny towers that ship with the package, which know coloured shapes: "
         "it checks data and machinery, and neither its texts nor its images are of your captions "
         '(README.md, "Your own photos")'
     )
@@ -219,9 +219,7 @@ def _converse(
     report(f"reading the weights of step {run.step} of {run.checkpoints}")
     session = run.session(batch_size=min(request.batch_size, len(given)))
     conversations = [conversation for conversation, _ in given]
-    report(
-        f"{request.mode}: {len(conversations)} records; the first answers take longer, as programs are compiled"
-    )
+    report(f"{request.mode}: {len(conversations)} records; the first answers are compiled first")
     shown = [len(turns) if request.mode == "story" else 1 for _, turns in given]
     if request.mode == "story":
         continue_story(session, conversations, request.scenes)

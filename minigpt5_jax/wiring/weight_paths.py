@@ -116,7 +116,7 @@ def check_sources(
             )
         )
     for name, path in paths.items():
-        check_preset(config, name, path)
+        check_preset(config, name, path, remedy)
     return paths
 
 
@@ -125,13 +125,14 @@ def sizes_file(use: Use, path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / use.tower.config_file
 
 
-def check_preset(config: ConfigDict, name: str, path: Path) -> None:
+def check_preset(config: ConfigDict, name: str, path: Path, remedy: str = "") -> None:
     """Compare the sizes that lie beside a source with the preset that is chosen for it.
 
     Shapes of tensors do not say everything: another epsilon, number of heads or noise schedule fits too.
 
     Args:
       name: as under ``config.weights``.  path: where the source lies.
+      remedy: what to do where the preset cannot be changed any more; by default the flag of training.
 
     Raises:
       ConfigError: the file, each field that differs with both values, and what to do.
@@ -162,7 +163,8 @@ def check_preset(config: ConfigDict, name: str, path: Path) -> None:
         raise ConfigError(
             f"{file} does not fit {key}={chosen!r}:\n"
             + "\n".join(f"  {problem}" for problem in problems)
-            + f"\nGive weights.{name} as {use.get}, or take the file's own values: --config.{key}=source"
+            + f"\nGive weights.{name} as {use.get}"
+            + (f".  {remedy}" if remedy else f", or take the file's own values: --config.{key}=source")
         )
 
 
