@@ -197,6 +197,9 @@ def test_a_preset_is_compared_with_the_file_beside_the_source(tmp_path, name, fi
     part, tower = uses_of(config)[name][0], name
     with pytest.raises(ConfigError, match=f"{file} does not fit(.|\n)*{told}(.|\n)*{part}.{tower}=source"):
         check_sources(config)
+    with pytest.raises(ConfigError, match="does not fit(.|\n)*--weights NAME=PATH") as refused:
+        check_sources(config, remedy="Say where they are: --weights NAME=PATH")  # of generate
+    assert "--config" not in str(refused.value), "which has no such flag"
     assert not source_status(config, name, str(place.parent), None)[0]
     config.model[part][tower] = "source"
     check_sources(config)
