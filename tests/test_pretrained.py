@@ -340,7 +340,9 @@ def test_a_whole_state_dict_of_the_original(sources, released, oracle_dir):
         for kind in ("backbone", "generator"):
             config.model[kind].update({name: name for name in towers if name in config.model[kind]})
         patch.setattr("minigpt5_jax.wiring.pretrained.validate", lambda config: config)
-        with pytest.raises(ConfigError, match="holds no tokenizers: give tokenizer="):
+        with pytest.raises(
+            ConfigError, match="holds no tokenizers: give tokenizer=PATH .* and clip_tokenizer=PATH"
+        ):
             load_pretrained(minigpt5=whole, config=config)
         run = load_pretrained(
             minigpt5=whole,

@@ -4,7 +4,7 @@
     --config configs/stage1.py:release_2023_10,compat=original
 
 The original exists in two code generations (fidelity 0); released weights fit the first.  What the
-original does besides, quirk by quirk (fidelity 10), is ``compat=original``.
+original does besides, quirk by quirk where both behaviours are built here, is ``compat=original``.
 """
 
 from __future__ import annotations

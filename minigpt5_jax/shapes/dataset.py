@@ -291,7 +291,13 @@ def main() -> None:
                 write = write_stories if kind.value == "stories" else write_dialogs
                 print(write(folder, split, size, seed.value))
 
-    app.run(run)
+    def guarded(words: list[str]) -> None:
+        try:
+            run(words)
+        except OSError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    app.run(guarded)
 
 
 if __name__ == "__main__":

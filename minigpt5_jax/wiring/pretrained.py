@@ -135,10 +135,15 @@ def _towers_of_whole(stage1: str | Path, config: ConfigDict, given: Mapping[str,
     path = resolve(stage1)
     if not is_whole(open_weights(path, key="state_dict")):
         return {}
-    if not ({"llm", "tokenizer"} & given.keys() and {"stable_diffusion", "clip_tokenizer"} & given.keys()):
+    missing = [
+        f"{name}=PATH ({use.get})"
+        for part in parts_of(config).values()
+        for name, use in part.uses.items()
+        if name == part.tokenizer_use and not any(map(given.get, (name, use.beside, use.group)))
+    ]
+    if missing:
         raise ConfigError(
-            f"{path} is a whole state dict, which holds no tokenizers: give tokenizer=FILE (LLaMA's "
-            "tokenizer.model) and stable_diffusion=FOLDER (with tokenizer/ and scheduler/)"
+            f"{path} is a whole state dict, which holds no tokenizers: give {' and '.join(missing)}"
         )
     return {name: str(path) for name in WHOLE if name in config.weights}
 
