@@ -248,7 +248,9 @@ def test_a_folder_that_holds_the_vokens_already_is_refused(files, llama_folder, 
 def test_a_tokenizer_that_cannot_be_read_is_not_passed_on(oracle_dir, tmp_path):
     from minigpt5_jax.parts.generators.stable_diffusion import SD21_BASE_ORIGIN
 
-    (tmp_path / "sd/tokenizer").mkdir(parents=True)
+    for name in ("tokenizer", "scheduler"):
+        (tmp_path / "sd" / name).mkdir(parents=True)
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text(json.dumps(rewrite.SCHEDULER))
     with pytest.raises(DataError, match=r"CLIP vocabulary not found: .*vocab\.json"):
         SD21_BASE_ORIGIN.convert(tmp_path / "sd", tmp_path / "out", ConvertOptions())
     torch.save({"model.diffusion_model.x": torch.zeros(2)}, tmp_path / "sd.ckpt")

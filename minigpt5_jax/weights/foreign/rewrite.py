@@ -120,16 +120,15 @@ def convert_diffusion(
     Raises:
       WeightFileError: one file, and no tokenizer for it.
     """
-    tokenizer = source / "tokenizer" if source.is_dir() else options.tokenizer and Path(options.tokenizer)
-    if tokenizer and tokenizer.exists():
-        open_tokenizer(tokenizer)
     if source.is_dir():
         check_scheduler(source / "scheduler/scheduler_config.json")
+        open_tokenizer(source / "tokenizer")
         return write_diffusers(source, output, any_size=options.sizes is not None)
     if options.tokenizer is None:
         raise WeightFileError(
             "one file holds no tokenizer: give --tokenizer FOLDER, tokenizer/ of a diffusers folder"
         )
+    open_tokenizer(Path(options.tokenizer))
     weights = open_weights(source)
     sizes = Path(options.sizes) if options.sizes not in (None, "source") else None
     return write_single_file(weights, Path(options.tokenizer), output, sizes)
