@@ -139,9 +139,9 @@ def toy_towers(config: ConfigDict) -> str:
     if PACKAGED not in config.weights.values() or config.data.format.startswith(PACKAGED):
         return ""
     return (
-        "note: this run stands on the tiny towers that ship with the package, which know coloured shapes: unless "
-        "its captions are of the small world, it checks data and machinery, and neither its texts nor its images "
-        'are of your captions (README.md, "Your own photos")'
+        "note: this run stands on the tiny towers that ship with the package, which know coloured shapes: "
+        "unless its captions are of the small world, it checks data and machinery, and neither its texts nor "
+        'its images are of your captions (README.md, "Your own photos")'
     )
 
 
