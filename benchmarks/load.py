@@ -159,7 +159,12 @@ def load(folder: Path, layers: int) -> dict[str, Any]:
 def main() -> None:
     """Run the steps one after the other, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="new folder for the files")
+    parser.add_argument(
+        "--folder",
+        type=lambda given: Path(given).expanduser(),
+        required=True,
+        help="new folder for the files",
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--step", choices=STEPS, help="used by the script itself")
     options = parser.parse_args()

@@ -47,7 +47,7 @@ def corrupted(images: np.ndarray, random: np.random.Generator) -> Iterator[tuple
 
 def through_vae(images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """Images after the stored VAE, by noise on the latents."""
-    folder = Path(flags.FLAGS.assets)
+    folder = Path(flags.FLAGS.assets).expanduser()
     config, params = files.read_config(folder, "vae"), files.read_tower(folder, "vae")
     template = Template.of(lambda rngs: AutoencoderKL(config, rngs=rngs))
     for noise in NOISES:

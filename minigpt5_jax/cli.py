@@ -5,8 +5,10 @@ python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,39 @@ from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
 
+
+class _PathParser(flags.ArgumentParser):
+    """A path as it was given, with its ``~`` replaced: a shell leaves one behind ``=`` alone."""
+
+    syntactic_help = "a path; ~ is the home folder"
+
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+
+_PATH = (_PathParser(), flags.ArgumentSerializer())
 CONFIG = config_flags.DEFINE_config_file("config", None, "Run file, FILE.py or FILE.py:variant.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: metrics, images, checkpoints.")
+WORKDIR = flags.DEFINE(
+    _PATH[0], "workdir", None, "Folder of this run: metrics, images, checkpoints.", serializer=_PATH[1]
+)
 HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
+flags.disclaim_key_flags()  # what define_path defines belongs to the command that calls it
 LIST_KEYS = "--help_config lists every key"
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and line break, separators, changes of direction, halves of surrogate pairs."""
+_CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
+
+
+def define_path(name: str, default: str | None, why: str, *, multi: bool = False, **options: Any) -> Any:
+    """The holder of a flag whose value is a path (a list of them with ``multi``), ``~`` replaced.
+
+    Every path enters by such a flag, by :func:`sources`, by :func:`parse` (the run file) or by a key of the
+    configuration (``Key.path``).
+    """
+    parser, serializer = _PATH
+    if multi:
+        return flags.DEFINE_multi(parser, serializer, name, default or [], why, **options)
+    return flags.DEFINE(parser, name, default, why, serializer=serializer, **options)
 
 
 def run(main: Callable[[ConfigDict], Any]) -> None:
@@ -51,7 +82,14 @@ def guarded(command: Callable[[], Any], stopped: str = "stopped") -> None:
     except Exception as error:
         if not isinstance(error, user_errors()):
             raise
-        fail(str(error))
+        fail(_told(error))
+
+
+def _told(error: Exception) -> str:
+    """The message; of the file system's own errors without their numbers."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -83,9 +121,33 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def quiet() -> None:
-    """Warnings only (Orbax tells every file it renames), unless ``--verbosity`` asks for more."""
+    """Warnings only (Orbax tells every file it renames), unless ``--verbosity`` asks for more.
+
+    What is logged may quote data; it reaches the terminal as :func:`printable` text.
+    """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().setFormatter(_Printable())
+
+
+class _Printable(logging.PythonFormatter):
+    """absl's lines without anything that a terminal would obey."""
+
+    def format(self, record: Any) -> str:
+        return printable(super().format(record))
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters written out (``\\x1b``), so that a terminal does not obey them.
+
+    Line breaks and tabs stay.  Captions and names of files may hold anything.
+    """
+    return "".join(char.encode("unicode_escape").decode() if _OBEYED.match(char) else char for char in text)
+
+
+def tell(line: str) -> None:
+    """Say on stderr what a command is doing, as stdout is for results."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def set_compile_cache(config: ConfigDict) -> None:
@@ -100,7 +162,7 @@ def set_compile_cache(config: ConfigDict) -> None:
 
 def fail(message: str) -> None:
     """Print what is wrong and end the program."""
-    print(f"error: {message}", file=sys.stderr)
+    tell(f"error: {message}")
     sys.exit(1)
 
 
@@ -114,7 +176,9 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
       SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded.
     """
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS(
+            [_CONFIG_HOME.sub(lambda at: at[1] + os.path.expanduser("~"), word) for word in argv]
+        )
         if len(rest) > 1 + words:
             fail(f"unexpected arguments: {' '.join(rest[1 + words :])}")
         return rest
@@ -132,6 +196,30 @@ def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
             raise ConfigError(f"--{flag} takes NAME=VALUE, got {item!r}")
         found[name] = value
     return found
+
+
+def sources(given: Sequence[str]) -> dict[str, str]:
+    """``--weights NAME=PATH`` as name -> path, ``~`` replaced; ConfigError for anything else."""
+    return {name: os.path.expanduser(path) for name, path in pairs(given, "weights").items()}
+
+
+def check_writable(path: str, flag: str = "output") -> str:
+    """``path``, which something can be written to: tried before the work, where nothing is lost yet.
+
+    Raises:
+      OSError: naming the flag and the folder that cannot be written to; nothing is left behind.
+    """
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    folder = folder.parent if folder == Path(path).absolute() and not folder.is_dir() else folder
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(
+            f"--{flag}={path} cannot be written: {folder}: {error.strerror}; choose another --{flag}"
+        ) from None
+    return path
 
 
 def load() -> ConfigDict:

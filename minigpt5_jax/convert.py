@@ -37,8 +37,8 @@ from minigpt5_jax.wiring.weights_plan import make_plan
 OTHERS = ("plan", "minigpt5", "verify")
 """Commands besides those that rewrite what a part is made of."""
 
-OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
-SIZES = flags.DEFINE_string(
+OUTPUT = cli.define_path("output", None, "Folder to make.")
+SIZES = cli.define_path(
     "sizes",
     None,
     "config.json (stable_diffusion: folder) with sizes other than MiniGPT-5's; 'source': that of the source.",
@@ -46,16 +46,16 @@ SIZES = flags.DEFINE_string(
 KEEP_ROWS = flags.DEFINE_boolean(
     "keep_rows", False, "llm: keep rows that its tokenizer has no entry for, such as [PAD]."
 )
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "stable_diffusion of one file: CLIP's tokenizer.")
-STAGE1 = flags.DEFINE_string("stage1", None, "minigpt5: stage-1 file.")
-STAGE2 = flags.DEFINE_string("stage2", None, "minigpt5: stage-2 file, laid on top of it.")
+TOKENIZER = cli.define_path("tokenizer", None, "stable_diffusion of one file: CLIP's tokenizer.")
+STAGE1 = cli.define_path("stage1", None, "minigpt5: stage-1 file.")
+STAGE2 = cli.define_path("stage2", None, "minigpt5: stage-2 file, laid on top of it.")
 PROFILE = flags.DEFINE_enum(
     "profile", None, [name for name in PROFILES if "=" not in name], "minigpt5: code generation of the files."
 )
 TABLE_ROWS = flags.DEFINE_enum(
     "rows", "vokens", ROWS, "minigpt5: new rows only, or whole tables, as weight decay left them."
 )
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "verify: a run's --workdir, or its checkpoints folder.")
+CHECKPOINT = cli.define_path("checkpoint", None, "verify: a run's --workdir, or its checkpoints folder.")
 SAVED_WEIGHTS = flags.DEFINE_multi_string("weights", [], "verify: NAME=PATH where a source moved.")
 
 
@@ -98,6 +98,7 @@ def convert_release() -> Path:
         PROFILES[PROFILE.value](config)
     if not config.run.workdir:
         raise ConfigError("give the folder of the checkpoint: --workdir DIR")
+    cli.check_writable(config.run.workdir, "workdir")
     imported = import_release(config, STAGE1.value, STAGE2.value, rows=TABLE_ROWS.value)
     for file, about in imported.about.items():
         print(f"{file} says of itself: {json.dumps(about)}")
@@ -121,13 +122,13 @@ def run(command: str | None, given: str | None) -> None:
     elif command == "verify":
         if not CHECKPOINT.value:
             raise ConfigError("give a run: --checkpoint DIR")
-        print(verify(CHECKPOINT.value, weights=cli.pairs(SAVED_WEIGHTS.value, "weights")))
+        print(verify(CHECKPOINT.value, weights=cli.sources(SAVED_WEIGHTS.value)))
     elif command not in known:
         raise ConfigError(f"give one of {', '.join((*known, *OTHERS))}, not {command!r}")
     else:
         if not (given and OUTPUT.value):
             raise ConfigError(f"give what to read and where to write: {command} PATH --output DIR")
-        output = Path(OUTPUT.value).expanduser()
+        output = Path(cli.check_writable(OUTPUT.value))
         options = ConvertOptions(SIZES.value, KEEP_ROWS.value, TOKENIZER.value)
         print(*convert_source(known[command], given, output, options), f"written: {output}", sep="\n")
 

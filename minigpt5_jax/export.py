@@ -136,9 +136,9 @@ def _new(path: Path, format_: Export) -> Iterator[Path]:
 
 def define_flags() -> None:
     """The flags of this command."""
-    flags.DEFINE_string("checkpoint", None, "a run's --workdir, or its checkpoints folder", required=True)
+    cli.define_path("checkpoint", None, "a run's --workdir, or its checkpoints folder", required=True)
     flags.DEFINE_string("to", None, "format, see above", required=True)
-    flags.DEFINE_string("output", None, "file (minigpt5) or folder to make", required=True)
+    cli.define_path("output", None, "file (minigpt5) or folder to make", required=True)
     flags.DEFINE_integer("step", None, "which checkpoint; the newest by default")
     flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved")
     flags.DEFINE_enum("dtype", None, DTYPES, "of floating tensors, where the format leaves a choice")
@@ -153,13 +153,14 @@ def main(argv: Sequence[str]) -> None:
         cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
 
     def command() -> None:
+        cli.check_writable(flag.output)
         print(
             export_torch(
                 flag.checkpoint,
                 flag.output,
                 to=flag.to,
                 step=flag.step,
-                weights=cli.pairs(flag.weights, "weights"),
+                weights=cli.sources(flag.weights),
                 dtype=flag.dtype,
                 merge=flag.merge,
                 stage=int(flag.stage) if flag.stage else None,

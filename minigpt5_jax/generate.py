@@ -29,12 +29,12 @@ from minigpt5_jax.config import ConfigError
 from minigpt5_jax.wiring.generation import MODES, Request, generate_page
 from minigpt5_jax.wiring.restore import open_run
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's --workdir, or its checkpoints folder.")
+CHECKPOINT = cli.define_path("checkpoint", None, "A run's --workdir, or its checkpoints folder.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to answer; may be given several times.")
-IMAGE = flags.DEFINE_multi_string("image", [], "Input image of the one --prompt; several in order.")
-JSONL = flags.DEFINE_string("jsonl", None, "File of records, each a prompt.")
-OUTPUT = flags.DEFINE_string("output", "page", "Folder of the page.")
+IMAGE = cli.define_path("image", None, "Input image of the one --prompt; several in order.", multi=True)
+JSONL = cli.define_path("jsonl", None, "File of records, each a prompt.")
+OUTPUT = cli.define_path("output", "page", "Folder of the page.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; the others count up from it.", lower_bound=0)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers to each prompt.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Answers made together at most.", lower_bound=1)
@@ -71,10 +71,12 @@ def generate(mode: str | None = None) -> Path:
         raise ConfigError(f"unknown word {mode!r}; known: {', '.join(MODES)}, or none for single prompts")
     if not CHECKPOINT.value:
         raise ConfigError("give a run: --checkpoint DIR")
+    cli.check_writable(OUTPUT.value)
+    cli.tell(f"opening {CHECKPOINT.value}")
     run = open_run(
         CHECKPOINT.value,
         step=STEP.value,
-        weights=cli.pairs(WEIGHTS.value, "weights"),
+        weights=cli.sources(WEIGHTS.value),
         inference=cli.pairs(INFERENCE.value, "inference"),
     )
     cli.set_compile_cache(run.config)
@@ -90,7 +92,7 @@ def generate(mode: str | None = None) -> Path:
         scenes=SCENES.value,
         window=WINDOW.value,
     )
-    return generate_page(run, request, OUTPUT.value)
+    return generate_page(run, request, OUTPUT.value, cli.tell)
 
 
 def main(argv: Sequence[str]) -> None:

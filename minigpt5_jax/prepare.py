@@ -13,6 +13,7 @@ samples.  docs/data.md has the whole way for each data set.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def run_prepare(dataset: str) -> None:
     if flag.input is None or flag.output is None:
         raise DataError("--input (the raw data) and --output (a folder) are needed")
     words = tokenizer()  # before hours of work, not after
+    cli.check_writable(flag.output)
     job = Job.plan(
         Raw(dataset, flag.input, flag.image_root, flag.mapping),
         flag.output,
@@ -112,6 +114,7 @@ def run_features() -> None:
 
     if flags.FLAGS.output is None:
         raise DataError("--output (a folder for the features) is needed")
+    cli.check_writable(flags.FLAGS.output)
     config = cli.load()
     cli.set_compile_cache(config)
     initialize()
@@ -124,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) == 2 and argv[1] in UNITS:
         command = functools.partial(run_prepare, argv[1])
     elif len(argv) == 3 and argv[1] == "check":
-        command = functools.partial(run_check, argv[2])
+        command = functools.partial(run_check, os.path.expanduser(argv[2]))
     elif len(argv) == 2 and argv[1] == "features":
         command = run_features
     else:
@@ -134,15 +137,15 @@ def main(argv: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """The flags of this command."""
-    flags.DEFINE_string("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
-    flags.DEFINE_string("image_root", None, "folder that image paths are relative to; default: the file's")
-    flags.DEFINE_string("mapping", None, "VIST's image paths; default: the file beside the stories")
-    flags.DEFINE_string("output", None, "folder the prepared data set is made in")
+    cli.define_path("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
+    cli.define_path("image_root", None, "folder that image paths are relative to; default: the file's")
+    cli.define_path("mapping", None, "VIST's image paths; default: the file beside the stories")
+    cli.define_path("output", None, "folder the prepared data set is made in")
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)
     flags.DEFINE_integer("letterbox", None, "fit images into white squares of that side", lower_bound=1)
     flags.DEFINE_string("error_budget", "0.01", "unusable units allowed: a count, or a fraction with a point")
-    flags.DEFINE_string("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
+    cli.define_path("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
     flags.DEFINE_enum("format", None, list(READERS), "check: what the data is; default: guessed")
     flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")
     flags.DEFINE_integer("workers", None, "check: processes that decode; default: by the number of images")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax import cli
 from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.training.distributed import initialize
+from minigpt5_jax.wiring.generation import toy_towers
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.training import make_loop, parameter_table
 from minigpt5_jax.wiring.used_towers import unused_towers
@@ -28,6 +29,8 @@ def main(config: ConfigDict) -> None:
         spec = build(config)
         print(parameter_table(spec.without(unused_towers(config, spec, watched=True))))
         return
+    if note := toy_towers(config):
+        cli.tell(note)
     cli.set_compile_cache(config)
     initialize()
     make_loop(config, watchers).run()

@@ -139,6 +139,17 @@ def test_hugging_face_ids_lie_in_the_local_cache(tmp_path, monkeypatch):
     config.weights.llm = "org/other"
     with pytest.raises(ConfigError, match=r"weights.llm: org/other does not exist(.|\n)*hf download"):
         check_sources(config)
+    (tmp_path / "models--org--llm/refs/main").unlink()
+    config.weights.llm = "org/llm"
+    folder = tmp_path / "models--org--llm" / snapshot
+    with pytest.raises(ConfigError, match=rf"weights.llm: org/llm .*give the path of one: {folder}\."):
+        check_sources(config)
+    config.weights.llm = str(folder)
+    assert check_sources(config)["llm"] == folder, "as the message says"
+    (tmp_path / "link").symlink_to("nowhere")
+    config.weights.llm = str(tmp_path / "link")
+    with pytest.raises(ConfigError, match=r"weights.llm: .*link is a link to nowhere, where nothing is"):
+        check_sources(config)
 
 
 def test_the_plan_does_not_call_fitting_what_it_did_not_compare(tmp_path):
@@ -204,6 +215,9 @@ def test_a_preset_is_compared_with_the_file_beside_the_source(tmp_path, name, fi
     part, tower = uses_of(config)[name][0], name
     with pytest.raises(ConfigError, match=f"{file} does not fit(.|\n)*{told}(.|\n)*{part}.{tower}=source"):
         check_sources(config)
+    with pytest.raises(ConfigError, match="does not fit(.|\n)*--weights NAME=PATH") as refused:
+        check_sources(config, remedy="Say where they are: --weights NAME=PATH")  # of generate
+    assert "--config" not in str(refused.value), "which has no such flag"
     assert not source_status(config, name, str(place.parent), None)[0]
     config.model[part][tower] = "source"
     check_sources(config)

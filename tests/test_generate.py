@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from minigpt5_jax import generate
-from minigpt5_jax.config import ConfigError, validate
+from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.inference.prompts import text_prompt
@@ -68,7 +69,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
+def test_a_page_from_a_checkpoint(checkpoint, tmp_path, capsys):
     page = command(
         checkpoint=str(checkpoint),
         prompt=["A small red circle.", "a blue square"],
@@ -86,6 +87,10 @@ def test_a_page_from_a_checkpoint(checkpoint, tmp_path):
     assert all(image.shape == (64, 64, 3) for image in shown)
     assert (shown[0] != shown[1]).any(), "samples have their own seeds"
     assert "inference.force_image" in text and "first" in text
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"opening {checkpoint}" and said[1].startswith("reading the weights of step 7")
+    assert "4 prompts" in said[2] and said[3:] == ["texts: 4 of 4", "images: 4 of 4"]
+    assert "<p>A small red circle.</p>" in text and "the model read: a small red circle" in text
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,33 @@ def test_a_page_shows_a_prompt_with_its_images_in_place(tmp_path):
     assert [type(part) for part in entry.prompt] == [str, np.ndarray, str]
     assert entry.prompt[1].shape == (2, 3, 3) and entry.prompt[2].startswith("behind")
     assert entry.output == ["(nothing)"] and "4 positions" in entry.notes
+    before = text_prompt("what came next?", [str(path)], dialog=True)
+    entry = generation.entry(before, Generation((), "", (2,), before.source, 1), IMAGE)
+    assert isinstance(entry.prompt[0], np.ndarray) and entry.prompt[1:] == ["what came next?"]
+    record = dataclasses.replace(before, typed="")  # of a file: as the model reads it
+    entry = generation.entry(record, Generation((), "", (2,), record.source, 1), IMAGE)
+    assert [type(part) for part in entry.prompt] == [str, np.ndarray, str]
+
+
+def test_a_page_shows_what_was_typed_and_explains_a_missing_image():
+    prompt = text_prompt("A red Fox (in the snow)!", [], dialog=False)
+    answer = Generation(("a fox",), "a fox", (5, 2), prompt.source, 1)
+    entry = generation.entry(prompt, answer, IMAGE, draws=True)
+    assert entry.prompt == ["A red Fox (in the snow)!"]
+    assert "the model read: a red fox in the snow" in entry.notes
+    assert "no image was written; --inference force_image=first" in entry.notes
+    assert "no image" not in generation.entry(prompt, answer, IMAGE).notes, "one that may not draw"
+    drawn = dataclasses.replace(answer, parts=(np.zeros((2, 2, 3), np.uint8),))
+    assert "no image" not in generation.entry(prompt, drawn, IMAGE, draws=True).notes
+
+
+def test_tiny_towers_on_other_data_are_mentioned():
+    config = get_config()
+    assert not generation.toy_towers(config)
+    use_shapes_backbones(config)
+    assert "know coloured shapes" in generation.toy_towers(config)
+    config.data.format = "shapes"
+    assert not generation.toy_towers(config)
 
 
 # ------------------------------------------------------------------------------ stories and dialogues

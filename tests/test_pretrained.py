@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from safetensors.torch import save_file
 
 import original
 import tiny
@@ -27,11 +28,14 @@ from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.weights.check import COVERAGE_FILE
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign import minigpt5 as maps
-from minigpt5_jax.weights.foreign.release import TABLES
+from minigpt5_jax.weights.foreign.release import TABLES, trained_of_whole
+from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.wiring import pretrained
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.pretrained import default_config, import_release, save_imported
 from minigpt5_jax.wiring.restore import open_checkpoints, warm_start
+from minigpt5_jax.wiring.weight_paths import uses_of
 
 TABLE_DECAY = f"backbone/llm{tuning.TABLE_DECAY}"
 
@@ -289,6 +293,67 @@ def test_a_checkpoint_folder_and_bad_arguments(sources, oracle_dir, tmp_path, tu
     broken.write_bytes((oracle_dir / "stage1.ckpt").read_bytes()[:20_000])
     with pytest.raises(WeightFileError, match="truncated"):
         load_pretrained(**paths(sources), minigpt5=broken, config=stage1_config(sources))
+
+
+def test_every_form_of_a_released_file_is_taken(oracle_dir, tmp_path):
+    """The remedy that a refused file's message names, wherever the original's checkpoints are read."""
+    file = oracle_dir / "stage1.ckpt"
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, "hyper_parameters": {"save_dir": Path("/x")}}, tmp_path / "posix.ckpt")
+    torch.save(content["state_dict"], tmp_path / "bare.ckpt")
+    tensors = {name: value.contiguous().clone() for name, value in content["state_dict"].items()}
+    save_file(tensors, tmp_path / "alone.safetensors")
+    want = dict(open_weights(file, "state_dict"))
+    for name in ("posix.ckpt", "bare.ckpt", "alone.safetensors"):
+        ours = trained_of_whole(open_weights(tmp_path / name, "state_dict"))
+        assert ours.keys() == want.keys()
+        assert all(np.array_equal(ours[key], want[key]) for key in want), name
+        about = pretrained._about(tmp_path / name)
+        assert about.get("hyper_parameters") == ({"save_dir": "/x"} if name == "posix.ckpt" else None)
+
+
+def test_the_width_of_a_prefix_is_that_of_its_file(tmp_path):
+    tensors = {
+        maps.PREFIX_EMBEDDING: torch.zeros(3, 48),
+        maps.PREFIX_INNER: torch.zeros(20, 48),
+        "model.prefix_encoder.transform.2.weight": torch.zeros(288, 20),
+    }
+    save_file(tensors, tmp_path / "stage2.safetensors")
+    backbone = default_config(tmp_path / "stage2.safetensors", "head").model.backbone
+    assert (backbone.prefix_tokens, backbone.prefix_hidden_size, backbone.lora_rank) == (3, 20, 0)
+
+
+def test_a_whole_state_dict_of_the_original(sources, released, oracle_dir):
+    """The file is the source of every tower; tokenizers, schedule and sizes lie elsewhere."""
+    whole, config = oracle_dir / "weights.safetensors", stage1_config(sources)
+    towers = {"llm": "llm", "vit": "vit", "qformer": "qformer", "unet": "sd/unet", "vae": "sd/vae"}
+    towers["text_encoder"] = "sd/text_encoder"
+    sizes = {
+        name: Path(sources.weights.llm).parent / folder / "config.json" for name, folder in towers.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for _, use in uses_of(config).values():
+            name = next((name for name in towers if uses_of(config)[name][1] is use), None)
+            if name is not None:
+                patch.setitem(use.tower.presets, name, use.tower.read_sizes(sizes[name]))
+        config.weights.update(dict.fromkeys(config.weights, ""))
+        for kind in ("backbone", "generator"):
+            config.model[kind].update({name: name for name in towers if name in config.model[kind]})
+        patch.setattr("minigpt5_jax.wiring.pretrained.validate", lambda config: config)
+        with pytest.raises(
+            ConfigError, match="holds no tokenizers: give tokenizer=PATH .* and clip_tokenizer=PATH"
+        ):
+            load_pretrained(minigpt5=whole, config=config)
+        run = load_pretrained(
+            minigpt5=whole,
+            config=config,
+            tokenizer=oracle_dir / "tokenizer_llama/tokenizer.model",
+            stable_diffusion=sources.weights.stable_diffusion,
+        )
+    assert set(run.config.weights[name] for name in towers) == {str(whole)}
+    assert run.params.keys() == released.params.keys()
+    for path, value in released.params.items():
+        np.testing.assert_array_equal(run.params[path], value, err_msg=path)
 
 
 @pytest.fixture(scope="module")

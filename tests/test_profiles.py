@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,17 @@ def test_profiles_join_with_each_other_and_with_parts():
     validate(config)
     with pytest.raises(ConfigError, match=r"'release'; known: release_2023_10, head, compat=original"):
         apply_variant(config, "release")
+
+
+def test_what_compat_original_cannot_set_is_listed_and_documented():
+    page = (Path(__file__).parents[1] / "docs/fidelity.md").read_text()
+    fixed = page.partition("## Behaviour that is fixed")[2]
+    for place in profiles.ONE_BEHAVIOUR:
+        assert f"{place} |" in fixed, place
+    listed = set(re.findall(r"\| (Q\d+|fidelity [\d.]+) \|$", fixed, re.MULTILINE)) - {
+        "Q33"
+    }  # which has a key
+    assert listed == profiles.ONE_BEHAVIOUR.keys()
 
 
 def test_every_flag_of_a_quirk_is_in_compat_original():

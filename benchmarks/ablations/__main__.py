@@ -66,8 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=words, default=list(VARIANTS), help="variants, comma separated")
     parser.add_argument("--seeds", type=seeds, default=[0], help="comma separated; all rows of one first")
-    parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSONs, beside the page")
+    home = lambda given: Path(given).expanduser()  # noqa: E731
+    parser.add_argument("--work", type=home, default=Path("runs/ablations"), help="folder of the runs")
+    parser.add_argument("--results", type=home, default=RESULTS, help="folder of the JSONs, beside the page")
     parser.add_argument("--steps", type=count, help="of stage-1 rows; warm-up stays in proportion")
     parser.add_argument("--story_steps", type=count, help="of stage-2 rows; warm-up stays in proportion")
     parser.add_argument("--pairs", type=count, default=200, help="captions judged of each number of objects")
@@ -103,14 +104,29 @@ def state(row: Row, settings: dict[str, Any], flags: argparse.Namespace) -> str:
     return "done" if own.is_file() else "to run"
 
 
-def show(rows: Sequence[Row], settings: dict[Row, Any], found: dict[Row, str]) -> str:
-    """The rows as text."""
-    lines = [f"{'row':24} {'steps':>6}  {'needs':16} state"]
+def show(rows: Sequence[Row], settings: dict[Row, Any], found: dict[Row, str], results: Path) -> str:
+    """The rows as text; of a row that was made with other settings those of its own result."""
+    lines, others = [f"{'row':24} {'steps':>6}  {'needs':16} state"], False
     for row in rows:
-        steps = settings[row].get("config", {}).get("run.num_steps", "-")
-        state = found[row] if found[row] in ("done", "to run") else "refused: " + found[row]
+        steps, state = _steps(settings[row]), found[row]
+        own = results / f"{row.name}.json"
+        if state not in ("done", "to run") and own.is_file():
+            others, saved = True, read_result(own)["settings"]
+            steps, state = _steps(saved), f"done with other settings than these flags ask for: {own}"
+        elif state not in ("done", "to run"):
+            state = "refused: " + state
         lines.append(f"{row.name:24} {steps:>6}  {row.need.name if row.need else '-':16} {state}")
+    if others:
+        lines.append(
+            "rows with other settings stay as they are: the page shows them (--page_only); to make rows of "
+            "these flags give a folder of their own (--results FOLDER), or replace them (--force)"
+        )
     return "\n".join(lines)
+
+
+def _steps(settings: dict[str, Any]) -> Any:
+    """Updates of a row's run; '-' for one that is not trained."""
+    return settings.get("config", {}).get("run.num_steps", "-")
 
 
 def run_rows(rows: Sequence[Row], settings: dict[Row, Any], flags: argparse.Namespace) -> list[Row]:
@@ -152,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {row: row_settings(row, flags, assets) for row in rows}
     found = states(rows, settings, flags)
     if flags.list:
-        print(show(rows, settings, found))
+        print(show(rows, settings, found, flags.results))
         return
     refused = {row: why for row, why in found.items() if why not in ("done", "to run")}
     if refused and not flags.force:

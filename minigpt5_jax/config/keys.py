@@ -16,10 +16,15 @@ def unset(kind: type, why: str, **rules: Any) -> Key:
     return Key(None, why, kind=kind, **rules)
 
 
+def path(why: str) -> Key:
+    """A key that is a path, not set by default; ``~`` in it is replaced where a configuration enters."""
+    return unset(str, why, path=True)
+
+
 KEYS: dict[str, Key] = {
     # -- run ------------------------------------------------------------------------------------
     "run.name": Key("run", "name in logs and pages"),
-    "run.workdir": unset(str, "folder of metrics, images and checkpoints; the --workdir flag sets it"),
+    "run.workdir": path("folder of metrics, images and checkpoints; the --workdir flag sets it"),
     "run.seed": Key(42, "weights that start from nothing, data order and draws (the original's seed)", low=0),
     "run.num_steps": unset(int, "updates; not set: run.epochs over the training data", low=1),
     "run.epochs": Key(2.0, "passes over the training data where run.num_steps is not set", low=0.0),
@@ -32,7 +37,7 @@ KEYS: dict[str, Key] = {
     "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
     "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
     "run.best_metric": Key("image", "validation metric that decides the best checkpoint; the lowest wins"),
-    "run.init_from": unset(str, "checkpoint folder whose trained parameters this run starts from (stage 2)"),
+    "run.init_from": path("checkpoint folder whose trained parameters this run starts from (stage 2)"),
     "run.resume": Key(True, "continue from the newest checkpoint in the workdir, if there is one"),
     "run.compile_cache": Key(
         "~/.cache/minigpt5_jax/xla", "folder of compiled programs, so that a restart is quick; '' for none"
@@ -54,13 +59,13 @@ KEYS: dict[str, Key] = {
             "shapes_dialogs",
         ),
     ),
-    "data.train": unset(str, "training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),
-    "data.validation": unset(str, "held-out data, same format"),
-    "data.train_mapping": unset(
-        str, "VIST's image paths; not set: the file's name with image_mapping for cleaned (Q29)"
+    "data.train": path("training data: .tsv, .json, .jsonl, or a folder of tar shards or of `prepare`"),
+    "data.validation": path("held-out data, same format"),
+    "data.train_mapping": path(
+        "VIST's image paths; not set: the file's name with image_mapping for cleaned (Q29)"
     ),
-    "data.validation_mapping": unset(str, "the same for data.validation"),
-    "data.image_root": unset(str, "folder that image paths are relative to; not set: the file's own folder"),
+    "data.validation_mapping": path("the same for data.validation"),
+    "data.image_root": path("folder that image paths are relative to; not set: the file's own folder"),
     "data.global_batch": Key(48, "samples per update over all devices (paper, stage 1)", low=1),
     "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
     "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),
@@ -108,8 +113,8 @@ KEYS: dict[str, Key] = {
     "data.bad_media_ids": Key(
         ("-3872362534310063124", "3713630103994725971"), "MMDialog's images that end a conversation (Q28)"
     ),
-    "data.features": unset(
-        str, "folder that `prepare features` made: images go through the frozen towers once, not each step"
+    "data.features": path(
+        "folder that `prepare features` made: images go through the frozen towers once, not each step"
     ),
     "data.instruction_every": Key(
         100, "every n-th CC3M row gives an instruction sample too; 0 none (5.2)", low=0
@@ -212,6 +217,10 @@ KEYS: dict[str, Key] = {
         "off",
         "make an image certain: at once, or after the text (Q35)",
         choices=("off", "first", "after_text"),
+    ),
+    "inference.ban_inner_vokens": Key(True, "never write [IMG1]... into a text; the original may (Q1)"),
+    "inference.dummy_token_id": unset(
+        int, "first id that is penalised and never read; not set: none, the original: 0 (Q33)", low=0
     ),
     "inference.max_images": Key(1, "images drawn per answer (Q36)", low=0),
     "inference.layers": Key(

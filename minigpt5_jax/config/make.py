@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,8 +70,8 @@ def weight_keys(config: ConfigDict) -> list[tuple[str, Key]]:
     for part in parts_of(config).values():
         for name, use in part.uses.items():
             if use.group and use.group not in found:
-                found[use.group] = Key("", part.groups[use.group])
-            found[name] = Key("", use.why)
+                found[use.group] = Key("", part.groups[use.group], path=True)
+            found[name] = Key("", use.why, path=True)
     return list(found.items())
 
 
@@ -215,6 +216,15 @@ def describe(config: ConfigDict | None = None) -> str:
         rule = f" ({' | '.join(map(str, key.choices))})" if key.choices else ""
         lines.append(f"  --config.{path}={shown}\n      {key.why}{rule}")
     return "\n".join(lines).lstrip("\n")
+
+
+def expand_paths(config: ConfigDict) -> ConfigDict:
+    """``config`` with the ``~`` of every path replaced (``Key.path``), in place."""
+    for name, key in keys_of(config).items():
+        if key.path and (value := value_at(config, name)):
+            section, _, last = name.rpartition(".")
+            value_at(config, section)[last] = os.path.expanduser(value)
+    return config
 
 
 def value_at(config: ConfigDict, path: str) -> Any:

@@ -4,7 +4,7 @@
     --config configs/stage1.py:release_2023_10,compat=original
 
 The original exists in two code generations (fidelity 0); released weights fit the first.  What the
-original does besides, quirk by quirk (fidelity 10), is ``compat=original``.
+original does besides, quirk by quirk where both behaviours are built here, is ``compat=original``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _ORIGINAL: Mapping[str, Any] = {
     "inference.top_k": 50,
     "inference.top_p": 0.9,
     "inference.temperature": 1.0,
+    "inference.ban_inner_vokens": False,  # Q1
+    "inference.dummy_token_id": 0,  # Q33: the id of the configuration whose end id is 1
     "inference.eos_ids": (1,),  # Q34
     "inference.force_image": "off",  # Q35: 'first' is its forced generation
     "inference.max_images": 1,  # Q36
@@ -41,6 +43,20 @@ _ORIGINAL: Mapping[str, Any] = {
     "inference.sampler": "pndm",  # Q40
     "inference.num_inference_steps": 50,
 }
+
+
+ONE_BEHAVIOUR: Mapping[str, str] = {
+    "Q2": "voken states that predict the vokens (as the original)",
+    "Q6": "no guidance dropout in validation",
+    "Q9": "moments of pixels in [-1, 1]",
+    "Q12": "latents and noise in fp32 (as the original)",
+    "Q16": "validation at fixed noise, without flips",
+    "Q22": "legacy tokenizer rules (as the original)",
+    "Q27": "positions start behind the prefix in generation too (prefix_pos_fix)",
+    "Q36": "[IMG0] is not drawn again after inference.max_images",
+    "fidelity 4.1": "means over all of an update's items, not over each micro-batch's (accumulation)",
+}
+"""What has one behaviour here and no key, so that ``compat=original`` cannot set it."""
 
 
 def release_2023_10(config: ConfigDict) -> ConfigDict:
@@ -56,8 +72,9 @@ def head(config: ConfigDict) -> ConfigDict:
 def original(config: ConfigDict) -> ConfigDict:
     """Every flag of a quirk at what the original does, where both behaviours exist here.
 
-    What a profile chooses (BOS, prompts) is left alone, and so are what the paper says in place of the code
-    (rates, epochs, batch: Q14, Q15); behaviour that is fixed has no key (docs/fidelity.md).
+    What a profile chooses (BOS, prompts) is left alone, and so is what the paper says in place of the code
+    (rates, epochs, batch: Q14, Q15).  This is not all that the original does: ``ONE_BEHAVIOUR`` has only one
+    behaviour here, and no key (docs/fidelity.md, "Behaviour that is fixed").
     """
     return _apply(config, _ORIGINAL)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config.errors import ConfigError
-from minigpt5_jax.config.make import keys_of, part_settings, parts_of, rate_groups, value_at
+from minigpt5_jax.config.make import expand_paths, keys_of, part_settings, parts_of, rate_groups, value_at
 from minigpt5_jax.parts.contracts import FROZEN
 
 STORY_FORMATS = ("vist", "prepared", "shapes_stories")
@@ -16,11 +16,12 @@ STORY_FORMATS = ("vist", "prepared", "shapes_stories")
 
 
 def validate(config: ConfigDict) -> ConfigDict:
-    """Check every value and how they go together.
+    """Check every value and how they go together, and replace the ``~`` of paths, which enter here.
 
     Raises:
       ConfigError: every problem on a line of its own, with the numbers and the remedy.
     """
+    expand_paths(config)
     problems = [*_bad_values(config), *_conflicts(config)]
     if problems:
         raise ConfigError("\n".join(problems))

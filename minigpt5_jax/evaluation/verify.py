@@ -210,3 +210,7 @@ def _conditions(model: MiniGPT5, states: jax.Array) -> tuple[jax.Array, jax.Arra
     last = jnp.int32(model.generator.num_train_timesteps - 1)
     found = model.generator.denoiser(condition)(noise, last)
     return difference, (found * noise).sum() / (jnp.linalg.norm(found) * jnp.linalg.norm(noise))
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: the command is: python -m minigpt5_jax.convert verify --checkpoint DIR")

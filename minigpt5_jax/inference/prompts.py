@@ -30,7 +30,7 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
         caption = templates.clean_caption(text)
         if not caption:
             raise DataError(f"prompt {text!r} is empty" + (" after cleaning" if text.strip() else ""))
-        return Prompt(caption)
+        return Prompt(caption, typed=text)
     if not text.strip() and not images:
         raise DataError(f"prompt {text!r} is empty")
     if style.end in text:
@@ -38,7 +38,8 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
     written = text.replace(style.image, IMAGE_TOKEN).replace(IMAGE_TOKEN, style.image)
     if IMAGE_TOKEN not in text:
         written = " ".join([*[style.image] * len(images), text]).strip()
-    return Prompt(style.dialog(style.dialog_system, [(style.speakers["user"], written)]), tuple(images))
+    source = style.dialog(style.dialog_system, [(style.speakers["user"], written)])
+    return Prompt(source, tuple(images), typed=text)
 
 
 def file_prompts(path: str | Path) -> list[Prompt]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,11 +34,13 @@ class Prompt:
         (:mod:`minigpt5_jax.data.text.templates` writes it).
       images: input images, paths or encoded bytes.
       seed: of this answer's draws, 0 ... 2**32 - 1; the answer depends on nothing else in the batch.
+      typed: what a user typed, where ``source`` was made of it; for showing, the model does not read it.
     """
 
     source: str
     images: tuple[ImageSource, ...] = ()
     seed: int = 0
+    typed: str = ""
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -158,41 +160,58 @@ class Session:
         self._write = jax.jit(self._write_rows)
         self._draw = jax.jit(self._draw_images)
 
-    def generate(self, prompts: Sequence[Prompt], *, images: bool = True) -> list[Generation]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        images: bool = True,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> list[Generation]:
         """An answer to each prompt.  All of them are checked before anything is compiled.
 
         Args:
           images: False samples none: one that was started leaves ``[IMG0]`` in ``token_ids`` and no part.
+          report: is told what is done and how far it is.
 
         Raises:
           DataError: an empty prompt, vokens in it, images that do not fit its placeholders or that
             the backbone cannot see, an image that cannot be read; naming the prompt.
         """
         rows = [self._read(number, prompt) for number, prompt in enumerate(prompts)]
-        answers = [answer for some in self._batches(rows) for answer in self._answer(some)]
+        answers: list[tuple[list[int], list[np.ndarray]]] = []
+        for some in self._batches(rows):
+            answers += self._answer(some)
+            report(f"texts: {len(answers)} of {len(rows)}")
         answers = answers if images else [(ids, []) for ids, _ in answers]
         wanted = [
             (states, row.prompt.seed, number)
             for row, (_, started) in zip(rows, answers)
             for number, states in enumerate(started)
         ]
-        drawn = iter(self.draw(*map(list, zip(*wanted))) if wanted else ())
+        drawn = iter(self.draw(*map(list, zip(*wanted)), report=report) if wanted else ())
         return [self._assemble(row, ids, len(started), drawn) for row, (ids, started) in zip(rows, answers)]
 
     def draw(
-        self, vokens: Sequence[np.ndarray], seeds: Sequence[int], numbers: Sequence[int]
+        self,
+        vokens: Sequence[np.ndarray],
+        seeds: Sequence[int],
+        numbers: Sequence[int],
+        *,
+        report: Callable[[str], None] = lambda line: None,
     ) -> list[np.ndarray]:
         """Images u8[H W 3] from voken states f32[n d] each.
 
         Args:
           vokens: mapper input of each image.
           seeds: seed of the answer it belongs to.  numbers: which image of that answer it is.
+          report: as for :meth:`generate`.
         """
         images: list[np.ndarray] = []
         for some in self._batches(list(zip(vokens, seeds, numbers))):
             states, seed, number = zip(*self._padded(some))
             made = self._draw(self._params, np.stack(states), np.uint32(seed), np.int32(number))
             images.extend(np.asarray(made)[: len(some)])
+            report(f"images: {len(images)} of {len(vokens)}")
         return images
 
     # -- compiled -------------------------------------------------------------------------------

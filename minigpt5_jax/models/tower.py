@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flax import nnx
 
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.formats.files import read_json
 from minigpt5_jax.weights.table import Table
 from minigpt5_jax.weights.view import Tensors
 
@@ -84,7 +84,9 @@ class Tower:
         if path is None:
             return self.preset
         try:
-            return self.config.from_hf(self.published(json.loads(path.read_text())))
+            return self.config.from_hf(self.published(read_json(path)))
+        except WeightFileError as error:
+            raise error if str(path) in str(error) else WeightFileError(f"{path}: {error}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise WeightFileError(f"{path}: {error}") from None
 

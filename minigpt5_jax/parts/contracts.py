@@ -145,6 +145,8 @@ class Key:
       choices: allowed values; empty for any.
       low, high: closed bounds of a number.
       kind: type of the value where the default is None.
+      path: whether it is a path (or may be one), whose ``~`` is replaced when a configuration enters.
+        Folders of caches are none: their home is that of whoever runs it.
     """
 
     default: Any
@@ -153,6 +155,7 @@ class Key:
     low: int | float | None = None
     high: int | float | None = None
     kind: type | None = None
+    path: bool = False
 
     def initial(self) -> Any:
         """The default as a ConfigDict holds it: a typed placeholder where there is none."""
@@ -231,6 +234,7 @@ class Use:
       file: the file that is meant where a folder is given.
       stock: SHA-256 of a published file -> what it is.
       check: refuses a ``config.json`` (its values, its path) that fits in size but is of another model.
+      refuse: refuses a source, whatever its sizes, that holds what a run adds to it.
     """
 
     why: str
@@ -249,6 +253,7 @@ class Use:
     file: str = ""
     stock: Mapping[str, str] = dataclasses.field(default_factory=dict)
     check: Callable[[Mapping[str, Any], Path], None] | None = None
+    refuse: Callable[[Path], None] | None = None
 
     def fills(self, path: str) -> bool:
         """Whether its files hold the parameter ``path`` (below the part)."""

@@ -283,14 +283,21 @@ def main() -> None:
     seed = flags.DEFINE_integer("seed", 0, "of scenes and wordings", lower_bound=0)
 
     def run(_: list[str]) -> None:
+        folder = Path(out.value).expanduser()
         for split, size in (("train", train.value), ("held_out", held_out.value)):
             if kind.value == "pairs":
-                print(write_pairs(out.value, split, size, seed.value, objects.value))
+                print(write_pairs(folder, split, size, seed.value, objects.value))
             else:
                 write = write_stories if kind.value == "stories" else write_dialogs
-                print(write(out.value, split, size, seed.value))
+                print(write(folder, split, size, seed.value))
 
-    app.run(run)
+    def guarded(words: list[str]) -> None:
+        try:
+            run(words)
+        except OSError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    app.run(guarded)
 
 
 if __name__ == "__main__":

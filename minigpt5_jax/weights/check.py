@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.formats.load import count_non_finite, is_floating, open_weights
+from minigpt5_jax.weights.formats.load import count_non_finite, is_floating
 from minigpt5_jax.weights.table import Assignment, WeightTableError
 from minigpt5_jax.weights.view import Tensors, View
 
@@ -65,21 +63,6 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
         return {**dataclasses.asdict(self), "written": self.written}
-
-
-def open_source(path: Path, key: str | None = None) -> View:
-    """A tower's published file or folder, no tensor read yet; in a file of PyTorch ``key`` is tried first.
-
-    Raises:
-      FileNotFoundError, WeightFileError: as :func:`minigpt5_jax.weights.formats.load.open_weights`.
-    """
-    failure: WeightFileError | None = None
-    for place in (None,) if path.is_dir() else dict.fromkeys((key, "model", "state_dict", None)):
-        try:
-            return open_weights(path, place)
-        except WeightFileError as error:
-            failure = failure or error
-    raise failure or WeightFileError(f"{path} cannot be read")
 
 
 def examine(

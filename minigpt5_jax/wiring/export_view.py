@@ -102,7 +102,7 @@ def _towers(
         at = part.prefix + use.at
         shapes = {path.removeprefix(at): spec.template.shapes[path] for path in spec.paths_of(part, use)}
         own = {path: params[at + path] for path in shapes if at + path in params}
-        table, source = open_tower(use, paths[name], spec.sizes[name])
+        table, source = open_tower(name, use, paths[name], spec.sizes[name])
         found[name] = at, PretrainedTower(table, source, shapes, own)
     return found
 

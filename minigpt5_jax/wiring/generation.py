@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError
+from minigpt5_jax.config import PACKAGED, ConfigError
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, chat, continue_story
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.inference.prompts import file_prompts, text_prompt
@@ -27,6 +29,7 @@ from minigpt5_jax.inference.transcript import (
 from minigpt5_jax.wiring.restore import OpenedRun
 
 MODES = ("story", "chat")
+NO_IMAGE = "no image was written; --inference force_image=first (or after_text) makes one certain"
 DIALOG_FORMATS = ("mmdialog", "shapes_dialogs")
 """``data.format`` of dialogues, whose samples hold three turns at most."""
 
@@ -71,27 +74,38 @@ def claim_output(folder: str | Path) -> None:
         raise FileExistsError(f"--output={folder} holds other things; choose another folder")
 
 
-def generate_page(run: OpenedRun, request: Request, output: str | Path) -> Path:
+def generate_page(
+    run: OpenedRun, request: Request, output: str | Path, report: Callable[[str], None] = lambda line: None
+) -> Path:
     """The page of the answers; everything that can be refused is refused before weights are read.
 
     Args:
       run: an opened run.  output: folder of the page.
+      report: is told what is done and how far it is.
 
     Raises:
       ConfigError, DataError, FileExistsError: as their messages say.
     """
     claim_output(output)
+    if note := toy_towers(run.config):
+        report(note)
     if request.mode is not None:
         given = load_conversations(request)
         check_conversations(run, given)
         run.check()
-        return _converse(run, request, given, output)
+        return _converse(run, request, given, output, report)
     prompts = single_prompts(run, request)
     run.check()
+    report(f"reading the weights of step {run.step} of {run.checkpoints}")
     session = run.session(batch_size=min(request.batch_size, len(prompts)))
-    answers = session.generate(prompts)
+    report(f"answering {len(prompts)} prompts; the first ones take longer, as programs are compiled")
+    answers = session.generate(prompts, report=report)
+    draws = run.config.inference.max_images > 0
+    if draws and not any(answer.images for answer in answers):
+        report(NO_IMAGE)
     entries = [
-        entry(prompt, answer, session.style.image) for prompt, answer in zip(prompts, answers, strict=True)
+        entry(prompt, answer, session.style.image, draws=draws)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
     return write_answers(run, entries, output)
 
@@ -120,15 +134,37 @@ def single_prompts(run: OpenedRun, request: Request) -> list[Prompt]:
     ]
 
 
-def entry(prompt: Prompt, answer: Generation, placeholder: str) -> Entry:
-    """An answer as the page shows it, its prompt with the images in their places."""
-    pieces, shown = prompt.source.split(placeholder), []
-    for number, piece in enumerate(pieces):
+def toy_towers(config: ConfigDict) -> str:
+    """What a user of the packaged tiny towers on other data than theirs must know; '' for everyone else."""
+    if PACKAGED not in config.weights.values() or config.data.format.startswith(PACKAGED):
+        return ""
+    return (
+        "note: this run stands on the tiny towers that ship with the package, which know coloured shapes: "
+        "unless its captions are of the small world, it checks data and machinery, and neither its texts nor "
+        'its images are of your captions (README.md, "Your own photos")'
+    )
+
+
+def entry(prompt: Prompt, answer: Generation, placeholder: str, *, draws: bool = False) -> Entry:
+    """An answer as the page shows it, its prompt as it was typed, with the images in their places.
+
+    Args:
+      draws: whether the answer might have had an image, so that a missing one is explained.
+    """
+    source, mark = (prompt.typed, IMAGE_TOKEN) if prompt.typed else (prompt.source, placeholder)
+    source = source.replace(placeholder, mark)
+    if mark not in source:
+        source = mark * len(prompt.images) + source
+    shown: list[str | np.ndarray] = []
+    for number, piece in enumerate(source.split(mark)):
         shown += [piece.strip()] if piece.strip() else []
         if number < len(prompt.images):
             shown.append(np.asarray(load_image(prompt.images[number])))
-    notes = f"{answer.dropped} positions of the prompt did not fit" if answer.dropped else ""
-    return Entry(shown, list(answer.parts) or ["(nothing)"], seed=answer.seed, notes=notes)
+    notes = [f"{answer.dropped} positions of the prompt did not fit"] * bool(answer.dropped)
+    if prompt.typed and prompt.typed.strip() not in prompt.source:
+        notes.append(f"the model read: {prompt.source}")
+    notes += [NO_IMAGE] * (draws and not answer.images)
+    return Entry(shown, list(answer.parts) or ["(nothing)"], seed=answer.seed, notes=" · ".join(notes))
 
 
 def load_conversations(request: Request) -> list[tuple[Conversation, list[Message]]]:
@@ -173,11 +209,17 @@ def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Mes
 
 
 def _converse(
-    run: OpenedRun, request: Request, given: list[tuple[Conversation, list[Message]]], output: str | Path
+    run: OpenedRun,
+    request: Request,
+    given: list[tuple[Conversation, list[Message]]],
+    output: str | Path,
+    report: Callable[[str], None],
 ) -> Path:
     """Tells stories or plays dialogues, and writes page and records."""
+    report(f"reading the weights of step {run.step} of {run.checkpoints}")
     session = run.session(batch_size=min(request.batch_size, len(given)))
     conversations = [conversation for conversation, _ in given]
+    report(f"{request.mode}: {len(conversations)} records; the first answers are compiled first")
     shown = [len(turns) if request.mode == "story" else 1 for _, turns in given]
     if request.mode == "story":
         continue_story(session, conversations, request.scenes)

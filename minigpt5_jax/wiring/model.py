@@ -25,7 +25,9 @@ from minigpt5_jax.parts.contracts import FROZEN, Context, Part, Use, shipped
 from minigpt5_jax.training.sharding import Rules
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.training.tuning import TABLE_DECAY, label_parameters, rules_of
-from minigpt5_jax.weights.check import open_source, with_cause
+from minigpt5_jax.weights.check import with_cause
+from minigpt5_jax.weights.foreign.release import tower_of_whole
+from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring.weight_paths import check_sources, find_source, read_config
@@ -215,13 +217,16 @@ def known_towers() -> dict[str, Tower]:
     return {name: use.tower for part in shipped() for name, use in part.uses.items() if use.tower is not None}
 
 
-def open_tower(use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
+def open_tower(name: str, use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
     """(table, tensors by the names it reads) of a tower's files; headers are read, nothing else.
+
+    The files may be a whole state dict of the original, of which the tower's part is taken.
 
     Raises:
       WeightFileError: a file cannot be read.
     """
-    adapted = use.tower.adapt(open_source(path, use.tower.key), sizes)
+    source = tower_of_whole(name, open_weights(path, use.tower.key))
+    adapted = use.tower.adapt(source, sizes)
     return use.tower.table(adapted, sizes), adapted
 
 
@@ -251,9 +256,9 @@ def load_frozen(
             place = (shardings or {}).get(path)
             targets[path.removeprefix(at)] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
         try:
-            arrays = stream_tower(*open_tower(use, sources[name], spec.sizes[name]), targets)
+            arrays = stream_tower(*open_tower(name, use, sources[name], spec.sizes[name]), targets)
         except WeightTableError as error:
-            source = open_source(sources[name], use.tower.key)
+            source = open_weights(sources[name], use.tower.key)
             message = with_cause(str(error), name, use.tower, source, known_towers())
             raise WeightTableError(message) from None
         params |= {at + path: array for path, array in arrays.items()}

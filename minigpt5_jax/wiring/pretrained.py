@@ -31,9 +31,17 @@ from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.tuning import TABLE_DECAY
 from minigpt5_jax.weights.check import COVERAGE_FILE
-from minigpt5_jax.weights.foreign.release import Release, compare_rows, read_release
+from minigpt5_jax.weights.foreign.minigpt5 import PREFIX_EMBEDDING, PREFIX_INNER
+from minigpt5_jax.weights.foreign.release import (
+    WHOLE,
+    Release,
+    compare_rows,
+    is_whole,
+    read_release,
+    trained_of_whole,
+)
 from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
-from minigpt5_jax.weights.formats.load import open_container, open_weights
+from minigpt5_jax.weights.formats.load import is_torch, open_container, open_weights
 from minigpt5_jax.wiring.model import build, initial_trainable, language_tokenizer, load_frozen
 from minigpt5_jax.wiring.restore import describe, load_run, not_pretrained
 from minigpt5_jax.wiring.session import LoadedModel
@@ -70,8 +78,11 @@ def load_pretrained(
     ``python -m minigpt5_jax.convert`` reads, but for Stable Diffusion, which is a diffusers folder.
 
     Args:
-      minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; a folder with checkpoints of this
-        package; None for untrained vokens and mapper.
+      minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; each as Lightning wrote it, or
+        its tensors alone (a dictionary of PyTorch, or safetensors); a whole state dict of stage 1, which is
+        then the source of every tower that is not given, so that only ``tokenizer`` and
+        ``stable_diffusion`` (for ``tokenizer/`` and ``scheduler/``) are needed; a folder with checkpoints
+        of this package; None for untrained vokens and mapper.
       config: settings; by default those of the stage that the files are of.  A checkpoint folder brings
         its own.
       profile: code generation the weights fit, ``head`` or ``release_2023_10``.
@@ -101,6 +112,8 @@ def load_pretrained(
             raise ConfigError("a checkpoint folder brings its own configuration; leave `config` away")
         return load_run(minigpt5, weights=given)
     stage1, stage2 = minigpt5 if isinstance(minigpt5, tuple) else (minigpt5, None)
+    if stage1 is not None:
+        given = {**_towers_of_whole(stage1, base, given), **given}
     config = default_config(stage2, profile) if config is None else config.copy_and_resolve_references()
     _leave_out_optional(config, given)
     config.weights.update(given)
@@ -111,6 +124,28 @@ def load_pretrained(
     frozen = load_frozen(config, spec)
     params = {**frozen, **initial_trainable(config, spec, frozen)}
     return LoadedModel(config, spec, params, language_tokenizer(config, spec.sizes), 0)
+
+
+def _towers_of_whole(stage1: str | Path, config: ConfigDict, given: Mapping[str, str]) -> dict[str, str]:
+    """The file itself as the source of every tower, if it is a whole state dict of the original.
+
+    Raises:
+      ConfigError: it is, and a tokenizer is not given, of which it holds none.
+    """
+    path = resolve(stage1)
+    if not is_whole(open_weights(path, key="state_dict")):
+        return {}
+    missing = [
+        f"{name}=PATH ({use.get})"
+        for part in parts_of(config).values()
+        for name, use in part.uses.items()
+        if name == part.tokenizer_use and not any(map(given.get, (name, use.beside, use.group)))
+    ]
+    if missing:
+        raise ConfigError(
+            f"{path} is a whole state dict, which holds no tokenizers: give {' and '.join(missing)}"
+        )
+    return {name: str(path) for name in WHOLE if name in config.weights}
 
 
 def _leave_out_optional(config: ConfigDict, given: Mapping[str, str]) -> None:
@@ -138,8 +173,10 @@ def default_config(stage2: str | Path | None, profile: str) -> ConfigDict:
         rank = next((keys[key].shape[0] for key in keys if ".lora_A." in key), 0)
         if rank:
             config.model.backbone.lora_rank = rank
-        elif any(key.startswith("model.prefix_encoder.") for key in keys):
+        elif PREFIX_EMBEDDING in keys and PREFIX_INNER in keys:
             use_prefix(config)
+            tokens, width = keys[PREFIX_EMBEDDING].shape[0], keys[PREFIX_INNER].shape[0]
+            config.model.backbone.update(prefix_tokens=tokens, prefix_hidden_size=width)
     return PROFILES[profile](config)
 
 
@@ -156,7 +193,7 @@ def import_release(
       ConfigError, WeightFileError, WeightTableError: as in :func:`load_pretrained`.
     """
     files = [resolve(path) for path in (stage1, stage2) if path is not None]
-    sources = [open_weights(path, key="state_dict") for path in files]
+    sources = [trained_of_whole(open_weights(path, key="state_dict")) for path in files]
     both = (sources[0], sources[1] if stage2 is not None else None)
     check_sources(validate(config))
     spec = build(config)
@@ -179,7 +216,8 @@ def import_release(
     shrunk = 0.0 if rows == "all" else 1.0 - release.factor
     params |= {path: jnp.asarray(shrunk, jnp.float32) for path in decays}
     about = {str(path): _about(path) for path in files}
-    step = max((int(values.get("global_step") or 0) for values in about.values()), default=0)
+    steps = [values.get("global_step") for values in about.values()]
+    step = max((number for number in steps if isinstance(number, int)), default=0)
     if stage2 is not None:
         config.run.init_from = str(files[0])
     run = LoadedModel(config, spec, {**frozen, **params}, language_tokenizer(config, spec.sizes), step)
@@ -212,7 +250,7 @@ def save_imported(imported: ImportedModel, workdir: str | Path) -> Path:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What a Lightning file says about its run, as plain JSON."""
-    values: Mapping[str, Any] = open_container(path)
+    """What a Lightning file says about its run, as plain JSON; nothing where it holds tensors alone."""
+    values: Mapping[str, Any] = open_container(path) if is_torch(path) else {}
     names = ("epoch", "global_step", "pytorch-lightning_version", "hyper_parameters")
     return {name: json.loads(json.dumps(values[name], default=str)) for name in names if name in values}

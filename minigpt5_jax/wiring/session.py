@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, setting_errors, validate
+from minigpt5_jax.config.keys import KEYS
 from minigpt5_jax.data.text.prompts import PromptStyle
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.sampling import SamplingConfig
@@ -105,9 +106,10 @@ def override(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
         except (ValueError, SyntaxError):
             value = text  # a word
         old = config.inference[name]
-        kind = tuple if isinstance(old, list | tuple) else type(old)  # a restored tuple is a list
+        unset = KEYS[f"inference.{name}"].kind
+        kind = unset or (tuple if isinstance(old, list | tuple) else type(old))  # a restored tuple is a list
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind:
             raise ConfigError(f"inference.{name}={text!r} must be of type {kind.__name__}")
-        config.inference[name] = type(old)(value)
+        config.inference[name] = type(old)(value) if unset is None else value
     return validate(config)

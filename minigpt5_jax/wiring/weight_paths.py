@@ -6,7 +6,6 @@ before anything is built or compiled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from minigpt5_jax.parts.contracts import Use
 from minigpt5_jax.shapes.files import ASSETS, genuine
 from minigpt5_jax.weights.check import differing
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.formats.files import read_json, why_missing
 from minigpt5_jax.weights.formats.hub import resolve
 
 SINGLE_FILES = (".pth", ".pt", ".ckpt")  # published alone; a config.json beside one may be another tower's
@@ -50,6 +50,16 @@ def source_path(use: Use, value: str) -> Path:
         return Path(value).expanduser()
 
 
+def why_absent(value: str) -> str:
+    """Why nothing is found where a source is said to be."""
+    try:
+        return f"{resolve(value, fetch=False)} has just appeared"
+    except FileNotFoundError:
+        return why_missing(Path(value).expanduser())
+    except WeightFileError as error:  # of a name that may be one on the hub
+        return f"{value} does not exist here; {str(error).partition(chr(10))[0]}"
+
+
 def find_source(config: ConfigDict, name: str) -> Path:
     """Where the source called ``name`` lies, whether it is there or not; a file that is meant in a folder."""
     _, use = uses_of(config)[name]
@@ -65,7 +75,7 @@ def find_sources(config: ConfigDict, names: Iterable[str]) -> tuple[dict[str, Pa
     for name in names:
         path = source_path(uses[name][1], given[name]) if given[name] else None
         if path is None or not path.exists():
-            where = "not given" if path is None else f"{path} does not exist"
+            where = "not given" if path is None else why_absent(given[name])
             problems.append(f"  weights.{name}: {where}\n      {uses[name][1].get}")
         else:
             paths[name] = find_source(config, name)
@@ -106,7 +116,7 @@ def check_sources(
             )
         )
     for name, path in paths.items():
-        check_preset(config, name, path)
+        check_preset(config, name, path, remedy)
     return paths
 
 
@@ -115,19 +125,23 @@ def sizes_file(use: Use, path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / use.tower.config_file
 
 
-def check_preset(config: ConfigDict, name: str, path: Path) -> None:
+def check_preset(config: ConfigDict, name: str, path: Path, remedy: str = "") -> None:
     """Compare the sizes that lie beside a source with the preset that is chosen for it.
 
     Shapes of tensors do not say everything: another epsilon, number of heads or noise schedule fits too.
 
     Args:
       name: as under ``config.weights``.  path: where the source lies.
+      remedy: what to do where the preset cannot be changed any more; by default the flag of training.
 
     Raises:
       ConfigError: the file, each field that differs with both values, and what to do.
-      WeightFileError: the file is no JSON, or has a value that is not implemented.
+      WeightFileError: the file is no JSON, or has a value that is not implemented; or the source holds what
+        a run adds to it (``Use.refuse``).
     """
     kind, use = uses_of(config)[name]
+    if use.refuse is not None:
+        use.refuse(path)
     chosen = config.model[kind].get(name)
     if use.tower is None or chosen is None or path.suffix in SINGLE_FILES:
         return
@@ -141,7 +155,7 @@ def check_preset(config: ConfigDict, name: str, path: Path) -> None:
     problems = differing(use.tower.read_sizes(file), use.tower.presets[chosen])
     if use.check is not None:
         try:
-            use.check(json.loads(file.read_text()), file)
+            use.check(read_json(file), file)
         except WeightFileError as error:
             problems.append(str(error).removeprefix(f"{file}: "))
     if problems:
@@ -149,7 +163,8 @@ def check_preset(config: ConfigDict, name: str, path: Path) -> None:
         raise ConfigError(
             f"{file} does not fit {key}={chosen!r}:\n"
             + "\n".join(f"  {problem}" for problem in problems)
-            + f"\nGive weights.{name} as {use.get}, or take the file's own values: --config.{key}=source"
+            + f"\nGive weights.{name} as {use.get}"
+            + (f".  {remedy}" if remedy else f", or take the file's own values: --config.{key}=source")
         )
 
 
@@ -166,4 +181,4 @@ def read_config(config: ConfigDict, name: str) -> dict[str, Any]:
     file = sizes_file(use, source_path(use, value))
     if not file.is_file():
         raise ConfigError(f"weights.{name}: no {file.name} in {file.parent}")
-    return json.loads(file.read_text())
+    return read_json(file)

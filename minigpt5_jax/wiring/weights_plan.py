@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, weight_sources
 from minigpt5_jax.parts.contracts import Origin, Use
-from minigpt5_jax.weights.check import examine, open_source
+from minigpt5_jax.weights.check import examine
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign.release import RELEASE_FILES
 from minigpt5_jax.weights.formats.hub import resolve
+from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring.model import known_towers, tower_sizes
 from minigpt5_jax.wiring.weight_paths import check_preset, needed_sources, sizes_file, source_path, uses_of
@@ -124,7 +125,7 @@ def _verified(name: str, use: Use, path: Path, sizes: Mapping[str, Any] | None) 
         return "there"
     if sizes is None:
         return "there, not compared: the sizes are not known"
-    source = open_source(path, use.tower.key)
+    source = open_weights(path, use.tower.key)
     view, coverage = examine(name, use.tower, source, sizes[name], others=known_towers(), values=False)
     for key in view:
         view[key]

@@ -191,6 +191,18 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, ma
     assert json.loads((tmp_path / "shapes/plain_seed0.json").read_text())["settings"]["judge"]["pairs"] == 9
 
 
+def test_rows_with_other_settings_are_listed_as_done(machine, call, capsys, tmp_path):
+    call("--rows", "plain", "--steps", "40")
+    capsys.readouterr()
+    call("--rows", "plain,no_cap", "--steps", "50", "--list")
+    _, plain, no_cap, remedy = capsys.readouterr().out.splitlines()
+    assert plain.split()[:2] == ["plain_seed0", "40"] and "done with other settings" in plain
+    assert no_cap.split()[:2] == ["no_cap_seed0", "50"] and no_cap.endswith("to run")
+    assert "refused" not in plain and "--results FOLDER" in remedy
+    call("--rows", "plain", "--steps", "50", "--work", str(tmp_path / "w"), "--results", str(tmp_path / "r"))
+    assert machine.names("train") == ["plain_seed0", "plain_seed0"], "as the remedy says"
+
+
 def test_another_seed_must_have_the_same_settings(machine, call):
     call("--rows", "plain", "--steps", "40")
     with pytest.raises(RowError, match=r"row plain_seed1: .*plain_seed0.json is of other settings"):

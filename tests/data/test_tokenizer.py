@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -129,7 +130,7 @@ def test_clip_bad_folder_is_one_clear_error(tmp_path, oracle_dir):
     with pytest.raises(DataError, match="not readable"):
         ClipTokenizer(folder)
     (folder / "vocab.json").write_text('{"a": 0}')
-    with pytest.raises(DataError, match=r"not in vocab\.json"):
+    with pytest.raises(DataError, match="not in its vocabulary"):
         ClipTokenizer(folder)
 
 
@@ -203,3 +204,49 @@ def test_stock_llama_golden_ids():
     )
     assert len(stock.encode(demo)) == 84
     assert len(expand(stock, demo, "", image_tokens=32, max_length=512).tokens) == 147
+
+
+def clip_from_tokenizer_json(oracle_dir, folder, merges=None):
+    """The oracle's CLIP tokenizer as newer versions of transformers write it."""
+    folder.mkdir()
+    vocab = json.loads((oracle_dir / "tokenizer_clip/vocab.json").read_text())
+    lines = (oracle_dir / "tokenizer_clip/merges.txt").read_text().splitlines()
+    pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges or pairs, "end_of_word_suffix": "</w>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    shutil.copy(oracle_dir / "tokenizer_clip/tokenizer_config.json", folder)
+    return folder
+
+
+def test_clip_from_tokenizer_json_alone(oracle_dir, tmp_path):
+    ours = ClipTokenizer(clip_from_tokenizer_json(oracle_dir, tmp_path / "new"))
+    theirs = ClipTokenizer(oracle_dir / "tokenizer_clip")
+    texts = ["a red circle", "", "The fox's den, 3 trees!", "\u00e9t\u00e9"]
+    for mine, want in zip(ours.encode(texts), theirs.encode(texts), strict=True):
+        np.testing.assert_array_equal(mine, want)
+    assert ours.identity() != theirs.identity(), "a run says so where its tokenizer comes from another file"
+    other = tmp_path / "new/tokenizer.json"
+    other.write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
+    with pytest.raises(DataError, match="no tokenizer of CLIP"):
+        ClipTokenizer(tmp_path / "new")
+    other.write_text("[]")
+    with pytest.raises(DataError, match="new is not readable"):
+        ClipTokenizer(tmp_path / "new")
+
+
+def test_tokenizer_files_that_are_none(oracle_dir, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"only tokenizer\.json.*put tokenizer\.model of the same model"):
+        LlamaTokenizer(path)
+    path.symlink_to("blobs/0")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.model, a link to blobs/0, where nothing is"):
+        LlamaTokenizer(path)
+    path.unlink()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataError, match=r"Git LFS pointer; run `git lfs pull`"):
+        LlamaTokenizer(path)
+    path.unlink()
+    shutil.copy(oracle_dir / "tokenizer_llama/tokenizer.model", path)
+    assert len(LlamaTokenizer(path)) == 1009

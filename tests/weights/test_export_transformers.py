@@ -12,13 +12,16 @@ import torch
 import transformers
 
 import original
+from minigpt5_jax.config import get_config
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.export import export_torch
 from minigpt5_jax.models.llama import weights as maps
 from minigpt5_jax.shapes.files import ASSETS, read_config
+from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.export import tokenizer as files
 from minigpt5_jax.weights.export.model import ExportError, Tokens
 from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.wiring.weight_paths import check_sources
 
 WORDS = read_config(ASSETS, "llama").vocab_size
 IDS = [1, 261, 424, 443, *range(WORDS, WORDS + 8), 269]
@@ -50,6 +53,19 @@ def outputs(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
 def assert_same(theirs, ours):
     for found, want in zip(theirs, ours, strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_an_export_is_no_language_model_to_start_from(exported):
+    """It has the vokens: a second set would be added, and the trained rows could not be reached any more."""
+    config = get_config()
+    config.weights.update(llm=str(exported("stage1")), tokenizer=str(exported("stage1")))
+    config.model.backbone.llm = "source"
+    for name in ("llm", "tokenizer"):
+        with pytest.raises(WeightFileError, match=r"holds the vokens already.*run\.init_from=WORKDIR"):
+            check_sources(config, only=[name])
+    for name in ("llm", "tokenizer"):  # those that it was trained on
+        config.weights.update({name: str(ASSETS / "llama")})
+        check_sources(config, only=[name])
 
 
 @pytest.mark.parametrize("kind", ["stage1", "lora"])

@@ -124,3 +124,18 @@ def test_errors_of_the_network_are_one_message(cache, monkeypatch, error, why):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(WeightFileError, match=why):
         resolve("org/model")
+
+
+def test_a_cache_without_refs_names_its_snapshots(cache):
+    snapshot = put(cache, "org/model")
+    save_safetensors(snapshot / "model.safetensors", {"b": np.ones(1)})
+    (snapshot.parents[1] / "refs/main").unlink()
+    with pytest.raises(WeightFileError, match=rf"no refs/main .*; give the path of one: {snapshot}\."):
+        resolve("org/model")
+    assert list(open_weights(resolve(str(snapshot)))) == ["b"]  # as the message says
+
+
+def test_a_link_of_the_cache_that_leads_nowhere(cache, tmp_path):
+    (tmp_path / "stage1.ckpt").symlink_to("blobs/0")
+    with pytest.raises(FileNotFoundError, match=r"stage1\.ckpt is a link to blobs/0, where nothing is"):
+        resolve(str(tmp_path / "stage1.ckpt"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file as torch_load
 from safetensors.torch import save_file as torch_save
 
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.formats.files import read_json
 from minigpt5_jax.weights.formats.load import count_non_finite, load_tower, open_weights
 from minigpt5_jax.weights.formats.save import save_safetensors
 from minigpt5_jax.weights.table import Rule, Table, WeightTableError, linear_rules
@@ -103,7 +104,7 @@ def test_a_source_that_does_not_fit_is_named(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors; download"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors does not exist; download"):
         open_weights(tmp_path / "absent.safetensors")
     (tmp_path / "weights.npz").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=r"weights\.npz, but none of model\.safetensors"):
@@ -192,15 +193,58 @@ def test_index_that_lies(tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["l.9.fc.bias"] = "part-1.safetensors"
     index.write_text(json.dumps(content))
+    source = open_weights(tmp_path)  # some tensors are in one of them only, and no model reads them
+    assert source["l.0.fc.bias"].shape == (4,)
     with pytest.raises(WeightFileError, match=r"part-1\.safetensors lacks 'l\.9\.fc\.bias'"):
-        open_weights(tmp_path)
+        source["l.9.fc.bias"]
     del content["weight_map"]["l.9.fc.bias"]
     left_out = next(iter(content["weight_map"]))  # it would be lost without a word
     shard = content["weight_map"].pop(left_out)
     index.write_text(json.dumps(content))
-    with pytest.raises(WeightFileError, match=f"{shard} holds '{left_out}' and 0 more tensors that"):
+    with pytest.raises(WeightFileError, match=f"{shard} holds '{left_out}', which .* does not name"):
+        open_weights(tmp_path)[left_out]
+    content["weight_map"][left_out] = next(name for name in content["weight_map"].values() if name != shard)
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightFileError, match=f"{shard} holds '{left_out}', which .* in another shard"):
         open_weights(tmp_path)
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(text)
         with pytest.raises(WeightFileError, match=r"index\.json is not an index of weights"):
             open_weights(tmp_path)
+
+
+def test_folders_with_copies_in_half_precision_only(tmp_path):
+    save_safetensors(tmp_path / "one/diffusion_pytorch_model.fp16.safetensors", tensors(np.float16))
+    assert same(open_weights(tmp_path / "one"), tensors(np.float16))
+    save_safetensors(tmp_path / "one/diffusion_pytorch_model.safetensors", tensors())
+    assert same(open_weights(tmp_path / "one"), tensors()), "only where there is nothing else"
+    (tmp_path / "more").mkdir()
+    write_shards(tmp_path / "more", "model.safetensors.index.fp16.json")
+    assert same(open_weights(tmp_path / "more"), tensors())
+
+
+def test_links_to_nothing_are_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs/0")
+    link = r"model\.safetensors is a link to .*blobs/0, where nothing is; download it again"
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=link):
+            open_weights(path)
+    save_safetensors(tmp_path / "blobs/0", tensors())
+    assert same(open_weights(tmp_path), tensors())
+    write_shards(tmp_path / "blobs")
+    (tmp_path / "blobs/part-2.safetensors").unlink()
+    (tmp_path / "blobs/part-2.safetensors").symlink_to("1")
+    with pytest.raises(FileNotFoundError, match=r"1 of them missing: .* is a link to 1, where nothing is"):
+        open_weights(tmp_path / "blobs")
+
+
+def test_small_files_that_are_none(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(WeightFileError, match=r"config\.json does not exist"):
+        read_json(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(WeightFileError, match=r"config\.json is a Git LFS pointer.*git lfs pull"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(WeightFileError, match=r"config\.json: no valid JSON"):
+        read_json(path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import original
+from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.eva_vit import weights as eva_vit
 from minigpt5_jax.models.llama import weights as llama
@@ -16,6 +17,7 @@ from minigpt5_jax.models.llama.model import LlamaConfig
 from minigpt5_jax.models.qformer.model import QFormerConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
+from minigpt5_jax.parts.contracts import ConvertOptions
 from minigpt5_jax.weights import check as importer
 from minigpt5_jax.weights.foreign import ldm, rewrite
 from minigpt5_jax.weights.foreign.rewrite import TOWERS
@@ -229,6 +231,32 @@ def test_a_pad_row_that_the_tokenizer_names_stays(files, llama_folder, tmp_path)
     (llama_folder / "added_tokens.json").write_text('{"[PAD]": 1000}')
     coverage = rewrite.write_llm(with_pad_row(files["llm"]), llama_folder, tmp_path / "out")
     assert coverage.notes == () and open_weights(tmp_path / "out")[llama.EMBED].shape[0] == 1001
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_folder_that_holds_the_vokens_already_is_refused(files, llama_folder, tmp_path, file):
+    (llama_folder / file).write_text(json.dumps({"added_tokens": [{"id": 1000, "content": "[IMG0]"}]}))
+    with pytest.raises(WeightFileError, match=rf"{file} lists \[IMG0\].*run\.init_from"):
+        rewrite.write_llm(files["llm"], llama_folder, tmp_path / "out")
+    for path in (llama_folder, llama_folder / "tokenizer.model"):
+        with pytest.raises(WeightFileError, match="holds the vokens already"):
+            rewrite.refuse_vokens(path)
+    (llama_folder / file).unlink()
+    rewrite.refuse_vokens(llama_folder)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_passed_on(oracle_dir, tmp_path):
+    from minigpt5_jax.parts.generators.stable_diffusion import SD21_BASE_ORIGIN
+
+    for name in ("tokenizer", "scheduler"):
+        (tmp_path / "sd" / name).mkdir(parents=True)
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text(json.dumps(rewrite.SCHEDULER))
+    with pytest.raises(DataError, match=r"CLIP vocabulary not found: .*vocab\.json"):
+        SD21_BASE_ORIGIN.convert(tmp_path / "sd", tmp_path / "out", ConvertOptions())
+    torch.save({"model.diffusion_model.x": torch.zeros(2)}, tmp_path / "sd.ckpt")
+    options = ConvertOptions(tokenizer=str(oracle_dir / "tokenizer_clip"))
+    with pytest.raises(WeightTableError, match="no OpenCLIP text encoder"):  # its tensors were found
+        SD21_BASE_ORIGIN.convert(tmp_path / "sd.ckpt", tmp_path / "out", options)
 
 
 def test_other_vicunas_and_sizes_are_refused(files, llama_folder, tmp_path, oracle_configs):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import os
+import pathlib
 import pickle
 import zipfile
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import tiny
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.formats.load import open_container, open_weights
 
@@ -99,15 +104,17 @@ def test_lightning_container(tmp_path, oracle_dir):
         np.testing.assert_array_equal(ours[name], as_numpy(value), err_msg=name)
 
 
-def test_the_key_of_a_container_is_asked_for_by_name(tmp_path):
+def test_tensors_are_found_wherever_a_file_has_them(tmp_path):
     path = tmp_path / "x.pth"
-    torch.save({"model": {"w": torch.ones(1)}, "epoch": 3}, path)
-    with pytest.raises(WeightFileError, match=r"no tensors under 'state_dict'; it holds 'model', 'epoch'"):
-        open_weights(path, key="state_dict")
-    with pytest.raises(WeightFileError, match=r"more than tensors: 'model', 'epoch'; .*such as 'model'"):
+    for place in ("model", "state_dict", "module"):
+        torch.save({place: {"w": torch.ones(1)}, "epoch": 3}, path)
+        for key in (None, "state_dict", "model", "epoch"):
+            assert open_weights(path, key=key)["w"].tolist() == [1]
+    torch.save({"model": {"w": torch.ones(1)}, "ema": {"w": torch.zeros(1)}, "epoch": 3}, path)
+    assert open_weights(path, key="ema")["w"].tolist() == [0], "what is asked for comes first"
+    torch.save({"w": torch.ones(1), "epoch": 3}, path)
+    with pytest.raises(WeightFileError, match=r"more than tensors and has none alone \(int\): 'w', 'epoch'"):
         open_weights(path)
-    with pytest.raises(WeightFileError, match=r"no tensors under 'epoch'"):
-        open_weights(path, key="epoch")
     torch.save([torch.ones(1)], path)
     with pytest.raises(WeightFileError, match=r"holds a list, not a dictionary"):
         open_container(path)
@@ -131,6 +138,59 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, options, call):
     with pytest.raises(WeightFileError, match=rf"evil\.pth is refused.*{call.__name__}.*never let run code"):
         open_weights(path, key="model")
     assert not proof.exists()
+
+
+def test_paths_and_objects_of_other_packages_beside_tensors_are_no_matter(tmp_path):
+    more = {
+        "hyper_parameters": {"save_dir": pathlib.PosixPath("/x/y"), "scale": np.float64(0.5)},
+        "callbacks": collections.defaultdict(list, {"stage": tiny.parts()[0].kind}),
+        "strange": Strange(1, path="a"),
+    }
+    torch.save({"state_dict": {"w": torch.ones(1)}, **more}, tmp_path / "posix.ckpt")
+    assert open_weights(tmp_path / "posix.ckpt")["w"].tolist() == [1]
+    held = open_container(tmp_path / "posix.ckpt")
+    assert held["hyper_parameters"]["save_dir"] == "/x/y" and held["callbacks"] == {"stage": "backbone"}
+    assert "Strange" in repr(held["strange"]) and not Strange.made, "nothing of it was run"
+    torch.save({"state_dict": {"w": torch.ones(1), "odd": Strange(2)}}, tmp_path / "odd.ckpt")
+    with pytest.raises(WeightFileError, match=r"more than tensors under 'state_dict' \(.*Strange.*\)"):
+        open_weights(tmp_path / "odd.ckpt")
+
+
+class Strange(dict):
+    """An object of a package that is not known."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *args, **options):
+        super().__init__({"key": 1})
+        self.number = args
+
+    def __setstate__(self, state):
+        self.made.append(state)
+
+
+def remedies(folder, state: dict) -> list:
+    """Files that follow what messages advise: the tensors alone, by PyTorch and as safetensors."""
+    torch.save(state, folder / "bare.ckpt")
+    save_file(state, folder / "bare.safetensors")
+    return [folder / "bare.ckpt", folder / "bare.safetensors"]
+
+
+def test_the_remedy_of_a_refused_file_is_taken(tmp_path):
+    state = {"w": torch.ones(2)}
+    torch.save({"state_dict": state, "more": Code(tmp_path / "proof")}, tmp_path / "evil.ckpt")
+    with pytest.raises(WeightFileError, match=r"torch\.save\(model\.state_dict\(\), path\)`, or safetensors"):
+        open_weights(tmp_path / "evil.ckpt", "state_dict")
+    for file in remedies(tmp_path, state):
+        assert open_weights(file, "state_dict")["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_forward_module.module.", "language_model."])
+def test_the_prefix_of_a_wrapper_is_left_out(tmp_path, prefix):
+    torch.save({f"{prefix}fc.weight": torch.ones(1), f"{prefix}b": torch.ones(1)}, tmp_path / "x.pth")
+    assert list(open_weights(tmp_path / "x.pth")) == ["fc.weight", "b"]
+    torch.save({f"{prefix}fc.weight": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.pth")
+    assert list(open_weights(tmp_path / "x.pth")) == [f"{prefix}fc.weight", "b"], "not a wrapper of all"
 
 
 def test_that_pickle_does_run_where_it_is_let(tmp_path):

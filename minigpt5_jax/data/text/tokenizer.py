@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +36,14 @@ def voken_text(num_vokens: int) -> str:
 def _read(path: Path, what: str) -> bytes:
     """Content of a tokenizer file; DataError where it is missing or empty."""
     if not path.is_file():
-        raise DataError(f"{what} not found: {path}")
+        link = os.readlink(path) if path.is_symlink() else ""
+        dead = f", a link to {link}, where nothing is; fetch it again" if link else ""
+        raise DataError(f"{what} not found: {path}{dead}")
     data = path.read_bytes()
     if not data:
         raise DataError(f"{what} is empty: {path}; fetch it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError(f"{what} {path} is a Git LFS pointer; run `git lfs pull` in its folder")
     return data
 
 
@@ -109,6 +114,11 @@ class LlamaTokenizer:
         import sentencepiece
 
         path = Path(model_file)
+        if not path.exists() and path.with_name("tokenizer.json").is_file():
+            raise DataError(
+                f"{path} is not there, only tokenizer.json, which newer versions of transformers write; its "
+                "rules give other ids (Q22): put tokenizer.model of the same model beside it"
+            )
         data = _read(path, "sentencepiece model")
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -209,8 +219,9 @@ class ClipTokenizer:
     """CLIP's byte-pair encoding of captions, padded and cut to a fixed length.
 
     Args:
-      folder: holds ``vocab.json``, ``merges.txt`` and ``special_tokens_map.json`` or
-        ``tokenizer_config.json``, as the ``tokenizer`` folder of a Stable Diffusion checkpoint.
+      folder: holds ``vocab.json`` and ``merges.txt``, or ``tokenizer.json`` (all that newer versions of
+        transformers write), and ``special_tokens_map.json`` or ``tokenizer_config.json``, as the
+        ``tokenizer`` folder of a Stable Diffusion checkpoint.
       max_length: ids per caption, 77 in SD 2.1.
 
     Raises:
@@ -219,24 +230,22 @@ class ClipTokenizer:
 
     def __init__(self, folder: str | Path, max_length: int = 77):
         folder = Path(folder)
-        vocab_bytes = _read(folder / "vocab.json", "CLIP vocabulary")
-        merges_bytes = _read(folder / "merges.txt", "CLIP merges")
         try:
-            vocab = json.loads(vocab_bytes)
-            lines = merges_bytes.decode("utf-8").splitlines()
-            merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        except ValueError as error:  # covers JSON and UTF-8 errors
+            vocab, merges, digest = _clip_rules(folder)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # also JSON and UTF-8 errors
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"CLIP tokenizer in {folder} is not readable ({error}); fetch it again") from None
         names = _clip_special_names(folder)
         missing = {role: name for role, name in names.items() if name not in vocab}
         if missing:
-            raise DataError(f"CLIP tokenizer in {folder}: special tokens {missing} are not in vocab.json")
+            raise DataError(f"CLIP tokenizer in {folder}: special tokens {missing} are not in its vocabulary")
         if max_length < 3:
             raise DataError(f"max_length must be at least 3 (BOS, one token, EOS), got {max_length}")
         self.max_length = max_length
         self.vocab_size = len(vocab)
         self.bos_id, self.eos_id, self.pad_id = (vocab[names[role]] for role in ("bos", "eos", "pad"))
-        self._sha256 = hashlib.sha256(vocab_bytes + b"\0" + merges_bytes).hexdigest()
+        self._sha256 = digest
         self._bpe = _clip_bpe(vocab, merges, names)
         self._special = re.compile("|".join(map(re.escape, names.values())))
         self._words: dict[str, list[int]] = {}
@@ -267,6 +276,27 @@ class ClipTokenizer:
     def identity(self) -> dict[str, str | int]:
         """What a checkpoint stores, to refuse another tokenizer later."""
         return {"sha256": self._sha256, "max_length": self.max_length, "pad_id": self.pad_id}
+
+
+def _clip_rules(folder: Path) -> tuple[dict[str, int], list[tuple[str, ...]], str]:
+    """Vocabulary and merges of a folder, and their SHA-256.
+
+    Of ``vocab.json`` and ``merges.txt`` it is that of the files; of ``tokenizer.json`` that of the two in a
+    form of its own, so that a run does not take the one for the other without a word.
+    """
+    whole = folder / "tokenizer.json"
+    if not (folder / "vocab.json").exists() and whole.exists():
+        model = json.loads(_read(whole, "CLIP tokenizer"))["model"]
+        if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != "</w>":
+            raise DataError(f"{whole} is no tokenizer of CLIP (BPE whose words end in </w>)")
+        merges = [tuple(merge.split() if isinstance(merge, str) else merge) for merge in model["merges"]]
+        digest = hashlib.sha256(json.dumps([model["vocab"], merges], sort_keys=True).encode()).hexdigest()
+        return model["vocab"], merges, digest
+    vocab_bytes = _read(folder / "vocab.json", "CLIP vocabulary")
+    merges_bytes = _read(folder / "merges.txt", "CLIP merges")
+    lines = merges_bytes.decode("utf-8").splitlines()
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    return json.loads(vocab_bytes), merges, hashlib.sha256(vocab_bytes + b"\0" + merges_bytes).hexdigest()
 
 
 def _clip_special_names(folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ from minigpt5_jax.evaluation.shapes.stories import NARRATIONS
 
 def main() -> None:
     """Command line."""
-    path = flags.DEFINE_string("run", None, "A run's --workdir, or its checkpoints folder.", required=True)
+    path = cli.define_path("run", None, "A run's --workdir, or its checkpoints folder.", required=True)
     what = flags.DEFINE_enum("what", None, list(WHAT), "What to measure.", required=True)
     options = (
         flags.DEFINE_integer(
@@ -41,24 +41,26 @@ def main() -> None:
         flags.DEFINE_integer("seed", 0, "Of the data and of the first answer.", lower_bound=0),
         flags.DEFINE_integer("batch_size", 32, "Answers made together at most.", lower_bound=1),
     )
-    out = flags.DEFINE_string("out", None, "File to write the line to as well.")
+    out = cli.define_path("out", None, "File to write the line to as well.")
     inference = flags.DEFINE_multi_string("inference", [], "KEY=VALUE in place of the run's inference.KEY.")
     weights = flags.DEFINE_multi_string("weights", [], "NAME=PATH where a source of frozen weights moved.")
 
     def command() -> None:
+        if out.value:
+            cli.check_writable(out.value, "out")
         cli.set_compile_cache(get_config())
         found = measure(
             path.value,
             what.value,
             **{option.name: option.value for option in options},
             inference=cli.pairs(inference.value, "inference"),
-            weights=cli.pairs(weights.value, "weights"),
+            weights=cli.sources(weights.value),
         )
         line = json.dumps(found)
         print(line)
         if out.value:
-            Path(out.value).expanduser().parent.mkdir(parents=True, exist_ok=True)
-            Path(out.value).expanduser().write_text(line + "\n")
+            Path(out.value).parent.mkdir(parents=True, exist_ok=True)
+            Path(out.value).write_text(line + "\n")
 
     app.run(lambda _: cli.guarded(command), flags_parser=cli.parse)
 

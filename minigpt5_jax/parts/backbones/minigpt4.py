@@ -242,6 +242,7 @@ USES = {
         at="llm/",
         new=NEW_PARAMETERS,
         check=rewrite.refuse_other_vicuna,
+        refuse=rewrite.refuse_vokens,
     ),
     "tokenizer": Use(
         why="tokenizer.model; '': beside weights.llm",
@@ -250,6 +251,7 @@ USES = {
         packaged="llama/tokenizer.model",
         beside="llm",
         file="tokenizer.model",
+        refuse=rewrite.refuse_vokens,
         # 499,723 bytes (fidelity 1.6).
         stock={"9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347": "LLaMA's own tokenizer"},
     ),

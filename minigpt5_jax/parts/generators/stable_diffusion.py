@@ -169,7 +169,7 @@ SD21_BASE_ORIGIN = Origin(
         "scheduler/*",
     ),
     command="stable_diffusion",
-    convert=rewrite.convert_diffusion,
+    convert=functools.partial(rewrite.convert_diffusion, open_tokenizer=ClipTokenizer),
 )
 SCHEDULE = Tower(
     NoiseSchedule,

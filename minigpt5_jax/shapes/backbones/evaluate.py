@@ -106,7 +106,9 @@ def main() -> None:
     """Command line: prints JSON lines."""
     from absl import app, flags
 
-    assets = flags.DEFINE_string("assets", str(files.ASSETS), "folder of the stored backbones")
+    from minigpt5_jax import cli
+
+    assets = cli.define_path("assets", str(files.ASSETS), "folder of the stored backbones")
     options = (
         flags.DEFINE_integer("count", 500, "held-out images of each number of objects", lower_bound=1),
         flags.DEFINE_integer("seed", 0, "of captions and noise"),
@@ -129,7 +131,7 @@ def main() -> None:
             result = {"objects": number, **given, "native": whole, "padding positions only": padding}
             print(json.dumps(result), flush=True)
 
-    app.run(run)
+    app.run(lambda words: cli.guarded(lambda: run(words)))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def parts_of(asked: str) -> list[str]:
 def train(config: ConfigDict) -> None:
     """Train the parts asked for, one after the other."""
     job = Job(
-        Path(config.out or files.ASSETS),
+        Path(config.out or files.ASSETS).expanduser(),
         Path(config.work).expanduser(),
         config.seed,
         config.steps,
@@ -217,7 +217,7 @@ def main() -> None:
             raise SystemExit(f"error: {error}") from None
         try:
             train(config.value)
-        except (FitError, DataError, FileNotFoundError) as error:  # a checkpoint, or a part that is needed
+        except (FitError, DataError, OSError) as error:  # a checkpoint, a part that is needed, a folder
             raise SystemExit(f"error: {error}") from None
 
     app.run(run)

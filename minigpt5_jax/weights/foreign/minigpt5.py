@@ -20,9 +20,13 @@ LLM = "backbone/llm/"
 _PEFT = "base_model.model."
 _WRAPPED = re.compile(re.escape(LLAMA_PREFIX + _PEFT) + r"(.*)\.modules_to_save\.default(\.weight)")
 
+PREFIX_EMBEDDING, PREFIX_INNER = (
+    "model.prefix_encoder.embedding.weight",  # [tokens d]
+    "model.prefix_encoder.transform.0.weight",  # [inner width d]
+)
 _PREFIX_ENCODER = Table(
     (
-        Rule("model.prefix_encoder.embedding.weight", f"{LLM}prefix_encoder/embedding"),
+        Rule(PREFIX_EMBEDDING, f"{LLM}prefix_encoder/embedding"),
         *linear_rules("model.prefix_encoder.transform.0", f"{LLM}prefix_encoder/transform/0"),
         *linear_rules("model.prefix_encoder.transform.2", f"{LLM}prefix_encoder/transform/1"),
     )

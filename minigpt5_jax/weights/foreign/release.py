@@ -17,7 +17,7 @@ from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.weights.check import Coverage, check_tensors
 from minigpt5_jax.weights.foreign.minigpt5 import LLAMA_PREFIX, LLM, TRAINED_TABLE, unwrap
 from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError
-from minigpt5_jax.weights.view import Tensors, View, made
+from minigpt5_jax.weights.view import Tensors, View, made, replaced
 
 TABLES = {llama.EMBED: f"{LLM}embed_tokens/embedding", llama.HEAD: f"{LLM}lm_head/kernel"}
 """The two tables in a file, and where their old rows go."""
@@ -40,6 +40,66 @@ _OLD_ROWS = Table(
 )
 RELEASE_TABLE = TRAINED_TABLE + _OLD_ROWS.prefixed(LLAMA_PREFIX, LLM)
 """Every name of a stage-1 or stage-2 file, tables unwrapped and cut into ``.old`` and ``.new`` rows."""
+
+
+WHOLE: Mapping[str, Mapping[str, str]] = {
+    "llm": {LLAMA_PREFIX: ""},
+    "vit": {"model.visual_encoder.": ""},
+    "qformer": {
+        "model.Qformer.": "Qformer.",
+        "model.query_tokens": "query_tokens",
+        "model.ln_vision": "ln_vision",
+    },
+    "llama_proj": {"model.llama_proj.": "llama_proj."},
+    "unet": {"unet.": ""},
+    "vae": {"vae.": ""},
+    "text_encoder": {"sd_text_encoder.": ""},
+}
+"""Name under ``config.weights`` -> its prefixes in a whole state dict of the original -> published ones."""
+
+
+def is_whole(source: Tensors) -> bool:
+    """Whether this is a whole state dict of the original's stage-1 model, frozen towers among it."""
+    return any(key.startswith("unet.") for key in source) and any(
+        key.startswith("model.llama_model.") for key in source
+    )
+
+
+def tower_of_whole(name: str, source: Tensors, num_new: int = 9) -> Tensors:
+    """A tower's tensors, by their published names; ``source`` itself where it is no whole state dict.
+
+    Args:
+      name: of the tower under ``config.weights``.
+      source: tensors.  num_new: new rows, the last ones of both tables of words.
+    """
+    if not is_whole(source):
+        return source
+    keys = {
+        new + key.removeprefix(old): key
+        for old, new in WHOLE.get(name, {}).items()
+        for key in source
+        if key.startswith(old)
+    }
+    part = View(source, {short: lambda key=key: source[key] for short, key in keys.items()})
+    if name != "llm":
+        return part
+    return replaced(part, dict.fromkeys(TABLES, lambda table: table[:-num_new]))
+
+
+def trained_of_whole(source: Tensors) -> Tensors:
+    """What a stage trained, of a whole state dict; ``source`` itself where it is none.
+
+    Raises:
+      WeightTableError: naming a tensor that is neither trained nor of a tower.
+    """
+    if not is_whole(source):
+        return source
+    tables = {LLAMA_PREFIX + key for key in TABLES}
+    trained = [key for key in source if key in tables or TRAINED_TABLE.resolve(key) is not None]
+    frozen = tuple(old for prefixes in WHOLE.values() for old in prefixes)
+    if other := sorted(key for key in set(source) - set(trained) if not key.startswith(frozen)):
+        raise WeightTableError(f"{getattr(source, 'path', 'the file')}: {other[0]!r} belongs to no part")
+    return made(source, trained, source.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from minigpt5_jax.models.qformer.weights import TOWER as QFORMER
 from minigpt5_jax.models.tower import Tower
 from minigpt5_jax.models.unet.weights import TOWER as UNET
 from minigpt5_jax.models.vae.weights import TOWER as VAE
-from minigpt5_jax.weights.check import COVERAGE_FILE, Coverage, differing, examine, open_source, with_cause
+from minigpt5_jax.weights.check import COVERAGE_FILE, Coverage, differing, examine, with_cause
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign import ldm
+from minigpt5_jax.weights.formats.files import read_json, read_small, why_missing
 from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 from minigpt5_jax.weights.table import Table, WeightTableError
@@ -90,7 +90,7 @@ def convert_llama(name: str, tower: Tower, source: Path, output: Path, options: 
     """A folder of LLaMA, of MiniGPT-5's size unless ``options`` (:class:`ConvertOptions`) have sizes."""
     if options.sizes is None:
         require_preset(name, tower, tower.read_sizes(source / "config.json"))
-    return [write_llm(open_source(source), source, output, keep_rows=options.keep_rows)]
+    return [write_llm(open_weights(source), source, output, keep_rows=options.keep_rows)]
 
 
 def convert_tower(name: str, tower: Tower, source: Path, output: Path, options: Any) -> list[Coverage]:
@@ -98,7 +98,7 @@ def convert_tower(name: str, tower: Tower, source: Path, output: Path, options: 
     sizes = tower.read_sizes(_sizes_file(source, options.sizes))
     if options.sizes is None:
         require_preset(name, tower, sizes)
-    return [write_tower(name, tower, open_source(source, tower.key), sizes, output)]
+    return [write_tower(name, tower, open_weights(source, tower.key), sizes, output)]
 
 
 def _sizes_file(source: Path, given: str | None) -> Path | None:
@@ -109,19 +109,27 @@ def _sizes_file(source: Path, given: str | None) -> Path | None:
     return beside if given == "source" or (source.is_dir() and beside.is_file()) else None
 
 
-def convert_diffusion(source: Path, output: Path, options: Any) -> list[Coverage]:
+def convert_diffusion(
+    source: Path, output: Path, options: Any, *, open_tokenizer: Callable[[Path], Any]
+) -> list[Coverage]:
     """A diffusers folder, of a diffusers folder or of one file of Stable Diffusion.
 
+    Args:
+      open_tokenizer: opens the folder of its tokenizer, so that none is passed on that cannot be read.
+
     Raises:
-      ValueError: one file, and no tokenizer for it.
+      WeightFileError: one file, and no tokenizer for it.
     """
     if source.is_dir():
         check_scheduler(source / "scheduler/scheduler_config.json")
+        open_tokenizer(source / "tokenizer")
         return write_diffusers(source, output, any_size=options.sizes is not None)
     if options.tokenizer is None:
-        raise WeightFileError("one file holds no tokenizer: give --tokenizer FOLDER (vocab.json, merges.txt)")
-    torch = source.suffix != ".safetensors"
-    weights = open_weights(source, "state_dict" if torch else None)
+        raise WeightFileError(
+            "one file holds no tokenizer: give --tokenizer FOLDER, tokenizer/ of a diffusers folder"
+        )
+    open_tokenizer(Path(options.tokenizer))
+    weights = open_weights(source)
     sizes = Path(options.sizes) if options.sizes not in (None, "source") else None
     return write_single_file(weights, Path(options.tokenizer), output, sizes)
 
@@ -133,7 +141,7 @@ def check_scheduler(path: Path) -> NoiseSchedule:
       WeightFileError: it does not, as the 768-pixel Stable Diffusion 2.1; or the file is not there.
     """
     try:
-        return NoiseSchedule.from_hf(json.loads(path.read_text()))
+        return NoiseSchedule.from_hf(read_json(path))
     except (OSError, ValueError) as error:
         raise WeightFileError(f"{path}: {error}") from None
 
@@ -199,9 +207,12 @@ def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = 
     """
     for name in ("config.json", "tokenizer.model"):
         if not (folder / name).is_file():
-            raise WeightFileError(f"{folder} has no {name}; fetch it with the weights")
+            raise WeightFileError(
+                f"{folder} has no {name} ({why_missing(folder / name)}); fetch it with the weights"
+            )
+    refuse_vokens(folder)
     sizes, notes = llama.TOWER.read_sizes(folder / "config.json"), ()
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     refuse_other_vicuna(config, folder / "config.json")
     if llama.EMBED not in source:
         raise WeightTableError(
@@ -234,11 +245,32 @@ def tokenizer_entries(folder: Path) -> int:
 
     added = folder / "added_tokens.json"
     try:
-        more = json.loads(added.read_text()).values() if added.is_file() else ()
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=(folder / "tokenizer.model").read_bytes())
+        more = read_json(added).values() if added.is_file() else ()
+        proto = read_small(folder / "tokenizer.model")
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
         return max([pieces.vocab_size(), *(number + 1 for number in more)])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise WeightFileError(f"{folder}: its tokenizer cannot be read ({error}); fetch it again") from None
+
+
+def refuse_vokens(path: Path) -> None:
+    """Refuse a language model whose tokenizer has the vokens: others would be placed behind them.
+
+    Args:
+      path: its folder, or a file in it.
+
+    Raises:
+      WeightFileError: naming the file that lists ``[IMG0]``, and where to start from instead.
+    """
+    folder = path if path.is_dir() else path.parent
+    for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and '"[IMG0]"' in read_small(folder / name).decode("utf-8", "replace"):
+            raise WeightFileError(
+                f"{folder} holds the vokens already ({name} lists [IMG0]): it is an export of a trained run, "
+                "and a second set would be added beside the trained rows.  Start from that run with "
+                "--config.run.init_from=WORKDIR, or generate from its checkpoint; for this key give the "
+                "language model that it was trained on"
+            )
 
 
 def refuse_other_vicuna(config: Mapping[str, Any], path: Path) -> None:
@@ -277,7 +309,7 @@ def write_diffusers(source: Path, output: Path, *, any_size: bool = False) -> li
         sizes = tower.read_sizes(config)
         if not any_size:
             require_preset(name, tower, sizes)
-        weights, values = open_weights(source / name), json.loads(config.read_text())
+        weights, values = open_weights(source / name), read_json(config)
         found.append(write_tower(name, tower, weights, sizes, output / name, config=values))
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, output / name)
@@ -290,15 +322,14 @@ def write_single_file(
     """A Stable Diffusion 2.1-base checkpoint of one file as a diffusers folder.
 
     Args:
-      source: its tensors.  tokenizer: folder with ``vocab.json`` and ``merges.txt``, which it lacks.
+      source: its tensors.  tokenizer: folder of CLIP's tokenizer, which it lacks.
       output: folder to fill.  sizes: diffusers folder with the sizes; the full-size presets by default.
 
     Raises:
       WeightTableError: keys that belong to no part, and the likely cause.
     """
-    for name in ("vocab.json", "merges.txt"):
-        if not (tokenizer / name).is_file():
-            raise WeightFileError(f"{tokenizer} has no {name}; give tokenizer/ of a diffusers folder")
+    if not tokenizer.is_dir():
+        raise WeightFileError(f"{tokenizer} is no folder; give tokenizer/ of a diffusers folder")
     _refuse_other_diffusion(source)
     known, ignored = Table((), ldm.IGNORED), {}
     prefixes = {name: prefix for name, (prefix, _) in SINGLE_FILE.items()}
@@ -323,7 +354,7 @@ def write_single_file(
     found[0] = dataclasses.replace(found[0], ignored={**found[0].ignored, **ignored})
     (output / "scheduler").mkdir()
     scheduler = sizes / "scheduler/scheduler_config.json" if sizes else None
-    values = json.loads(scheduler.read_text()) if scheduler else SCHEDULER
+    values = read_json(scheduler) if scheduler else SCHEDULER
     write_json(output / "scheduler/scheduler_config.json", values)
     shutil.copytree(tokenizer, output / "tokenizer")
     return found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.weights.formats.files import why_missing
 
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt")
 """What is brought of a repository: weights, sizes, tokenizer."""
@@ -42,7 +43,9 @@ def resolve(
         return path
     name = str(name_or_path)
     if not _ID.fullmatch(name):
-        raise FileNotFoundError(f"no file or folder {path}; correct it, or give a repository as org/name")
+        raise FileNotFoundError(
+            f"no file or folder {path} ({why_missing(path)}); correct it, or give a repository as org/name"
+        )
     repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     if inner.endswith(FILES):
         file = _from_hub(repository, [inner], name, fetch) / inner
@@ -83,6 +86,8 @@ def _from_hub(repository: str, patterns: list[str], name: str, fetch: bool) -> P
         why = "the hub has no such repository, or it is private"
     except LocalEntryNotFoundError:
         why = "it is not in the local cache" + (" and the hub cannot be reached" if fetch else "")
+        if kept := _snapshots(repository):
+            why = f"its cache has no refs/main to say which snapshot is meant; give the path of one: {kept}"
     except Exception as error:  # the errors of the network are those of whichever client the hub uses
         why = f"{type(error).__name__}: {error}"
     raise WeightFileError(
@@ -90,3 +95,13 @@ def _from_hub(repository: str, patterns: list[str], name: str, fetch: bool) -> P
         f"Where there is a network, `hf download {repository}{what} --local-dir {repository}` fetches it; "
         f"put it at {place} or give the path where it lies"
     )
+
+
+def _snapshots(repository: str) -> str:
+    """Folders of a repository's snapshots in the local cache that no branch points to; '' for none."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    if (folder / "refs/main").is_file() or not (folder / "snapshots").is_dir():
+        return ""
+    return ", ".join(map(str, sorted((folder / "snapshots").iterdir())))

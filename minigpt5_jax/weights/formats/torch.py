@@ -1,9 +1,10 @@
 """PyTorch's ``.pth``, ``.pt``, ``.bin`` and ``.ckpt`` files, without PyTorch and without running a pickle.
 
 A checkpoint is a pickle that says how tensors lie in raw storages.  Here that pickle can only name what is
-listed in :func:`_known`: plain containers and the descriptions of tensors.  Any other name is refused before
-anything is made of it, which is what ``torch.load(weights_only=True)`` does.  Tensors are views of the mapped
-file, in the zip format (PyTorch 1.6 and later) and in the older one.
+listed in :func:`_known`: plain containers, paths and the descriptions of tensors.  A name of another package
+(hyper-parameters and callbacks are full of them) gives an object that does nothing (:class:`_Inert`); one of
+Python itself or of PyTorch is refused before anything is made of it, as ``torch.load(weights_only=True)``
+does.  Tensors are views of the mapped file, in the zip format (PyTorch 1.6 and later) and in the older one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import io
 import mmap
 import pickle
 import pickletools
+import sys
 import types
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
@@ -46,6 +48,10 @@ STORAGES = {
 }
 
 
+SAVE_TENSORS = (
+    "save its tensors alone where it comes from (`torch.save(model.state_dict(), path)`, or safetensors)"
+)
+"""The remedy for a file that holds what is not read."""
 OPCODES = frozenset(
     """PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE LIST DICT TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS
     SETITEM SETITEMS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING
@@ -54,8 +60,38 @@ OPCODES = frozenset(
 """What ``torch.save`` writes: protocol 2.  Later ones may ask for any amount of memory in a few bytes."""
 
 
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")
+STRICT = ("torch", "__builtin__")
+"""Packages besides Python's own of which nothing is made but what is known."""
+
+
 class _Refused(Exception):
     """The pickle names something that is no plain data."""
+
+
+class _Inert:
+    """Stands for an object of an unknown package: made of anything, it does and keeps nothing."""
+
+    def __new__(cls, *args: Any, **options: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **options: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Kept nowhere."""
+
+    def extend(self, values: Any) -> None:
+        """Kept nowhere."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
 
 
 class _Storage:
@@ -92,6 +128,11 @@ def _plain(metadata: tuple) -> None:
         raise _Refused("a tensor that is negated or conjugated")
 
 
+def _as_posix(*parts: str) -> str:
+    """What a path pickles as."""
+    return str(PurePosixPath(*parts))
+
+
 def _known() -> dict[str, Any]:
     """Everything a pickle may name, and what stands for it here.
 
@@ -102,6 +143,10 @@ def _known() -> dict[str, Any]:
         "builtins.set": set,
         "__builtin__.set": set,
         "argparse.Namespace": types.SimpleNamespace,
+        "collections.defaultdict": lambda *_: {},
+        **{f"{home}.{kind.__name__}": kind for home in ("builtins", "__builtin__") for kind in (list, dict)},
+        **{f"pathlib.{name}": _as_posix for name in PATHS},
+        **{f"pathlib._local.{name}": _as_posix for name in PATHS},
         "_codecs.encode": lambda text, *_: text.encode("latin1"),  # how protocol 2 writes bytes
         "torch._utils._rebuild_tensor": lambda *args: _Tensor(*args[:4]),
         "torch._utils._rebuild_tensor_v2": lambda *args: _plain(args[6:]) or _Tensor(*args[:4]),
@@ -135,10 +180,12 @@ class _Unpickler(pickle.Unpickler):
         return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._known[f"{module}.{name}"]
-        except KeyError:
-            raise _Refused(f"{module}.{name}") from None
+        known, package = f"{module}.{name}", module.partition(".")[0]
+        if known not in self._known:
+            if package in STRICT or package in sys.stdlib_module_names or package in sys.builtin_module_names:
+                raise _Refused(known)
+            self._known[known] = type(known, (_Inert,), {})
+        return self._known[known]
 
     def persistent_load(self, saved: Any) -> _Storage:
         kind, storage_type, key, *rest = saved
@@ -166,8 +213,7 @@ def read_torch(path: Path) -> Any:
         except _Refused as error:
             raise WeightFileError(
                 f"{path} is refused: to load it, its pickle would have to make {error}, and a weight file is "
-                "never let run code; save its tensors alone where it comes from "
-                "(`torch.save(model.state_dict(), path)`, or safetensors)"
+                f"never let run code; {SAVE_TENSORS}"
             ) from None
         except Exception as error:  # a damaged pickle or zip file fails in any way
             raise WeightFileError(

@@ -1,0 +1,119 @@
+"""Where paths enter: ``~`` means the home folder everywhere, and what cannot be written is said at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from minigpt5_jax import cli
+from minigpt5_jax.config import get_config, keys_of, validate, value_at
+from minigpt5_jax.parts.contracts import Key
+
+ROOT = Path(__file__).parents[1]
+FREE_TEXT = {"prompt", "inference", "weights", "to", "error_budget", "beam_runner", "beam_options"}
+"""Flags of the commands that are no paths; ``weights`` goes through :func:`cli.sources`."""
+NO_PATHS = {"run.name", "run.compile_cache", "data.index_cache", "run.best_metric"}
+"""Keys of free text: names, and folders of caches, which are in the home of whoever runs the program."""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_every_flag_with_free_text_is_a_path_or_named_here():
+    files = [*(ROOT / "minigpt5_jax").glob("*.py"), ROOT / "minigpt5_jax/evaluation/shapes/__main__.py"]
+    found = {
+        name
+        for file in files
+        for name in re.findall(r'DEFINE_(?:multi_)?string\(\s*"(\w+)"', file.read_text())
+    }
+    assert found == FREE_TEXT
+
+
+def test_a_path_of_a_flag(home):
+    values = flags.FlagValues()
+    one = cli.define_path("one", None, "a path", flag_values=values)
+    more = cli.define_path("more", None, "paths", multi=True, flag_values=values)
+    values(["x", "--one=~/a b", "--more=~/c", "--more=x~/~", "--more=org/name"])
+    assert one.value == str(home / "a b")
+    assert more.value == [str(home / "c"), "x~/~", "org/name"]
+
+
+def test_every_free_text_of_a_configuration_is_a_path_or_named_here(home):
+    config = get_config()
+    config.data.flip_mode = "off"  # which data.features wants
+
+    def is_text(key: Key) -> bool:
+        return not key.choices and (key.kind is str or isinstance(key.default, str))
+
+    keys = keys_of(config)
+    texts = {name for name, key in keys.items() if is_text(key) and not name.startswith("model.")}
+    assert {name for name in texts if not keys[name].path} == NO_PATHS
+    for name in texts - NO_PATHS:
+        section, _, last = name.rpartition(".")
+        value_at(config, section)[last] = "~/x"
+    validate(config)
+    assert {value_at(config, name) for name in texts - NO_PATHS} == {str(home / "x")}
+
+
+def test_a_workdir_below_home_is_one_folder_for_the_whole_run(home, monkeypatch):
+    run_file = f"--config={ROOT / 'configs/shapes_stage1.py'}"
+    given = ["train", run_file, "--workdir=~/run1", "--config.data.train=~/a.tsv"]
+    monkeypatch.setattr("sys.argv", given)  # where ml_collections looks for overrides
+    with flagsaver.flagsaver():
+        cli.parse(given)
+        config = cli.load()
+        assert (config.run.workdir, config.data.train) == (str(home / "run1"), str(home / "a.tsv"))
+        assert cli.sources(["llm=~/llm"]) == {"llm": str(home / "llm")}
+
+
+def test_a_run_file_below_home(home):
+    (home / "mine.py").write_text((ROOT / "configs/shapes_stage1.py").read_text())
+    with flagsaver.flagsaver():
+        cli.parse(["train", "--config=~/mine.py"])
+        assert cli.load().data.format == "shapes"
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    assert cli.check_writable(str(tmp_path / "a/b/c")) == str(tmp_path / "a/b/c")
+    assert not list(tmp_path.iterdir()), "trying leaves nothing"
+    (tmp_path / "file").touch()
+    for below in ("file/page", "file/a/b"):
+        with pytest.raises(
+            NotADirectoryError, match=r"--output=.*file: Not a directory; choose another --output"
+        ):
+            cli.check_writable(str(tmp_path / below))
+    assert cli.check_writable(str(tmp_path / "file")), "a file there is another matter, which commands refuse"
+
+
+@pytest.mark.skipif(not os.access("/proc", os.R_OK), reason="needs a folder that nobody can write to")
+def test_a_folder_that_nobody_can_write_to():
+    with pytest.raises(OSError, match=r"--workdir=/proc/self/run cannot be written: /proc/self: "):
+        cli.check_writable("/proc/self/run", "workdir")
+
+
+def test_an_error_of_the_file_system_is_one_line(capsys):
+    def command() -> None:
+        raise PermissionError(13, "Permission denied", "secret.tsv")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.guarded(command)
+    assert ended.value.code == 1 and "Traceback" not in (said := capsys.readouterr().err)
+    assert said.splitlines() == ["error: secret.tsv: Permission denied"]
+
+
+def test_a_terminal_does_not_obey_what_a_message_quotes(capsys):
+    hostile = "caption \x1b[2J\x9b31m\u202e\ttab caf\u00e9 \u4e00\nline\r\ud800"
+    cli.tell(hostile)
+    said = capsys.readouterr().err
+    assert said == "caption \\x1b[2J\\x9b31m\\u202e\ttab caf\u00e9 \u4e00\nline\\r\\ud800\n"
+    record = logging.LogRecord("absl", logging.WARNING, __file__, 1, "skipped: %s", ("\x1b]0;x\x07",), None)
+    assert cli._Printable().format(record).endswith("skipped: \\x1b]0;x\\x07")
