@@ -84,12 +84,12 @@ def split_parameters(
     pretrained = load_frozen(config, spec, shardings)
     fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
-    newest = checkpoints.latest_step
-    if config.run.init_from and newest is None:
+    resumed = checkpoints.latest_step is not None
+    if config.run.init_from and not resumed:
         fresh = warm_start(config, spec, fresh, frozen, shardings)
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
-    own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
-    if own and newest is not None:
+    own = set(inherited) | set(checkpoints.paths("inherited") if resumed else ())
+    if own and resumed:
         shapes = {path: spec.template.shapes[path] for path in own}
         like = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
