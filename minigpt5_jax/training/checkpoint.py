@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from minigpt5_jax.training.checksum import checksums
+from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.provenance import CheckpointError, Meta, plain
 
 META = "meta"
@@ -41,6 +42,7 @@ class Checkpoints:
       keep_latest: newest steps kept.
       keep_best: steps kept besides for the lowest ``best_metric`` (of those saved with one).
       best_metric: name among the ``metrics`` given to :meth:`save`.
+      owner: of the run's folder, released by :meth:`close`.
       read_only: nothing is written or cleaned up, so that a run that is saving there is left alone.
     """
 
@@ -51,6 +53,7 @@ class Checkpoints:
         keep_latest: int = 2,
         keep_best: int = 1,
         best_metric: str = "image",
+        owner: Owner | None = None,
         read_only: bool = False,
     ):
         self.directory = Path(directory).expanduser().absolute()
@@ -58,6 +61,7 @@ class Checkpoints:
         self._unreadable: dict[int, str] = {}
         self._qualities: dict[int, float | None] = {}
         self._saving: int | None = None
+        self._owner = owner
         self._options = ocp.CheckpointManagerOptions(
             step_format_fixed_length=8,
             cleanup_tmp_directories=not read_only,
@@ -223,9 +227,13 @@ class Checkpoints:
           CheckpointError: as :meth:`wait`.
         """
         opened, self._opened = self._opened, None
-        if opened is not None:
-            with self._told():
-                opened.close()
+        try:
+            if opened is not None:
+                with self._told():
+                    opened.close()
+        finally:
+            if self._owner is not None:
+                self._owner.release()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where they lie: the same number on any mesh, and one flipped bit changes it."""
+"""Checksums of arrays, computed where they lie: the same on any mesh, and one flipped bit changes them."""
 
 from __future__ import annotations
 
