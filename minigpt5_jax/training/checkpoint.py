@@ -1,16 +1,18 @@
 """Checkpoints: what training changed and all that is needed to go on bit for bit.
 
 One step is one folder with an Orbax item per part of the state (``trainable``, ``opt_state``, ``step``,
-``rng``) and a JSON item with the data position and the description of the run.  Frozen weights are
-not in it: they are read from their source and compared by hash.
+``rng``) and a JSON item with the data position, the description of the run, what it was measured by, and a
+checksum of every array.  Frozen weights are not in it: they are read from their source and compared by hash.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from minigpt5_jax.training.checksum import checksums
+from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.provenance import CheckpointError, Meta, plain
 
 META = "meta"
+WEIGHTS = ("trainable", "inherited")
+"""Parts of a step that hold parameters."""
 Result = TypeVar("Result")
+
+
+class DamagedStep(Exception):
+    """The files of a step are there, but not what was written into them."""
 
 
 class Checkpoints:
@@ -32,6 +42,7 @@ class Checkpoints:
       keep_latest: newest steps kept.
       keep_best: steps kept besides for the lowest ``best_metric`` (of those saved with one).
       best_metric: name among the ``metrics`` given to :meth:`save`.
+      owner: of the run's folder, released by :meth:`close`.
       read_only: nothing is written or cleaned up, so that a run that is saving there is left alone.
     """
 
@@ -42,29 +53,22 @@ class Checkpoints:
         keep_latest: int = 2,
         keep_best: int = 1,
         best_metric: str = "image",
+        owner: Owner | None = None,
         read_only: bool = False,
     ):
         self.directory = Path(directory).expanduser().absolute()
         self._best_metric = best_metric
-        self._unreadable: set[int] = set()
-        policies = ocp.checkpoint_managers
+        self._unreadable: dict[int, str] = {}
+        self._qualities: dict[int, float | None] = {}
+        self._saving: int | None = None
+        self._owner = owner
         self._options = ocp.CheckpointManagerOptions(
             step_format_fixed_length=8,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
             save_interval_steps=0 if read_only else 1,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep_latest),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[best_metric],
-                        reverse=True,  # ascending quality is descending loss
-                        n=keep_best,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            preservation_policy=_Kept(self, keep_latest, keep_best),
         )
         self._opened: ocp.CheckpointManager | None = None
 
@@ -84,12 +88,26 @@ class Checkpoints:
         """Steps that are complete on disk, ascending; a half-written one is not among them."""
         if not self.directory.is_dir():
             return []
-        return sorted(set(self._manager.all_steps()) - self._unreadable)
+        return sorted(set(self._manager.all_steps()) - self._unreadable.keys())
 
     @property
     def latest_step(self) -> int | None:
-        """Newest complete step, or None."""
+        """Newest complete step that is not known to be unreadable, or None."""
         return max(self.steps, default=None)
+
+    def newest_readable(self) -> int:
+        """The step that a reader takes who was given none: the newest whose parameters can be read.
+
+        Where there are several, the parameters are read to find out.  A step that is passed over is logged
+        together with the one that is taken.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        steps = self.steps
+        if len(steps) == 1:
+            return steps[0]  # nothing to choose from; what is wrong with it is said by who reads it
+        return self._first_readable(None, self._try_weights)
 
     def save(
         self,
@@ -122,7 +140,15 @@ class Checkpoints:
         if step in self.steps:  # resuming is bit-exact: what is there is what would be written
             logging.info("step %d is already in %s", step, self.directory)
             return
-        kept = self._quality(step, metrics)
+        measured = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        if metrics is not None and self._best_metric not in metrics:
+            logging.warning(
+                "step %d: no metric %r to find the best checkpoint by; there are %s",
+                step,
+                self._best_metric,
+                ", ".join(metrics),
+            )
+        self._qualities[step] = measured.get(self._best_metric)
         named = {name: _named(tree) for name, tree in state.items()}
         items = {name: ocp.args.StandardSave(tree) for name, tree in named.items()}
         items[META] = ocp.args.JsonSave(
@@ -130,15 +156,17 @@ class Checkpoints:
                 "data_state": int(data_state),
                 "meta": plain(meta),
                 "leaves": {name: _leaves(tree) for name, tree in named.items()},
+                "checksums": {name: checksums(tree) for name, tree in named.items()},
+                "metrics": measured,
             }
         )
-        try:
+        self.wait()  # the step before, so that what went wrong with it is said of it
+        self._saving = step
+        with self._told():
             if step in self._unreadable:
                 self._manager.delete(step)
-                self._unreadable.discard(step)
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: {error}") from error
+                del self._unreadable[step]
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def meta(self, step: int | None = None) -> Meta:
         """Description of the run that wrote ``step`` (the newest): cheap, to check before compiling.
@@ -165,15 +193,15 @@ class Checkpoints:
 
         def read(number: int) -> tuple[dict[str, Any], int, Meta]:
             saved = self._read_meta(number)
-            self._check_leaves(number, saved["leaves"], like)
-            args = {name: ocp.args.StandardRestore(_abstract(_named(tree))) for name, tree in like.items()}
-            restored = self._manager.restore(number, args=ocp.args.Composite(**args))
+            named = {name: _named(tree) for name, tree in like.items()}
+            self._check_leaves(number, saved["leaves"], named)
+            restored = self._read_parts(number, saved, named)
             parts = {name: _unnamed(restored[name], tree) for name, tree in like.items()}
             return parts, saved["data_state"], saved["meta"]
 
         return self._first_readable(step, read)
 
-    def paths(self, part: str, step: int) -> tuple[str, ...]:
+    def paths(self, part: str, step: int | None = None) -> tuple[str, ...]:
         """Paths of a part that is a flat dict of parameters; none where the step has no such part.
 
         Raises:
@@ -183,66 +211,175 @@ class Checkpoints:
         return tuple(name.removeprefix("['").removesuffix("']") for name in leaves.get(part, ()))
 
     def wait(self) -> None:
-        """Return when everything saved so far is on disk."""
+        """Return when everything saved so far is on disk.
+
+        Raises:
+          CheckpointError: the last save failed, a full disk for example.
+        """
         if self._opened is not None:
-            self._opened.wait_until_finished()
+            with self._told():
+                self._opened.wait_until_finished()
 
     def close(self) -> None:
-        """Wait and let go of the folder."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        """Wait and let go of the folder.
 
-    def _quality(self, step: int, metrics: Mapping[str, int | float] | None) -> dict[str, float] | None:
-        """What ranks a step, None where it was not measured."""
-        if metrics is None:
-            return None
-        if self._best_metric not in metrics:
-            logging.warning(
-                "step %d: no metric %r to find the best checkpoint by; there are %s",
-                step,
-                self._best_metric,
-                ", ".join(metrics),
+        Raises:
+          CheckpointError: as :meth:`wait`.
+        """
+        opened, self._opened = self._opened, None
+        try:
+            if opened is not None:
+                with self._told():
+                    opened.close()
+        finally:
+            if self._owner is not None:
+                self._owner.release()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What fails inside is said of the step that is being saved."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot save step {self._saving} in {self.directory}: {error}") from error
+
+    def quality(self, step: int) -> float | None:
+        """What ranks a step, the lower the better; None where it was not measured, or cannot be read."""
+        if step not in self._qualities:
+            try:
+                saved = self._read_meta(step).get("metrics")
+            except Exception:  # whoever wants to read the step says that it is damaged
+                saved = {}
+            # Before checkpoints kept them, the values were in the lines of the run only.
+            self._qualities[step] = (
+                self._logged_qualities().get(step) if saved is None else saved.get(self._best_metric)
             )
-            return None
-        value = float(metrics[self._best_metric])
-        return {self._best_metric: value} if math.isfinite(value) else None
+        return self._qualities[step]
+
+    def _logged_qualities(self) -> dict[int, float]:
+        """Step -> the metric in the run's ``metrics.jsonl``."""
+        found = {}
+        path = self.directory.parent / "metrics.jsonl"
+        for line in path.read_text("utf-8").split("\n") if path.is_file() else ():
+            try:
+                values = json.loads(line)
+                found[values["step"]] = float(values[f"validation/{self._best_metric}"])
+            except (ValueError, KeyError, TypeError):  # other lines, or a last one that was cut off
+                continue
+        return found
+
+    def is_unreadable(self, step: int) -> bool:
+        """Whether reading ``step`` failed."""
+        return step in self._unreadable
 
     def _first_readable(self, step: int | None, read: Callable[[int], Result]) -> Result:
         """``read(step)``; without a step the newest that works, each damaged one logged."""
         steps = self.steps
+        if step in self._unreadable:
+            raise CheckpointError(self._cannot_read(step))
         if not steps:
-            what = "holds no complete checkpoint" if self.directory.is_dir() else "does not exist"
-            raise CheckpointError(f"checkpoint folder {self.directory} {what}")
+            self._refuse_empty()
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {steps}")
-        failure: Exception | None = None
+        passed = []
         for number in steps[::-1] if step is None else [step]:
             try:
-                return read(number)
+                result = read(number)
             except CheckpointError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                failure = error
-                reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                logging.warning("step %d in %s cannot be read: %s", number, self.directory, reason)
-                self._unreadable.add(number)
-        raise CheckpointError(f"nothing readable is left in {self.directory}: {failure}") from failure
+                self._unreadable[number] = _reason(error)
+                passed.append(number)
+                continue
+            for damaged in passed:
+                logging.warning(
+                    "step %d in %s cannot be read (%s); step %d is the newest that can, and is taken instead",
+                    damaged,
+                    self.directory,
+                    self._unreadable[damaged],
+                    number,
+                )
+            return result
+        if step is not None:
+            raise CheckpointError(self._cannot_read(step)) from None
+        self._refuse_empty()
+
+    def _refuse_empty(self) -> NoReturn:
+        """Say why there is no step to read."""
+        if self._unreadable:
+            lines = [f"step {step}: {reason}" for step, reason in sorted(self._unreadable.items())]
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} can be read:\n{first_lines(lines)}\n"
+                "take the folder from a copy, or start in another workdir"
+            ) from None
+        what = "holds no complete checkpoint" if self.directory.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint folder {self.directory} {what}")
+
+    def _cannot_read(self, step: int) -> str:
+        """What to say of a damaged step that was asked for by its number, with those to ask for instead."""
+        others = []
+        for other in self.steps:
+            try:
+                self._try_weights(other)
+                others.append(other)
+            except Exception as error:
+                self._unreadable[other] = _reason(error)
+        message = f"step {step} in {self.directory} cannot be read ({self._unreadable[step]}); "
+        if not others:
+            return message + "nor can any other: take the folder from a copy, or start in another workdir"
+        return message + f"these can: {', '.join(map(str, others))} (--step {others[-1]})"
+
+    def _try_weights(self, step: int) -> int:
+        """``step``, if its parameters can be read."""
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = self._read_meta(step)
+        named = {
+            part: {name: _shape(text, here) for name, text in saved["leaves"][part].items()}
+            for part in WEIGHTS
+            if part in saved["leaves"]
+        }
+        self._read_parts(step, saved, named)
+        return step
 
     def _read_meta(self, step: int) -> Meta:
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return restored[META]
+        # Not by Orbax: processes may look at different moments, and it would wait for all of them.
+        path = self.directory / f"{step:08d}" / META / "metadata"
+        try:
+            saved = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise DamagedStep(f"{META}/metadata: {error.strerror}") from None
+        except ValueError:
+            raise DamagedStep(f"{META}/metadata is empty or cut off") from None
+        if missing := {"leaves", "meta", "data_state"} - (saved.keys() if isinstance(saved, dict) else set()):
+            raise DamagedStep(f"{META}/metadata lacks {', '.join(sorted(missing))}")
+        return saved
+
+    def _read_parts(self, step: int, saved: Meta, named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Part -> name -> array of a step whose description was read, after comparing their checksums."""
+        if not named:
+            return {}
+        args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in named.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        for part, tree in named.items():
+            kept = saved.get("checksums", {}).get(part, {})  # those of earlier versions have none
+            read = checksums({name: restored[part][name] for name in tree if name in kept})
+            if changed := sorted(name for name, value in read.items() if value != kept[name]):
+                raise DamagedStep(
+                    f"{part}{changed[0]} is not what was saved: its checksum differs"
+                    + (f", and those of {len(changed) - 1} more" if changed[1:] else "")
+                )
+        return dict(restored)
 
     def _check_leaves(
-        self, step: int, leaves: Mapping[str, Mapping[str, str]], like: Mapping[str, Any]
+        self, step: int, leaves: Mapping[str, Mapping[str, str]], named: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Compare names, shapes and dtypes with what is on disk, before anything is read."""
         problems = []
-        for part, tree in like.items():
+        for part, tree in named.items():
             if part not in leaves:
                 problems.append(f"part {part!r} is not in the checkpoint")
                 continue
-            saved, wanted = leaves[part], _leaves(_named(tree))
+            saved, wanted = leaves[part], _leaves(tree)
             problems += [f"{part}{name} is in the checkpoint only" for name in saved.keys() - wanted.keys()]
             problems += [f"{part}{name} is not in the checkpoint" for name in wanted.keys() - saved.keys()]
             problems += [
@@ -254,6 +391,29 @@ class Checkpoints:
             raise CheckpointError(
                 f"step {step} in {self.directory} is of another model:\n" + first_lines(sorted(problems))
             )
+
+
+def _reason(error: Exception) -> str:
+    """A few words on why a step cannot be read: of TensorStore's many lines, how the first begins."""
+    if isinstance(error, DamagedStep | OSError):
+        return str(error)
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return f"its files are damaged: {first[:60]}{'...' if len(first) > 60 else ''}"
+
+
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """Which steps stay: the newest and the best of those that are not known to be damaged."""
+
+    # Orbax's own policies know the metrics of this process's saves only: after a restart the best would go.
+    def __init__(self, checkpoints: Checkpoints, latest: int, best: int):
+        self._checkpoints, self._latest, self._best = checkpoints, latest, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = sorted(one.step for one in checkpoints if not self._checkpoints.is_unreadable(one.step))
+        measured = {step: value for step in steps if (value := self._checkpoints.quality(step)) is not None}
+        best = sorted(measured, key=lambda step: (measured[step], -step))[: self._best]
+        kept = {*steps[len(steps) - min(self._latest, len(steps)) :], *best}
+        return [one.step in kept for one in checkpoints]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -311,6 +471,13 @@ def _leaves(named: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]" for name, leaf in named.items()
     }
+
+
+def _shape(text: str, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """What ``float32[8,4]`` means."""
+    dtype, _, sizes = text.removesuffix("]").partition("[")
+    shape = tuple(int(size) for size in sizes.split(",") if size)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
 
 def first_lines(lines: Sequence[str], limit: int = 8) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.interruption import Interruption
 from minigpt5_jax.training.metrics import Metrics, due
 from minigpt5_jax.training.prefetch import DevicePrefetch
 from minigpt5_jax.training.state import TrainState
@@ -49,10 +50,15 @@ class Loop:
     saved_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> dict[str, float]:
-        """Train to the end; returns the last validation (empty without one)."""
+        """Train to the end; returns the last validation (empty without one).
+
+        Raises:
+          SystemExit: SIGTERM or Ctrl-C asked to stop: with status 143 or 130, behind a checkpoint.
+        """
         results: dict[str, float] = {}
+        told = None
         try:
-            with jax.set_mesh(self.mesh), self.metrics:
+            with jax.set_mesh(self.mesh), self.metrics, Interruption() as interruption:
                 for step in range(self.first_step + 1, self.num_steps + 1):
                     batch = next(self.data)
                     self.state, values = self.train_step(self.state, self.frozen, batch)
@@ -63,12 +69,21 @@ class Loop:
                     if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
                         with self.metrics.paused():
                             self.metrics.image(step, "held_out", self.grid(self.state.trainable))
-                    if due(step, self.save_every) or last:
+                    told = None if last else interruption.after(step)
+                    if due(step, self.save_every) or last or told:
                         self._save(step, validated)
+                    if told:
+                        break
                 self._tell_left_out()
         finally:  # worker processes end, and a checkpoint on its way to disk gets there
             self.data.close()
             self.checkpoints.close()
+        if told:
+            self.metrics.message(
+                f"stopped by {told.name}: step {step} of {self.num_steps} is saved; "
+                "the same command goes on from it"
+            )
+            raise SystemExit(128 + told)
         return results
 
     def _tell_left_out(self) -> None:

@@ -115,7 +115,7 @@ def open_run(
 
     Args:
       path: a run's workdir or its ``checkpoints`` folder.
-      step: which checkpoint; the newest by default.
+      step: which checkpoint; by default the newest that can be read.
       weights: source paths that differ from those of the run, by their names under ``config.weights``.
       inference: settings in place of the run's, as Python spells them (``{"sampler": "ddim"}``).
 
@@ -124,7 +124,7 @@ def open_run(
       ConfigError: an unknown source or setting.
     """
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
-        chosen = checkpoints.latest_step if step is None else step
+        chosen = checkpoints.newest_readable() if step is None else step
         meta = checkpoints.meta(chosen)
     config = config_of(meta, weights)
     return OpenedRun(checkpoints.directory, chosen, meta, override(config, inference or {}))
@@ -237,12 +237,12 @@ def trained_parameters(
     """Everything the run of ``spec`` changed or inherited.
 
     Args:
-      path: workdir or checkpoints.  step: which checkpoint; the newest by default.
+      path: workdir or checkpoints.  step: which checkpoint; by default the newest that can be read.
       shardings: path -> where it goes; the first local device for paths that are not named.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
-        step = checkpoints.latest_step if step is None else step
+        step = checkpoints.newest_readable() if step is None else step
         own = checkpoints.paths("inherited", step)  # may hold pretrained parameters in a form of its own
         like: dict[str, dict[str, jax.ShapeDtypeStruct]] = {"trainable": {}}
         for name, shape in spec.template.shapes.items():
@@ -270,7 +270,7 @@ def open_parent_run(config: ConfigDict, spec: ModelSpec) -> tuple[Mapping[str, A
     """
     path = config.run.init_from
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
-        meta = checkpoints.meta()
+        meta = checkpoints.meta(checkpoints.newest_readable())
     known = meta["config"]["weights"]
     given = {name: value for name, value in config.weights.items() if value and name in known}
     parent = build(config_of(meta, given))

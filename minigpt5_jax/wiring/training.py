@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
@@ -20,6 +21,7 @@ from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.loop import Loop
 from minigpt5_jax.training.metrics import Metrics
 from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.prefetch import DevicePrefetch
 from minigpt5_jax.training.provenance import NOT_LOADED, CheckpointError, check_compatible, require_same
 from minigpt5_jax.training.sharding import (
@@ -84,12 +86,12 @@ def split_parameters(
     pretrained = load_frozen(config, spec, shardings)
     fresh = {path: place(path, v) for path, v in initial_trainable(config, spec, pretrained).items()}
     frozen = {path: value for path, value in pretrained.items() if spec.labels[path] == FROZEN}
-    newest = checkpoints.latest_step
-    if config.run.init_from and newest is None:
+    resumed = checkpoints.latest_step is not None
+    if config.run.init_from and not resumed:
         fresh = warm_start(config, spec, fresh, frozen, shardings)
     inherited = {path: value for path, value in fresh.items() if spec.labels[path] == FROZEN}
-    own = set(inherited) | set(checkpoints.paths("inherited", newest) if newest is not None else ())
-    if own and newest is not None:
+    own = set(inherited) | set(checkpoints.paths("inherited") if resumed else ())
+    if own and resumed:
         shapes = {path: spec.template.shapes[path] for path in own}
         like = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
@@ -171,8 +173,28 @@ def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.Gra
         )
 
 
-def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
-    """Checkpoints of the workdir.
+def claim(workdir: str) -> Owner | None:
+    """The owner of the run's folder, in the main process; all processes are refused together.
+
+    Raises:
+      CheckpointError: another run trains there.
+      OSError: the folder cannot be written.
+    """
+    owner, refusal = None, None
+    if main_process():
+        try:
+            owner = Owner(workdir)
+        except (CheckpointError, OSError) as error:
+            refusal = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)):
+        refusal = refusal or CheckpointError(f"the main process says why it cannot train in {workdir}")
+    if refusal is not None:
+        raise refusal
+    return owner
+
+
+def open_run_checkpoints(config: ConfigDict, owner: Owner | None = None) -> Checkpoints:
+    """Checkpoints of the workdir, which its owner is let go of with.
 
     Raises:
       CheckpointError: there are some, but the run shall not continue them.
@@ -183,6 +205,7 @@ def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
         keep_latest=run.keep_latest,
         keep_best=run.keep_best,
         best_metric=run.best_metric,
+        owner=owner,
     )
     if checkpoints.latest_step is not None and not run.resume:
         raise CheckpointError(
@@ -199,12 +222,22 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     """
     if not config.run.workdir:
         raise ConfigError("give the folder of this run: --workdir DIR")
+    owner = claim(config.run.workdir)
+    try:
+        return _make_loop(config, watch, owner)
+    except BaseException:
+        if owner is not None:
+            owner.release()
+        raise
+
+
+def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
     spec = build(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     spec = spec.without(unused_towers(config, spec, watched=watch is not None))
     check_sources(config, spec.unused)
-    checkpoints = open_run_checkpoints(config)
+    checkpoints = open_run_checkpoints(config, owner)
     if config.run.init_from and checkpoints.latest_step is None:
         open_parent_run(config, spec)
     sampler = open_sampler(config, spec)

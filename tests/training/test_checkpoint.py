@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.training import provenance
 from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.checksum import checksums
 from minigpt5_jax.training.provenance import (
     NOT_LOADED,
     CheckpointError,
@@ -196,23 +198,160 @@ def test_half_written_and_damaged_steps_are_passed_over(tmp_path, caplog):
         restored, data_state, _ = checkpoints.restore(vars(state))
     assert data_state == 1 and checkpoints.latest_step == 1
     assert_same(restored, vars(state))
-    assert any("step 2" in record.getMessage() for record in caplog.records)
-    with pytest.raises(CheckpointError, match="has no step 2"):
-        checkpoints.restore(vars(state), step=2)
-    with pytest.raises(CheckpointError, match="nothing readable is left"):
-        Checkpoints(tmp_path).restore(vars(state), step=2)
+    assert any(
+        "step 2 in" in record.getMessage() and "step 1 is the newest that can" in record.getMessage()
+        for record in caplog.records
+    )
+    for opened in (checkpoints, Checkpoints(tmp_path)):  # known to be damaged, and not yet
+        with pytest.raises(
+            CheckpointError, match=r"step 2 in .* cannot be read .*: 1 \(--step 1\)$"
+        ) as error:
+            opened.restore(vars(state), step=2)
+        assert len(str(error.value)) < 400, "no walls of TensorStore's text"
     checkpoints.save(2, vars(state), 2, meta())  # the damaged step can be written again
     checkpoints.close()
     assert Checkpoints(tmp_path).restore(vars(state))[1] == 2
 
 
-def test_damaged_description_is_passed_over_too(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+def weights(value):
+    return {"trainable": {"a": jnp.full((5, 3), value, jnp.float32)}}
+
+
+def two_steps(folder):
+    checkpoints = Checkpoints(folder)
     for step in (1, 2):
-        checkpoints.save(step, {"step": jnp.asarray(step)}, step, meta(stage=step))
+        checkpoints.save(step, weights(step), step, meta(stage=step), metrics={"image": step})
     checkpoints.close()
-    (tmp_path / "00000002" / "meta" / "metadata").write_text('{"data_state"')
-    assert Checkpoints(tmp_path).meta()["stage"] == 1
+    return folder / "00000002"
+
+
+def empty_all(step):
+    for file in step.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def empty_folder(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGES = {
+    "all files empty": empty_all,
+    "description empty": lambda step: (step / "meta/metadata").write_bytes(b""),
+    "description cut": lambda step: (step / "meta/metadata").write_text('{"data_state"'),
+    "description of nothing": lambda step: (step / "meta/metadata").write_text("{}"),
+    "no description": lambda step: shutil.rmtree(step / "meta"),
+    "empty folder": empty_folder,
+    "no parameters": lambda step: shutil.rmtree(step / "trainable"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_every_reader_takes_the_newest_step_that_can_be_read(tmp_path, caplog, damage):
+    damage(two_steps(tmp_path))
+    with caplog.at_level("WARNING", logger="absl"):
+        assert Checkpoints(tmp_path, read_only=True).newest_readable() == 1
+    [said] = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
+    assert "step 2 in" in said and "step 1 is the newest that can" in said and len(said) < 400
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore(weights(0.0))[1] == 1 and checkpoints.latest_step == 1
+    assert checkpoints.meta()["stage"] == 1 and checkpoints.paths("trainable") == ("a",)
+    checkpoints.save(2, weights(7.0), 2, meta())  # the step can be written again
+    checkpoints.close()
+    assert Checkpoints(tmp_path).restore(weights(0.0), step=2)[0]["trainable"]["a"][0, 0] == 7
+
+
+def test_a_damaged_step_does_not_push_out_one_that_can_be_read(tmp_path):
+    (two_steps(tmp_path) / "meta/metadata").write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path, keep_latest=2, keep_best=0)
+    assert checkpoints.newest_readable() == 1
+    checkpoints.save(3, weights(3.0), 3, meta())
+    checkpoints.close()
+    assert Checkpoints(tmp_path).steps == [1, 3]
+
+
+def test_where_nothing_can_be_read_every_step_is_named(tmp_path):
+    two_steps(tmp_path)
+    for step in ("00000001", "00000002"):
+        (tmp_path / step / "meta/metadata").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* can be read:\n  step 1: .*\n  step 2: .*"
+    ):
+        Checkpoints(tmp_path).newest_readable()
+    with pytest.raises(CheckpointError, match="step 2 in .* cannot be read .* nor can any other"):
+        Checkpoints(tmp_path).meta(2)
+
+
+def test_a_flipped_bit_is_found(tmp_path, monkeypatch):
+    two_steps(tmp_path)
+    meta_file = tmp_path / "00000002/meta/metadata"
+    saved = json.loads(meta_file.read_text())
+    assert saved["checksums"]["trainable"] == {"['a']": checksums(weights(2)["trainable"])["a"]}
+    saved["checksums"]["trainable"]["['a']"] ^= 1  # as if the array had changed
+    meta_file.write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match=r"trainable\['a'\] is not what was saved.*--step 1"):
+        Checkpoints(tmp_path).restore(weights(0), step=2)
+    assert Checkpoints(tmp_path).newest_readable() == 1
+    del saved["checksums"]  # as earlier versions wrote it
+    meta_file.write_text(json.dumps(saved))
+    assert Checkpoints(tmp_path).newest_readable() == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "bool"])
+def test_a_checksum_changes_with_one_bit_one_place_and_not_with_the_mesh(dtype):
+    bits = np.random.default_rng(0).integers(0, 2, (16, 8 * jnp.dtype(dtype).itemsize)).astype(np.uint8)
+    values = bits if dtype == "bool" else np.packbits(bits, axis=1)
+    values = values.view(jnp.dtype(dtype)).reshape(4, -1)
+    changed = values.copy().view(np.uint8)
+    changed[2, 1] ^= 1
+    changed = changed.view(values.dtype)
+    sharded = jax.device_put(
+        values, NamedSharding(mesh(2, 4), P("fsdp", "data" if dtype == "bool" else None))
+    )
+    found = checksums({"a": values, "sharded": sharded, "changed": changed, "moved": values[::-1].copy()})
+    assert found["a"] == found["sharded"]
+    assert len({found["a"], found["changed"], found["moved"]}) == 3
+
+
+@pytest.mark.parametrize("version", ["now", "before"])
+def test_the_best_step_stays_after_a_restart(tmp_path, version):
+    """``before``: metrics are in the lines of the run only."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    values = {2: 0.1, 3: 0.5, 4: 0.4, 5: 0.3}
+    for step, image in values.items():
+        checkpoints.save(step, weights(step), step, meta(), metrics={"image": image, "text": 1.0})
+    checkpoints.close()
+    assert Checkpoints(folder).steps == [2, 4, 5]
+    if version == "before":
+        for file in folder.glob("*/meta/metadata"):
+            saved = json.loads(file.read_text())
+            assert saved.pop("metrics").keys() == {"image", "text"}
+            file.write_text(json.dumps(saved))
+        lines = [json.dumps({"step": s, "validation/image": v}) for s, v in values.items()]
+        lines = [json.dumps({"step": 2, "loss": 9.0}), *lines, '{"step": 5, "val']
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    reopened = Checkpoints(folder)
+    reopened.save(6, weights(6), 6, meta(), metrics={"image": 0.9})
+    reopened.close()
+    assert Checkpoints(folder).steps == [2, 5, 6]
+
+
+def test_a_save_that_failed_is_said_of_its_own_step(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, weights(1), 1, meta())
+    checkpoints.wait()
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+    with pytest.raises(CheckpointError, match="cannot save step 1 in .*No space left"):
+        checkpoints.save(2, weights(2), 2, meta())
+    monkeypatch.setattr(checkpoints._manager, "close", full)
+    with pytest.raises(CheckpointError, match="cannot save step 1 in .*No space left"):
+        checkpoints.close()
 
 
 def test_other_shape_dtype_or_leaf_is_one_clear_error(tmp_path):

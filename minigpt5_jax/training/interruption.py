@@ -1,0 +1,48 @@
+"""A run that is told to stop ends behind a whole step, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Interruption:
+    """While it is entered, SIGTERM and Ctrl-C are noted; a second one acts as it would without this.
+
+    Of several processes JAX's coordination service takes note of SIGTERM, and all of them stop behind the
+    same step; Ctrl-C is left as it is there.  Only Python's main thread can take signals; in others nothing
+    is noted.
+    """
+
+    def __init__(self):
+        self._noted: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Interruption:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def after(self, step: int) -> signal.Signals | None:
+        """The signal that asks to stop behind ``step``; call it behind every one."""
+        if jax.process_count() > 1:
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._noted
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._noted = signal.Signals(number)
+        for known, before in self._before.items():
+            signal.signal(known, before)
+        self._before = {}
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"\n{self._noted.name}: stopping behind this step, to save it first\n".encode())

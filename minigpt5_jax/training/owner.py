@@ -1,0 +1,79 @@
+"""The owner of a run's folder: one program at a time trains in it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TextIO
+
+from absl import logging
+
+from minigpt5_jax.training.provenance import CheckpointError
+
+OWNER = "owner.lock"
+
+
+class Owner:
+    """Holds a folder until :meth:`release`, or until the process ends in whatever way.
+
+    The file ``owner.lock`` names the owner while it runs.  What holds is the lock on it, which the system
+    takes back when a process dies: a file that was left behind blocks nobody.
+
+    Args:
+      workdir: folder of the run; made where it is missing.
+
+    Raises:
+      CheckpointError: another program trains there; names its process, host and start.
+      OSError: the folder cannot be written.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._path = Path(workdir) / OWNER
+        self._made = not self._path.parent.exists()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO | None = self._locked()
+        self._file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        self._file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}\n")
+        self._file.flush()
+
+    def _locked(self) -> TextIO:
+        """The file, open and locked."""
+        while True:
+            file = self._path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise CheckpointError(
+                    f"{self._path.parent} is in use by {owner}; wait until it ends, stop it, or "
+                    "give this run another --workdir"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                logging.warning(
+                    "the file system of %s has no locks (%s): see to it that no other run uses this folder",
+                    self._path.parent,
+                    error.strerror,
+                )
+                return file
+            if self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat()):
+                return file
+            file.close()  # the owner before took the file away after it was opened here
+
+    def release(self) -> None:
+        """Let go of the folder; a folder that was made for it and is empty goes, too."""
+        if self._file is None:
+            return
+        self._path.unlink(missing_ok=True)  # before the lock ends, so that nobody else's is taken away
+        self._file.close()
+        self._file = None
+        if self._made and not any(self._path.parent.iterdir()):
+            self._path.parent.rmdir()

@@ -1,0 +1,71 @@
+"""A run that is told to stop ends behind a whole step, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.interruption import Interruption
+from minigpt5_jax.training.loop import Loop
+from minigpt5_jax.training.metrics import Metrics
+from minigpt5_jax.training.prefetch import DevicePrefetch
+from minigpt5_jax.training.state import TrainState
+from tests.training.test_checkpoint import mesh
+
+
+class Data(DevicePrefetch):
+    """Batches of nothing."""
+
+    state = 0
+
+    def __init__(self):
+        self.loader = SimpleNamespace(skipped=(), truncated=0)
+
+    def __next__(self):
+        self.state += 1
+
+    def close(self):
+        pass
+
+
+def make_loop(folder, train_step, first_step=0):
+    state = TrainState(
+        jnp.asarray(first_step), {"a": jnp.zeros(2)}, {"m": jnp.zeros(1)}, jnp.zeros(2, jnp.uint32)
+    )
+    checkpoints, metrics = Checkpoints(folder / "checkpoints"), Metrics(folder, 9, first_step=first_step)
+    return Loop(state, {}, train_step, mesh(2, 4), Data(), metrics, checkpoints, {}, first_step, 9, 0, 100, 0)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_saves_its_step(tmp_path, capfd, monkeypatch, sent, status):
+    monkeypatch.setattr("minigpt5_jax.training.metrics._open_tensorboard", lambda _: None)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def train_step(state, frozen, batch):
+        if state.step == 3:
+            os.kill(os.getpid(), sent)
+        return state.__class__(state.step + 1, state.trainable, state.opt_state, state.rng), {"loss": 1.0}
+
+    with pytest.raises(SystemExit) as stopped:
+        make_loop(tmp_path, train_step).run()
+    assert stopped.value.code == status
+    said = capfd.readouterr().err
+    assert f"stopped by {sent.name}: step 4 of 9 is saved; the same command goes on from it" in said
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.steps == [4]
+    restored, data_state, _ = checkpoints.restore({"step": jnp.asarray(0)})
+    assert restored["step"] == 4 and data_state == 4
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+        assert interruption.after(1) is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.after(1) is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
