@@ -16,6 +16,7 @@ from minigpt5_jax import cli
 from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.training.distributed import initialize
 from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.run_settings import check_new_parameters
 from minigpt5_jax.wiring.training import make_loop, parameter_table
 from minigpt5_jax.wiring.used_towers import unused_towers
 
@@ -26,6 +27,7 @@ def main(config: ConfigDict) -> None:
     """The command."""
     if DRY_RUN.value:
         spec = build(config)
+        check_new_parameters(config, spec)
         print(parameter_table(spec.without(unused_towers(config, spec, watched=True))))
         return
     cli.set_compile_cache(config)

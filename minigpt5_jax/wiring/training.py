@@ -40,6 +40,7 @@ from minigpt5_jax.wiring.restore import (
     upgrade_meta,
     warm_start,
 )
+from minigpt5_jax.wiring.run_settings import check_end, check_new_parameters, compare_settings
 from minigpt5_jax.wiring.session import open_sampler
 from minigpt5_jax.wiring.used_towers import abstract_batch, unused_towers
 from minigpt5_jax.wiring.weight_paths import check_sources
@@ -120,7 +121,14 @@ def resume(
         "{}: checkpoint {!r}, now {!r}",
     )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
-    parts, data_state, _ = checkpoints.restore(vars(like))
+    wanted = dict(vars(like))
+    # Earlier versions kept clipping in a chain before the optimizer, where it had a state, if an empty one.
+    chained = any(name.startswith("[1]") for name in checkpoints.paths("opt_state", checkpoints.latest_step))
+    if chained:
+        wanted["opt_state"] = (None, wanted["opt_state"])
+    parts, data_state, _ = checkpoints.restore(wanted)
+    if chained:
+        parts["opt_state"] = parts["opt_state"][1]
     return TrainState(**parts), data_state
 
 
@@ -204,7 +212,10 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     spec = spec.without(unused_towers(config, spec, watched=watch is not None))
     check_sources(config, spec.unused)
-    checkpoints = open_run_checkpoints(config)
+    checkpoints, changed = open_run_checkpoints(config), []
+    if checkpoints.latest_step is not None:
+        changed = compare_settings(config, spec, checkpoints)
+    check_new_parameters(config, spec)
     if config.run.init_from and checkpoints.latest_step is None:
         open_parent_run(config, spec)
     sampler = open_sampler(config, spec)
@@ -217,6 +228,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     loader.restore(0)
     spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings)
     steps = num_steps(config, len(source))
+    check_end(config, steps, checkpoints)
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
     meta = {**describe(config, spec, frozen), "data": data_identity(config, source)}
@@ -242,6 +254,10 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
         metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:
         metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
+    if changed:
+        metrics.message("\n  ".join(["settings that differ from the checkpoint's:", *changed]))
+    if first_step >= steps:
+        metrics.message(f"all {steps} steps are done; to go on, give more of them (run.num_steps)")
     step = jax.jit(
         make_train_step(spec.template, spec.labels, optimizer, spec.options),
         donate_argnums=0,

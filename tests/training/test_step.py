@@ -220,7 +220,7 @@ def test_clip_is_taken_over_trainables_only(labels):
 
 
 def test_parts_without_gradient_stay_as_in_torch():
-    """AdamW of torch with ``grad`` None where a part is not reached, under the original's schedule, clipped."""
+    """AdamW of torch with ``grad`` None where a part is not reached, by the original's schedule, clipped."""
     labels = {"backbone/rows": "llm", "mapper/fc": "mapper", "generator/w": "mapper", "backbone/w": FROZEN}
     random = np.random.default_rng(0)
     values = {path: random.standard_normal(5).astype(np.float32) for path in labels}
