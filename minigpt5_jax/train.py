@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
 from minigpt5_jax.evaluation.held_out import watchers
-from minigpt5_jax.training.distributed import initialize
+from minigpt5_jax.training.distributed import initialize, main_process
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.run_settings import check_new_parameters
-from minigpt5_jax.wiring.training import make_loop, parameter_table
+from minigpt5_jax.wiring.training import closing_words, make_loop, parameter_table
 from minigpt5_jax.wiring.used_towers import unused_towers
 
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
@@ -33,6 +33,8 @@ def main(config: ConfigDict) -> None:
     cli.set_compile_cache(config)
     initialize()
     make_loop(config, watchers).run()
+    if main_process():
+        print(closing_words(config))
 
 
 if __name__ == "__main__":

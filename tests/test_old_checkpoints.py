@@ -13,6 +13,7 @@ dialogues from it (without its optimizer state), with one mapper layer on either
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from minigpt5_jax.training.state import init_state
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained, open_parent_run, open_run
 from minigpt5_jax.wiring.run_settings import check_end, compare_settings
-from minigpt5_jax.wiring.training import make_loop, resume
+from minigpt5_jax.wiring.training import closing_words, make_loop, resume
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -92,18 +93,23 @@ def test_training_resumes_behind_its_last_step(old, capsys):
     folder = old("run_df60a7f")
     config = open_run(folder).config
     config.run.update(workdir=str(folder), num_steps=3, grid_every=0, eval_every=0, compile_cache="")
-    config.optimizer.update(grad_clip=1.0, lr_mapper=1e-3)
+    config.optimizer.update(grad_clip=1.0, lr_mapper=1e-3, warmup_steps=3)
     loop = make_loop(config)
     assert loop.first_step == 2 and int(loop.state.step) == 2
     told = capsys.readouterr().err
     assert "optimizer.grad_clip: checkpoint None, this run 1.0" in told
     assert "optimizer.lr_mapper: checkpoint 0.002, this run 0.001" in told
     assert "run.num_steps: checkpoint 2, this run 3" in told
+    assert "the rates rise over 0 steps" in told and "optimizer.warmup_steps=3" in told
     # It loaded all towers; this version leaves out what captions do not use, and keeps their hashes.
     assert not any(path.startswith("backbone/vit/") for path in loop.frozen)
     assert loop.meta["frozen"] == Checkpoints(folder / "checkpoints", read_only=True).meta()["frozen"]
     loop.run()
     assert Checkpoints(folder / "checkpoints", read_only=True).latest_step == 3
+    words = closing_words(config)
+    assert f"{folder}/metrics.jsonl  losses" in words and f"{folder}/images" not in words
+    [command] = re.findall(r"--checkpoint (\S+)", words.split("generate")[1])[:1]
+    assert open_run(command).step == 3
 
 
 def test_settings_that_break_a_run_are_refused_by_their_keys(old):

@@ -1,6 +1,4 @@
-"""What is checked of a run's settings before weights are read: against its checkpoint, and for parameters
-that would never train.
-"""
+"""Refuses settings that break a run, before weights are read."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
+from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors, warmup_steps
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import main_process
@@ -161,16 +162,13 @@ def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.Gra
     """AdamW with the configured rates.
 
     Raises:
-      ConfigError: rates, warm-up or groups that do not go together.
+      ConfigError: rates and groups that do not go together.
     """
-    settings = config.optimizer
+    settings, warmup = config.optimizer, warmup_steps(config, steps)
     with setting_errors():
         return make_optimizer(
             spec.labels,
-            {
-                group: linear_warmup_decay(rate, settings.warmup_steps, steps)
-                for group, rate in rate_groups(config).items()
-            },
+            {group: linear_warmup_decay(rate, warmup, steps) for group, rate in rate_groups(config).items()},
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
@@ -197,6 +195,29 @@ def open_run_checkpoints(config: ConfigDict) -> Checkpoints:
             f"{run.workdir} holds checkpoints, but run.resume is False; choose another workdir"
         )
     return checkpoints
+
+
+def closing_words(config: ConfigDict) -> str:
+    """Where the results of a finished run are, and what can be done with them."""
+    workdir = Path(config.run.workdir)
+    kept = {
+        "metrics.jsonl": "losses",
+        "tensorboard": "the same for TensorBoard",
+        "images": "held-out images",
+        "checkpoints": "what was trained",
+    }
+    lines = [f"  {workdir / name}  {what}" for name, what in kept.items() if (workdir / name).exists()]
+    run = shlex.quote(str(workdir))
+    return "\n".join(
+        [
+            "Training is done.  It wrote:",
+            *lines,
+            "Next:",
+            f'  python -m minigpt5_jax.generate --checkpoint {run} --prompt "..." --output page',
+            f"  a second stage that starts here: --config.run.init_from={run}/checkpoints",
+            "  in PyTorch: docs/export.md",
+        ]
+    )
 
 
 def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
@@ -250,6 +271,11 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     )
     if config.model.remat == "auto" and recomputed != "none":
         metrics.message(f"layers computed again so that the step fits (model.remat): {recomputed}")
+    if (warmup := warmup_steps(config, steps)) != config.optimizer.warmup_steps:
+        metrics.message(
+            f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
+        )
     if spec.unused:
         metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:
