@@ -63,6 +63,8 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
         else:
             main(config)
 
+    for flag in (CONFIG, WORKDIR, HELP_CONFIG):  # of this module, so --help would leave them out
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(lambda _: guarded(command), flags_parser=parse)
 
 

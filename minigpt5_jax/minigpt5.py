@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.abstract import Template
-from minigpt5_jax.parts.contracts import Generator, find
+from minigpt5_jax.parts.contracts import KINDS, Generator, find
 
 IGNORE = -100
 SNR_BINS = 4  # equal ranges of timesteps, from high to low signal, in which the image loss is reported
@@ -85,10 +85,12 @@ class Loss(NamedTuple):
     Attributes:
       mask: ``(batch, randomness, options)`` -> bool, of a whole update too (leading accumulation axes).
       values: ``(model, outputs, batch)`` -> (a value for each entry of the mask, ``{name: (sum, count)}``).
+      parts: kinds of parts that its gradients reach.
     """
 
     mask: Callable[[Batch, StepRandomness, Any], jax.Array]
     values: Callable[[Any, Any, Batch], Values]
+    parts: tuple[str, ...] = KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +272,7 @@ def caption_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
 
 
 LOSSES = {
-    "text": Loss(text_mask, text_values),
+    "text": Loss(text_mask, text_values, parts=("backbone",)),
     "image": Loss(image_mask, image_values),
     "caption": Loss(caption_mask, caption_values),
 }
@@ -285,6 +287,19 @@ def loss_counts(batch: Batch, draws: StepRandomness, options: LossOptions) -> di
     """
     masks = {name: options.losses[name].mask(batch, draws, options) for name in options.weights}
     return {name: mask.sum().astype(jnp.float32) for name, mask in masks.items()}
+
+
+def parts_with_gradient(sums: Mapping[str, SumCount], options: LossOptions) -> dict[str, jax.Array]:
+    """Kind of part -> bool[]: whether a loss whose gradients reach it counted anything in this update.
+
+    Args:
+      sums: what :meth:`MiniGPT5.losses` returned, summed over the micro-batches.
+    """
+    counted = {
+        kind: [sums[name][1] > 0 for name in options.weights if kind in options.losses[name].parts]
+        for kind in KINDS
+    }
+    return {kind: jnp.any(jnp.array(some)) for kind, some in counted.items()}
 
 
 def make_template(backbone: Made, mapper: Made, generator: Made, *, attention: str = "auto") -> Template:

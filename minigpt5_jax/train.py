@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
 from minigpt5_jax.evaluation.held_out import watchers
-from minigpt5_jax.training.distributed import initialize
+from minigpt5_jax.training.distributed import initialize, main_process
 from minigpt5_jax.wiring.generation import toy_towers
 from minigpt5_jax.wiring.model import build
-from minigpt5_jax.wiring.training import make_loop, parameter_table
+from minigpt5_jax.wiring.run_settings import check_new_parameters
+from minigpt5_jax.wiring.training import closing_words, make_loop, parameter_table
 from minigpt5_jax.wiring.used_towers import unused_towers
 
 DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the parameter table and stop.")
@@ -27,6 +28,7 @@ def main(config: ConfigDict) -> None:
     """The command."""
     if DRY_RUN.value:
         spec = build(config)
+        check_new_parameters(config, spec)
         print(parameter_table(spec.without(unused_towers(config, spec, watched=True))))
         return
     if note := toy_towers(config):
@@ -34,6 +36,8 @@ def main(config: ConfigDict) -> None:
     cli.set_compile_cache(config)
     initialize()
     make_loop(config, watchers).run()
+    if main_process():
+        print(closing_words(config))
 
 
 if __name__ == "__main__":

@@ -13,16 +13,26 @@ dialogues from it (without its optimizer state), with one mapper layer on either
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from minigpt5_jax.config import ConfigError
+from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.optimizer import make_optimizer
+from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.training.state import init_state
+from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained, open_parent_run, open_run
-from minigpt5_jax.wiring.training import make_loop
+from minigpt5_jax.wiring.run_settings import check_end, compare_settings
+from minigpt5_jax.wiring.training import closing_words, make_loop, resume
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -79,14 +89,60 @@ def test_another_stage_starts_from_it(old):
     assert meta["bundle"]["stage"] == 1 and parent.template.shapes.keys() < here.keys()
 
 
-def test_training_resumes_behind_its_last_step(old):
+def test_training_resumes_behind_its_last_step(old, capsys):
     folder = old("run_df60a7f")
     config = open_run(folder).config
     config.run.update(workdir=str(folder), num_steps=3, grid_every=0, eval_every=0, compile_cache="")
+    config.optimizer.update(grad_clip=1.0, lr_mapper=1e-3, warmup_steps=3)
     loop = make_loop(config)
     assert loop.first_step == 2 and int(loop.state.step) == 2
+    told = capsys.readouterr().err
+    assert "optimizer.grad_clip: checkpoint None, this run 1.0" in told
+    assert "optimizer.lr_mapper: checkpoint 0.002, this run 0.001" in told
+    assert "run.num_steps: checkpoint 2, this run 3" in told
+    assert "the rates rise over 0 steps" in told and "optimizer.warmup_steps=3" in told
     # It loaded all towers; this version leaves out what captions do not use, and keeps their hashes.
     assert not any(path.startswith("backbone/vit/") for path in loop.frozen)
     assert loop.meta["frozen"] == Checkpoints(folder / "checkpoints", read_only=True).meta()["frozen"]
     loop.run()
     assert Checkpoints(folder / "checkpoints", read_only=True).latest_step == 3
+    words = closing_words(config)
+    assert f"{folder}/metrics.jsonl  losses" in words and f"{folder}/images" not in words
+    [command] = re.findall(r"--checkpoint (\S+)", words.split("generate")[1])[:1]
+    assert open_run(command).step == 3
+
+
+def test_settings_that_break_a_run_are_refused_by_their_keys(old):
+    folder = old("run_df60a7f")
+    run = open_run(folder)
+    config, checkpoints = run.config, Checkpoints(folder / "checkpoints", read_only=True)
+    assert compare_settings(config, run.spec, checkpoints) == []
+    with pytest.raises(CheckpointError, match=r"is at step 2, .* at step 1: give run.num_steps=2 or more"):
+        check_end(config, 1, checkpoints)
+    check_end(config, 2, checkpoints)
+    config.tuning.rules = (("mapper/queries", FROZEN),)
+    with pytest.raises(
+        CheckpointError, match=r"config.tuning.rules: checkpoint \[.*, this run \[\['mapper/q"
+    ):
+        compare_settings(config, build(config), checkpoints)
+    config.run.workdir, config.model.backbone.lora_rank = str(folder), 8
+    with pytest.raises(CheckpointError, match=r"config.model.backbone.lora_rank: checkpoint 0, this run 8"):
+        make_loop(config)
+
+
+def test_a_state_with_clipping_of_an_earlier_version_is_read(tmp_path):
+    """It was a chain of clipping, without a state, and the optimizer."""
+    labels = {"mapper/w": "mapper"}
+    optimizer = make_optimizer(labels, {"mapper": optax.constant_schedule(1.0)}, grad_clip=1.0)
+    state = init_state({"mapper/w": jnp.arange(3.0)}, labels, optimizer, 0)
+    chained = {**vars(state), "opt_state": ((), jax.tree.map(lambda x: x + 1, state.opt_state))}
+    meta = {"config": get_config().to_dict(), "tokenizer": {}, "frozen": {}, "data": {}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, chained, 7, meta)
+    checkpoints.wait()
+    resumed, data_state = resume(checkpoints, state, meta, jax.tree.map(lambda x: x.sharding, state))
+    checkpoints.close()
+    assert data_state == 7
+    np.testing.assert_array_equal(
+        resumed.opt_state.inner_states["mapper"].inner_state[0].mu["mapper/w"], np.ones(3)
+    )

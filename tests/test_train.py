@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from minigpt5_jax.shapes.dataset import write_pairs
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.sharding import ShardingError
 from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.run_settings import check_new_parameters
 from minigpt5_jax.wiring.training import make_loop, parameter_table
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -93,6 +96,18 @@ def test_weights_that_are_missing_are_all_named(config):
 def test_init_from_a_folder_without_checkpoints(config, tmp_path):
     config.run.init_from = str(tmp_path)
     refused(config, CheckpointError, "no complete checkpoint")
+
+
+def test_lora_that_no_pattern_trains_is_refused_with_the_rule_that_trains_it(config):
+    config.model.backbone.lora_rank = 8
+    with pytest.raises(ConfigError, match=r"20,480 new .* tuning.stage='stage1' has no pattern") as error:
+        make_loop(validate(config))
+    for group in ("llm", "frozen"):
+        [rule] = re.findall(r'tuning.rules="(.*?)"', str(error.value))
+        config.tuning.rules = ast.literal_eval(rule.replace("'llm'", repr(group)))
+        spec = build(validate(config))
+        check_new_parameters(config, spec)
+        assert {g for path, g in spec.labels.items() if "/lora_" in path} == {group}
 
 
 def test_parameter_table_adds_up(config):

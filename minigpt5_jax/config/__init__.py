@@ -20,6 +20,7 @@ from minigpt5_jax.config.make import (
     use_shapes_stage2,
     use_stage2,
     value_at,
+    warmup_steps,
     weight_sources,
 )
 from minigpt5_jax.config.profiles import PROFILES

@@ -171,7 +171,9 @@ KEYS: dict[str, Key] = {
     # -- optimizer ------------------------------------------------------------------------------
     "optimizer.lr_llm": Key(2e-5, "peak rate of voken rows (and LoRA); AdamW (4.1)", low=0.0),
     "optimizer.lr_mapper": Key(2e-4, "peak rate of the mapper: ten times that in stage 1 (Q14)", low=0.0),
-    "optimizer.warmup_steps": Key(1000, "linear warm-up, then linear to 0 at the last step", low=0),
+    "optimizer.warmup_steps": Key(
+        1000, "linear warm-up, then linear to 0 at the last step; a run not longer: a tenth of it", low=0
+    ),
     "optimizer.b1": Key(0.9, "AdamW first moment", low=0.0, high=1.0),
     "optimizer.b2": Key(0.999, "AdamW second moment", low=0.0, high=1.0),
     "optimizer.eps": Key(1e-8, "AdamW epsilon", low=0.0),

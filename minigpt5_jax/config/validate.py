@@ -68,11 +68,6 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             f"data.context_dropout={data.context_dropout} is for stories (data.format "
             f"{', '.join(STORY_FORMATS)}); data.format is {data.format!r}"
         )
-    if run.num_steps is not None and config.optimizer.warmup_steps >= run.num_steps:
-        yield (
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} must be less than "
-            f"run.num_steps={run.num_steps}"
-        )
     if run.num_steps is None and run.epochs <= 0:
         yield "give run.num_steps, or run.epochs more than 0"
     if list(config.mesh.values()).count(-1) > 1 or 0 in config.mesh.values():

@@ -66,6 +66,7 @@ class Metrics:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._window: list[dict[str, float]] = []
         self._seconds, self._since = 0.0, time.monotonic()
+        self._num_steps, self._steady_steps, self._steady_seconds = num_steps, 0, 0.0
         self._writer = _Writer(self.workdir, first_step) if active else None
         self._first_step = first_step
         # Without a terminal each refresh is a line in a log: make them rare.
@@ -76,7 +77,7 @@ class Metrics:
             dynamic_ncols=True,
             disable=not active,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -104,12 +105,24 @@ class Metrics:
         self._window.append(values)
         rate = self.samples_per_step * len(self._window) / max(self._seconds, 1e-9)
         shown = "".join(f", {name} {values[name]:.4g}" for name in SHOWN if name in values)
-        self._bar.set_postfix_str(f"{rate:.1f} samples/s{shown}", refresh=False)
+        self._bar.set_postfix_str(f"{self._left(step)}{rate:.1f} samples/s{shown}", refresh=False)
         self._bar.update(1)
-        if due(step, self.log_every) or step == self._first_step + 1:
+        first = step == self._first_step + 1
+        if due(step, self.log_every) or first:
             self.write(step, {**_means(self._window), "samples_per_s": rate})
+            if not first:
+                self._steady_steps += len(self._window)
+                self._steady_seconds += self._seconds
             self._window, self._seconds = [], 0.0
         return values
+
+    def _left(self, step: int) -> str:
+        """``"03:01 left, "`` at the pace so far, validations apart; nothing yet at the first step."""
+        # tqdm's own guess counts the first step, which compiles: two hours for three minutes.
+        if step == self._first_step + 1:
+            return ""
+        pace = (self._steady_seconds + self._seconds) / (self._steady_steps + len(self._window))
+        return f"{tqdm.format_interval(pace * (self._num_steps - step))} left, "
 
     def write(self, step: int, values: Mapping[str, int | float], prefix: str = "") -> None:
         """One line of ``metrics.jsonl`` and TensorBoard scalars, now; names get ``prefix``."""
@@ -208,8 +221,12 @@ def _open_tensorboard(directory: Path) -> Any:
     """clu's asynchronous TensorBoard writer; None, with one notice, where TensorFlow is not installed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        import tensorflow as tf
-        from clu import metric_writers
+        with _silenced():  # banners of TensorFlow's C++, in the middle of the bar
+            import tensorflow as tf
+            from clu import metric_writers
+
+            tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
+            return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
     except ImportError as error:
         logging.warning(
             "no TensorBoard files: %s; metrics.jsonl is written all the same.  "
@@ -217,8 +234,21 @@ def _open_tensorboard(directory: Path) -> Any:
             error,
         )
         return None
-    tf.config.set_visible_devices([], "GPU")  # the accelerator is JAX's
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(directory)))
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """What is written to the file descriptor of stderr meanwhile, by C++ too, goes nowhere."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _means(window: list[dict[str, float]]) -> dict[str, float]:

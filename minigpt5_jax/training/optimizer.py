@@ -3,6 +3,10 @@
 Every leaf of the full parameter dict carries a label; ``optax.partition`` gives each group its
 own learning rate and ``set_to_zero`` to the frozen ones.  A frozen leaf's gradient is an
 ``optax.MaskedNode()``: it is never computed, has no optimizer state, and no norm is taken over it.
+
+A part that no loss of an update reaches (the mapper, where all samples are text) has no gradient there, which
+is something else than a gradient of zero: parameters, moments and their count stay, as torch leaves tensors
+whose ``grad`` is None.  The schedule goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from minigpt5_jax.training.tuning import FROZEN, TABLE_DECAY
@@ -50,7 +55,11 @@ def make_optimizer(
 
     Decay acts on every trainable leaf, biases and norms included, and on no frozen row; but for a model
     that has ``TABLE_DECAY``, which keeps count of what decay has done to its frozen tables (Q3).
-    ``grad_clip`` is a global norm over all trainable leaves together.
+    ``grad_clip`` is a global norm over all trainable leaves together; it has no state, so that a run can be
+    resumed with another one.
+
+    ``update`` takes ``reached``, kind of part -> bool[] (:func:`minigpt5_jax.minigpt5.parts_with_gradient`);
+    a part that is not reached does not move.  Without it every part moves.
 
     Raises:
       ValueError: if a group has no learning-rate schedule.
@@ -58,32 +67,68 @@ def make_optimizer(
     groups = set(labels.values()) - {FROZEN}
     if missing := sorted(groups - set(schedules)):
         raise ValueError(f"tuning groups {missing} have no learning rate; known: {sorted(schedules)}")
-    transforms: dict[str, optax.GradientTransformation] = {
-        group: optax.adamw(schedules[group], b1, b2, eps, weight_decay=weight_decay)
-        for group in sorted(groups)
-    }
-    transforms[FROZEN] = optax.set_to_zero()
+    kinds: dict[str, set[str]] = {}
+    for path, group in labels.items():
+        kinds.setdefault(group, set()).add(kind_of(path))
+    transforms: dict[str, optax.GradientTransformation] = {FROZEN: optax.set_to_zero()}
     names = dict(labels)
     for path, group in labels.items():
-        if path.endswith(TABLE_DECAY) and group != FROZEN:
+        if group == FROZEN:
+            continue
+        kind = kind_of(path)
+        if path.endswith(TABLE_DECAY):
             names[path] = path
-            transforms[path] = shrink_tables(schedules[group], weight_decay)
+        elif len(kinds[group]) > 1:  # counted apart: one of the parts may be reached where another is not
+            names[path] = f"{group}/{kind}"
+        if names[path] not in transforms:
+            adamw = (optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay))
+            steps = (shrink_tables(weight_decay),) if path.endswith(TABLE_DECAY) else adamw
+            transforms[names[path]] = optax.chain(
+                *(where_reached(step, kind) for step in steps), optax.scale_by_learning_rate(schedules[group])
+            )
     optimizer = optax.partition(transforms, names)
     if grad_clip is None:
         return optimizer
-    trainable = {path: group != FROZEN for path, group in labels.items()}
-    return optax.chain(optax.masked(optax.clip_by_global_norm(grad_clip), trainable), optimizer)
+    clip = optax.masked(
+        optax.clip_by_global_norm(grad_clip), {path: group != FROZEN for path, group in labels.items()}
+    )
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return optimizer.update(clip.update(grads, clip.init(grads))[0], state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
-def shrink_tables(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """Update of ``TABLE_DECAY``: AdamW multiplies a row without gradient by ``1 - rate * weight_decay``.
+def kind_of(path: str) -> str:
+    """The kind of part that a parameter belongs to."""
+    return path.split("/")[0]
+
+
+def where_reached(inner: optax.GradientTransformation, kind: str) -> optax.GradientTransformationExtraArgs:
+    """``inner`` for the parameters of one part: where no loss reaches it, no update, and its state stays."""
+
+    def update(
+        grads: Any, state: Any, params: Any = None, *, reached: Mapping[str, Any] | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        updates, after = inner.update(grads, state, params)
+        if reached is None or kind not in reached:
+            return updates, after
+        return (
+            jax.tree.map(lambda new: jnp.where(reached[kind], new, jnp.zeros_like(new)), updates),
+            jax.tree.map(lambda new, old: jnp.where(reached[kind], new, old), after, state),
+        )
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def shrink_tables(weight_decay: float) -> optax.GradientTransformation:
+    """Step of ``TABLE_DECAY``: AdamW multiplies a row without gradient by ``1 - rate * weight_decay``.
 
     The share d that is lost is kept, not the factor 1 - d: a step of 2e-7 would be rounded by a third next
     to 1 in fp32.
     """
-    return optax.chain(
-        optax.stateless(lambda updates, params: jax.tree.map(lambda d: weight_decay * (d - 1.0), params)),
-        optax.scale_by_learning_rate(schedule),
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda d: weight_decay * (d - 1.0), params),
     )
 
 

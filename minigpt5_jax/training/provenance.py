@@ -170,6 +170,19 @@ def _on_host(value: jax.Array) -> np.ndarray:
     return np.asarray(value)
 
 
+def differences(saved: Meta, current: Meta) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value in the checkpoint, value here), sorted, where they differ; "absent" for no key."""
+    # An empty dict is a value, too.
+    theirs, ours = (
+        flatten_dict(tree, sep=".", is_leaf=lambda _, value: not value) for tree in (saved, plain(current))
+    )
+    pairs = {
+        key: (theirs.get(key, "absent"), ours.get(key, "absent"))
+        for key in sorted(ours.keys() | theirs.keys())
+    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def require_same(
     saved: Meta,
     current: Meta,
@@ -196,15 +209,10 @@ def require_same(
     def among(key: str, names: Iterable[str]) -> bool:
         return any(key == name or key.startswith(name + ".") for name in names)
 
-    # An empty dict is a value, too.
-    theirs, ours = (
-        flatten_dict(tree, sep=".", is_leaf=lambda _, value: not value) for tree in (saved, plain(current))
-    )
     lines = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        pair = theirs.get(key, "absent"), ours.get(key, "absent")
+    for key, pair in differences(saved, current).items():
         unknown = NOT_LOADED in pair and among(key, ("frozen",))
-        if pair[0] != pair[1] and not unknown and among(key, sections) and not among(key, allow):
+        if not unknown and among(key, sections) and not among(key, allow):
             lines.append("  " + line.format(key, *pair))
     if lines:
         raise CheckpointError("\n".join([title, *lines, *([remedy] if remedy else [])]))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, SumCount, loss_counts
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, SumCount, loss_counts, parts_with_gradient
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.optimizer import with_frozen_masked
@@ -128,10 +128,11 @@ def make_train_step(
         grads, loss, sums = accumulate_gradients(
             template, state.trainable, frozen, batch, lambda micro: draw(key, micro), options
         )
-        updates, opt_state = optimizer.update(
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
             with_frozen_masked(grads, labels),
             state.opt_state,
             with_frozen_masked(state.trainable, labels),
+            reached=parts_with_gradient(sums, options.loss),
         )
         trainable = optax.apply_updates(state.trainable, {path: updates[path] for path in state.trainable})
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **means(sums)}

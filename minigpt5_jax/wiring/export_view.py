@@ -7,6 +7,7 @@ a time, once to compare their hashes with the run's and once to be written.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError, parts_of, weight_sources
+from minigpt5_jax.config import ConfigError, parts_of, warmup_steps, weight_sources
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 from minigpt5_jax.inference.session import stop_sequences
 from minigpt5_jax.parts.contracts import FROZEN, Export
@@ -174,6 +175,6 @@ def _hyper_parameters(config: ConfigDict) -> dict[str, Any]:
         "num_train_epochs": config.run.epochs,
         "real_batch_size": config.data.global_batch,
         "learning_rate": config.optimizer.lr_llm,
-        "warmup_steps": config.optimizer.warmup_steps,
+        "warmup_steps": warmup_steps(config, config.run.num_steps or math.inf),
         "adam_epsilon": config.optimizer.eps,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors
+from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors, warmup_steps
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.distributed import main_process
@@ -42,6 +43,7 @@ from minigpt5_jax.wiring.restore import (
     upgrade_meta,
     warm_start,
 )
+from minigpt5_jax.wiring.run_settings import check_end, check_new_parameters, compare_settings
 from minigpt5_jax.wiring.session import open_sampler
 from minigpt5_jax.wiring.used_towers import abstract_batch, unused_towers
 from minigpt5_jax.wiring.weight_paths import check_sources
@@ -122,7 +124,14 @@ def resume(
         "{}: checkpoint {!r}, now {!r}",
     )
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
-    parts, data_state, _ = checkpoints.restore(vars(like))
+    wanted = dict(vars(like))
+    # Earlier versions kept clipping in a chain before the optimizer, where it had a state, if an empty one.
+    chained = any(name.startswith("[1]") for name in checkpoints.paths("opt_state", checkpoints.latest_step))
+    if chained:
+        wanted["opt_state"] = (None, wanted["opt_state"])
+    parts, data_state, _ = checkpoints.restore(wanted)
+    if chained:
+        parts["opt_state"] = parts["opt_state"][1]
     return TrainState(**parts), data_state
 
 
@@ -155,16 +164,13 @@ def open_optimizer(config: ConfigDict, spec: ModelSpec, steps: int) -> optax.Gra
     """AdamW with the configured rates.
 
     Raises:
-      ConfigError: rates, warm-up or groups that do not go together.
+      ConfigError: rates and groups that do not go together.
     """
-    settings = config.optimizer
+    settings, warmup = config.optimizer, warmup_steps(config, steps)
     with setting_errors():
         return make_optimizer(
             spec.labels,
-            {
-                group: linear_warmup_decay(rate, settings.warmup_steps, steps)
-                for group, rate in rate_groups(config).items()
-            },
+            {group: linear_warmup_decay(rate, warmup, steps) for group, rate in rate_groups(config).items()},
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
@@ -214,6 +220,29 @@ def open_run_checkpoints(config: ConfigDict, owner: Owner | None = None) -> Chec
     return checkpoints
 
 
+def closing_words(config: ConfigDict) -> str:
+    """Where the results of a finished run are, and what can be done with them."""
+    workdir = Path(config.run.workdir)
+    kept = {
+        "metrics.jsonl": "losses",
+        "tensorboard": "the same for TensorBoard",
+        "images": "held-out images",
+        "checkpoints": "what was trained",
+    }
+    lines = [f"  {workdir / name}  {what}" for name, what in kept.items() if (workdir / name).exists()]
+    run = shlex.quote(str(workdir))
+    return "\n".join(
+        [
+            "Training is done.  It wrote:",
+            *lines,
+            "Next:",
+            f'  python -m minigpt5_jax.generate --checkpoint {run} --prompt "..." --output page',
+            f"  a second stage that starts here: --config.run.init_from={run}/checkpoints",
+            "  in PyTorch: docs/export.md",
+        ]
+    )
+
+
 def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     """Everything up to the first step; what is wrong with the input is found here, before any compile.
 
@@ -237,7 +266,10 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     spec = spec.without(unused_towers(config, spec, watched=watch is not None))
     check_sources(config, spec.unused)
-    checkpoints = open_run_checkpoints(config, owner)
+    checkpoints, changed = open_run_checkpoints(config, owner), []
+    if checkpoints.latest_step is not None:
+        changed = compare_settings(config, spec, checkpoints)
+    check_new_parameters(config, spec)
     if config.run.init_from and checkpoints.latest_step is None:
         open_parent_run(config, spec)
     sampler = open_sampler(config, spec)
@@ -250,6 +282,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     loader.restore(0)
     spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings)
     steps = num_steps(config, len(source))
+    check_end(config, steps, checkpoints)
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
     meta = {**describe(config, spec, frozen), "data": data_identity(config, source)}
@@ -271,10 +304,19 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     )
     if config.model.remat == "auto" and recomputed != "none":
         metrics.message(f"layers computed again so that the step fits (model.remat): {recomputed}")
+    if (warmup := warmup_steps(config, steps)) != config.optimizer.warmup_steps:
+        metrics.message(
+            f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
+        )
     if spec.unused:
         metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:
         metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
+    if changed:
+        metrics.message("\n  ".join(["settings that differ from the checkpoint's:", *changed]))
+    if first_step >= steps:
+        metrics.message(f"all {steps} steps are done; to go on, give more of them (run.num_steps)")
     step = jax.jit(
         make_train_step(spec.template, spec.labels, optimizer, spec.options),
         donate_argnums=0,

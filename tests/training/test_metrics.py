@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 
@@ -108,6 +109,22 @@ def test_pauses_do_not_count_in_the_rate(tmp_path, monkeypatch):
     assert [line["samples_per_s"] for line in lines(tmp_path)] == [4.0, 2.0]
 
 
+def test_the_time_left_is_that_of_steps_without_the_one_that_compiles(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    with Metrics(tmp_path, 60, first_step=10, log_every=2) as metrics:
+        shown = []
+        for step, seconds in ((11, 118.0), (12, 2.0), (13, 4.0)):
+            metrics.push(step, step_metrics(1))
+            now[0] += seconds
+            metrics.flush()
+            shown.append(metrics._bar.postfix)
+            with metrics.paused():
+                now[0] += 50.0
+    assert "left" not in shown[0]
+    assert [text.split(" left")[0] for text in shown[1:]] == ["01:36", "02:21"]  # 48 steps of 2, 47 of 3 s
+
+
 def test_validation_lines_and_images(tmp_path):
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     with Metrics(tmp_path, 9) as metrics:
@@ -133,9 +150,10 @@ def test_due():
     assert not any(due(step, 0) for step in range(4))
 
 
-def test_without_tensorflow_one_notice_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+def test_without_tensorflow_one_notice_and_the_run_goes_on(tmp_path, monkeypatch, caplog, capfd):
     def missing(name, *args, **kwargs):
         if name == "tensorflow":
+            os.write(2, b"a banner of C++")
             raise ModuleNotFoundError("No module named 'tensorflow'")
         return real(name, *args, **kwargs)
 
@@ -148,6 +166,7 @@ def test_without_tensorflow_one_notice_and_the_run_goes_on(tmp_path, monkeypatch
     notices = [r.getMessage() for r in caplog.records if "TensorBoard" in r.getMessage()]
     assert len(notices) == 1 and "minigpt5_jax[metrics]" in notices[0]
     assert len(lines(tmp_path)) == 2
+    assert "banner" not in capfd.readouterr().err
 
 
 TENSORBOARD = """

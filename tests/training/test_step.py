@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
-from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
+from minigpt5_jax.minigpt5 import LossOptions, StepRandomness, parts_with_gradient
+from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer, with_frozen_masked
 from minigpt5_jax.training.sharding import (
     ShardingError,
     batch_shardings,
@@ -65,6 +66,23 @@ def test_frozen_leaves_stay_bit_identical_and_trainables_move(tiny_template, tin
     assert not still, f"these never moved: {still}"
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * sum(value.size for value in state.trainable.values())
+    check_that_text_alone_leaves_the_mapper(step, state, frozen, tiny_batch(8, 3))
+
+
+def check_that_text_alone_leaves_the_mapper(step, state, frozen, batch):
+    """Without an item, parameters, moments and count stay as they are; the schedule and the rows go on."""
+    before = jax.tree.map(np.array, (state.trainable, state.opt_state.inner_states))
+    state, metrics = step(state, frozen, dataclasses.replace(batch, item_mask=np.zeros(8, bool)))
+    assert np.isfinite(metrics["text"]) and np.isnan(metrics["image"])
+    for path, value in state.trainable.items():
+        assert (np.array(value) == before[0][path]).all() == path.startswith("mapper/"), path
+    for group, moves in (("mapper", 0), ("llm", 1)):
+        (adam, _, rate), (was, _, rate_was) = (
+            states[group].inner_state for states in (state.opt_state.inner_states, before[1])
+        )
+        assert adam.count == was.count + moves and rate.count == rate_was.count + 1, group
+        pairs = zip(jax.tree.leaves((adam.mu, adam.nu)), jax.tree.leaves((was.mu, was.nu)), strict=True)
+        assert all((np.array(now) == old).all() for now, old in pairs) != moves, group
 
 
 class Task(NamedTuple):
@@ -199,6 +217,54 @@ def test_clip_is_taken_over_trainables_only(labels):
     masked = {**{p: 100.0 * jnp.ones(3) for p in trainable}, **{p: optax.MaskedNode() for p in frozen}}
     updates, _ = optimizer.update(masked, state.opt_state, masked)
     assert all(isinstance(updates[path], optax.MaskedNode) for path in frozen)
+
+
+def test_parts_without_gradient_stay_as_in_torch():
+    """AdamW of torch with ``grad`` None where a part is not reached, by the original's schedule, clipped."""
+    labels = {"backbone/rows": "llm", "mapper/fc": "mapper", "generator/w": "mapper", "backbone/w": FROZEN}
+    random = np.random.default_rng(0)
+    values = {path: random.standard_normal(5).astype(np.float32) for path in labels}
+    rates = {"llm": 1e-2, "mapper": 3e-2}
+    schedules = {group: linear_warmup_decay(rate, 2, 9) for group, rate in rates.items()}
+    optimizer = make_optimizer(labels, schedules, weight_decay=0.1, grad_clip=2.0)
+    state = init_state({p: jnp.array(values[p]) for p in values if labels[p] != FROZEN}, labels, optimizer, 0)
+    trained, opt_state = state.trainable, state.opt_state
+    theirs = {path: torch.nn.Parameter(torch.tensor(values[path])) for path in trained}
+    groups = [{"params": [theirs[path]], "lr": rates[labels[path]]} for path in trained]
+    adamw = torch.optim.AdamW(groups, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adamw, lambda step: float(linear_warmup_decay(1.0, 2, 9)(step))
+    )
+    for mapper, generator in ((1, 1), (0, 1), (1, 0), (0, 0), (0, 1), (1, 1), (1, 1)):
+        reached = {"backbone": True, "mapper": bool(mapper), "generator": bool(generator)}
+        grads = {
+            path: reached[path.split("/")[0]] * random.standard_normal(5).astype(np.float32)
+            for path in trained
+        }
+        for path, value in theirs.items():
+            value.grad = torch.tensor(grads[path]) if reached[path.split("/")[0]] else None
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 2.0)
+        adamw.step()
+        schedule.step()
+        updates, opt_state = optimizer.update(
+            with_frozen_masked(grads, labels), opt_state, with_frozen_masked(trained, labels), reached=reached
+        )
+        trained = optax.apply_updates(trained, {path: updates[path] for path in trained})
+        for path, value in trained.items():
+            np.testing.assert_allclose(
+                value, theirs[path].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path
+            )
+
+
+def test_a_loss_that_counted_nothing_reaches_no_part():
+    def reached(text, image, names=("text", "image")):
+        sums = {"text": (jnp.zeros(()), jnp.float32(text)), "image": (jnp.zeros(()), jnp.float32(image))}
+        found = parts_with_gradient(sums, LossOptions(dict.fromkeys(names, 1.0)))
+        return [kind for kind, some in found.items() if some]
+
+    assert reached(3, 1) == reached(0, 1) == ["backbone", "mapper", "generator"]
+    assert reached(3, 0) == ["backbone"]
+    assert reached(3, 0, ["image"]) == reached(0, 0) == []  # without its loss, text gives no gradient
 
 
 def test_tuning_patterns_are_strict():
