@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import functools
 import json
 import re
@@ -105,34 +104,39 @@ class Shards:
     """CC3M in tar shards, each opened on its own, so that a bad one does not hide the others."""
 
     def __init__(self, path: Path, options: Options):
-        self._path, self._shards, self._rules = path, find_shards(path), PairRules()
-        self._good: list[Path] = []
+        self._shards, self._rules = find_shards(path), PairRules()
 
     def __len__(self) -> int:
         return len(self._shards)
 
     def __iter__(self) -> Iterator[Entry]:
-        row = 0
         with tempfile.TemporaryDirectory() as cache:  # a check leaves nothing in the user's folder
+            bad: dict[Path, str] = {}
             for shard in self._shards:
                 try:
-                    source = Cc3mTarSource(shard, cache_dir=cache)
+                    Cc3mTarSource(shard, cache_dir=cache)
                 except DataError as error:
-                    yield Entry(str(shard), [str(error)])
+                    bad[shard] = str(error)
+            good = [shard for shard in self._shards if shard not in bad]
+            source, row = Cc3mTarSource(good, cache_dir=cache) if good else None, 0
+            for shard in self._shards:
+                if shard in bad:
+                    yield Entry(str(shard), [bad[shard]])
                     continue
-                for place in range(source.rows):
-                    yield self._entry(source, place, row)
+                notes = [
+                    ("members that belong to no sample", name)
+                    for file, name in source.unused
+                    if file == shard
+                ]
+                while row < source.rows and source.shard(row) == shard:
+                    entry = self._entry(source, row)
+                    entry.notes, notes = entry.notes + notes, []
+                    yield entry
                     row += 1
-                self._good.append(shard)
-            if len(self._good) == len(self._shards) > 1:
-                try:
-                    Cc3mTarSource(self._path, cache_dir=cache)
-                except DataError as error:
-                    yield Entry(str(self._path), [str(error)])
 
-    def _entry(self, source: Cc3mTarSource, place: int, row: int) -> Entry:
+    def _entry(self, source: Cc3mTarSource, row: int) -> Entry:
         try:
-            pair = dataclasses.replace(source.pair(place), row=row)
+            pair = source.pair(row)
         except SampleError as error:
             return Entry(error.where, [error.reason])
         entry = Entry(pair.where, images=[pair.image])
