@@ -121,6 +121,9 @@ KEYS: dict[str, Key] = {
         "horizontal flips, p=0.5, input and output apart as in the original (Q17)",
         choices=("independent", "shared", "off"),
     ),
+    "data.images_as_shown": Key(
+        True, "images turned by EXIF, transparent ones on white; the original drops both (5.5)"
+    ),
     "data.pad_input_square": Key(False, "letterbox input images white before the crop (Q30)"),
     "data.strict_image_count": Key(True, "as many placeholders as images, or the sample is skipped (Q31)"),
     "data.error_budget": Key(

@@ -159,6 +159,7 @@ def encode_config(config: ConfigDict, sizes: Sizes, *, training: bool) -> Encode
         truncation=data.truncation,
         mask_all_inner_vokens=data.mask_all_inner_vokens,
         strict_image_count=data.strict_image_count,
+        images_as_shown=data.images_as_shown,
     )
 
 

@@ -59,6 +59,12 @@ class Findings:
     def bad(self) -> int:
         return len({problem.index for problem in self.problems})
 
+    def note(self, notes: Iterable[tuple[str, str]]) -> None:
+        """Counts (kind, place and detail) of what is worth knowing."""
+        for kind, place in notes:
+            count, first = self.notes.get(kind, (0, place))
+            self.notes[kind] = (count + 1, first)
+
     def summary(self, max_length: int) -> str:
         """A few lines: counts, lengths, notes, and the verdict."""
         guessed = f" (guessed from {self.guessed}; --format says otherwise)" if self.guessed else ""
@@ -110,7 +116,7 @@ class Images:
     def flush(self) -> None:
         """Decodes what is waiting."""
         waiting, self._waiting = self._waiting, {}
-        for (image, references), (size, reason) in zip(waiting.items(), self._inspect(list(waiting))):
+        for (image, references), (size, reason, notes) in zip(waiting.items(), self._inspect(list(waiting))):
             if reason:
                 for order, where in references:
                     self._fail(order, where, image, reason)
@@ -118,6 +124,8 @@ class Images:
                     self._failed[image] = reason
                 continue
             self._findings.sizes[size] += 1
+            name = image if isinstance(image, str) else references[0][1]
+            self._findings.note((kind, name) for kind in notes)
             if isinstance(image, str):
                 self._good.add(hash(image))
 
@@ -125,7 +133,7 @@ class Images:
         name = f"{image}: " if isinstance(image, str) else ""
         self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
 
-    def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str]]:
+    def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str, list[str]]]:
         if self._pool is None and (
             self._workers or (self._workers is None and self._findings.images >= MANY)
         ):
@@ -140,15 +148,16 @@ class Images:
             self._pool.shutdown(cancel_futures=True)
 
 
-def inspect_image(image: ImageSource) -> tuple[str, str]:
-    """(``WIDTHxHEIGHT``, nothing) of an image that training can use, or (nothing, what is wrong)."""
+def inspect_image(image: ImageSource) -> tuple[str, str, list[str]]:
+    """(``WIDTHxHEIGHT``, nothing, notes) of an image that training can use, or (nothing, what is wrong)."""
+    notes: list[str] = []
     try:
-        width, height = load_image(image).size
+        width, height = load_image(image, notes=notes).size
     except SampleError as error:
-        return "", error.reason
+        return "", error.reason, []
     if max(width, height) ** 2 > MAX_PIXELS:
-        return "", f"a white square around this image of {width}x{height} has over {MAX_PIXELS:,} pixels"
-    return f"{width}x{height}", ""
+        return "", f"a white square around this image of {width}x{height} has over {MAX_PIXELS:,} pixels", []
+    return f"{width}x{height}", "", notes
 
 
 def check(
@@ -216,9 +225,7 @@ def _enter(
     findings.entries += 1
     findings.samples += len(entry.samples)
     findings.problems += [Problem(order, entry.where, reason) for reason in entry.problems]
-    for kind, detail in entry.notes:
-        count, first = findings.notes.get(kind, (0, f"{entry.where}: {detail}"))
-        findings.notes[kind] = (count + 1, first)
+    findings.note((kind, f"{entry.where}: {detail}") for kind, detail in entry.notes)
     if tokenizer is None:
         return
     for texts in entry.samples:
