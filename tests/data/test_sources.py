@@ -279,7 +279,7 @@ def test_jsonl_files_that_are_wrong(tmp_path):
     path = write_jsonl(tmp_path, [{**PAIR, "id": "x"}, PAIR, {**PAIR, "id": "x"}])
     with pytest.raises(DataError, match=r"own\.jsonl:3: id 'x' was used in line 1 already"):
         JsonlSource(path)
-    path = write_jsonl(tmp_path, ["{"] * 9)
+    path = write_jsonl(tmp_path, ['{"'] * 9)
     with pytest.raises(DataError, match="9 of 9 lines") as caught:
         JsonlSource(path)
     assert str(caught.value).count("no valid JSON") == JsonlSource.SHOWN

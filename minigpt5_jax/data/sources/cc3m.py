@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import TextLines
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
-from minigpt5_jax.data.sources.base import Source, TextLines, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index, image_folder
 
 
 class PairSource(Source):

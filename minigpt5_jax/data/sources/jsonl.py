@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import TextLines, check_jsonl
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.records import Record, RecordRules, parse_record
-from minigpt5_jax.data.sources.base import Source, TextLines, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index, image_folder
 
 
 class JsonlSource(Source):
@@ -44,6 +45,7 @@ class JsonlSource(Source):
         strict: bool = True,
     ):
         self.lines = TextLines(path)
+        check_jsonl(self.lines.path, self.lines[0])
         self._image_root, self._rules = image_folder(path, image_root), rules
         lines, turns, bad, ids = [], [], [], {}
         for line in range(len(self.lines)):

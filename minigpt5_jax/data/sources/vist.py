@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import BOM, check_utf8
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields, RepeatedKeyError, unique_keys
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
@@ -20,12 +22,16 @@ STEPS = 5  # of a story as VIST was published
 
 
 class VistSource(Source):
-    """Stories from the two files of the original (fidelity 5.3).
+    """Stories from the two files of the original (fidelity 5.3), or from VIST as it was published.
 
     ``cleaned`` holds an object, story id -> list of steps in order, each ``{"caption": text, "image_id":
     text, "sequence_index": number}``; ``mapping`` holds an object, image id -> path.  A story may have any
     number of steps from one on.  A story that breaks the form, or that names an image which is not in the
     mapping, counts as one sample that cannot be fetched.  Image files are looked for when they are read.
+
+    VIST's own file (``train.story-in-sequence.json``) holds ``annotations``, lists of one object with
+    ``story_id``, ``photo_flickr_id``, ``text`` and ``worker_arranged_photo_order``.  Its images are the files
+    of ``image_root`` that are named by their ``photo_flickr_id``, whatever their ending.
 
     Args:
       cleaned: the stories.
@@ -47,10 +53,16 @@ class VistSource(Source):
         rules: StoryRules = StoryRules(),
     ):
         self.path = Path(cleaned)
-        self.mapping_path = mapping_path(self.path) if mapping is None else Path(mapping)
         root, self._rules = image_folder(self.path, image_root), rules
         values, stories_hash = _read_object(self.path, "stories")
-        paths, mapping_hash = _read_object(self.mapping_path, "image paths")
+        self.mapping_path = None if mapping is None else Path(mapping)
+        if mapping is None and not published(values):
+            self.mapping_path = mapping_path(self.path)
+        paths, mapping_hash = {}, ""
+        if self.mapping_path is not None:
+            paths, mapping_hash = _read_object(self.mapping_path, "image paths")
+        if published(values):
+            values, paths = from_published(self.path, values, paths or None, root)
         if not values:
             raise DataError(f"no stories in {self.path}")
         self._hash = f"{stories_hash} {mapping_hash}"
@@ -106,6 +118,45 @@ class VistSource(Source):
         return f"VIST ({tasks}): {len(self):,} samples of {self.rows:,} stories in {self.path}{notes}"
 
 
+def published(value: dict) -> bool:
+    """Whether an object of stories has the form that VIST was published in."""
+    return isinstance(value.get("annotations"), list)
+
+
+def from_published(
+    path: Path, value: dict, paths: dict[str, str] | None, root: Path
+) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """(stories, image paths) of VIST's own file, in the form of the original's two files.
+
+    Args:
+      paths: image id -> path; None to look for ``{photo_flickr_id}.*`` in the folder ``root``.
+
+    Raises:
+      DataError: an annotation of another form.
+    """
+    steps: dict[str, list[tuple[int, dict]]] = {}
+    for number, item in enumerate(value["annotations"]):
+        fields = Fields(f"{path}: annotations[{number}]")
+        for part in item if isinstance(item, list) else [item]:
+            names = ("story_id", "photo_flickr_id", "text", "worker_arranged_photo_order")
+            part = fields.object(part, "", names, optional=None)
+            order = fields.integer(part[names[3]], names[3])
+            step = {
+                "caption": part["text"],
+                "image_id": str(part["photo_flickr_id"]),
+                "sequence_index": order,
+            }
+            steps.setdefault(str(part["story_id"]), []).append((order, step))
+    stories = {
+        name: [step for _, step in sorted(found, key=lambda one: one[0])] for name, found in steps.items()
+    }
+    if paths is None:
+        files = {Path(name).stem: name for name in sorted(os.listdir(root))}
+        ids = (step["image_id"] for found in stories.values() for step in found)
+        paths = {name: files.get(name, f"{name}.jpg") for name in ids}
+    return stories, paths
+
+
 def mapping_path(cleaned: Path) -> Path:
     """File of the image paths of a file of stories (Q29); DataError where its name does not say."""
     if "cleaned" not in cleaned.name:
@@ -120,11 +171,12 @@ def _read_object(path: Path, what: str) -> tuple[dict, str]:
     if not path.is_file():
         raise DataError(f"file of {what} not found: {path}")
     data = path.read_bytes()
+    check_utf8(data, path)
     try:
-        value = json.loads(data, object_pairs_hook=unique_keys)
+        value = json.loads(data.removeprefix(BOM), object_pairs_hook=unique_keys)
     except RepeatedKeyError as error:
         raise DataError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, nested without end
         raise DataError(f"{path} is no valid JSON ({error}); is the file cut off?") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected one object of {what}, found {type(value).__name__}")

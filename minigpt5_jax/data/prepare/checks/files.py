@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import BOM
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options, Reader
 from minigpt5_jax.data.prepare.checks.lines import Dialogues, Lines, Records, Table
 from minigpt5_jax.data.samples.pairs import PairRules
@@ -20,7 +21,7 @@ from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import Cc3mTarSource, PreparedSource
 from minigpt5_jax.data.sources.kinds import make_rules
 from minigpt5_jax.data.sources.tar import find_shards
-from minigpt5_jax.data.sources.vist import STEPS, mapping_path, parse_story
+from minigpt5_jax.data.sources.vist import STEPS, from_published, mapping_path, parse_story, published
 
 
 class Stories:
@@ -30,14 +31,19 @@ class Stories:
         self._path, self._root, self._rules = path, options.root(path), StoryRules()
         self._problems: list[Entry] = []
         self._text, self._stories = self._read(path)
-        self._mapping_path = options.mapping or mapping_path(path)
-        _, self._mapping = self._read(self._mapping_path)
+        self._mapping_path, self._mapping = options.mapping or path, {}
+        if published(self._stories):
+            mapping = self._read(self._mapping_path)[1] if options.mapping else None
+            self._stories, self._mapping = from_published(path, self._stories, mapping, self._root)
+        else:
+            self._mapping_path = options.mapping or mapping_path(path)
+            _, self._mapping = self._read(self._mapping_path)
 
     def _read(self, path: Path) -> tuple[str, dict[str, Any]]:
         """The text of a JSON file and the object in it, empty where it cannot be read."""
         if not path.is_file():
             raise DataError(f"data file not found: {path}")
-        data, repeated = path.read_bytes(), []
+        data, repeated = path.read_bytes().removeprefix(BOM), []
         text = data.decode("utf-8", "replace")
 
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

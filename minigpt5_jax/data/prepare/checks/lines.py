@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.lines import BOM, check_jsonl
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
@@ -24,7 +25,10 @@ class Lines:
         data = path.read_bytes()
         if not data.strip():
             raise DataError(f"data file is empty: {path}")
-        self._lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        self._lines = data.removeprefix(BOM).split(b"\n")
+        if not isinstance(read, Table):
+            first = next(line for line in self._lines if line.strip())
+            check_jsonl(path, first.decode("utf-8", "replace"))
 
     def __len__(self) -> int:
         return len(self._lines)
