@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
-from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.errors import DataError, printable
 from minigpt5_jax.data.prepare.builders.run import SPLITS, prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import UNITS, Raw
@@ -46,15 +46,6 @@ def tokenizer() -> LlamaTokenizer | None:
     return LlamaTokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
-def error_budget() -> int | float:
-    """``--error_budget``: a count, or with a point in it a fraction."""
-    given = flags.FLAGS.error_budget
-    try:
-        return float(given) if "." in given else int(given)
-    except ValueError:
-        raise DataError(f"--error_budget must be a count or a fraction like 0.01, got {given!r}") from None
-
-
 def run_prepare(dataset: str) -> None:
     """Writes a split and its report, and says where they are."""
     flag = flags.FLAGS
@@ -67,7 +58,7 @@ def run_prepare(dataset: str) -> None:
         split=flag.split,
         num_shards=flag.num_shards,
         letterbox=flag.letterbox,
-        error_budget=error_budget(),
+        error_budget=flag.error_budget,
     )
     folder = prepare(job, beam_runner=flag.beam_runner, beam_options=flag.beam_options)
     count = None if words is None else lambda text: len(words.encode(text))
@@ -97,7 +88,7 @@ def run_check(path: str) -> None:
         print(problem)
     if len(findings.problems) > flag.limit:
         print(f"... and {len(findings.problems) - flag.limit:,} more (--limit={flag.limit})")
-    print(findings.summary(flag.max_length))
+    print(printable(findings.summary(flag.max_length)))
     if findings.problems:
         sys.exit(1)
 
@@ -141,7 +132,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)
     flags.DEFINE_integer("letterbox", None, "fit images into white squares of that side", lower_bound=1)
-    flags.DEFINE_string("error_budget", "0.01", "unusable units allowed: a count, or a fraction with a point")
+    flags.DEFINE_float("error_budget", 0.01, "unusable units allowed: a share below 1, or a count")
     flags.DEFINE_string("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
     flags.DEFINE_enum("format", None, list(READERS), "check: what the data is; default: guessed")
     flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")

@@ -128,9 +128,8 @@ KEYS: dict[str, Key] = {
     "data.strict_image_count": Key(True, "as many placeholders as images, or the sample is skipped (Q31)"),
     "data.error_budget": Key(
         0.01,
-        "share of unusable samples after which training stops; each is logged and counted",
+        "unusable samples after which training stops, a share below 1 or a count; each is logged and counted",
         low=0.0,
-        high=1.0,
     ),
     "data.shapes_train": Key(4096, "training scenes, stories or dialogues that format=shapes* draws", low=1),
     "data.shapes_validation": Key(64, "held-out ones", low=1),
