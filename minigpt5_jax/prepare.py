@@ -53,7 +53,7 @@ def run_prepare(dataset: str) -> None:
         raise DataError("--input (the raw data) and --output (a folder) are needed")
     words = tokenizer()  # before hours of work, not after
     job = Job.plan(
-        Raw(dataset, flag.input, flag.image_root, flag.mapping),
+        Raw(dataset, flag.input, flag.image_root, flag.mapping, flag.allow_outside_images),
         flag.output,
         split=flag.split,
         num_shards=flag.num_shards,
@@ -79,6 +79,7 @@ def run_check(path: str) -> None:
         format=flag.format,
         image_root=flag.image_root,
         mapping=flag.mapping,
+        allow_outside_images=flag.allow_outside_images,
         tokenizer=tokenizer(),
         max_length=flag.max_length,
         workers=flag.workers,
@@ -128,6 +129,7 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
     flags.DEFINE_string("image_root", None, "folder that image paths are relative to; default: the file's")
     flags.DEFINE_string("mapping", None, "VIST's image paths; default: the file beside the stories")
+    flags.DEFINE_boolean("allow_outside_images", False, "image paths may lead out of their folder")
     flags.DEFINE_string("output", None, "folder the prepared data set is made in")
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)

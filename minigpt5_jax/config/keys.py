@@ -61,6 +61,9 @@ KEYS: dict[str, Key] = {
     ),
     "data.validation_mapping": unset(str, "the same for data.validation"),
     "data.image_root": unset(str, "folder that image paths are relative to; not set: the file's own folder"),
+    "data.allow_outside_images": Key(
+        False, "image paths may lead out of data.image_root (absolute ones, ..), to any file of the machine"
+    ),
     "data.global_batch": Key(48, "samples per update over all devices (paper, stage 1)", low=1),
     "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
     "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def check_jsonl(path: Path, first: str) -> None:
         raise DataError(f"{path} is a table, not JSONL; read it with data.format=cc3m (check: --format cc3m)")
 
 
-class TextLines:
+class TextLines(Sequence[str]):
     """Lines of a UTF-8 file by number, through an index of byte offsets (8 bytes a line).
 
     LF and CR LF line ends, with or without one at the end of the file, and a byte order mark are
@@ -51,6 +52,7 @@ class TextLines:
     Attributes:
       path: the file.
       sha256: of its content.
+      quotes: whether a double quote occurs in it.
 
     Raises:
       DataError: missing file, no content, or text that is not UTF-8 (names the line).
@@ -66,6 +68,7 @@ class TextLines:
         if not self.path.is_file():
             raise DataError(f"data file not found: {self.path}")
         data = self.path.read_bytes()
+        self.quotes = b'"' in data
         self.sha256 = hashlib.sha256(data).hexdigest()
         check_utf8(data, self.path)
         self._starts, self._stops, self._numbers = _line_table(data)

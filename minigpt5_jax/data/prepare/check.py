@@ -166,6 +166,7 @@ def check(
     format: str | None = None,
     image_root: str | Path | None = None,
     mapping: str | Path | None = None,
+    allow_outside_images: bool = False,
     tokenizer: LanguageTokenizer | None = None,
     max_length: int = 256,
     image_tokens: int = 32,
@@ -179,6 +180,7 @@ def check(
       format: one of :data:`READERS`; guessed where None.
       image_root: folder that image paths are relative to; default: the file's.
       mapping: VIST's image paths; default: the file beside the stories.
+      allow_outside_images: whether image paths may lead out of their folder.
       tokenizer: gives lengths, and what the dialogues' limit on tokens leaves out.
       max_length: positions of a row; image_tokens: positions of an input image.
       workers: processes that decode; None for one per core where there are many images.
@@ -198,7 +200,8 @@ def check(
     if root is not None and not root.is_dir():
         raise DataError(f"image folder not found: {root}")
     count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
-    reader = READERS[format](path, Options(root, None if mapping is None else Path(mapping), count))
+    mapping = None if mapping is None else Path(mapping)
+    reader = READERS[format](path, Options(root, mapping, count, allow_outside_images))
     findings = Findings(format, guessed)
     images = Images(findings, workers)
     try:

@@ -36,10 +36,10 @@ class Fields:
     """
 
     def __init__(self, where: str):
-        self._where = where
+        self.where = where
 
     def fail(self, place: str, problem: str) -> SampleError:
-        return SampleError(self._where, f"{place}: {problem}" if place else problem)
+        return SampleError(self.where, f"{place}: {problem}" if place else problem)
 
     def json(self, line: str, *, unique: bool = False) -> Any:
         """What a line of JSON holds; ``unique`` refuses keys given twice, of which Python keeps the last."""

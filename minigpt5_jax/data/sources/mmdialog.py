@@ -65,7 +65,7 @@ class MMDialogSource(Source):
         count_tokens: Callable[[str], int] | None = None,
     ):
         rules.check_counter(count_tokens)
-        self._rules, self._root = rules, image_folder(path, image_root)
+        self._rules, self._root = rules, image_folder(path, image_root).root
         self.lines = TextLines(path)
         check_jsonl(self.lines.path, self.lines[0])
         self.counts: collections.Counter[str] = collections.Counter()

@@ -16,7 +16,7 @@ from minigpt5_jax.data.lines import BOM, check_utf8
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields, RepeatedKeyError, unique_keys
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
-from minigpt5_jax.data.sources.base import Source, check_index, image_folder
+from minigpt5_jax.data.sources.base import ImageFolder, Source, check_index, image_folder
 
 STEPS = 5  # of a story as VIST was published
 
@@ -39,6 +39,7 @@ class VistSource(Source):
         its name (quirk Q29).
       image_root: folder that paths are relative to; default: the stories' folder.
       rules: how stories become samples.
+      allow_outside_images: whether image paths may lead out of their folder.
 
     Raises:
       DataError: a file or the folder is missing, no JSON, not of this form as a whole, or names a story or
@@ -51,9 +52,11 @@ class VistSource(Source):
         mapping: str | Path | None = None,
         image_root: str | Path | None = None,
         rules: StoryRules = StoryRules(),
+        *,
+        allow_outside_images: bool = False,
     ):
         self.path = Path(cleaned)
-        root, self._rules = image_folder(self.path, image_root), rules
+        root, self._rules = image_folder(self.path, image_root, allow_outside_images), rules
         values, stories_hash = _read_object(self.path, "stories")
         self.mapping_path = None if mapping is None else Path(mapping)
         if mapping is None and not published(values):
@@ -62,7 +65,7 @@ class VistSource(Source):
         if self.mapping_path is not None:
             paths, mapping_hash = _read_object(self.mapping_path, "image paths")
         if published(values):
-            values, paths = from_published(self.path, values, paths or None, root)
+            values, paths = from_published(self.path, values, paths or None, root.root)
         if not values:
             raise DataError(f"no stories in {self.path}")
         self._hash = f"{stories_hash} {mapping_hash}"
@@ -183,7 +186,7 @@ def _read_object(path: Path, what: str) -> tuple[dict, str]:
     return value, hashlib.sha256(data).hexdigest()
 
 
-def parse_story(path: Path, name: str, value: Any, paths: dict, root: Path) -> Story | SampleError:
+def parse_story(path: Path, name: str, value: Any, paths: dict, root: ImageFolder) -> Story | SampleError:
     """A story of the file, or what is wrong with it."""
     where = f"{path}: story {name.encode(errors='backslashreplace').decode()}"  # fit for any log
     fields = Fields(where)
@@ -201,7 +204,7 @@ def parse_story(path: Path, name: str, value: Any, paths: dict, root: Path) -> S
     return Story(name, steps, where)
 
 
-def _step(fields: Fields, value: Any, number: int, paths: dict, root: Path) -> Step:
+def _step(fields: Fields, value: Any, number: int, paths: dict, root: ImageFolder) -> Step:
     place = f"step {number}"
     value = fields.object(value, place, ("caption", "image_id", "sequence_index"), optional=None)
     image_id = fields.string(value["image_id"], f"{place}.image_id")
@@ -210,6 +213,6 @@ def _step(fields: Fields, value: Any, number: int, paths: dict, root: Path) -> S
     fields.words(value["caption"], f"{place}.caption")
     return Step(
         value["caption"],  # as it is written, white space included
-        str(root / fields.path(paths[image_id], f"{place}, path of image {image_id}")),
+        root.path(fields.path(paths[image_id], f"{place}, path of image {image_id}"), fields.where),
         fields.integer(value["sequence_index"], f"{place}.sequence_index"),
     )

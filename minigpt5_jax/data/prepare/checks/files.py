@@ -28,13 +28,13 @@ class Stories:
     """VIST's two files.  A story's line is that of its id in the file."""
 
     def __init__(self, path: Path, options: Options):
-        self._path, self._root, self._rules = path, options.root(path), StoryRules()
+        self._path, self._root, self._rules = path, options.folder(path), StoryRules()
         self._problems: list[Entry] = []
         self._text, self._stories = self._read(path)
         self._mapping_path, self._mapping = options.mapping or path, {}
         if published(self._stories):
             mapping = self._read(self._mapping_path)[1] if options.mapping else None
-            self._stories, self._mapping = from_published(path, self._stories, mapping, self._root)
+            self._stories, self._mapping = from_published(path, self._stories, mapping, self._root.root)
         else:
             self._mapping_path = options.mapping or mapping_path(path)
             _, self._mapping = self._read(self._mapping_path)
@@ -91,7 +91,7 @@ class Stories:
                 entry.samples += [self._rules.texts(story, *sample) for sample in samples]
                 used.update(entry.images)
             yield entry
-        idle = [name for name, path in self._mapping.items() if str(self._root / str(path)) not in used]
+        idle = [name for name, path in self._mapping.items() if str(self._root.root / str(path)) not in used]
         if idle and self._stories:
             notes = [("images of the mapping that no usable story shows", name) for name in idle]
             yield Entry(str(self._mapping_path), notes=notes)
