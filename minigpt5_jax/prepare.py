@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import app, flags
 
 from minigpt5_jax import cli
-from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.errors import DataError, printable
 from minigpt5_jax.data.prepare.builders.run import SPLITS, prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import UNITS, Raw
@@ -47,15 +47,6 @@ def tokenizer() -> LlamaTokenizer | None:
     return LlamaTokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
-def error_budget() -> int | float:
-    """``--error_budget``: a count, or with a point in it a fraction."""
-    given = flags.FLAGS.error_budget
-    try:
-        return float(given) if "." in given else int(given)
-    except ValueError:
-        raise DataError(f"--error_budget must be a count or a fraction like 0.01, got {given!r}") from None
-
-
 def run_prepare(dataset: str) -> None:
     """Writes a split and its report, and says where they are."""
     flag = flags.FLAGS
@@ -64,12 +55,12 @@ def run_prepare(dataset: str) -> None:
     words = tokenizer()  # before hours of work, not after
     cli.check_writable(flag.output)
     job = Job.plan(
-        Raw(dataset, flag.input, flag.image_root, flag.mapping),
+        Raw(dataset, flag.input, flag.image_root, flag.mapping, flag.allow_outside_images),
         flag.output,
         split=flag.split,
         num_shards=flag.num_shards,
         letterbox=flag.letterbox,
-        error_budget=error_budget(),
+        error_budget=flag.error_budget,
     )
     folder = prepare(job, beam_runner=flag.beam_runner, beam_options=flag.beam_options)
     count = None if words is None else lambda text: len(words.encode(text))
@@ -90,6 +81,7 @@ def run_check(path: str) -> None:
         format=flag.format,
         image_root=flag.image_root,
         mapping=flag.mapping,
+        allow_outside_images=flag.allow_outside_images,
         tokenizer=tokenizer(),
         max_length=flag.max_length,
         workers=flag.workers,
@@ -99,7 +91,7 @@ def run_check(path: str) -> None:
         print(problem)
     if len(findings.problems) > flag.limit:
         print(f"... and {len(findings.problems) - flag.limit:,} more (--limit={flag.limit})")
-    print(findings.summary(flag.max_length))
+    print(printable(findings.summary(flag.max_length)))
     if findings.problems:
         sys.exit(1)
 
@@ -140,11 +132,12 @@ def define_flags() -> None:
     cli.define_path("input", None, "raw data: the table of CC3M, the stories of VIST, ...")
     cli.define_path("image_root", None, "folder that image paths are relative to; default: the file's")
     cli.define_path("mapping", None, "VIST's image paths; default: the file beside the stories")
+    flags.DEFINE_boolean("allow_outside_images", False, "image paths may lead out of their folder")
     cli.define_path("output", None, "folder the prepared data set is made in")
     flags.DEFINE_enum("split", "train", SPLITS, "what to call this part of the data")
     flags.DEFINE_integer("num_shards", None, "files to write; default: about 128 MiB each", lower_bound=1)
     flags.DEFINE_integer("letterbox", None, "fit images into white squares of that side", lower_bound=1)
-    flags.DEFINE_string("error_budget", "0.01", "unusable units allowed: a count, or a fraction with a point")
+    flags.DEFINE_float("error_budget", 0.01, "unusable units allowed: a share below 1, or a count")
     cli.define_path("tokenizer", None, "tokenizer.model (or its folder), for lengths in the report")
     flags.DEFINE_enum("format", None, list(READERS), "check: what the data is; default: guessed")
     flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")

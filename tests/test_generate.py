@@ -101,7 +101,7 @@ def test_a_page_from_a_checkpoint(checkpoint, tmp_path, capsys):
         ({"prompt": [" "], "template": "dialog"}, DataError, "is empty"),
         ({"image": ["/no/such.png"]}, DataError, "/no/such.png"),
         ({"prompt": ["a", "b"], "image": ["x.png"]}, DataError, "one --prompt, not 2"),
-        ({"jsonl": "/no/such.jsonl"}, DataError, "no such file"),
+        ({"jsonl": "/no/such.jsonl"}, DataError, "data file not found"),
         ({"checkpoint": None}, ConfigError, "--checkpoint"),
         ({"checkpoint": "/no/such/run"}, CheckpointError, "/no/such/run"),
         ({"step": 3}, CheckpointError, "no step 3"),
@@ -189,7 +189,7 @@ def test_a_dialogue_is_answered_turn_by_turn_and_can_be_read_again(checkpoint, t
         ("tale", {}, ConfigError, "unknown word 'tale'; known: story, chat"),
         ("chat", {"jsonl": None, "prompt": ["hello"]}, DataError, "chat reads records: give --jsonl"),
         ("story", {"prompt": ["hello"]}, DataError, "neither --prompt nor --image"),
-        ("chat", {"jsonl": "/no/such.jsonl"}, DataError, "no such file"),
+        ("chat", {"jsonl": "/no/such.jsonl"}, DataError, "data file not found"),
     ],
 )
 def test_conversations_that_cannot_be_had(mode, values, error, message, checkpoint, tmp_path, monkeypatch):

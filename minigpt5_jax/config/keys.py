@@ -66,6 +66,9 @@ KEYS: dict[str, Key] = {
     ),
     "data.validation_mapping": path("the same for data.validation"),
     "data.image_root": path("folder that image paths are relative to; not set: the file's own folder"),
+    "data.allow_outside_images": Key(
+        False, "image paths may lead out of data.image_root (absolute ones, ..), to any file of the machine"
+    ),
     "data.global_batch": Key(48, "samples per update over all devices (paper, stage 1)", low=1),
     "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
     "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),
@@ -126,13 +129,15 @@ KEYS: dict[str, Key] = {
         "horizontal flips, p=0.5, input and output apart as in the original (Q17)",
         choices=("independent", "shared", "off"),
     ),
+    "data.images_as_shown": Key(
+        True, "images turned by EXIF, transparent ones on white; the original drops both (5.5)"
+    ),
     "data.pad_input_square": Key(False, "letterbox input images white before the crop (Q30)"),
     "data.strict_image_count": Key(True, "as many placeholders as images, or the sample is skipped (Q31)"),
     "data.error_budget": Key(
         0.01,
-        "share of unusable samples after which training stops; each is logged and counted",
+        "unusable samples after which training stops, a share below 1 or a count; each is logged and counted",
         low=0.0,
-        high=1.0,
     ),
     "data.shapes_train": Key(4096, "training scenes, stories or dialogues that format=shapes* draws", low=1),
     "data.shapes_validation": Key(64, "held-out ones", low=1),

@@ -28,6 +28,7 @@ _ORIGINAL: Mapping[str, Any] = {
     "data.truncation": "right",  # Q23
     "data.resample_prompts": False,  # Q24
     "data.bad_media_ids": ("-3872362534310063124", "3713630103994725971"),  # Q28
+    "data.images_as_shown": False,  # 5.5
     "data.pad_input_square": False,  # Q30
     "data.strict_image_count": False,  # Q31
     "inference.repetition_penalty": 2.0,  # Q32

@@ -3,7 +3,10 @@
 Pixels are those of PIL calls with torchvision's rounding; normalisation happens on the device.  What is
 done with unusual files:
 
-* the EXIF orientation is not applied and transparency is dropped, both as in the original;
+* an image is read as viewers show it: turned by its EXIF orientation, and on white where it is transparent;
+  ``as_shown=False`` leaves both out, as the original does (transparent pixels then have whatever colour the
+  file gives them, often black);
+* texts in a PNG are not read where they are too large, whatever they hold;
 * of an animation the first frame is taken;
 * CMYK becomes RGB by PIL's plain rule, Adobe's inverted CMYK JPEGs included; colour profiles are ignored;
 * 16-bit images are brought to 8 bits by their high byte (PIL alone would clip them);
@@ -14,18 +17,27 @@ done with unusual files:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minigpt5_jax.data.errors import DataError, SampleError
 
 MAX_PIXELS = 89_478_485  # PIL's own threshold for a decompression bomb; 256 MB as RGB
+MAX_BYTES = 2**29  # of an image file: more than MAX_PIXELS take without compression
+TURNED, ON_WHITE, TEXT_LEFT_OUT = (
+    "images turned by their EXIF orientation",
+    "transparent images put on white",
+    "images whose large text chunks are not read",
+)
 # Raster formats that PIL decodes itself.  Others may start programs (EPS) or draw text (PDF, SVG).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 BAND = 32  # rows worked on at a time, so that they stay in the processor's cache
@@ -40,16 +52,27 @@ def image_name(source: ImageSource) -> str:
 
 
 def read_image(source: ImageSource) -> bytes:
-    """The encoded bytes of an image; SampleError where its file cannot be read."""
+    """The encoded bytes of an image; SampleError where it cannot be read, is no regular file or too large."""
+    if isinstance(source, bytes):
+        return source
     try:
-        return source if isinstance(source, bytes) else Path(source).read_bytes()
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, a device may have no end
+            raise OSError("it is no regular file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{status.st_size:,} bytes, more than {MAX_BYTES:,}")
+        return Path(source).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = getattr(error, "strerror", None) or error
         raise SampleError(image_name(source), f"image cannot be read ({reason})") from None
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, as_shown: bool = True, notes: list[str] | None = None) -> Image.Image:
     """Decodes a file or bytes to 8-bit RGB.
+
+    Args:
+      as_shown: turned by the EXIF orientation and on white where transparent; False as the original.
+      notes: takes what was done to the image, of :data:`TURNED`, :data:`ON_WHITE`, :data:`TEXT_LEFT_OUT`.
 
     Raises:
       SampleError: missing, empty, truncated, of no known format, of a kind of pixels that has no 8-bit
@@ -58,10 +81,12 @@ def load_image(source: ImageSource) -> Image.Image:
     name, data = image_name(source), read_image(source)
     if not data:
         raise SampleError(name, "image file is empty (0 bytes)")
+    return _load(name, data, as_shown, [] if notes is None else notes)
+
+
+def _load(name: str, data: bytes, as_shown: bool, notes: list[str]) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _refuse_huge(name, *image.size)
-            return _to_rgb(name, image)
+        return _decode(name, data, as_shown, notes)
     except SampleError:
         raise
     except UnidentifiedImageError:
@@ -69,6 +94,9 @@ def load_image(source: ImageSource) -> Image.Image:
     except Image.DecompressionBombError:
         raise SampleError(name, f"image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise what they like, struct.error for one
+        if "too large" in str(error) and (bare := _without_texts(data)) != data:
+            notes.append(TEXT_LEFT_OUT)
+            return _load(name, bare, as_shown, notes)
         raise SampleError(name, f"image is broken ({error or type(error).__name__})") from None
 
 
@@ -84,13 +112,46 @@ def _refuse_huge(name: str, width: int, height: int) -> None:
         raise SampleError(name, f"image of {width}x{height} has more than {MAX_PIXELS:,} pixels")
 
 
+def _decode(name: str, data: bytes, as_shown: bool, notes: list[str]) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        _refuse_huge(name, *image.size)
+        image.load()
+        if as_shown and _orientation(image) in range(2, 9):
+            notes.append(TURNED)
+            image = ImageOps.exif_transpose(image)
+        if as_shown and image.has_transparency_data:
+            notes.append(ON_WHITE)
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return _to_rgb(name, image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none or the EXIF data are broken."""
+    with contextlib.suppress(Exception):  # the parser raises what it likes, and pixels need no EXIF
+        return image.getexif().get(0x0112, 1)
+    return 1
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its chunks of text and its colour profile; other data as they are."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, start = [data[:8]], 8
+    while start < len(data):
+        stop = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[start:stop])
+        start = stop
+    return b"".join(kept)
+
+
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise SampleError(name, "image has floating-point pixels; save it with 8 bits per channel")
     if image.mode.startswith("I"):  # 16 bits per pixel, in one of PIL's spellings
         high = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
         return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-    image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -159,7 +220,7 @@ def _quarters(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> tuple[
 
 
 def prepare_image(
-    source: ImageSource, size: int, *, square: bool, flip: bool
+    source: ImageSource, size: int, *, square: bool, flip: bool, as_shown: bool = True
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """One image as the model wants it, u8[size size 3].
 
@@ -168,12 +229,13 @@ def prepare_image(
       size: side in pixels.
       square: pad to a white square first (target images; input images only on request, quirk Q30).
       flip: mirror left to right.
+      as_shown: as in :func:`load_image`.
 
     Raises:
       SampleError: as :func:`load_image`, or so elongated that resizing would exceed
         :data:`MAX_PIXELS`.
     """
-    image = load_image(source)
+    image = load_image(source, as_shown=as_shown)
     name, short, long = image_name(source), min(image.size), max(image.size)
     _refuse_huge(name, *((long, long) if square else (size, int(size * long / short))))
     image = pad_square(image) if square else image

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import TextLines, check_jsonl
 from minigpt5_jax.data.samples.records import Record, parse_record, prompt_of
 from minigpt5_jax.data.text import templates
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
@@ -61,14 +62,9 @@ def file_records(path: str | Path) -> Iterator[tuple[str, Record]]:
     """(``file:line``, record) of each line of a JSONL file that is not blank.
 
     Raises:
-      DataError: no such file, a line that breaks the schema, no line.
+      DataError: no such file, not UTF-8, no line, a line that breaks the schema.
     """
-    path, found = Path(path).expanduser(), False
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            found, where = True, f"{path}:{number}"
-            yield where, parse_record(line, where)
-    if not found:
-        raise DataError(f"{path} holds no record")
+    lines = TextLines(Path(path).expanduser())
+    check_jsonl(lines.path, lines[0])
+    for number in range(len(lines)):
+        yield lines.where(number), parse_record(lines[number], lines.where(number))

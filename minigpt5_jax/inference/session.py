@@ -112,6 +112,7 @@ class Session:
       max_length: positions of a prompt at most; of a longer one the oldest are dropped, with a warning.
       batch_size: answers, and images, made together; a smaller rest is padded to it.
       pad_input_square: pad input images to a square instead of cropping them.
+      images_as_shown: turn input images by EXIF and put transparent ones on white; False as the original.
 
     Raises:
       ValueError: a setting is out of range.
@@ -133,6 +134,7 @@ class Session:
         max_length: int = 512,
         batch_size: int = 4,
         pad_input_square: bool = False,
+        images_as_shown: bool = True,
     ):
         if cfg_negative not in CFG_NEGATIVES:
             raise ValueError(f"cfg_negative={cfg_negative!r} is none of {', '.join(CFG_NEGATIVES)}")
@@ -141,7 +143,7 @@ class Session:
         self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
         self.style = style
         self.sampling = sampling or SamplingConfig(stop_sequences=stop_sequences(tokenizer, style.end))
-        self.pad_input_square = pad_input_square
+        self.pad_input_square, self.images_as_shown = pad_input_square, images_as_shown
         self._template, self._params = template, params
         self._sampler, self._guidance, self._negative = sampler, guidance_scale, cfg_negative
         self._backbone = template.bind(template.shapes).backbone  # abstract: for its sizes
@@ -273,7 +275,8 @@ class Session:
                 self.max_length,
             )
         size, square = self._backbone.image_size, self.pad_input_square
-        images = [prepare_image(p, size, square=square, flip=False) for p in prompt.images]
+        settings = {"square": square, "flip": False, "as_shown": self.images_as_shown}
+        images = [prepare_image(p, size, **settings) for p in prompt.images]
         return _Row(prompt, expanded, [images[i] for i in expanded.images])
 
     def _answer(self, rows: list[_Row]) -> list[tuple[list[int], list[np.ndarray]]]:

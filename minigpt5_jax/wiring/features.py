@@ -109,6 +109,7 @@ def feature_spec(
         target_size=spec.generator.image_size,
         image_size=spec.backbone.image_size,
         pad_input_square=config.data.pad_input_square,
+        images_as_shown=config.data.images_as_shown,
         dtype=dtype,
     )
 

@@ -77,7 +77,9 @@ def _rules(config: ConfigDict, training: bool, dataset: str) -> Rules:
 
 
 def _open_cc3m(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    return Cc3mSource(path, config.data.image_root, _rules(config, training, "cc3m"))
+    outside = config.data.allow_outside_images
+    rules = _rules(config, training, "cc3m")
+    return Cc3mSource(path, config.data.image_root, rules, allow_outside_images=outside)
 
 
 def _open_tar(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
@@ -88,7 +90,8 @@ def _open_tar(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool
 def _open_vist(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
     data = config.data
     mapping = data.train_mapping if training else data.validation_mapping
-    return VistSource(path, mapping, data.image_root, _rules(config, training, "vist"))
+    rules, outside = _rules(config, training, "vist"), data.allow_outside_images
+    return VistSource(path, mapping, data.image_root, rules, allow_outside_images=outside)
 
 
 def _open_mmdialog(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
@@ -98,7 +101,8 @@ def _open_mmdialog(config: ConfigDict, sizes: Sizes, path: str | Path, training:
 
 
 def _open_jsonl(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
-    return JsonlSource(path, config.data.image_root, _rules(config, training, "jsonl"), strict=True)
+    rules, outside = _rules(config, training, "jsonl"), config.data.allow_outside_images
+    return JsonlSource(path, config.data.image_root, rules, strict=True, allow_outside_images=outside)
 
 
 def _open_prepared(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
@@ -159,6 +163,7 @@ def encode_config(config: ConfigDict, sizes: Sizes, *, training: bool) -> Encode
         truncation=data.truncation,
         mask_all_inner_vokens=data.mask_all_inner_vokens,
         strict_image_count=data.strict_image_count,
+        images_as_shown=data.images_as_shown,
     )
 
 

@@ -64,6 +64,7 @@ class LoadedModel:
                 max_length=data.max_length,
                 batch_size=batch_size,
                 pad_input_square=data.pad_input_square,
+                images_as_shown=data.images_as_shown,
             )
 
 

@@ -227,8 +227,8 @@ def test_settings_that_are_wrong(tmp_path):
     table = cc3m(tmp_path / "raw", rows=2)
     for settings, message in (
         ({"num_shards": 3}, r"num_shards must be 1 \.\.\. 2"),
-        ({"error_budget": -1}, "must not be negative"),
-        ({"error_budget": 1.5}, "fraction"),
+        ({"error_budget": -1}, "a share below 1"),
+        ({"error_budget": 1.5}, "or a count"),
     ):
         with pytest.raises(DataError, match=message):
             Job.plan(Raw("cc3m", str(table)), tmp_path / "out", **settings)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minigpt5_jax.config import get_config, validate
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.pipeline import make_loader
-from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.errors import DataError, Problem, SampleError, allowed_errors
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -178,6 +179,24 @@ def test_a_last_epoch_ends_in_empty_rows(table, config):
         loader.restore(4)
 
 
+@pytest.mark.parametrize(
+    ("budget", "allowed"), [(0, 0), (0.0, 0), (0.01, 0), (0.2, 6), (0.999, 29), (1, 1), (10.0, 10), (40, 40)]
+)
+def test_a_budget_is_a_share_below_one_or_a_count(budget, allowed):
+    assert allowed_errors(budget, 30) == allowed
+    config = get_config()
+    config.data.error_budget = budget
+    assert allowed_errors(validate(config).data.error_budget, 30) == allowed, (
+        "configurations hold it as float"
+    )
+
+
+def test_messages_hold_no_control_characters():
+    for error in (DataError("a\x1b[31m\x9b"), SampleError("f\x07", "b\n\x7f"), Problem(0, "f\x1b", "\tc\r")):
+        assert not set(str(error)) & set("\x1b\x07\x7f\x9b\r")
+    assert str(DataError("a\x1b\né")) == "a\\x1b\né"
+
+
 def break_images(table):
     """Zero bytes, half a file, no file, no image: rows 1, 3, 5, 7."""
     folder = table.parent / "val"
@@ -284,7 +303,7 @@ def test_long_captions_are_cut_and_counted(table, config):
             "8 over accumulation = 2 gives 4 rows.*3 proc",
         ),
         ({"global_batch": 4, "process_count": 2, "process_index": 2}, "process_index = 2 of 2"),
-        ({"global_batch": 4, "error_budget": 1.5}, "fraction 0.0 ... 1.0, got 1.5"),
+        ({"global_batch": 4, "error_budget": 1.5}, "a share below 1 .0.01. or a count .10., got 1.5"),
         ({"global_batch": 4, "error_budget": -1}, "got -1"),
         ({"global_batch": 4, "seed": -1}, "seed must be in 0 ... 4294967295, got -1"),
     ],

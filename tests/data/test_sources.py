@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
 import pickle
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prepare.check import check
 from minigpt5_jax.data.samples import records
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.records import RecordRules
-from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source, TextLines
+from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source, TextLines, VistSource
 from minigpt5_jax.data.text import prompts
 from minigpt5_jax.data.text.tokenizer import voken_text
 
@@ -165,6 +171,111 @@ def test_cc3m_rows_that_are_wrong_are_named_when_met(tmp_path):
         assert caught.value.where.endswith(f"cc3m_val.tsv:{row + 2}")
 
 
+QUOTED = [
+    '"a red ""big"" square"\tp/ok.jpg',
+    '"a caption\nwith a newline"\t"p/ok2.png"',
+    '"a caption\twith a tab"\tp/ok.jpg',
+    'say "hello" twice\tp/ok.jpg',
+    '"hello\tp/lone.jpg',
+    '"never closed',
+    "good\tp/ok.jpg",
+]
+
+
+def test_a_table_with_quotes_is_read_by_the_rules_of_pandas(tmp_path):
+    """As the original reads it; a quote that is never closed takes no other rows with it."""
+    path = write_tsv(tmp_path, QUOTED, header='"caption"\t"image_path"', end="\r\n")
+    source = Cc3mSource(path, rules=PairRules(training=False))
+    assert source.rows == 7
+    pairs = [source.pair(row) for row in (0, 1, 2, 3, 4, 6)]
+    captions = [
+        'a red "big" square',
+        "a caption\nwith a newline",
+        "a caption\twith a tab",
+        'say "hello" twice',
+    ]
+    assert [pair.caption for pair in pairs] == [*captions, '"hello', "good"]
+    assert pairs[1].image == str(tmp_path / "p/ok2.png") and pairs[2].where == f"{path}:5"
+    with pytest.raises(SampleError, match=r"tsv:8: opens a quote that it does not close; .*QUOTE_NONE"):
+        source.pair(5)
+    found = check(path)
+    assert found.samples == 6 + 1 and found.entries == 1 + 7, "the check reads the same rows"
+    assert [p.where for p in found.problems if "opens a quote" in p.reason] == [f"{path}:8"]
+
+
+def test_quoted_cells_are_those_of_the_csv_module(tmp_path):
+    random = np.random.default_rng(0)
+    rows = [["".join(random.choice(list('ab"\n '), 5)) + "x", "i.jpg"] for _ in range(100)]
+    path = tmp_path / "t.tsv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerows([["caption", "image_path"], *rows])
+    source = Cc3mSource(path, rules=PairRules(training=False))
+    squeeze = lambda text: re.sub("\n+", "\n", text)  # blank lines are not kept # noqa: E731
+    assert [squeeze(source.pair(row).caption) for row in range(source.rows)] == [
+        squeeze(row[0]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"caption": "a", "image": "b.jpg"}', "looks like JSONL: read it with data.format=jsonl"),
+        ("caption\turl", "table of URLs and not of images: fetch the images first"),
+        (
+            "a dog\thttps://host/a.jpg",
+            r"give it a header, with: \(printf 'caption.turl.n'; cat cc3m_val.tsv\)",
+        ),
+    ],
+)
+def test_files_that_are_no_tables_of_images(tmp_path, header, message):
+    path = write_tsv(tmp_path, ["a cat\tb.jpg"], header=header)
+    with pytest.raises(DataError, match=message):
+        Cc3mSource(path)
+    assert any(re.search(message, problem.reason) for problem in check(path, format="cc3m").problems)
+
+
+def test_a_table_without_rows_does_not_pass_the_check(tmp_path):
+    path = write_tsv(tmp_path, [])
+    assert [problem.reason for problem in check(path).problems] == ["a header and no rows"]
+    with pytest.raises(DataError, match="a header and no rows"):
+        Cc3mSource(path)
+
+
+def test_images_outside_of_their_folder_are_refused_unless_allowed(tmp_path):
+    (tmp_path / "in").mkdir()
+    inside = tmp_path / "in" / "a.jpg"
+    names = ["a.jpg", "b/../a.jpg", str(inside), "../../etc/passwd", "/etc/passwd", "https://host//a.jpg"]
+    table = write_tsv(tmp_path / "in", [f"a\t{name}" for name in names])
+    lines = [json.dumps({"caption": "a", "image": name}) for name in names]
+    own = write_jsonl(tmp_path / "in", lines)
+    refused = {3: "leads out of the image folder", 4: "leads out of", 5: "is a URL.*img2dataset"}
+    for open_source in (Cc3mSource, functools.partial(JsonlSource, strict=False)):
+        path = table if open_source is Cc3mSource else own
+        rules = PairRules(training=False) if open_source is Cc3mSource else RecordRules()
+        closed, opened = (open_source(path, rules=rules, allow_outside_images=a) for a in (False, True))
+        for row in range(6):
+            if row in refused:
+                with pytest.raises(SampleError, match=refused[row]):
+                    closed.example(row)
+            else:
+                assert Path(closed.example(row).target_image).resolve() == inside
+        assert opened.example(4).target_image == "/etc/passwd"
+        found = check(path).problems
+        assert [sum(words in p.reason for p in found) for words in ("leads out of", "is a URL")] == [2, 1]
+        assert not any("leads out" in p.reason for p in check(path, allow_outside_images=True).problems)
+    with pytest.raises(SampleError, match="allow_outside_images"):
+        write_vist(tmp_path / "in", "../x.jpg", False)[0]
+    assert write_vist(tmp_path / "in", "../x.jpg", True)[0].target_image == f"{tmp_path}/in/../x.jpg"
+
+
+def write_vist(folder, image, allowed):
+    step = {"caption": "a", "image_id": "1", "sequence_index": 0}
+    (folder / "a_cleaned.json").write_text(json.dumps({"7": [step]}))
+    (folder / "a_image_mapping.json").write_text(json.dumps({"1": image}))
+    return VistSource(folder / "a_cleaned.json", allow_outside_images=allowed)
+
+
 # ------------------------------------------------------------------------------------------- JSONL
 
 PAIR = {"caption": "A red fox!", "image": "fox.jpg"}
@@ -279,7 +390,7 @@ def test_jsonl_files_that_are_wrong(tmp_path):
     path = write_jsonl(tmp_path, [{**PAIR, "id": "x"}, PAIR, {**PAIR, "id": "x"}])
     with pytest.raises(DataError, match=r"own\.jsonl:3: id 'x' was used in line 1 already"):
         JsonlSource(path)
-    path = write_jsonl(tmp_path, ["{"] * 9)
+    path = write_jsonl(tmp_path, ['{"'] * 9)
     with pytest.raises(DataError, match="9 of 9 lines") as caught:
         JsonlSource(path)
     assert str(caught.value).count("no valid JSON") == JsonlSource.SHOWN

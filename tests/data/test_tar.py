@@ -149,13 +149,6 @@ def test_missing_members_are_samples_that_cannot_be_fetched(tmp_path):
 def broken_shards(whole):
     nothing = io.BytesIO()
     tarfile.open(fileobj=nothing, mode="w").close()
-    twice = [("a.jpg", jpeg(0)), ("a.png", jpeg(1)), ("a.txt", b"x")]
-    doubled = io.BytesIO()
-    with tarfile.open(fileobj=doubled, mode="w") as tar:
-        for name, data in twice:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
     import gzip
 
     header = 512 + 512 + 512  # PAX header, its records, the member's header
@@ -169,7 +162,6 @@ def broken_shards(whole):
         "damaged": (whole[:1100] + b"zzz" + whole[1103:], "no tar header at byte 1,024.*damaged"),
         "no tar": (b"<html>404</html>" * 100, "no tar header at byte 0.*damaged"),
         "compressed": (gzip.compress(whole), "compressed; unpack it"),
-        "two images": (doubled.getvalue(), "sample a has a second image, a.png, besides a.jpg"),
     }
 
 
@@ -195,13 +187,88 @@ def test_every_cut_is_noticed(shards):
             list(tar_index.read_members(shards / "00000.tar"))
 
 
-def test_copies_of_a_shard_are_refused_but_not_in_other_folders(shards):
+def usable(source):
+    found = []
+    for row in range(source.rows):
+        try:
+            found.append(source.pair(row).caption)
+        except SampleError as error:
+            assert "the same sample is in" in str(error)
+    return found
+
+
+def test_copies_are_counted_but_keys_may_begin_again_in_each_shard(shards):
     (shards / "00000 (1).tar").write_bytes((shards / "00000.tar").read_bytes())
-    with pytest.raises(DataError, match=r"3 keys occur in two shards, the first is 000000000 in"):
-        Cc3mTarSource(shards)
+    assert Cc3mTarSource(shards).rows == 8 and len(usable(Cc3mTarSource(shards))) == 5
     (shards / "more").mkdir()
     (shards / "00000 (1).tar").rename(shards / "more" / "00000.tar")
-    assert Cc3mTarSource(shards.parent / "**" / "*.tar").rows == 8
+    both = Cc3mTarSource(shards.parent / "**" / "*.tar")
+    assert both.rows == len(usable(both)) == 8
+    write_tar(
+        shards / "00001.tar", members(0, 3, "A cat, number {}!")
+    )  # the same keys and sizes, other words
+    assert len(usable(Cc3mTarSource(shards))) == 6
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path, caplog):
+    """The key is what stands before the last dot; what only adds to a sample is counted and named."""
+    names = ("22.05", "22.06", "photo.v2", "7")
+    files = [f for name in names for f in ((f"{name}.jpg", jpeg(0)), (f"{name}.txt", name.encode()))]
+    extra = [("7.mask.png", jpeg(1)), ("9.gif", b"GIF"), ("7.json", b"{}"), ("8.05.jpg", jpeg(2))]
+    source = Cc3mTarSource(write_tar(tmp_path / "00000.tar", files), PairRules(training=False))
+    assert [source.pair(row).caption for row in range(source.rows)] == list(names) and not source.unused
+    source = Cc3mTarSource(write_tar(tmp_path / "00000.tar", files + extra), PairRules(training=False))
+    assert [name for _, name in source.unused] == ["9.gif", "7.mask.png"] and "7.mask.png" in caplog.text
+    with pytest.raises(SampleError, match=r"8\.05: no caption"):
+        source.pair(4)
+
+
+def test_a_sample_with_two_images_is_one_that_cannot_be_used(tmp_path):
+    files = [("a.jpg", jpeg(0)), ("a.png", jpeg(1)), ("a.txt", b"x"), ("b.jpg", jpeg(2)), ("b.txt", b"y")]
+    source = Cc3mTarSource(write_tar(tmp_path / "00000.tar", files), PairRules(training=False))
+    assert source.pair(1).caption == "y"
+    with pytest.raises(SampleError, match=r"00000\.tar:a: .*two images or two texts, the second is a\.png"):
+        source.pair(0)
+
+
+def member(name, size):
+    """A tar header with any size field."""
+    header = bytearray(512)
+    header[: len(name)], header[124 : 124 + len(size)], header[156:157] = name, size, b"0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax(record):
+    header = tarfile.TarInfo("p")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    return header.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (member(b"a.json", b"-0000001000"), "a.json .*has the size -512"),
+        (pax(b"13 size=-512\n") + member(b"a.json", b"0"), "a.json .*has the size -512"),
+        (pax(b"12 size=abc\n") + member(b"a.json", b"0"), "damaged PAX header"),
+    ],
+)
+def test_sizes_that_are_none_end_the_reading(tmp_path, data, message):
+    (tmp_path / "0.tar").write_bytes(data + bytes(1024))
+    with pytest.raises(DataError, match=message):
+        Cc3mTarSource(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    (tmp_path / "loop.tar").symlink_to("loop.tar")
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(DataError, match=r"no regular file .*loop\.tar"):
+            Cc3mTarSource(tmp_path, cache_dir=cache)
+    (tmp_path / "loop.tar").unlink()
+    (tmp_path / "gone.tar").symlink_to("nothing")
+    with pytest.raises(DataError, match=r"no regular file .*gone\.tar"):
+        Cc3mTarSource(tmp_path)
 
 
 def test_no_shards(tmp_path):

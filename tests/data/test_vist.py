@@ -14,6 +14,7 @@ from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prepare.check import check
 from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import Source, VistSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -116,6 +117,35 @@ def test_fingerprint(tmp_path):
     assert VistSource(path).fingerprint() not in {shrunk, *prints}
 
 
+def test_a_byte_order_mark_is_read_by_all(tmp_path):
+    path = write(tmp_path, {"7": steps(7)})
+    for file in tmp_path.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(VistSource(path)) == check(path).samples == 13
+
+
+def test_vist_as_published(tmp_path):
+    def annotation(story, photo, order):
+        names = {"story_id": story, "photo_flickr_id": photo, "worker_arranged_photo_order": order}
+        return [{"original_text": "A day.", "text": f"day {order} .", "album_id": "1", **names}]
+
+    path, images = tmp_path / "train.story-in-sequence.json", tmp_path / "train"
+    images.mkdir()
+    for name in ("11.jpg", "12.png"):
+        Image.new("RGB", (8, 8)).save(images / name)
+    told = [annotation("30", "12", 1), annotation("30", "11", 0), annotation("31", "13", 0)]
+    path.write_text(json.dumps({"info": {}, "images": [{"id": "11"}], "annotations": told}))
+    source = VistSource(path, image_root=images, rules=StoryRules(training=False))
+    assert ids(source) == ["30_0-gen", "30_1-gen", "31_0-gen"] and "day 1 ." in source[1].source
+    assert (source[1].images, source[1].target_image) == ((f"{images}/11.jpg",), f"{images}/12.png")
+    found = check(path, image_root=images)
+    assert (found.entries, found.samples) == (2, 4 + 1)
+    assert ["13.jpg: image cannot be read" in problem.reason for problem in found.problems] == [True]
+    path.write_text(json.dumps({"annotations": [[{"text": "a"}]]}))
+    with pytest.raises(DataError, match=r"annotations\[0\]: lacks story_id"):
+        VistSource(path, image_root=images)
+
+
 # ------------------------------------------------------------------------------------- wrong files
 
 
@@ -124,7 +154,7 @@ def test_fingerprint(tmp_path):
     [
         ("[" * 100_000, r"val_cleaned\.json is no valid JSON .*recursion"),
         ('{"7": [{"caption": "a", "ima', r"val_cleaned\.json is no valid JSON .*is the file cut off"),
-        (b'{"7": "\xff"}', "no valid JSON"),
+        (b'{"7": "\xff"}', r"val_cleaned\.json:1 is not UTF-8 .byte 0xff"),
         ("", "no valid JSON"),
         ("{}", "no stories in"),
         ("[1]", "expected one object of stories, found list"),

@@ -156,7 +156,7 @@ def test_seeds_are_by_name(session):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([], "holds no record"),
+        ([], "data file is empty"),
         ([{"caption": "a dog", "image": "a.png"}], "is a pair"),
         ([{"id": "a", "turns": [{"role": "user", "content": "x"}]}] * 2, "id 'a' was used already"),
         ([{"turns": []}], "at least one turn"),
@@ -167,7 +167,7 @@ def test_files_that_are_no_conversations(tmp_path, lines, message):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(DataError, match=message):
         read_records(path)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="data file not found"):
         read_records(tmp_path / "none.jsonl")
 
 

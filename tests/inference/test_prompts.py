@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.prepare.check import check
+from minigpt5_jax.data.samples.records import RecordRules
+from minigpt5_jax.data.sources import JsonlSource
 from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM
 from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.inference.prompts import file_prompts, text_prompt
@@ -43,5 +48,36 @@ def test_records_become_prompts(tmp_path):
     with pytest.raises(DataError, match=r"prompts.jsonl:1: a prompt ends in a user turn"):
         file_prompts(file)
     file.write_text("\n")
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="data file is empty"):
         file_prompts(file)
+
+
+def test_lines_are_read_as_training_reads_them(tmp_path):
+    """U+2028 and U+0085 in a string, a byte order mark, CR LF; what is not UTF-8 is one clear error."""
+    file, captions = tmp_path / "prompts.jsonl", ("a red\u2028square", "a red\x85square")
+    lines = [json.dumps({"caption": text, "image": "a.png"}, ensure_ascii=False) for text in captions]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    rules = RecordRules()
+    source = JsonlSource(file, rules=rules)
+    assert [prompt.source for prompt in file_prompts(file)] == [source[i].source for i in range(2)]
+    file.write_bytes('{"caption": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1 is not UTF-8 \(byte 0xe9\).*iconv"):
+        file_prompts(file)
+
+
+@pytest.mark.parametrize("open_file", [file_prompts, JsonlSource, check])
+def test_json_over_several_lines_is_one_error_whose_remedy_works(tmp_path, open_file):
+    file = tmp_path / "pretty.jsonl"
+    record = {"turns": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file.write_text(json.dumps(record, indent=2))
+    with pytest.raises(DataError, match="one JSON value over several lines") as caught:
+        open_file(file)
+    assert f"python -m json.tool --no-indent {file.name} > new.jsonl" in str(caught.value)
+    command = [sys.executable, "-m", "json.tool", "--no-indent", str(file)]
+    new = tmp_path / "new.jsonl"
+    new.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert len(JsonlSource(new)) == 1
+    file.write_text("caption\timage\na\tb.png\n")
+    if open_file is not check:  # which guesses that it is a table
+        with pytest.raises(DataError, match="is a table, not JSONL.*data.format=cc3m"):
+            open_file(file)

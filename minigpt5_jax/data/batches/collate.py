@@ -103,6 +103,7 @@ class EncodeConfig:
       mask_all_inner_vokens: see :func:`~minigpt5_jax.data.text.templates.label_ids` (quirk Q1).
       strict_image_count: a sample with more images than placeholders is unusable; else the surplus is
         ignored, as the original did (quirk Q31).  Fewer images than placeholders never pass.
+      images_as_shown: images are turned by EXIF and on white where transparent; the original drops both.
     """
 
     tokenizer: LanguageTokenizer
@@ -112,6 +113,7 @@ class EncodeConfig:
     truncation: str = "left_history"
     mask_all_inner_vokens: bool = False
     strict_image_count: bool = True
+    images_as_shown: bool = True
 
     def __post_init__(self):
         if self.flip_mode not in FLIP_MODES:
@@ -185,12 +187,14 @@ def encode(
     flips = draw_flips(config.flip_mode, key, len(example.images))
     target = None
     try:
-        square, size = config.pad_input_square, spec.image_size
+        square, size, shown = config.pad_input_square, spec.image_size, config.images_as_shown
         images = tuple(
-            _values(example.images[i], spec.image_states, size, square, flips.images[i]) for i in text.images
+            _values(example.images[i], spec.image_states, size, square, flips.images[i], shown)
+            for i in text.images
         )
         if example.target_image is not None:
-            target = _values(example.target_image, spec.target_moments, spec.target_size, True, flips.target)
+            size, ready = spec.target_size, spec.target_moments
+            target = _values(example.target_image, ready, size, True, flips.target, shown)
     except SampleError as error:
         raise SampleError(example.where, f"{example.item_id}: {error}") from None
     ids, mask = config.caption_tokenizer.encode([example.caption or ""])
@@ -198,13 +202,18 @@ def encode(
 
 
 def _values(
-    image: ImageSource | Ready, ready: tuple[int, ...] | None, size: int, square: bool, flip: bool
+    image: ImageSource | Ready,
+    ready: tuple[int, ...] | None,
+    size: int,
+    square: bool,
+    flip: bool,
+    as_shown: bool,
 ) -> np.ndarray:
     """Pixels of an image, or the features it comes as; DataError where the batch wants the other."""
     if not isinstance(image, Ready):
         if ready is not None:
             raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
-        return prepare_image(image, size, square=square, flip=flip)
+        return prepare_image(image, size, square=square, flip=flip, as_shown=as_shown)
     if image.values.shape != ready:
         wants = f"features of shape {ready}" if ready else "images"
         raise DataError(f"the batch holds {wants}, the data gives features of shape {image.values.shape}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ from minigpt5_jax.data.batches.plan import (
     StreamPlan,
     fullest_rows,
 )
-from minigpt5_jax.data.errors import DataError, Problem, SampleError
+from minigpt5_jax.data.errors import DataError, Problem, SampleError, allowed_errors
 from minigpt5_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -214,15 +213,10 @@ class Loader:
             shown = "\n  ".join(str(skip) for skip in self.skipped[: self.SHOWN])
             raise DataError(
                 f"{len(self._skips)} samples are unusable, the error budget allows {self._budget}; the first:"
-                f"\n  {shown}\nMend or remove them, or raise the error budget."
+                f"\n  {shown}\nMend or remove them (`python -m minigpt5_jax.prepare check` lists all), or "
+                "raise data.error_budget, a share below 1 or a count: --config.data.error_budget="
+                f"{2 * len(self._skips)}"
             )
-
-
-def _budget_count(budget: int | float, length: int) -> int:
-    """Unusable samples allowed: a whole number as it is, a fraction of the data set rounded down."""
-    if isinstance(budget, bool) or budget < 0 or (isinstance(budget, float) and budget > 1):
-        raise DataError(f"error_budget must be a count or a fraction 0.0 ... 1.0, got {budget!r}")
-    return budget if isinstance(budget, int) else math.floor(budget * length)
 
 
 def _check_sizes(
@@ -334,7 +328,7 @@ def make_loader(
       worker_count: processes that read and decode; 0 for one thread here.
       prefetch: batches made ahead (per worker).
       error_budget: unusable samples all processes may meet before one of them stops, each at its share
-        (rounded up): a count (int) or a fraction of the source (float), each sample counted once.
+        (rounded up): a share of the source below 1 or a count, each sample counted once.
 
     Raises:
       DataError: sizes that do not divide, with the numbers; an empty source; tokenizers that do not fit
@@ -360,7 +354,7 @@ def make_loader(
     reader = StepReader(source, encode_config, plan, parts, process_index * parts[0].rows, seed)
     return Loader(
         reader,
-        budget=-(-_budget_count(error_budget, len(source)) // process_count),
+        budget=-(-allowed_errors(error_budget, len(source)) // process_count),
         worker_count=worker_count,
         prefetch=prefetch,
     )

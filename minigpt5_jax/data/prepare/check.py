@@ -59,6 +59,12 @@ class Findings:
     def bad(self) -> int:
         return len({problem.index for problem in self.problems})
 
+    def note(self, notes: Iterable[tuple[str, str]]) -> None:
+        """Counts (kind, place and detail) of what is worth knowing."""
+        for kind, place in notes:
+            count, first = self.notes.get(kind, (0, place))
+            self.notes[kind] = (count + 1, first)
+
     def summary(self, max_length: int) -> str:
         """A few lines: counts, lengths, notes, and the verdict."""
         guessed = f" (guessed from {self.guessed}; --format says otherwise)" if self.guessed else ""
@@ -110,7 +116,7 @@ class Images:
     def flush(self) -> None:
         """Decodes what is waiting."""
         waiting, self._waiting = self._waiting, {}
-        for (image, references), (size, reason) in zip(waiting.items(), self._inspect(list(waiting))):
+        for (image, references), (size, reason, notes) in zip(waiting.items(), self._inspect(list(waiting))):
             if reason:
                 for order, where in references:
                     self._fail(order, where, image, reason)
@@ -118,6 +124,8 @@ class Images:
                     self._failed[image] = reason
                 continue
             self._findings.sizes[size] += 1
+            name = image if isinstance(image, str) else references[0][1]
+            self._findings.note((kind, name) for kind in notes)
             if isinstance(image, str):
                 self._good.add(hash(image))
 
@@ -125,7 +133,7 @@ class Images:
         name = f"{image}: " if isinstance(image, str) else ""
         self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
 
-    def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str]]:
+    def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str, list[str]]]:
         if self._pool is None and (
             self._workers or (self._workers is None and self._findings.images >= MANY)
         ):
@@ -140,15 +148,16 @@ class Images:
             self._pool.shutdown(cancel_futures=True)
 
 
-def inspect_image(image: ImageSource) -> tuple[str, str]:
-    """(``WIDTHxHEIGHT``, nothing) of an image that training can use, or (nothing, what is wrong)."""
+def inspect_image(image: ImageSource) -> tuple[str, str, list[str]]:
+    """(``WIDTHxHEIGHT``, nothing, notes) of an image that training can use, or (nothing, what is wrong)."""
+    notes: list[str] = []
     try:
-        width, height = load_image(image).size
+        width, height = load_image(image, notes=notes).size
     except SampleError as error:
-        return "", error.reason
+        return "", error.reason, []
     if max(width, height) ** 2 > MAX_PIXELS:
-        return "", f"a white square around this image of {width}x{height} has over {MAX_PIXELS:,} pixels"
-    return f"{width}x{height}", ""
+        return "", f"a white square around this image of {width}x{height} has over {MAX_PIXELS:,} pixels", []
+    return f"{width}x{height}", "", notes
 
 
 def check(
@@ -157,6 +166,7 @@ def check(
     format: str | None = None,
     image_root: str | Path | None = None,
     mapping: str | Path | None = None,
+    allow_outside_images: bool = False,
     tokenizer: LanguageTokenizer | None = None,
     max_length: int = 256,
     image_tokens: int = 32,
@@ -170,6 +180,7 @@ def check(
       format: one of :data:`READERS`; guessed where None.
       image_root: folder that image paths are relative to; default: the file's.
       mapping: VIST's image paths; default: the file beside the stories.
+      allow_outside_images: whether image paths may lead out of their folder.
       tokenizer: gives lengths, and what the dialogues' limit on tokens leaves out.
       max_length: positions of a row; image_tokens: positions of an input image.
       workers: processes that decode; None for one per core where there are many images.
@@ -189,7 +200,8 @@ def check(
     if root is not None and not root.is_dir():
         raise DataError(f"image folder not found: {root}")
     count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
-    reader = READERS[format](path, Options(root, None if mapping is None else Path(mapping), count))
+    mapping = None if mapping is None else Path(mapping)
+    reader = READERS[format](path, Options(root, mapping, count, allow_outside_images))
     findings = Findings(format, guessed)
     images = Images(findings, workers)
     try:
@@ -216,9 +228,7 @@ def _enter(
     findings.entries += 1
     findings.samples += len(entry.samples)
     findings.problems += [Problem(order, entry.where, reason) for reason in entry.problems]
-    for kind, detail in entry.notes:
-        count, first = findings.notes.get(kind, (0, f"{entry.where}: {detail}"))
-        findings.notes[kind] = (count + 1, first)
+    findings.note((kind, f"{entry.where}: {detail}") for kind, detail in entry.notes)
     if tokenizer is None:
         return
     for texts in entry.samples:

@@ -157,7 +157,7 @@ def _encode_all(
 
     def read(image: ImageSource) -> np.ndarray | SampleError:
         try:
-            return prepare_image(image, size, square=square, flip=False)
+            return prepare_image(image, size, square=square, flip=False, as_shown=spec.images_as_shown)
         except SampleError as error:
             return error
 

@@ -9,6 +9,8 @@ from typing import Any
 from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.text import templates
 
+MAX_LINE = 2**24  # characters of one record, far beyond what a row of the model holds
+
 
 class RepeatedKeyError(Exception):
     """A JSON object names a key twice, of which Python would keep the last without a word."""
@@ -34,13 +36,15 @@ class Fields:
     """
 
     def __init__(self, where: str):
-        self._where = where
+        self.where = where
 
     def fail(self, place: str, problem: str) -> SampleError:
-        return SampleError(self._where, f"{place}: {problem}" if place else problem)
+        return SampleError(self.where, f"{place}: {problem}" if place else problem)
 
     def json(self, line: str, *, unique: bool = False) -> Any:
         """What a line of JSON holds; ``unique`` refuses keys given twice, of which Python keeps the last."""
+        if len(line) > MAX_LINE:
+            raise self.fail("", f"a line of {len(line):,} characters; one record has at most {MAX_LINE:,}")
         try:
             return json.loads(line, object_pairs_hook=unique_keys if unique else None)
         except RepeatedKeyError as error:

@@ -1,6 +1,7 @@
 """Data on disk as random-access sequences of :class:`~minigpt5_jax.data.samples.example.Example`."""
 
-from minigpt5_jax.data.sources.base import Source, TextLines
+from minigpt5_jax.data.lines import TextLines
+from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.cc3m import Cc3mSource
 from minigpt5_jax.data.sources.jsonl import JsonlSource
 from minigpt5_jax.data.sources.mmdialog import MMDialogSource

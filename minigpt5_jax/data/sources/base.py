@@ -1,4 +1,4 @@
-"""What every source is, and lines of a text file by number.
+"""What every source is.
 
 A source checks its file once when it is opened, keeps byte offsets only, and reads a line when it is
 asked for, so that it is small to hold and small to send to worker processes.  What is wrong with the
@@ -8,14 +8,13 @@ raises :class:`~minigpt5_jax.data.errors.SampleError` when it is fetched, which 
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.example import Example
 
 
@@ -57,84 +56,49 @@ def check_index(index: int, source: Source) -> None:
         raise IndexError(f"sample {index} of {len(source)}")
 
 
-def image_folder(path: str | Path, image_root: str | Path | None) -> Path:
+FETCH = (
+    "fetch the images first, for example with img2dataset (--input_format tsv --url_col url --caption_col "
+    "caption --output_format webdataset), and read the folder of tar shards that it writes "
+    "(data.format=cc3m_tar)"
+)
+
+
+def is_url(text: str) -> bool:
+    """Whether a path is in truth an address."""
+    return re.match(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*://", text) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """The folder that the image paths of a file are relative to.
+
+    Attributes:
+      root: the folder.
+      allow_outside: whether paths may lead out of it; a file from elsewhere could name any file else.
+    """
+
+    root: Path
+    allow_outside: bool = False
+
+    def path(self, name: str, where: str) -> str:
+        """Path of an image as a file names it; SampleError for a URL and for one outside of the folder."""
+        if is_url(name):
+            raise SampleError(where, f"{name} is a URL, and images are read from files; {FETCH}")
+        root = os.path.abspath(self.root)
+        full = os.path.normpath(os.path.join(root, name))
+        if not (self.allow_outside or full.startswith(root.rstrip(os.sep) + os.sep)):
+            raise SampleError(
+                where,
+                f"image path {name} leads out of the image folder {self.root}; name a folder above both as "
+                "the image root, or allow it: data.allow_outside_images=True "
+                "(prepare: --allow_outside_images)",
+            )
+        return os.path.join(self.root, name)
+
+
+def image_folder(path: str | Path, image_root: str | Path | None, allow_outside: bool = False) -> ImageFolder:
     """Folder that a file's image paths are relative to, the file's own where None; DataError if missing."""
     root = Path(path).parent if image_root is None else Path(image_root)
     if not root.is_dir():
         raise DataError(f"image folder not found: {root}")
-    return root
-
-
-class TextLines:
-    """Lines of a UTF-8 file by number, through an index of byte offsets (8 bytes a line).
-
-    LF and CR LF line ends, with or without one at the end of the file, and a byte order mark are
-    accepted.  Blank lines are not counted as lines of content.
-
-    Attributes:
-      path: the file.
-      sha256: of its content.
-
-    Raises:
-      DataError: missing file, no content, or text that is not UTF-8 (names the line).
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(f"data file not found: {self.path}")
-        data = self.path.read_bytes()
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise DataError(
-                f"{self.path}:{line} is not UTF-8 (byte 0x{data[error.start]:02x}); convert the file, for "
-                f"example with: iconv -f latin1 -t utf-8 {self.path.name}"
-            ) from None
-        self._starts, self._stops, self._numbers = _line_table(data)
-        if not len(self._starts):
-            raise DataError(f"data file is empty: {self.path}")
-        self._file = None
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def number(self, line: int) -> int:
-        """Number of a content line in the file, from 1, blank lines counted."""
-        return int(self._numbers[line])
-
-    def where(self, line: int) -> str:
-        """``file:number`` of a content line."""
-        return f"{self.path}:{self.number(line)}"
-
-    def __getitem__(self, line: int) -> str:
-        """Text of a content line, without its line end."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        start, stop = int(self._starts[line]), int(self._stops[line])
-        return os.pread(self._file, stop - start, start).decode("utf-8")
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None}  # an open file stays in its process
-
-    def __del__(self):
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)
-
-
-def _line_table(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, stop (line end excluded) and number of each line that is not blank."""
-    view = np.frombuffer(data, np.uint8)
-    ends = np.flatnonzero(view == ord("\n")).astype(np.int64)
-    if len(view) and view[-1] != ord("\n"):
-        ends = np.append(ends, len(view))
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])[: len(ends)]
-    stops = ends.copy()
-    if data.startswith(b"\xef\xbb\xbf"):
-        starts[:1] = 3
-    if len(view):
-        stops -= (stops > starts) & (view[np.maximum(stops, 1) - 1] == ord("\r"))
-    filled = stops > starts
-    return starts[filled], stops[filled], np.flatnonzero(filled) + 1
+    return ImageFolder(root, allow_outside)

@@ -56,6 +56,7 @@ class FeatureSpec:
       target: (h, w, 2c) of a target's moments, None where only input images are stored.
       image: (q, c) of an input image's states, None where only targets are stored.
       target_size, image_size: sides of the images in pixels.
+      images_as_shown: whether images were turned by EXIF and put on white where transparent.
       pad_input_square: whether input images were padded (quirk Q30).
       dtype: of the stored numbers, ``bfloat16`` or ``float32``.
       pixel_range: what the target's tower saw black and white as (quirk Q9).
@@ -70,6 +71,7 @@ class FeatureSpec:
     target_size: int
     image_size: int
     pad_input_square: bool = False
+    images_as_shown: bool = True
     dtype: str = "bfloat16"
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
     shard_samples: int = 2048
@@ -121,6 +123,7 @@ def read_spec(folder: str | Path) -> FeatureSpec:
         if content.pop("format") != FORMAT:
             raise DataError(f"{file} is of another version; prepare the features again")
         content = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        content.setdefault("images_as_shown", False)  # before there was a choice
         if FORMER_NAME in content:
             content["image_fingerprint"] = content.pop(FORMER_NAME)
         return FeatureSpec(**content)
@@ -259,6 +262,8 @@ class FeatureSource(Source):
         """Hash of the source's fingerprint and of what the store holds."""
         spec = dataclasses.asdict(self._store.spec)
         spec[FORMER_NAME] = spec.pop("image_fingerprint")  # so that runs of earlier versions can resume
+        if not spec["images_as_shown"]:
+            del spec["images_as_shown"]
         stored = json.dumps(spec, sort_keys=True)
         return hashlib.sha256(f"features {self._source.fingerprint()} {stored}".encode()).hexdigest()
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import TextLines, check_jsonl
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.records import Record, RecordRules, parse_record
-from minigpt5_jax.data.sources.base import Source, TextLines, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index, image_folder
 
 
 class JsonlSource(Source):
@@ -24,6 +25,7 @@ class JsonlSource(Source):
       rules: how its records become samples.
       strict: raise on lines that break the schema, naming the first of them; False keeps such a line
         as a sample that cannot be fetched, which the pipeline counts against its budget.
+      allow_outside_images: whether image paths may lead out of their folder.
 
     Attributes:
       lines: of the file.
@@ -42,9 +44,11 @@ class JsonlSource(Source):
         rules: RecordRules = RecordRules(),
         *,
         strict: bool = True,
+        allow_outside_images: bool = False,
     ):
         self.lines = TextLines(path)
-        self._image_root, self._rules = image_folder(path, image_root), rules
+        check_jsonl(self.lines.path, self.lines[0])
+        self._images, self._rules = image_folder(path, image_root, allow_outside_images), rules
         lines, turns, bad, ids = [], [], [], {}
         for line in range(len(self.lines)):
             try:
@@ -81,6 +85,8 @@ class JsonlSource(Source):
         record = parse_record(self.lines[line], self.lines.where(line))
         if not record.answers():
             raise SampleError(self.lines.where(line), "no assistant turn, so nothing to learn from")
+        for image in (image for turn in record.turns for image in turn.images()):
+            self._images.path(image.path, self.lines.where(line))
         return record
 
     def name(self, line: int) -> str:
@@ -94,7 +100,7 @@ class JsonlSource(Source):
         return self._rules.example(
             self.record(line),
             int(self._sample_turn[index]),
-            image_root=self._image_root,
+            image_root=self._images.root,
             name=self.name(line),
             where=self.lines.where(line),
         )

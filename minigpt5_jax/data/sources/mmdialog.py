@@ -15,10 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import TextLines, check_jsonl
 from minigpt5_jax.data.samples.dialogs import Dialog, DialogRules, DialogTurn, Remark
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields
-from minigpt5_jax.data.sources.base import Source, TextLines, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index, image_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ class MMDialogSource(Source):
         count_tokens: Callable[[str], int] | None = None,
     ):
         rules.check_counter(count_tokens)
-        self._rules, self._root = rules, image_folder(path, image_root)
+        self._rules, self._root = rules, image_folder(path, image_root).root
         self.lines = TextLines(path)
+        check_jsonl(self.lines.path, self.lines[0])
         self.counts: collections.Counter[str] = collections.Counter()
         self.remarks: dict[str, list[Remark]] = {}
         self._bad, self._repeats = 0, {}

@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import TextLines
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import PairRules
-from minigpt5_jax.data.sources.base import Source, TextLines, check_index
+from minigpt5_jax.data.sources.base import Source, check_index
 from minigpt5_jax.data.sources.kinds import KINDS, Fields, Rules, make_rules
 
 METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"

@@ -1,9 +1,9 @@
 """Where the samples of a tar shard lie: byte offsets, read once from the headers and kept beside it.
 
-A shard is an uncompressed tar as webdataset and img2dataset write it: members that share a name up to its
-first dot are one sample (``000000017.jpg``, ``000000017.txt``, ``000000017.json``), in any order.  Headers
-are read strictly (checksums, end mark), because a shard cut short by a broken download looks whole to
-lenient readers.
+A shard is an uncompressed tar as webdataset and img2dataset write it: an image and a text that share a name
+up to its last dot are one sample (``000000017.jpg`` and ``000000017.txt``, ``22.05.jpg`` and
+``22.05.txt``), in any order.  Headers are read strictly (checksums, sizes, end mark), because a shard cut
+short by a broken download looks whole to lenient readers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 512
 IMAGES = ("jpg", "jpeg", "png", "webp")
+OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "avif", "ppm")  # not looked for, but named where they are met
 TEXT = "txt"
-FORMAT = 1  # of index files; another number and they are rebuilt
+FORMAT = 2  # of index files; another number and they are rebuilt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,17 @@ class ShardIndex:
     """Samples of one shard in the order in which their first members appear.
 
     Attributes:
-      keys: S[n], the names up to the first dot, UTF-8.
+      keys: S[n], the names up to the last dot, UTF-8.
       places: i64[n 2 2], (start, size) of image and text; start 0 where the sample lacks it.
+      repeated: S[n], the name of a second image or text that a sample has, which makes it unusable; or empty.
+      unused: S[k], images and texts that belong to no sample (``7.mask.png`` beside ``7.jpg`` and ``7.txt``).
       digest: of keys, texts and sizes of images.
     """
 
     keys: np.ndarray
     places: np.ndarray
+    repeated: np.ndarray
+    unused: np.ndarray
     digest: str
 
 
@@ -57,8 +62,12 @@ def read_members(path: Path) -> Iterator[Member]:
     """Regular files of an uncompressed tar.
 
     Raises:
-      DataError: not readable, empty, compressed, damaged, or without its end mark (cut short).
+      DataError: no regular file, empty, compressed, damaged, or without its end mark (cut short).
     """
+    if not path.is_file():
+        raise DataError(
+            f"tar shard is no regular file (a link to nothing?): {path}; take it out of the folder"
+        )
     size = path.stat().st_size
     if not size:
         raise DataError(f"tar shard is empty (0 bytes): {path}; fetch it again")
@@ -72,6 +81,8 @@ def read_members(path: Path) -> Iterator[Member]:
                 return
             kind, name, length = _parse_header(header, path, offset)
             length = int(pax.get("size", length))
+            if length < 0:  # the next header would lie before this one
+                raise DataError(f"member {name} of tar shard {path} has the size {length:,}{_CUT}")
             start = offset + BLOCK
             offset = start + -(-length // BLOCK) * BLOCK
             if start + length > size:
@@ -125,7 +136,9 @@ def _pax_records(data: bytes, path: Path) -> dict[str, str]:
                 raise ValueError(length)
             key, _, value = data[space + 1 : length - 1].partition(b"=")
             if key in (b"path", b"size"):
-                records[key.decode()] = value.decode("utf-8", "replace")
+                records[key.decode()] = (
+                    str(int(value)) if key == b"size" else value.decode("utf-8", "replace")
+                )
             data = data[length:]
     except ValueError:
         raise DataError(f"damaged PAX header in tar shard {path}{_CUT}") from None
@@ -133,21 +146,26 @@ def _pax_records(data: bytes, path: Path) -> dict[str, str]:
 
 
 def make_index(path: Path) -> ShardIndex:
-    """Reads all headers and texts of a shard; DataError also for a key with two images or two texts."""
+    """Reads all headers and texts of a shard; DataError as :func:`read_members`."""
     rows: dict[str, list[Member | None]] = {}
+    repeated: dict[str, str] = {}
+    unused: list[str] = []
     for member in read_members(path):
         folder, _, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        column = 0 if ending.lower() in IMAGES else 1 if ending.lower() == TEXT else None
+        stem, _, ending = base.rpartition(".")
+        ending = ending.lower()
+        column = 0 if ending in IMAGES else 1 if ending == TEXT else None
         if column is None or not stem:
+            unused += [member.name] * (ending in OTHER_IMAGES)
             continue
-        row = rows.setdefault(f"{folder}/{stem}" if folder.strip("./") else stem, [None, None])
+        key = f"{folder}/{stem}" if folder.strip("./") else stem
+        row = rows.setdefault(key, [None, None])
         if row[column] is not None:
-            what = ("image", "text")[column]
-            raise DataError(
-                f"{path}: sample {stem} has a second {what}, {member.name}, besides {row[column].name}"
-            )
-        row[column] = member
+            repeated.setdefault(key, member.name)
+        else:
+            row[column] = member
+    for key in [key for key in rows if _is_extra(key, rows)]:
+        unused += [member.name for member in rows.pop(key) if member is not None]
     places = np.zeros((len(rows), 2, 2), np.int64)
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
@@ -158,14 +176,26 @@ def make_index(path: Path) -> ShardIndex:
             start, size = places[i, 1].tolist()
             text = os.pread(file.fileno(), size, start) if start else b""
             digest.update(repr((key, text, int(places[i, 0, 1]))).encode())
-    keys = np.array([key.encode() for key in rows], np.bytes_) if rows else np.zeros(0, "S1")
-    return ShardIndex(keys, places, digest.hexdigest())
+    second = _texts([repeated.get(key, "") for key in rows])
+    return ShardIndex(_texts(rows), places, second, _texts(unused), digest.hexdigest())
+
+
+def _is_extra(key: str, rows: Mapping[str, list[Member | None]]) -> bool:
+    """Whether half a sample only adds to a whole one, whose key it begins with (``7.mask`` to ``7``)."""
+    folder, slash, name = key.rpartition("/")
+    whole = rows.get(folder + slash + name.partition(".")[0], [None])
+    return None in rows[key] and None not in whole
+
+
+def _texts(values: Iterable[str]) -> np.ndarray:
+    found = [value.encode() for value in values]
+    return np.array(found, np.bytes_) if found else np.zeros(0, "S1")
 
 
 def _index_file(shard: Path, cache_dir: Path | None) -> Path:
     if cache_dir is None:
         return shard.with_name(shard.name + ".index.npz")
-    folder = hashlib.sha256(str(shard.resolve().parent).encode()).hexdigest()[:12]
+    folder = hashlib.sha256(str(shard.parent.resolve()).encode()).hexdigest()[:12]
     return cache_dir / f"{folder}-{shard.name}.index.npz"
 
 
@@ -179,7 +209,8 @@ def _read_index(file: Path, shard: Path) -> ShardIndex | None:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if np.array_equal(arrays["identity"], _identity(shard)):
-                return ShardIndex(arrays["keys"], arrays["places"], str(arrays["digest"]))
+                names = ("keys", "places", "repeated", "unused")
+                return ShardIndex(*(arrays[name] for name in names), str(arrays["digest"]))
     except (OSError, ValueError, KeyError, EOFError):
         pass
     except Exception as error:  # a damaged zip file, in one of several types
@@ -193,9 +224,7 @@ def _keep_index(file: Path, shard: Path, index: ShardIndex) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as out:
-            np.savez(
-                out, identity=_identity(shard), keys=index.keys, places=index.places, digest=index.digest
-            )
+            np.savez(out, identity=_identity(shard), **vars(index))
         os.replace(part, file)
     except OSError:
         with contextlib.suppress(OSError):

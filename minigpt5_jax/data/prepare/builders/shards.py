@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import io
 import json
-import math
 import os
 import shutil
 import uuid
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt5_jax.data.errors import DataError, Problem, SampleError
+from minigpt5_jax.data.errors import DataError, Problem, SampleError, allowed_errors
 from minigpt5_jax.data.prepare.builders.units import Encoded, Raw, Unit, Units, encode_image, keep_images
 from minigpt5_jax.data.sources.prepared import current_tally
 
@@ -78,15 +77,8 @@ class Job:
             num_shards = min(num_shards, len(units))
         if not 1 <= num_shards <= len(units):
             raise DataError(f"num_shards must be 1 ... {len(units)} (units of {raw.path}), got {num_shards}")
-        if isinstance(error_budget, float):
-            if not 0 <= error_budget <= 1:
-                raise DataError(f"error_budget must be a count or a fraction 0.0 ... 1.0, got {error_budget}")
-            error_budget = math.floor(error_budget * len(units))
-        if error_budget < 0:
-            raise DataError(f"error_budget must not be negative, got {error_budget}")
-        return cls(
-            raw, Path(output), split, len(units), units.fingerprint, num_shards, letterbox, error_budget
-        )
+        budget = allowed_errors(error_budget, len(units))
+        return cls(raw, Path(output), split, len(units), units.fingerprint, num_shards, letterbox, budget)
 
     @property
     def folder(self) -> Path:

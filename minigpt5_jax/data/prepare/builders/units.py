@@ -69,12 +69,14 @@ class Raw:
       path: the annotations; for ``cc3m`` a table, or tar shards (a folder, a pattern or one file).
       image_root: folder that image paths are relative to; None for the annotations' own.
       mapping: VIST's image paths; None for the file beside the stories.
+      allow_outside_images: whether image paths may lead out of their folder.
     """
 
     dataset: str
     path: str
     image_root: str | None = None
     mapping: str | None = None
+    allow_outside_images: bool = False
 
     def open(self) -> Units:
         """Its units, opened once in each process unless a file changes.
@@ -116,7 +118,12 @@ class Cc3mUnits(Units):
         if Path(raw.path).is_dir() or "*" in raw.path or raw.path.endswith(".tar"):
             source = Cc3mTarSource(raw.path, PairRules(training=False))
         else:
-            source = Cc3mSource(raw.path, raw.image_root, PairRules(training=False))
+            source = Cc3mSource(
+                raw.path,
+                raw.image_root,
+                PairRules(training=False),
+                allow_outside_images=raw.allow_outside_images,
+            )
         super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:
@@ -132,7 +139,13 @@ class VistUnits(Units):
 
     def __init__(self, raw: Raw):
         self._raw = raw
-        source = VistSource(raw.path, raw.mapping, raw.image_root, StoryRules(training=False))
+        source = VistSource(
+            raw.path,
+            raw.mapping,
+            raw.image_root,
+            StoryRules(training=False),
+            allow_outside_images=raw.allow_outside_images,
+        )
         super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:
@@ -172,7 +185,9 @@ class JsonlUnits(Units):
 
     def __init__(self, raw: Raw):
         self._root = raw.root()
-        source = JsonlSource(raw.path, raw.image_root, strict=False)
+        source = JsonlSource(
+            raw.path, raw.image_root, strict=False, allow_outside_images=raw.allow_outside_images
+        )
         super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:

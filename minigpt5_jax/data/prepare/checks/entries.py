@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.images import ImageSource
+from minigpt5_jax.data.sources.base import ImageFolder
 
 Texts = list[tuple[str, str]]
 
@@ -49,14 +50,18 @@ class Options:
       image_root: folder that image paths are relative to; None for the file's own.
       mapping: VIST's image paths; None for the file beside the stories.
       count_tokens: length of a text, or None without a tokenizer.
+      allow_outside_images: whether image paths may lead out of their folder.
     """
 
     image_root: Path | None = None
     mapping: Path | None = None
     count_tokens: Callable[[str], int] | None = None
+    allow_outside_images: bool = False
 
-    def root(self, path: Path) -> Path:
-        return path.parent if self.image_root is None else self.image_root
+    def folder(self, path: Path) -> ImageFolder:
+        """Folder that the image paths of a file are relative to."""
+        root = path.parent if self.image_root is None else self.image_root
+        return ImageFolder(root, self.allow_outside_images)
 
 
 @runtime_checkable

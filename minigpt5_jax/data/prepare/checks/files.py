@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import functools
 import json
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.lines import BOM
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options, Reader
 from minigpt5_jax.data.prepare.checks.lines import Dialogues, Lines, Records, Table
 from minigpt5_jax.data.samples.pairs import PairRules
@@ -21,24 +21,29 @@ from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import Cc3mTarSource, PreparedSource
 from minigpt5_jax.data.sources.kinds import make_rules
 from minigpt5_jax.data.sources.tar import find_shards
-from minigpt5_jax.data.sources.vist import STEPS, mapping_path, parse_story
+from minigpt5_jax.data.sources.vist import STEPS, from_published, mapping_path, parse_story, published
 
 
 class Stories:
     """VIST's two files.  A story's line is that of its id in the file."""
 
     def __init__(self, path: Path, options: Options):
-        self._path, self._root, self._rules = path, options.root(path), StoryRules()
+        self._path, self._root, self._rules = path, options.folder(path), StoryRules()
         self._problems: list[Entry] = []
         self._text, self._stories = self._read(path)
-        self._mapping_path = options.mapping or mapping_path(path)
-        _, self._mapping = self._read(self._mapping_path)
+        self._mapping_path, self._mapping = options.mapping or path, {}
+        if published(self._stories):
+            mapping = self._read(self._mapping_path)[1] if options.mapping else None
+            self._stories, self._mapping = from_published(path, self._stories, mapping, self._root.root)
+        else:
+            self._mapping_path = options.mapping or mapping_path(path)
+            _, self._mapping = self._read(self._mapping_path)
 
     def _read(self, path: Path) -> tuple[str, dict[str, Any]]:
         """The text of a JSON file and the object in it, empty where it cannot be read."""
         if not path.is_file():
             raise DataError(f"data file not found: {path}")
-        data, repeated = path.read_bytes(), []
+        data, repeated = path.read_bytes().removeprefix(BOM), []
         text = data.decode("utf-8", "replace")
 
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -86,7 +91,7 @@ class Stories:
                 entry.samples += [self._rules.texts(story, *sample) for sample in samples]
                 used.update(entry.images)
             yield entry
-        idle = [name for name, path in self._mapping.items() if str(self._root / str(path)) not in used]
+        idle = [name for name, path in self._mapping.items() if str(self._root.root / str(path)) not in used]
         if idle and self._stories:
             notes = [("images of the mapping that no usable story shows", name) for name in idle]
             yield Entry(str(self._mapping_path), notes=notes)
@@ -105,34 +110,39 @@ class Shards:
     """CC3M in tar shards, each opened on its own, so that a bad one does not hide the others."""
 
     def __init__(self, path: Path, options: Options):
-        self._path, self._shards, self._rules = path, find_shards(path), PairRules()
-        self._good: list[Path] = []
+        self._shards, self._rules = find_shards(path), PairRules()
 
     def __len__(self) -> int:
         return len(self._shards)
 
     def __iter__(self) -> Iterator[Entry]:
-        row = 0
         with tempfile.TemporaryDirectory() as cache:  # a check leaves nothing in the user's folder
+            bad: dict[Path, str] = {}
             for shard in self._shards:
                 try:
-                    source = Cc3mTarSource(shard, cache_dir=cache)
+                    Cc3mTarSource(shard, cache_dir=cache)
                 except DataError as error:
-                    yield Entry(str(shard), [str(error)])
+                    bad[shard] = str(error)
+            good = [shard for shard in self._shards if shard not in bad]
+            source, row = Cc3mTarSource(good, cache_dir=cache) if good else None, 0
+            for shard in self._shards:
+                if shard in bad:
+                    yield Entry(str(shard), [bad[shard]])
                     continue
-                for place in range(source.rows):
-                    yield self._entry(source, place, row)
+                notes = [
+                    ("members that belong to no sample", name)
+                    for file, name in source.unused
+                    if file == shard
+                ]
+                while row < source.rows and source.shard(row) == shard:
+                    entry = self._entry(source, row)
+                    entry.notes, notes = entry.notes + notes, []
+                    yield entry
                     row += 1
-                self._good.append(shard)
-            if len(self._good) == len(self._shards) > 1:
-                try:
-                    Cc3mTarSource(self._path, cache_dir=cache)
-                except DataError as error:
-                    yield Entry(str(self._path), [str(error)])
 
-    def _entry(self, source: Cc3mTarSource, place: int, row: int) -> Entry:
+    def _entry(self, source: Cc3mTarSource, row: int) -> Entry:
         try:
-            pair = dataclasses.replace(source.pair(place), row=row)
+            pair = source.pair(row)
         except SampleError as error:
             return Entry(error.where, [error.reason])
         entry = Entry(pair.where, images=[pair.image])

@@ -2,84 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.lines import BOM, check_jsonl
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
 from minigpt5_jax.data.samples.records import RecordRules, parse_record
+from minigpt5_jax.data.sources.cc3m import header_hint, read_row, split_row
 from minigpt5_jax.data.sources.mmdialog import parse_dialog
-
-
-class Lines:
-    """Lines of a text file as entries; ``read`` fills in each that is UTF-8 and not blank.
-
-    A SampleError of ``read`` is a problem of its entry.
-    """
-
-    def __init__(self, path: Path, read: Callable[[str, Entry], None]):
-        self._path, self._read = path, read
-        data = path.read_bytes()
-        if not data.strip():
-            raise DataError(f"data file is empty: {path}")
-        self._lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __iter__(self) -> Iterator[Entry]:
-        for number, line in enumerate(self._lines, 1):
-            entry = Entry(f"{self._path}:{number}")
-            if line.endswith(b"\r"):
-                entry.notes.append(("lines end in CR LF", "accepted"))
-                line = line[:-1]
-            if not line:
-                continue
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                entry.problems.append(f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})")
-            else:
-                with entry.collect():
-                    self._read(text, entry)
-            yield entry
 
 
 class Table:
     """CC3M's table, line by line."""
 
     def __init__(self, path: Path, options: Options):
-        self._root, self._rules = options.root(path), PairRules()
+        self._path, self._folder, self._rules = path, options.folder(path), PairRules()
         self._header: list[str] | None = None
         self._row, self._seen, self._images = -1, {}, set()
 
-    def __call__(self, line: str, entry: Entry) -> None:
-        cells = line.split("\t")
+    @property
+    def rows(self) -> int:
+        """Rows read so far, the header not counted."""
+        return self._row + 1
+
+    def row(self, lines: Sequence[str], first: int, entry: Entry) -> int:
+        """Reads the row that begins in a line; returns the number of its last line, 0 for that very one."""
         if self._header is None:
-            self._header = cells
+            self._header = cells = split_row(lines[first]) or [lines[first]]
             missing = [name for name in ("caption", "image_path") if name not in cells]
             if missing:
+                hint = header_hint(self._path, cells)
                 entry.problems.append(
-                    f"no column {' and '.join(missing)}, found {cells}; no row can be read without"
+                    f"no column {' and '.join(missing)}, found {cells}; no row can be read without. {hint}"
                 )
-            return
+            return 0
         self._row += 1
         if not {"caption", "image_path"} <= set(self._header):
-            return
-        if len(cells) != len(self._header):
-            entry.problems.append(f"{len(cells)} tab-separated cells, the header has {len(self._header)}")
-            return
+            return 0
+        cells, stop = read_row(lines, first, len(self._header), entry.where)
         values = dict(zip(self._header, cells))
         self._pair(values["caption"], values["image_path"].strip(), entry)
+        return stop
 
     def _pair(self, caption: str, path: str, entry: Entry) -> None:
         if not path:
             entry.problems.append("empty image_path")
         else:
-            entry.images.append(str(self._root / path))
+            with entry.collect():
+                entry.images.append(self._folder.path(path, entry.where))
         first = self._seen.setdefault(hash((caption, path)), entry.where)
         if first != entry.where:
             entry.problems.append(f"the same caption and image as {first}")
@@ -94,7 +67,7 @@ class Records:
     """The user's own JSONL, line by line."""
 
     def __init__(self, path: Path, options: Options):
-        self._root, self._ids, self._rules = options.root(path), {}, RecordRules()
+        self._folder, self._ids, self._rules = options.folder(path), {}, RecordRules()
 
     def __call__(self, line: str, entry: Entry) -> None:
         record = parse_record(line, entry.where)
@@ -102,9 +75,13 @@ class Records:
             entry.problems.append(f"id {record.id!r} is that of {self._ids[record.id]} too")
         if not record.answers():
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
-        entry.images += [str(self._root / image.path) for turn in record.turns for image in turn.images()]
+        for image in (image for turn in record.turns for image in turn.images()):
+            with entry.collect():
+                entry.images.append(self._folder.path(image.path, entry.where))
         for turn in record.answers():
-            example = self._rules.example(record, turn, image_root=self._root, name="", where=entry.where)
+            example = self._rules.example(
+                record, turn, image_root=self._folder.root, name="", where=entry.where
+            )
             entry.samples.append([example.words])
 
 
@@ -114,7 +91,7 @@ class Dialogues:
     ACCEPTED = ("over ", "further images")  # kinds of remarks that are the original's own limits
 
     def __init__(self, path: Path, options: Options):
-        self._root, self._ids, self._count = options.root(path), {}, options.count_tokens
+        self._root, self._ids, self._count = options.folder(path).root, {}, options.count_tokens
         self._rules = DialogRules(training=options.count_tokens is not None)
 
     def __call__(self, line: str, entry: Entry) -> None:
@@ -130,3 +107,62 @@ class Dialogues:
         entry.images += [turn.image for turn in dialog.turns if turn.image is not None]
         for turn in range(1, usable):
             entry.samples.append([self._rules.example(dialog, turn).words])
+
+
+class Lines:
+    """Lines of a text file as entries; ``read`` fills in each that is UTF-8 and not blank.
+
+    A SampleError of ``read`` is a problem of its entry.
+    """
+
+    def __init__(self, path: Path, read: Table | Callable[[str, Entry], None]):
+        self._path, self._read = path, read
+        data = path.read_bytes()
+        if not data.strip():
+            raise DataError(f"data file is empty: {path}")
+        self._lines = data.removeprefix(BOM).split(b"\n")
+        if not isinstance(read, Table):
+            first = next(line for line in self._lines if line.strip())
+            check_jsonl(path, first.decode("utf-8", "replace"))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Entry]:
+        behind = 0  # the last line of a row over several lines
+        for number, line in enumerate(self._lines, 1):
+            if number <= behind:
+                continue
+            entry = Entry(f"{self._path}:{number}")
+            if line.endswith(b"\r"):
+                entry.notes.append(("lines end in CR LF", "accepted"))
+                line = line[:-1]
+            if not line:
+                continue
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                entry.problems.append(f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1})")
+            else:
+                with entry.collect():
+                    if isinstance(self._read, Table):
+                        behind = self._read.row(_Decoded(self._lines), number - 1, entry)
+                    else:
+                        self._read(text, entry)
+            yield entry
+        if isinstance(self._read, Table) and not self._read.rows:
+            yield Entry(str(self._path), ["a header and no rows"])
+
+
+class _Decoded(Sequence):
+    """Lines as text, decoded when they are asked for."""
+
+    def __init__(self, lines: list[bytes]):
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, number: int) -> str:
+        return self._lines[number].decode("utf-8", "replace").removesuffix("\r")
