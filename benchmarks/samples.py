@@ -83,6 +83,9 @@ class Stories(Source):
             f"drawn:{story}",
         )
 
+    def stories(self) -> np.ndarray:
+        return np.arange(len(self._texts) + 1) * len(lengths.SAMPLES)
+
     def fingerprint(self) -> str:
         return _hash("stories", self._texts, self._seed)
 

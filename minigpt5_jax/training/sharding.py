@@ -119,7 +119,8 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
       ShardingError: naming the field, its size and the devices that do not divide it.
     """
     row_fields = {"tokens", "labels", "label_positions", "positions", "segment_ids", "row_id", "prompt_end"}
-    image_fields = {"images", "image_row", "image_start", "image_mask", "image_states"}
+    row_fields |= {"subtree_end", "before"}
+    image_fields = {"images", "image_row", "image_start", "image_mask", "image_states", "image_index"}
     lead = (None,) if accumulation > 1 else ()
 
     def of(name: str, value) -> NamedSharding:
