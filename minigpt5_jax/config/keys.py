@@ -70,14 +70,14 @@ KEYS: dict[str, Key] = {
     ),
     "data.packing": Key(
         "shuffled",
-        "rows: a whole story's samples as one tree, computed once where they are alike; shuffled samples as in "
-        "the original, several in a row where that suits; or one sample in each",
+        "a row is a whole story, its samples one tree, computed once where they are alike; or shuffled "
+        "samples as in the original, several where that suits; or one sample",
         choices=("tree", "shuffled", "off"),
     ),
     "data.pack": Key(
         0,
-        "shuffled samples of a row, each a segment of its own; 0: up to 4 captions where data.buckets are set, "
-        "else 1",
+        "shuffled samples of a row, each a segment of its own; 0: up to 4 captions where data.buckets are "
+        "set, else 1",
         low=0,
     ),
     "data.split_vokens": Key(

@@ -89,7 +89,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
 def _bad_packing(config: ConfigDict) -> Iterator[str]:
     data = config.data
     if data.pack > 1 and data.packing != "shuffled":
-        yield f"data.pack={data.pack} is for data.packing=shuffled; it is {data.packing!r}, so set data.pack=0"
+        yield f"data.pack={data.pack} is for data.packing=shuffled, it is {data.packing!r}; set data.pack=0"
     if data.packing != "tree":
         return
     if data.format not in STORY_FORMATS:
@@ -104,8 +104,8 @@ def _bad_packing(config: ConfigDict) -> Iterator[str]:
         )
     if data.buckets:
         yield (
-            f"data.buckets={data.buckets} are lengths of single samples; with data.packing=tree those of rows "
-            "follow from the stories, so set data.buckets=()"
+            f"data.buckets={data.buckets} are lengths of single samples; with data.packing=tree those of "
+            "rows follow from the stories, so set data.buckets=()"
         )
     if not parts_of(config)["backbone"].reads_trees:
         yield (

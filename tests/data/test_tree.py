@@ -140,3 +140,42 @@ def test_a_tree_gives_the_losses_and_gradients_of_its_samples(source, config, in
             continue
         scale = max(np.abs(value).max(), 1e-3 * largest)
         np.testing.assert_allclose(got[path], value, atol=1e-5 * scale, err_msg=path)
+
+
+def test_an_epoch_of_trees_reads_every_sample_once(index):
+    plan = TreePlan(index, limit=160, seed=0, num_epochs=1, shape=Shape(1, 2, PLACES))
+    assert plan.num_steps == 2 and index.starts.tolist() == [0, 7, 11, 18]
+    assert index.items.tolist() == [5, 3, 5] and index.images.tolist() == [3, 2, 3]
+    numbers = np.concatenate([plan.step(step).numbers.reshape(-1, PLACES) for step in range(2)])
+    found = [plan.find(int(number)) for number in numbers.ravel() if number != EMPTY_SLOT]
+    assert sorted(found) == [(0, place) for place in range(18)]
+    for row in numbers:  # a row is one story
+        there = row[row != EMPTY_SLOT]
+        assert not len(there) or there.tolist() in ([*range(7)], [*range(7, 11)], [*range(11, 18)])
+    with pytest.raises(DataError, match="a story has 7 samples, a row 5 places"):
+        TreePlan(index, limit=160, seed=0, num_epochs=1, shape=Shape(1, 2, 5))
+
+
+def test_samples_too_long_for_their_limit_are_cut_and_shared_less(source, config, index):
+    short = dataclasses.replace(SPEC, length=80)
+    cut = measure_stories(source, config, short)
+    loader = make_loader(source, config, short, global_batch=ROWS * PLACES, stories=cut, prefetch=0, seed=3)
+    batch = next(loader)
+    loader.close()
+    assert loader.truncated > 0 and batch.positions.max() < 80 and batch.item_mask.sum() == 13
+    assert cut.lengths.max() >= (batch.segment_ids > 0).sum(1).max()
+
+
+def test_each_process_reads_its_stories(source, config, index):
+    whole = as_tree(source, config, index)
+    kwargs = {"global_batch": ROWS * PLACES, "stories": index, "prefetch": 0, "seed": 3, "process_count": 3}
+    parts = []
+    for process in range(3):
+        loader = make_loader(source, config, SPEC, process_index=process, **kwargs)
+        parts.append(next(loader))
+        loader.close()
+    for field in dataclasses.fields(Batch):
+        if getattr(whole, field.name) is not None:
+            joined = np.concatenate([getattr(part, field.name) for part in parts])
+            masked = whole.image_mask if field.name == "image_index" else slice(None)
+            np.testing.assert_array_equal(joined[masked], getattr(whole, field.name)[masked], field.name)

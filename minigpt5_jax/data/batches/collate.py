@@ -41,7 +41,8 @@ class BatchSpec:
     Attributes:
       rows: rows b.
       length: positions t of a row, BOS included; longer samples are cut by the template's rule.
-      items: slots m of target images, one for each sample or 0 for text only; of trees a multiple of the rows.
+      items: slots m of target images, one for each sample, or 0 for text only.  Of trees a multiple of the
+        rows: only samples that draw have one.
       images: input images i, a multiple of the samples; each keeps its last ``images / samples``.  Of trees a
         multiple of the rows.
       targets: label slots l of a sample, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
@@ -490,6 +491,6 @@ def _check_room(spec: BatchSpec, *sizes: int) -> None:
     for name, size, room in zip(names, sizes, rooms, strict=True):
         if size > room:
             raise DataError(
-                f"a story's tree has {name} {size}, its row has room for {room}: the source's words or images "
-                "are not those that were measured; set data.packing='shuffled'"
+                f"a story's tree has {name} {size}, its row has room for {room}: the words or images of the "
+                "source are not those that were measured; set data.packing=shuffled"
             )

@@ -7,7 +7,6 @@ alone (images are not opened) and kept in a file.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -288,8 +288,9 @@ class Llama(nnx.Module):
 
         Attention is causal and stays inside a segment; segment 0 is padding, whose states mean
         nothing (and are finite).  With ``subtree_ends`` a row is a tree in depth-first order instead, and a
-        token sees its ancestors and itself (:func:`minigpt5_jax.models.attention.attention`).  ``dropout_keys`` switches LoRA dropout on; a row's masks depend on
-        its own key only.
+        token sees its ancestors and itself (:func:`minigpt5_jax.models.attention.attention`).
+
+        ``dropout_keys`` switches LoRA dropout on; a row's masks depend on its own key only.
         """
         cos, sin = rotary(positions + self.num_prefix, self.config.head_dim, self.config.rope_theta)
         allowed: dict[str, Any] = {"is_causal": True, "segment_ids": segment_ids}
