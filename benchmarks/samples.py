@@ -83,6 +83,9 @@ class Stories(Source):
             f"drawn:{story}",
         )
 
+    def stories(self) -> np.ndarray:
+        return np.arange(len(self._texts) + 1) * len(lengths.SAMPLES)
+
     def fingerprint(self) -> str:
         return _hash("stories", self._texts, self._seed)
 
@@ -111,8 +114,8 @@ class GivenFeatures(FeatureStore):
         return np.zeros(self.spec.target, DTYPES[self.spec.dtype])
 
     def image_values(self, count: int) -> Iterator[np.ndarray]:
-        """States of ``count`` input images."""
-        return (np.zeros(self.spec.image or 0, DTYPES[self.spec.dtype]) for _ in range(count))
+        """States of ``count`` input images: different ones, as the images of a story are."""
+        return (np.full(self.spec.image or 0, n, DTYPES[self.spec.dtype]) for n in range(count))
 
 
 class Featured(FeatureSource):

@@ -23,6 +23,10 @@ class Batch:
     token, the n vokens and the token after them.  ``labels`` and ``label_positions`` are of the m
     continuations instead of the b rows, ``voken_row`` counts continuations and ``voken_start`` is 1.
 
+    A row may hold several samples as a tree (``subtree_end``), a token that they share once: tokens stand in
+    depth-first order, the token before one is its parent (``before``) and not its left neighbour, and several
+    places may read one input image (``image_index``).
+
     Attributes:
       tokens: i32[b t].  BOS first; an image is ``image_tokens`` slots of ``<ImageHere>``.
       labels: i32[b t].  Id of the token *at* this position, -100 where it is no target (unshifted,
@@ -33,8 +37,8 @@ class Batch:
       segment_ids: i32[b t].  1, 2, ... for packed samples of a row; 0 is padding.
       row_id: i32[b].  Global sample number of the row; seeds LoRA dropout.
       images: u8[i H W 3].  Input images, resized and cropped, not normalised.
-      image_row, image_start: i32[i].  Row and first slot of each image's tokens.
-      image_mask: bool[i].  False for an empty slot of the static shape.
+      image_row, image_start: i32[p].  Row and first slot of each image's tokens; p is i but for trees.
+      image_mask: bool[p].  False for an empty place of the static shape.
       target: u8[m H W 3].  Images to draw.
       voken_row, voken_start: i32[m].  Row and position of ``[IMG0]`` of each target image
         (``voken_start >= 1``; the mapper reads positions ``voken_start - 1 ... + n - 2``).
@@ -45,6 +49,10 @@ class Batch:
       has_caption: bool[m].  False where the item takes no part in the caption loss.
       prompt_end: i32[m].  Position after the prompt of each target image, which stands in row k // (m / b);
         None where vokens stand in the rows.
+      subtree_end: i32[b t].  Of rows that are trees: the position after a token's last descendant, 0 for
+        padding; None where rows are sequences.
+      before: i32[b t].  Of rows that are trees: the position of the token before; None elsewhere.
+      image_index: i32[p].  Of rows that are trees: which of ``images`` stands in each place; None elsewhere.
       target_moments: f32 or bf16[m h w 2c].  Precomputed posterior moments of the images to draw, None where
         images travel; ``target`` then is u8[m 0 0 3].
       image_states: f32 or bf16[i q c].  Precomputed states of the input images before the projection into
@@ -70,5 +78,8 @@ class Batch:
     caption_mask: Array
     has_caption: Array
     prompt_end: Array | None = None
+    subtree_end: Array | None = None
+    before: Array | None = None
+    image_index: Array | None = None
     target_moments: Array | None = None
     image_states: Array | None = None

@@ -145,10 +145,19 @@ class MiniGPT5(nnx.Module):
         return self.backbone.vocab_size
 
     def voken_states(
-        self, hidden: Float[Array, "b t d"], row: Int[Array, " m"], start: Int[Array, " m"]
+        self,
+        hidden: Float[Array, "b t d"],
+        row: Int[Array, " m"],
+        start: Int[Array, " m"],
+        before: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "m n d"]:
-        """The n hidden states that feed the mapper, for each target image (fidelity 2.4)."""
+        """The n hidden states that feed the mapper, for each target image (fidelity 2.4).
+
+        ``before`` is :attr:`Batch.before`; vokens follow each other in a tree too.
+        """
         columns = start[:, None] - self.backbone.voken_state_shift + jnp.arange(self.backbone.num_vokens)
+        if before is not None:
+            columns = jnp.where(columns < start[:, None], before[row, start][:, None], columns)
         return hidden[row[:, None], columns].astype(jnp.float32)
 
     def condition(
@@ -175,7 +184,7 @@ class MiniGPT5(nnx.Module):
     def outputs(self, batch: Batch, draws: StepRandomness) -> Outputs:
         """Run backbone and mapper on a batch."""
         hidden = self.backbone.hidden(self.backbone.embed(batch), batch, draws.dropout_keys)
-        vokens = self.voken_states(hidden, batch.voken_row, batch.voken_start)
+        vokens = self.voken_states(hidden, batch.voken_row, batch.voken_start, batch.before)
         return Outputs(hidden, self.condition(vokens, draws.cfg_drop), draws)
 
     def loss(
@@ -218,7 +227,10 @@ def text_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
     """
     positions = batch.label_positions
     labels = jnp.take_along_axis(batch.labels, positions, axis=1)
-    before = jnp.maximum(positions - 1, 0)
+    if batch.before is None:
+        before = jnp.maximum(positions - 1, 0)
+    else:
+        before = jnp.take_along_axis(batch.before, positions, axis=1)
     states = jnp.take_along_axis(outputs.hidden, before[..., None], axis=1)
     base, new = model.backbone.logit_blocks(states)
     vocab = base.shape[-1]

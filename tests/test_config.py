@@ -59,12 +59,15 @@ def test_the_papers_settings():
     assert (stage1.data.global_batch, stage1.optimizer.lr_llm, stage1.optimizer.lr_mapper) == (48, 2e-5, 2e-4)
     assert stage1.loss.to_dict() | {"text": 0.01, "image": 1.0, "caption": 0.1} == stage1.loss.to_dict()
     assert num_steps(stage1, 2_222_000) == 92_584  # "about 92,600": 2.2M rows and 1% instructions, 2 epochs
-    for name in ("stage2_vist", "stage2_mmdialog"):
-        stage2 = load(ROOT / f"configs/{name}.py").get_config()
+    for name, variant in (("stage2_vist", "shuffled"), ("stage2_mmdialog", None)):
+        stage2 = load(ROOT / f"configs/{name}.py").get_config(variant)
         assert (stage2.data.global_batch, stage2.run.epochs) == (32, 4.0)
         assert stage2.optimizer.lr_llm == stage2.optimizer.lr_mapper == 2e-5
         assert stage2.loss.caption == 0.0 and stage2.model.backbone.lora_rank == 8
     assert num_steps(stage2.copy_and_resolve_references(), 34_428 * 13) == 55_946
+    trees = load(ROOT / "configs/stage2_vist.py").get_config()  # whole stories by default
+    assert (trees.data.packing, trees.data.global_batch, trees.data.buckets) == ("tree", 3 * 13, ())
+    assert num_steps(trees, 34_428 * 13) == 45_904
 
 
 def test_every_key_is_explained_and_described():

@@ -216,6 +216,32 @@ def test_rows_of_packed_samples_that_do_not_divide_are_named_with_the_remedy(con
     loader.close()
 
 
+def test_trees_are_of_whole_stories(config, tmp_path):
+    config.data.update(format="vist", train=str(write_vist(tmp_path)), max_images=2, max_length=200)
+    config.data.update(packing="tree", global_batch=6, max_targets=30)
+    spec = build(validate(config))
+    source, _ = inputs.open_sources(config, spec.sizes)
+    with pytest.raises(ConfigError, match="not whole stories of 4 samples; choose data.global_batch=4 or 8"):
+        inputs.open_loader(config, spec, source, training=True)
+    config.data.global_batch = 8  # the remedy: two rows, of which the second is empty
+    assert inputs.data_identity(config, source)["packing"] == "tree"
+    assert inputs.epoch_samples(config, source) == 4
+    loader = inputs.open_loader(config, spec, source, training=True)
+    batch = next(loader)
+    assert batch.item_mask.sum() == 3 and batch.tokens.shape[0] == 2 and batch.target.shape[0] == 6
+    shard = inputs.make_batch_sharder(make_mesh(devices=jax.devices()[:4]), 1)
+    with pytest.raises(ShardingError, match=r"2 stories.*4 devices.*a multiple of 4"):
+        shard(batch)
+    loader.close()
+    config.data.global_batch = 16  # the remedy
+    loader = inputs.open_loader(config, spec, source, training=True)
+    assert shard(next(loader)).tokens.shape[0] == 4
+    loader.close()
+    pairs = inputs.OPENERS["cc3m"](config, spec.sizes, write_cc3m(tmp_path), True)
+    with pytest.raises(ConfigError, match="tree is for stories, and .* are none; set data.packing=shuffled"):
+        inputs.open_loader(config, spec, pairs, training=True)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -223,6 +249,10 @@ def test_rows_of_packed_samples_that_do_not_divide_are_named_with_the_remedy(con
         ({"buckets": (64, 40), "max_length": 40}, "must ascend"),
         ({"pack": 3, "global_batch": 4}, r"data.pack=3 does not divide the 4 samples.*a batch of 3 or 6"),
         ({"features": "store"}, "set data.flip_mode=off, it is 'independent'"),
+        ({"packing": "off", "pack": 2, "global_batch": 2}, "data.pack=2 is for data.packing=shuffled"),
+        ({"packing": "tree"}, "tree is for stories .*format is 'cc3m', so set data.packing=shuffled"),
+        ({"packing": "tree", "format": "vist", "context_dropout": 0.1}, "set data.context_dropout=0"),
+        ({"packing": "tree", "format": "vist", "buckets": (256,)}, "so set data.buckets=()"),
     ],
 )
 def test_settings_that_do_not_go_together(config, changes, message):

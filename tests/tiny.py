@@ -22,7 +22,9 @@ from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.decoder_only_mapper.model import DecoderOnlyMapperConfig
 from minigpt5_jax.models.llama.model import LlamaConfig
+from minigpt5_jax.models.lora import LoraConfig
 from minigpt5_jax.models.mapper.model import MapperConfig
+from minigpt5_jax.models.qformer.model import QFormerConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
 from minigpt5_jax.parts.contracts import Part, find
@@ -37,10 +39,12 @@ def make_tiny_template(
     num_vokens: int = 8,
     mapper: str = "encoder_decoder",
     attends: str = "",
+    sees: bool = False,
 ) -> Template:
     """Composite small enough for any test; 8 heads and widths that divide over 8 devices.
 
     ``attends``: this implementation of attention, in a bfloat16 UNet that attends over 1,024 pixels.
+    ``sees``: with vision towers (28 pixels, 4 tokens an image), and LoRA without dropout.
     """
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
@@ -92,8 +96,15 @@ def make_tiny_template(
     }
     if attends:
         generator["dtype"] = jax.numpy.bfloat16
+    backbone = {"llm": llm, "num_vokens": num_vokens}
+    if sees:
+        vit = dataclasses.replace(original.eva_config(configs["eva_vit"]), image_size=28, num_hidden_layers=1)
+        qformer = QFormerConfig.from_hf(
+            configs["qformer_bert"], encoder_hidden_size=vit.hidden_size, num_query_tokens=4
+        )
+        backbone |= {"vit": vit, "qformer": qformer, "lora": LoraConfig(2, 16.0, 0.0)}
     return make_template(
-        backbone=("minigpt4", {"llm": llm, "num_vokens": num_vokens}),
+        backbone=("minigpt4", backbone),
         mapper=(mapper, {"config": mappers[mapper]}),
         generator=("stable_diffusion", generator),
         attention=attends or "auto",

@@ -31,6 +31,7 @@ from minigpt5_jax.training.flops import count_flops, product_shapes
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import make_train_step
+from minigpt5_jax.wiring.inputs import epoch_samples
 from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build
 from minigpt5_jax.wiring.training import open_optimizer
@@ -118,7 +119,7 @@ def measure(config: ConfigDict, source: Source) -> Work:
     mesh = make_mesh(devices=jax.devices()[:1])
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     spec, remat = fit_memory(config, spec, abstract_batch(loader.largest), shardings, limit=DEVICE_BYTES)
-    steps = num_steps(_one_epoch(config), len(source))
+    steps = num_steps(_one_epoch(config), epoch_samples(config, source))
     batches: Counter[str] = Counter()
     kept: dict[str, Batch] = {}
     items = images = 0

@@ -76,9 +76,16 @@ KEYS: dict[str, Key] = {
     "data.buckets": Key(
         (), "lengths of rows, ascending to data.max_length: a batch takes samples of one; () pads all to it"
     ),
+    "data.packing": Key(
+        "shuffled",
+        "a row is a whole story, its samples one tree, computed once where they are alike; or shuffled "
+        "samples as in the original, several where that suits; or one sample",
+        choices=("tree", "shuffled", "off"),
+    ),
     "data.pack": Key(
         0,
-        "samples of a row, each a segment of its own; 0: up to 4 captions where data.buckets are set, else 1",
+        "shuffled samples of a row, each a segment of its own; 0: up to 4 captions where data.buckets are "
+        "set, else 1",
         low=0,
     ),
     "data.split_vokens": Key(

@@ -56,6 +56,7 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
             f"data.pack={data.pack} does not divide the {samples} samples of a micro-batch; choose "
             f"{_near(samples, data.pack)}"
         )
+    yield from _bad_packing(config)
     buckets = list(data.buckets)
     if buckets and (buckets != sorted(set(buckets)) or buckets[-1] != data.max_length):
         yield f"data.buckets={data.buckets} must ascend and end in data.max_length={data.max_length}"
@@ -79,6 +80,34 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
     for kind, part in parts.items():
         yield from part.conflicts(settings[kind])
     yield from _bad_rules(config)
+
+
+def _bad_packing(config: ConfigDict) -> Iterator[str]:
+    data = config.data
+    if data.pack > 1 and data.packing != "shuffled":
+        yield f"data.pack={data.pack} is for data.packing=shuffled, it is {data.packing!r}; set data.pack=0"
+    if data.packing != "tree":
+        return
+    if data.format not in STORY_FORMATS:
+        yield (
+            f"data.packing=tree is for stories (data.format {', '.join(STORY_FORMATS)}); data.format is "
+            f"{data.format!r}, so set data.packing=shuffled"
+        )
+    if data.context_dropout:
+        yield (
+            "data.packing=tree shares whole contexts; set data.context_dropout=0, it is "
+            f"{data.context_dropout}, or data.packing=shuffled"
+        )
+    if data.buckets:
+        yield (
+            f"data.buckets={data.buckets} are lengths of single samples; with data.packing=tree those of "
+            "rows follow from the stories, so set data.buckets=()"
+        )
+    if not parts_of(config)["backbone"].reads_trees:
+        yield (
+            f"backbone {config.model.backbone.name!r} does not read trees (Part.reads_trees); set "
+            "data.packing=shuffled"
+        )
 
 
 def _bad_rules(config: ConfigDict) -> Iterator[str]:

@@ -256,19 +256,26 @@ class Flips:
     images: tuple[bool, ...]
 
 
-def draw_flips(mode: str, key: tuple[int, ...], num_images: int) -> Flips:
-    """Mirrors of one sample, each with probability 1/2, a pure function of ``key``.
+def draw_flips(
+    mode: str, key: tuple[int, ...], num_images: int, shared_key: tuple[int, ...] | None = None
+) -> Flips:
+    """Mirrors of one sample, each with probability 1/2, a pure function of its keys.
 
     Args:
       mode: ``independent`` (the original, quirk Q17), ``shared`` (all or none) or ``off``.
       key: non-negative integers that name the draw, here (seed, epoch, place in the source).
       num_images: number of input images.
+      shared_key: names the draws that several samples share: of input images, which they number alike, and
+        of everything where the mode is ``shared``.
     """
     if mode not in FLIP_MODES:
         raise DataError(f"flip_mode must be one of {', '.join(FLIP_MODES)}; got {mode!r}")
     if mode == "off":
         return Flips(False, (False,) * num_images)
-    bits = np.random.default_rng(key).integers(0, 2, 1 + num_images).astype(bool).tolist()
+    own, inputs = (
+        np.random.default_rng(one).integers(0, 2, 1 + num_images).astype(bool).tolist()
+        for one in (key, key if shared_key is None else shared_key)
+    )
     if mode == "shared":
-        bits = [bits[0]] * len(bits)
-    return Flips(bits[0], tuple(bits[1:]))
+        return Flips(inputs[0], (inputs[0],) * num_images)
+    return Flips(own[0], tuple(inputs[1:]))

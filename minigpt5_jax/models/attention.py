@@ -77,6 +77,7 @@ def attention(
     mask: Bool[Array, "#b #h #t s"] | None = None,
     is_causal: bool = False,
     segment_ids: Int[Array, "b t"] | None = None,
+    subtree_ends: Int[Array, "b t"] | None = None,
     scale: float | None = None,
     implementation: str = "auto",
     layout: str = "items",
@@ -91,6 +92,11 @@ def attention(
       is_causal: query i sees keys 0 to i only.
       segment_ids: of queries and keys alike (self-attention): attention stays inside a segment, and nothing
         attends to segment 0 (padding).
+      subtree_ends: of keys, in rows that hold a tree with its nodes in depth-first order (self-attention):
+        the place after each node's last descendant.  Query i sees key j where j <= i < subtree_ends[j], its
+        ancestors and itself; 0 hides a key (padding).  ``blockwise`` makes the mask of a block when it gets
+        there, ``plain`` and ``cudnn`` make it whole, as a bias of logits (2 bytes a pair, once for all
+        layers); ``splash`` knows no masks that come with the data, and ``blockwise`` stands in for it.
       scale: of the logits; ``d ** -0.5`` by default.
       implementation: one of :data:`IMPLEMENTATIONS`.
       layout: key of :data:`LAYOUTS`; where a kernel must be told which part a device has.
@@ -99,17 +105,18 @@ def attention(
       ValueError: an unknown implementation.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose(query, key, mask, implementation)
+    chosen = choose(query, key, mask if subtree_ends is None else subtree_ends, implementation)
     if chosen in ("splash", "blockwise") and key.shape[2] != query.shape[2]:
         key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     if chosen == "splash":
         out = _splash(query, key, value, is_causal, segment_ids, scale, layout)
     else:
         if segment_ids is not None:
-            inside = inside_segments(segment_ids)
-            mask = inside if mask is None else mask & inside
+            mask = _both(mask, inside_segments(segment_ids))
+        if subtree_ends is not None and chosen != "blockwise":
+            mask = _both(mask, inside_subtrees(subtree_ends))
         if chosen == "blockwise":
-            out = _blockwise(query, key, value, mask, is_causal, scale)
+            out = _blockwise(query, key, value, mask, subtree_ends, is_causal, scale)
         elif chosen == "cudnn":
             out = _cudnn(query, key, value, mask, is_causal, scale)
         else:
@@ -158,6 +165,21 @@ def inside_segments(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b 1 t t"]:
     return same[:, None]
 
 
+def inside_subtrees(ends: Int[Array, "b t"]) -> Bool[Array, "b 1 t t"]:
+    """The mask that lets a node of a tree in depth-first order see its ancestors and itself."""
+    places = jnp.arange(ends.shape[1])
+    return (_descendants(places[:, None], ends) & (places <= places[:, None]))[:, None]
+
+
+def _descendants(places: jax.Array, ends: jax.Array) -> jax.Array:
+    """``[b q s]``: query at ``places`` ``[q 1]`` stands before the end of a key's subtree."""
+    return places < ends[:, None, :]
+
+
+def _both(mask: Any, other: jax.Array) -> jax.Array:
+    return other if mask is None else mask & other
+
+
 # ---------------------------------------------------------------------------------------------
 # Blocks of queries
 
@@ -165,20 +187,23 @@ def inside_segments(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b 1 t t"]:
 FP32 = {"preferred_element_type": jnp.float32}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blockwise(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blockwise(
+    query: Any, key: Any, value: Any, mask: Any, ends: Any, is_causal: bool, scale: float
+) -> jax.Array:
     """Attention block by block, ``[b, t, h, d]`` throughout; the backward pass computes blocks again."""
-    return _blockwise_forward(query, key, value, mask, is_causal, scale)[0]
+    return _blockwise_forward(query, key, value, mask, ends, is_causal, scale)[0]
 
 
 def _blockwise_forward(
-    query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scale: float
+    query: Any, key: Any, value: Any, mask: Any, ends: Any, is_causal: bool, scale: float
 ) -> tuple[jax.Array, Any]:
     keys, values = _heads_first(key), _heads_first(value)
 
     def block(_: None, inputs: Any) -> tuple[None, Any]:
         q, mask, first = inputs
-        logits = _logits(q, keys, _allowed(mask, first, (q.shape[2], keys.shape[2]), is_causal), scale)
+        allowed = _allowed(mask, ends, first, (q.shape[2], keys.shape[2]), is_causal)
+        logits = _logits(q, keys, allowed, scale)
         highest = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - highest)
         total = weights.sum(-1, keepdims=True)
@@ -187,18 +212,18 @@ def _blockwise_forward(
 
     inputs = _blocks(_heads_first(query)), *_mask_blocks(mask, query.shape[1])
     out, highest, total = (_unblock(x, query.shape[1]) for x in jax.lax.scan(block, None, inputs)[1])
-    return _heads_last(out), (query, key, value, mask, out, highest, total)
+    return _heads_last(out), (query, key, value, mask, ends, out, highest, total)
 
 
 def _blockwise_backward(is_causal: bool, scale: float, residuals: Any, gradient: jax.Array) -> Any:
-    query, key, value, mask, out, highest, total = residuals
+    query, key, value, mask, ends, out, highest, total = residuals
     keys, values, gradient = (_heads_first(x) for x in (key, value, gradient))
     gradient = gradient.astype(jnp.float32) / total
     slope = (gradient * out.astype(jnp.float32)).sum(-1, keepdims=True)
 
     def block(sums: Any, inputs: Any) -> tuple[Any, jax.Array]:
         q, g, peak, slope, (mask, first) = inputs
-        allowed = _allowed(mask, first, (q.shape[2], keys.shape[2]), is_causal)
+        allowed = _allowed(mask, ends, first, (q.shape[2], keys.shape[2]), is_causal)
         weights = jnp.exp(_logits(q, keys, allowed, scale) - peak)
         narrow = g.astype(values.dtype)
         inner = jnp.einsum("bhqd,bhkd->bhqk", narrow, values, **FP32)
@@ -218,7 +243,7 @@ def _blockwise_backward(is_causal: bool, scale: float, residuals: Any, gradient:
     d_key, d_value = (
         x.transpose(0, 3, 1, 2).astype(like.dtype) for x, like in ((d_key, key), (d_value, value))
     )
-    return _heads_last(_unblock(d_query, query.shape[1])), d_key, d_value, None
+    return _heads_last(_unblock(d_query, query.shape[1])), d_key, d_value, None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
@@ -230,13 +255,17 @@ def _logits(query: Any, keys: Any, allowed: Any, scale: float) -> jax.Array:
     return logits if allowed is None else jnp.where(allowed, logits, MASKED)
 
 
-def _allowed(mask: Any, first: jax.Array, shape: tuple[int, int], is_causal: bool) -> jax.Array | None:
+def _allowed(
+    mask: Any, ends: Any, first: jax.Array, shape: tuple[int, int], is_causal: bool
+) -> jax.Array | None:
     """What a block of ``shape`` (queries, keys) whose first query is number ``first`` may attend to."""
-    if not is_causal:
+    if not is_causal and ends is None:
         return mask
     rows = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    causal = jax.lax.broadcasted_iota(jnp.int32, shape, 1) <= rows
-    return causal if mask is None else causal & mask
+    seen = jax.lax.broadcasted_iota(jnp.int32, shape, 1) <= rows
+    if ends is not None:
+        seen = (seen & _descendants(rows, ends))[:, None]
+    return _both(mask, seen)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

@@ -337,6 +337,7 @@ class Part:
       frozen_prompts: trainable paths below the part and ``keys`` -> whether states before the first voken
         depend on none of them, so that prompts without images may run without gradients
         (``Batch.prompt_end``).
+      reads_trees: of a backbone: whether it reads rows that are trees (``Batch.subtree_end``).
       features: of a frozen image tower: name -> starts of the paths below the part that make the
         precomputed features.
       initial: ``(fresh, pretrained, keys, key)`` -> start values that are not those of the module, paths
@@ -364,6 +365,7 @@ class Part:
     trainable: Mapping[str, Patterns] = dataclasses.field(default_factory=dict)
     sharding: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     frozen_prompts: Callable[[Iterable[str], Keys], bool] = lambda trainable, keys: False
+    reads_trees: bool = False
     features: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     initial: Callable[[dict[str, Any], Mapping[str, Any], Keys, Any], dict[str, Any]] | None = None
     conflicts: Callable[[Keys], Iterable[str]] = lambda keys: ()

@@ -119,7 +119,8 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
       ShardingError: naming the field, its size and the devices that do not divide it.
     """
     row_fields = {"tokens", "labels", "label_positions", "positions", "segment_ids", "row_id", "prompt_end"}
-    image_fields = {"images", "image_row", "image_start", "image_mask", "image_states"}
+    row_fields |= {"subtree_end", "before"}
+    image_fields = {"images", "image_row", "image_start", "image_mask", "image_states", "image_index"}
     lead = (None,) if accumulation > 1 else ()
 
     def of(name: str, value) -> NamedSharding:
@@ -127,6 +128,14 @@ def batch_shardings(batch: Batch, mesh: Mesh, accumulation: int = 1) -> Batch:
         axes = ROWS if name in row_fields | image_fields else ITEMS
         size, places = np.shape(value)[len(lead)], math.prod(mesh.shape[a] for a in axes)
         if size % places:
+            if batch.subtree_end is not None:
+                rows = np.shape(batch.tokens)[len(lead)]
+                raise ShardingError(
+                    f"batch.{name} has {size} entries for the {rows} stories of a micro-batch, which "
+                    f"{places} devices do not divide; make the stories of a micro-batch (data.global_batch / "
+                    "data.accumulation / samples of a story) a multiple of "
+                    f"{places // math.gcd(places, max(1, size // rows))}"
+                )
             samples = np.shape(batch.item_id)[len(lead)]
             pack = max(1, samples // size) if name in row_fields else 1
             raise ShardingError(

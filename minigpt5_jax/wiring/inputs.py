@@ -16,6 +16,7 @@ from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex, length_index
 from minigpt5_jax.data.batches.pipeline import Loader, make_loader
+from minigpt5_jax.data.batches.stories import longest_story, story_index
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.records import RecordRules
@@ -29,6 +30,7 @@ from minigpt5_jax.data.sources import (
     Source,
     VistSource,
 )
+from minigpt5_jax.data.sources.base import stories_of
 from minigpt5_jax.data.sources.features import FeatureSource
 from minigpt5_jax.data.sources.kinds import Rules
 from minigpt5_jax.parts.contracts import FROZEN
@@ -179,6 +181,8 @@ def splits_prompts(config: ConfigDict, spec: ModelSpec, source: Source) -> bool:
 def samples_a_row(config: ConfigDict, split: bool) -> int:
     """``data.pack``; where it is left open (0), up to 4 captions, as long as rows divide over the devices."""
     data = config.data
+    if data.packing == "off":
+        return 1
     if data.pack or not (split and data.buckets):
         return data.pack or 1
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor).shape
@@ -225,18 +229,55 @@ def size_index(config: ConfigDict, spec: ModelSpec, source: Source) -> LengthInd
     return length_index(source, tokenizer, spec.backbone.image_tokens, config.data.index_cache)
 
 
+def samples_of_a_story(config: ConfigDict, source: Source) -> int:
+    """Samples of the longest story, where rows are trees.
+
+    Raises:
+      ConfigError: the samples are no stories, or micro-batches are not whole stories.
+    """
+    starts = stories_of(source)
+    if starts is None:
+        raise ConfigError(
+            f"data.packing=tree is for stories, and {source.describe()} are none; set data.packing=shuffled"
+        )
+    data, count = config.data, longest_story(starts)
+    samples = data.global_batch // data.accumulation
+    if samples % count:
+        lower, upper = (
+            n * data.accumulation for n in (samples // count * count, -(-samples // count) * count)
+        )
+        raise ConfigError(
+            f"data.packing=tree: data.global_batch={data.global_batch} over data.accumulation="
+            f"{data.accumulation} is not whole stories of {count} samples; choose data.global_batch="
+            f"{f'{lower} or ' if lower else ''}{upper}"
+        )
+    return count
+
+
+def epoch_samples(config: ConfigDict, source: Source) -> int:
+    """Samples of an epoch as its steps count them: with trees, stories times the samples of the longest."""
+    starts = stories_of(source) if config.data.packing == "tree" else None
+    return len(source) if starts is None else (len(starts) - 1) * longest_story(starts)
+
+
 def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
     """Batches of this process.  Held-out ones have one shape and one sample a row."""
     data = config.data
     samples = data.global_batch // data.accumulation
-    split = training and splits_prompts(config, spec, source)
-    pack = samples_a_row(config, split) if training else 1
+    trees = training and data.packing == "tree"
+    split = training and not trees and splits_prompts(config, spec, source)
+    if trees:
+        pack = samples_of_a_story(config, source)
+    else:
+        pack = samples_a_row(config, split) if training else 1
     shapes = batch_spec(config, spec, samples, pack, split)
     if isinstance(source, FeatureSource):
         shapes = with_features(shapes, source.features)
+    encoding = encode_config(config, spec.sizes, training=training)
+    stories = story_index(source, encoding, shapes, data.index_cache) if trees else None
     return make_loader(
         source,
-        encode_config(config, spec.sizes, training=training),
+        encoding,
         shapes,
         global_batch=data.global_batch if training else samples,
         accumulation=data.accumulation if training else 1,
@@ -245,6 +286,7 @@ def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training
         num_epochs=None if training else 1,
         buckets=tuple(data.buckets) if training else (),
         index=size_index(config, spec, source) if training else None,
+        stories=stories,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         worker_count=data.worker_count if training else 0,
@@ -257,6 +299,8 @@ def data_identity(config: ConfigDict, source: Source) -> dict[str, object]:
     """What a checkpoint stores of its data: the samples and everything that orders them."""
     data = config.data
     order = {"global_batch": data.global_batch, "seed": config.run.seed}
+    if data.packing == "tree":
+        order["packing"] = "tree"
     if data.buckets:
         order["buckets"] = list(data.buckets)
     if data.pack > 1 and not data.buckets:  # with buckets it lays a step out and does not choose its samples

@@ -33,7 +33,13 @@ from minigpt5_jax.training.sharding import (
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.features import open_features
-from minigpt5_jax.wiring.inputs import data_identity, make_batch_sharder, open_loader, open_sources
+from minigpt5_jax.wiring.inputs import (
+    data_identity,
+    epoch_samples,
+    make_batch_sharder,
+    open_loader,
+    open_sources,
+)
 from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
 from minigpt5_jax.wiring.restore import (
@@ -281,7 +287,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
     spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings)
-    steps = num_steps(config, len(source))
+    steps = num_steps(config, epoch_samples(config, source))
     check_end(config, steps, checkpoints)
     optimizer = open_optimizer(config, spec, steps)
     trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)

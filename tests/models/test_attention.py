@@ -30,10 +30,18 @@ def random_mask(shape: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(mask)
 
 
+# Two trees in depth-first order, the second one filled up with padding.
+ENDS = np.zeros((2, 207), np.int32)
+ENDS[0, :60] = 207
+ENDS[0, 60:130], ENDS[0, 130:] = 130, 207
+ENDS[1, :20], ENDS[1, 20:150], ENDS[1, 150:180] = 180, 150, 180
+
+
 CASES = {  # name -> (queries, keys, heads, heads of keys, options)
     "odd length": (207, 207, 1, 1, {"scale": 0.5}),
     "cross": (230, 77, 2, 2, {}),
     "segments, grouped heads": (207, 207, 2, 1, {"is_causal": True, "segment_ids": SEGMENTS}),
+    "trees, grouped heads": (207, 207, 2, 1, {"subtree_ends": jnp.asarray(ENDS)}),
     "causal": (207, 207, 1, 1, {"is_causal": True}),
     "mask with an empty row": (260, 80, 2, 2, {"mask": random_mask((2, 1, 260, 80))}),
     "mask of keys": (260, 80, 1, 1, {"mask": random_mask((1, 1, 1, 80))}),
@@ -57,6 +65,8 @@ def run(name: str, implementation: str, dtype=jnp.float32):
     weight = random.standard_normal((2, t, heads * 16))
     if "segment_ids" in options:  # what padding attends to means nothing
         weight = weight * (options["segment_ids"] > 0)[..., None]
+    if "subtree_ends" in options:
+        weight = weight * (options["subtree_ends"] > 0)[..., None]
 
     def loss(*arrays):
         out = attention(*arrays, implementation=implementation, **options).astype(jnp.float32)
@@ -88,6 +98,16 @@ def test_the_plain_form_and_its_gradients(name, implementation):
 
 def test_half_precision_stays_near_full():
     assert worst(run("odd length", "blockwise", jnp.bfloat16), run("odd length", "plain")) < 0.03
+
+
+def test_a_tree_is_its_sequences():
+    """Each path of a tree attends as it does alone; another implementation than blocks takes the mask."""
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.standard_normal((1, 207, 2, 8)), jnp.float32) for _ in range(3)]
+    whole = attention(*arrays, subtree_ends=jnp.asarray(ENDS[:1]), implementation="splash")
+    for path in (np.r_[0:130], np.r_[0:60, 130:207]):
+        alone = attention(*(x[:, path] for x in arrays), is_causal=True, implementation="plain")
+        np.testing.assert_allclose(whole[:, path], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation, layout", [("blockwise", "items"), ("splash", "rows")])

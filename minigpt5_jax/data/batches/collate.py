@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
+from minigpt5_jax.data.batches.tree import image_keys, plant
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import FLIP_MODES, ImageSource, draw_flips, prepare_image
 from minigpt5_jax.data.samples.example import Example, Ready
 from minigpt5_jax.data.text.templates import IGNORE, TokenizedSample, expand
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, CaptionTokenizer, LanguageTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeSpec:
+    """Static shapes of a row that holds its samples as a tree.
+
+    Attributes:
+      length: positions of a sample, BOS included; longer ones are cut by the template's rule.
+      images: input images of a sample, which keeps its last ones.
+      image_places: places of a row where images are read; several may read the same.
+      labels: label slots of a row.
+    """
+
+    length: int
+    images: int
+    image_places: int
+    labels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +41,10 @@ class BatchSpec:
     Attributes:
       rows: rows b.
       length: positions t of a row, BOS included; longer samples are cut by the template's rule.
-      items: target images m, one for each sample; 0 for text only.
-      images: input images i, a multiple of the samples; each keeps its last ``images / samples``.
+      items: slots m of target images, one for each sample, or 0 for text only.  Of trees a multiple of the
+        rows: only samples that draw have one.
+      images: input images i, a multiple of the samples; each keeps its last ``images / samples``.  Of trees a
+        multiple of the rows.
       targets: label slots l of a sample, at most ``length``; 3 for captions (``[IMG0]``, ``[IMG7]``,
         ``###``).
       image_size, target_size: sides in pixels of input and target images.
@@ -32,6 +53,7 @@ class BatchSpec:
       image_tokens: positions of an input image.
       pack: samples of a row, each a segment of its own; ``rows * pack`` samples in all.
       split: rows hold prompts and every sample ends in vokens, which stand apart (``Batch.prompt_end``).
+      tree: each row holds its ``pack`` samples as a tree (``Batch.subtree_end``); None: one after another.
       target_moments: (h, w, 2c) where targets come as precomputed moments, None where they are images.
       image_states: (q, c) where input images come as ready states, None where they are images.
       feature_dtype: of precomputed features, ``float32`` or ``bfloat16``.
@@ -49,6 +71,7 @@ class BatchSpec:
     image_tokens: int = 32
     pack: int = 1
     split: bool = False
+    tree: TreeSpec | None = None
     target_moments: tuple[int, ...] | None = None
     image_states: tuple[int, ...] | None = None
     feature_dtype: str = "float32"
@@ -60,6 +83,13 @@ class BatchSpec:
             raise DataError(f"a row has at least 1 sample, got pack = {self.pack}")
         if not 1 <= self.targets <= self.length:
             raise DataError(f"targets must be 1 ... length = {self.length}, got {self.targets}")
+        if self.tree is not None:
+            if self.items % self.rows or self.images % self.rows or self.split:
+                raise DataError(
+                    f"a tree has its own items and images in each row: {self.items} and {self.images} do not "
+                    f"divide over {self.rows} rows, or vokens stand apart"
+                )
+            return
         if self.items not in (0, self.samples):
             raise DataError(f"items = {self.items} is neither 0 nor one for each of {self.samples} samples")
         if self.split and not self.items:
@@ -76,6 +106,16 @@ class BatchSpec:
     def apart(self) -> int:
         """Positions of a sample that stand outside of its row: vokens and the token after them."""
         return self.num_vokens + 1 if self.split else 0
+
+    @property
+    def sample_images(self) -> int:
+        """Input images that a sample may read."""
+        return self.images // self.samples if self.tree is None else self.tree.images
+
+    @property
+    def image_places(self) -> int:
+        """Places p of a micro-batch where input images are read."""
+        return self.images if self.tree is None else self.rows * self.tree.image_places
 
     def bucket(self, length: int, images: int) -> BatchSpec:
         """Shapes for samples of at most ``length`` positions and ``images`` input images each."""
@@ -147,14 +187,33 @@ class Sample:
     has_caption: bool
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shared:
+    """What the samples of a tree have in common.
+
+    Attributes:
+      key: names the draw of their input images' mirrors, as ``key`` of :func:`encode`.
+      values: everything an image depends on -> its values, so that one is decoded once and known again.
+    """
+
+    key: tuple[int, ...]
+    values: dict[Any, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
 def encode(
-    example: Example, config: EncodeConfig, spec: BatchSpec, key: tuple[int, ...], limit: int | None = None
+    example: Example,
+    config: EncodeConfig,
+    spec: BatchSpec,
+    key: tuple[int, ...],
+    limit: int | None = None,
+    shared: Shared | None = None,
 ) -> Sample:
     """Tokenises an example and decodes its images.
 
     Args:
       key: names the draw of its mirrors, (seed, epoch, place in the source).
       limit: positions it may take; all of a row by default.
+      shared: of the samples of its row, where it is a tree.
 
     Raises:
       SampleError: an image cannot be read, or placeholders and images differ in number (quirk Q31).
@@ -175,7 +234,7 @@ def encode(
         example.target,
         image_tokens=spec.image_tokens,
         max_length=spec.length if limit is None else limit,
-        max_images=spec.images // spec.samples,
+        max_images=spec.sample_images,
         max_targets=spec.targets,
         truncation=config.truncation,
         mask_all_inner_vokens=config.mask_all_inner_vokens,
@@ -184,17 +243,18 @@ def encode(
         raise SampleError(example.where, f"{example.item_id} must have vokens exactly where it has a target")
     if example.target_image is not None and not spec.items:
         raise SampleError(example.where, f"{example.item_id} draws an image, the batch holds text only")
-    flips = draw_flips(config.flip_mode, key, len(example.images))
+    flips = draw_flips(config.flip_mode, key, len(example.images), shared and shared.key)
+    seen = None if shared is None else shared.values
     target = None
     try:
         square, size, shown = config.pad_input_square, spec.image_size, config.images_as_shown
         images = tuple(
-            _values(example.images[i], spec.image_states, size, square, flips.images[i], shown)
+            _values(example.images[i], spec.image_states, size, square, flips.images[i], shown, seen)
             for i in text.images
         )
         if example.target_image is not None:
             size, ready = spec.target_size, spec.target_moments
-            target = _values(example.target_image, ready, size, True, flips.target, shown)
+            target = _values(example.target_image, ready, size, True, flips.target, shown, seen)
     except SampleError as error:
         raise SampleError(example.where, f"{example.item_id}: {error}") from None
     ids, mask = config.caption_tokenizer.encode([example.caption or ""])
@@ -208,23 +268,36 @@ def _values(
     square: bool,
     flip: bool,
     as_shown: bool,
+    seen: dict[Any, np.ndarray] | None,
 ) -> np.ndarray:
-    """Pixels of an image, or the features it comes as; DataError where the batch wants the other."""
+    """Pixels of an image, or the features it comes as; DataError where the batch wants the other.
+
+    ``seen`` has those that were made before, so that equal images are one array.
+    """
     if not isinstance(image, Ready):
         if ready is not None:
             raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
-        return prepare_image(image, size, square=square, flip=flip, as_shown=as_shown)
+        if seen is None:
+            return prepare_image(image, size, square=square, flip=flip, as_shown=as_shown)
+        key = (image, size, square, flip)
+        if key not in seen:
+            seen[key] = prepare_image(image, size, square=square, flip=flip, as_shown=as_shown)
+        return seen[key]
     if image.values.shape != ready:
         wants = f"features of shape {ready}" if ready else "images"
         raise DataError(f"the batch holds {wants}, the data gives features of shape {image.values.shape}")
-    return image.values
+    return image.values if seen is None else seen.setdefault(image.values.tobytes(), image.values)
 
 
 def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
     """Fields of a batch without samples: padding everywhere, every mask False."""
     b, t, m, i, c = spec.rows, spec.length, spec.items, spec.images, spec.caption_length
     ints = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
-    lines, per_line = (m, 1) if spec.split else (b, spec.pack)
+    lines, targets = (m, spec.targets) if spec.split else (b, spec.pack * spec.targets)
+    places, trees = spec.image_places, {}
+    if spec.tree is not None:
+        targets = spec.tree.labels
+        trees = {"subtree_end": ints(b, t), "before": ints(b, t), "image_index": ints(places)}
     ready, pixels = {}, {"target": spec.target_size, "images": spec.image_size}
     for name, field, count, shape in (
         ("target", "target_moments", m, spec.target_moments),
@@ -235,14 +308,14 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
     return {
         "tokens": ints(b, t),
         "labels": np.full((lines, spec.apart + 1 if spec.split else t), IGNORE, np.int32),
-        "label_positions": ints(lines, per_line * spec.targets),
+        "label_positions": ints(lines, targets),
         "positions": ints(b, t),
         "segment_ids": ints(b, t),
         "row_id": ints(b),
         "images": np.zeros((i, pixels["images"], pixels["images"], 3), np.uint8),
-        "image_row": ints(i),
-        "image_start": ints(i),
-        "image_mask": np.zeros(i, bool),
+        "image_row": ints(places),
+        "image_start": ints(places),
+        "image_mask": np.zeros(places, bool),
         "target": np.zeros((m, pixels["target"], pixels["target"], 3), np.uint8),
         "voken_row": ints(m),
         "voken_start": np.ones(m, np.int32),  # the mapper reads one position before
@@ -252,6 +325,7 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
         "caption_mask": ints(m, c),
         "has_caption": np.zeros(m, bool),
         **({"prompt_end": np.ones(m, np.int32)} if spec.split else {}),
+        **trees,
         **ready,
     }
 
@@ -285,11 +359,18 @@ def collate(
     arrays["caption_ids"][:], arrays["caption_mask"][:] = empty_ids, empty_mask
     numbers = numbers % 2**31  # int32 on the device; distinct within any step
     arrays["row_id"][:] = numbers[:, 0]
+    rows = first_row + np.arange(spec.rows)
+    arrays["image_row"][:] = np.repeat(rows, spec.image_places // spec.rows)
+    arrays["voken_row"][:] = np.repeat(rows, spec.items // spec.rows)
+    if spec.tree is not None:
+        for row, places in enumerate(samples):
+            there = [(int(n), sample) for n, sample in zip(numbers[row], places) if sample is not None]
+            _fill_tree(arrays, row, first_row, there, spec)
+        return arrays
     if spec.items:
         arrays["item_id"][:] = numbers.ravel()
-        rows = first_row + np.repeat(np.arange(spec.rows), spec.pack)
-        arrays["voken_row"][:] = first_row * spec.pack + np.arange(spec.items) if spec.split else rows
-    arrays["image_row"][:] = first_row + np.repeat(np.arange(spec.rows), spec.images // spec.rows)
+    if spec.split:
+        arrays["voken_row"][:] = first_row * spec.pack + np.arange(spec.items)
     for row, places in enumerate(samples):
         start = 0  # of the next sample in its row
         for place, sample in enumerate(places):
@@ -353,3 +434,66 @@ def _fill_item(arrays: dict[str, np.ndarray], slot: int, sample: Sample) -> None
     arrays["caption_ids"][slot] = sample.caption_ids
     arrays["caption_mask"][slot] = sample.caption_mask
     arrays["has_caption"][slot] = sample.has_caption
+
+
+def _fill_tree(
+    arrays: dict[str, np.ndarray],
+    row: int,
+    first_row: int,
+    samples: list[tuple[int, Sample]],
+    spec: BatchSpec,
+) -> None:
+    """A row whose samples (number, sample) are a tree; an item has its sample's number, as elsewhere."""
+    images: dict[int, tuple[int, np.ndarray]] = {}  # id of an image's values -> its slot in the row, and they
+    for _, sample in samples:
+        for values in sample.images:
+            images.setdefault(id(values), (len(images), values))
+    slots = [[images[id(values)][0] for values in sample.images] for _, sample in samples]
+    keys = [
+        image_keys(sample.text.tokens, sample.text.image_start, own, spec.image_tokens)
+        for (_, sample), own in zip(samples, slots, strict=True)
+    ]
+    tree, due, places = plant(keys), [], {}
+    paths = [(sample.text, path) for (_, sample), path in zip(samples, tree.paths, strict=True)]
+    for (text, path), own in zip(paths, slots, strict=True):
+        due.extend(path[text.labels != IGNORE].tolist())  # a target of several samples counts for each
+        places.update(zip(path[list(text.image_start)].tolist(), own, strict=True))
+    items = [
+        (path, number, sample)
+        for (number, sample), path in zip(samples, tree.paths, strict=True)
+        if sample.target is not None
+    ]
+    _check_room(spec, len(tree.before), len(due), len(items), len(images), len(places))
+
+    for text, path in paths:
+        arrays["tokens"][row, path], arrays["positions"][row, path] = text.tokens, np.arange(len(path))
+        targets = text.labels != IGNORE
+        arrays["labels"][row, path[targets]] = text.labels[targets]
+    here = slice(0, len(tree.before))
+    arrays["segment_ids"][row, here] = 1
+    arrays["subtree_end"][row, here], arrays["before"][row, here] = tree.ends, tree.before
+    arrays["label_positions"][row, : len(due)] = due
+    first = row * (spec.items // spec.rows)
+    for slot, (path, number, sample) in enumerate(items, first):
+        _fill_item(arrays, slot, sample)
+        arrays["item_id"][slot], arrays["voken_start"][slot] = number, path[sample.text.voken_start]
+    first = row * (spec.images // spec.rows)
+    for slot, values in images.values():
+        arrays["image_states" if "image_states" in arrays else "images"][first + slot] = values
+    first_image = first_row * (spec.images // spec.rows) + first
+    for place, (start, slot) in enumerate(places.items(), row * spec.tree.image_places):
+        arrays["image_start"][place], arrays["image_index"][place] = start, first_image + slot
+        arrays["image_mask"][place] = True
+
+
+def _check_room(spec: BatchSpec, *sizes: int) -> None:
+    """DataError where the tree of a story is larger than the index of its source said."""
+    names = ("length", "target positions", "images to draw", "input images", "places of input images")
+    per_row = (spec.items // spec.rows, spec.images // spec.rows)
+    rooms = (spec.length, spec.tree.labels, *per_row, spec.tree.image_places)
+    for name, size, room in zip(names, sizes, rooms, strict=True):
+        if size > room:
+            raise DataError(
+                f"a story's tree has {name} {size}, its row has room for {room}: the words or images of the "
+                "source are not those that were measured; set data.packing=shuffled"
+            )

@@ -12,8 +12,9 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int32
@@ -80,18 +81,39 @@ def length_index(
       DataError: the file is there and not readable.
     """
     depends = [source.fingerprint(), tokenizer.identity(), image_tokens, len(source)]
-    name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
-    path = Path(folder).expanduser() / f"lengths-{name}.npz"
+    return kept_index(
+        LengthIndex, "lengths", depends, folder, lambda: measure(source, tokenizer, image_tokens)
+    )
+
+
+Index = TypeVar("Index")
+
+
+def kept_index(
+    kind: type[Index], name: str, depends: list[Any], folder: str | Path, make: Callable[[], Index]
+) -> Index:
+    """An index (a dataclass of arrays) from its file in ``folder``, or made and left there.
+
+    Args:
+      name: start of the file's name.
+      depends: what the index depends on; the file is named by it.
+
+    Raises:
+      DataError: the file is there and not readable.
+    """
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
+    path = Path(folder).expanduser() / f"{name}-{digest}.npz"
+    fields = [field.name for field in dataclasses.fields(kind)]
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return LengthIndex(stored["lengths"], stored["images"])
+                return kind(**{field: stored[field] for field in fields})
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"length index {path} is broken ({error}); delete it, it is made again") from None
-    index = measure(source, tokenizer, image_tokens)
+    index = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npz")
     with os.fdopen(handle, "wb") as file:
-        np.savez(file, lengths=index.lengths, images=index.images)
+        np.savez(file, **{field: getattr(index, field) for field in fields})
     os.replace(temporary, path)
     return index

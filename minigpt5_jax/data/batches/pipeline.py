@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, Sample, collate, encode
+from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, Sample, Shared, collate, encode
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.plan import (
     EMPTY_SLOT,
@@ -29,6 +29,7 @@ from minigpt5_jax.data.batches.plan import (
     StreamPlan,
     fullest_rows,
 )
+from minigpt5_jax.data.batches.stories import StoryIndex, TreePlan
 from minigpt5_jax.data.errors import DataError, Problem, SampleError, allowed_errors
 from minigpt5_jax.data.sources import Source
 
@@ -88,11 +89,14 @@ class StepReader:
         saves a quarter of the time of samples without pixels.
         """
         keys = [None if number == EMPTY_SLOT else self.plan.find(number) for number in numbers]
-        fetch, config = self.source.example, self.config
+        fetch, config, shared = self.source.example, self.config, [None] * len(keys)
+        if spec.tree is not None:  # a story is named by its first sample
+            firsts = [key and Shared((self.seed, *key)) for key in keys[:: spec.pack]]
+            shared = [first for first in firsts for _ in range(spec.pack)]
         examples = [key and _attempt(key[1], skips, fetch, key[1], key[0]) for key in keys]
         return [
-            example and _attempt(key[1], skips, encode, example, config, spec, (self.seed, *key), limit)
-            for key, example, limit in zip(keys, examples, limits)
+            example and _attempt(key[1], skips, encode, example, config, spec, (self.seed, *key), limit, own)
+            for key, example, limit, own in zip(keys, examples, limits, shared)
         ]
 
 
@@ -248,12 +252,18 @@ def _make_plan(
     length: int,
     index: LengthIndex | None,
     buckets: tuple[int, ...],
+    stories: StoryIndex | None,
     *,
     seed: int,
     shuffle: bool,
     num_epochs: int | None,
 ) -> tuple[Plan, list[BatchSpec]]:
     """The plan, and the shapes of its buckets."""
+    if stories is not None:
+        if not shuffle or buckets:
+            raise DataError("stories as trees are shuffled, and their rows have lengths of their own")
+        plan = TreePlan(stories, limit=spec.length, seed=seed, num_epochs=num_epochs, shape=shape)
+        return plan, plan.shapes(spec)
     if (buckets or spec.pack > 1) and (index is None or len(index) != length):
         raise DataError("length buckets and packing need the length index of this source")
     if buckets:
@@ -303,6 +313,7 @@ def make_loader(
     num_epochs: int | None = None,
     buckets: tuple[int, ...] = (),
     index: LengthIndex | None = None,
+    stories: StoryIndex | None = None,
     process_index: int = 0,
     process_count: int = 1,
     worker_count: int = 0,
@@ -324,6 +335,8 @@ def make_loader(
       buckets: lengths of rows, ascending up to ``spec.length``; each step takes samples of one bucket and
         has its shape.  Empty: every row has ``spec.length`` positions.
       index: sizes of the samples, for buckets and packing (``spec.pack`` above 1).
+      stories: sizes of whole stories: each row is one, its ``spec.pack`` samples (or fewer) a tree; ``spec``
+        is of rows of single samples, and those of trees follow from the sizes.
       process_index, process_count: which rows are read here.
       worker_count: processes that read and decode; 0 for one thread here.
       prefetch: batches made ahead (per worker).
@@ -346,6 +359,7 @@ def make_loader(
         len(source),
         index,
         buckets,
+        stories,
         seed=seed,
         shuffle=shuffle,
         num_epochs=num_epochs,

@@ -14,6 +14,9 @@ import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int64
+
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.example import Example
 
@@ -48,6 +51,20 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
     def describe(self) -> str: ...
+
+
+@runtime_checkable
+class OfStories(Protocol):
+    """A source whose samples may be those of stories, one story after another."""
+
+    def stories(self) -> Int64[np.ndarray, " n1"] | None:
+        """First sample of each story, and the number of samples; None where samples are no stories."""
+        ...
+
+
+def stories_of(source: Source) -> Int64[np.ndarray, " n1"] | None:
+    """:meth:`OfStories.stories`; None for a source that knows no stories."""
+    return source.stories() if isinstance(source, OfStories) else None
 
 
 def check_index(index: int, source: Source) -> None:

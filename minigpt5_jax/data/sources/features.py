@@ -22,11 +22,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.example import Example, Ready
-from minigpt5_jax.data.sources.base import Source
+from minigpt5_jax.data.sources.base import Source, stories_of
 
 FORMAT = 1
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -257,6 +257,10 @@ class FeatureSource(Source):
     def texts(self, index: int) -> list[tuple[str, str]]:
         """As the source's."""
         return self._source.texts(index)
+
+    def stories(self) -> Int64[np.ndarray, " n1"] | None:
+        """As the source's."""
+        return stories_of(self._source)
 
     def fingerprint(self) -> str:
         """Hash of the source's fingerprint and of what the store holds."""

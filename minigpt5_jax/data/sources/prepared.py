@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import PairRules
+from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources.base import Source, check_index
 from minigpt5_jax.data.sources.kinds import KINDS, Fields, Rules, make_rules
 
@@ -130,6 +131,10 @@ class PreparedSource(Source):
         """(source, target) of sample ``index`` in every wording, its context whole; no image is read."""
         record, place = self.find(index)
         return self._kind.texts(self.fields(record), place)
+
+    def stories(self) -> Int64[np.ndarray, " n1"] | None:
+        """As :meth:`OfStories.stories`."""
+        return self._starts if isinstance(self._kind.rules, StoryRules) else None
 
     def fingerprint(self) -> str:
         """Hash of the words, of the images' size and of everything that changes the samples."""

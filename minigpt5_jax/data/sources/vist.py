@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import BOM, check_utf8
@@ -105,6 +106,10 @@ class VistSource(Source):
     def texts(self, index: int) -> list[tuple[str, str]]:
         """(source, target) of sample ``index`` in every wording, its context whole; errors as ``example``."""
         return self._rules.texts(*self._find(index))
+
+    def stories(self) -> Int64[np.ndarray, " n1"]:
+        """As :meth:`OfStories.stories`; one that cannot be used is one sample."""
+        return np.concatenate([np.zeros(1, np.int64), self._stops])
 
     def fingerprint(self) -> str:
         """Hash of both files and of everything that changes the samples made of them."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from minigpt5_jax.models.attention import AttentionModule, inside_segments, split_heads
+from minigpt5_jax.models.attention import AttentionModule, inside_segments, inside_subtrees, split_heads
 from minigpt5_jax.models.common import (
     ACTIVATIONS,
     Embedding,
@@ -281,21 +281,29 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"],
+        subtree_ends: Int[Array, "b t"] | None = None,
         dropout_keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Hidden states after the final norm.
 
         Attention is causal and stays inside a segment; segment 0 is padding, whose states mean
-        nothing (and are finite).  ``dropout_keys`` switches LoRA dropout on; a row's masks depend on
-        its own key only.
+        nothing (and are finite).  With ``subtree_ends`` a row is a tree in depth-first order instead, and a
+        token sees its ancestors and itself (:func:`minigpt5_jax.models.attention.attention`).
+
+        ``dropout_keys`` switches LoRA dropout on; a row's masks depend on its own key only.
         """
         cos, sin = rotary(positions + self.num_prefix, self.config.head_dim, self.config.rope_theta)
         allowed: dict[str, Any] = {"is_causal": True, "segment_ids": segment_ids}
+        if subtree_ends is not None:
+            allowed = {"subtree_ends": subtree_ends}
         keys = dropout_keys if self.lora is not None else None
         before = None
         if self.num_prefix:  # every position sees the prefix
             before = self.prefix_encoder()
-            mask = inside_segments(segment_ids) & jnp.tri(segment_ids.shape[1], dtype=bool)
+            if subtree_ends is None:
+                mask = inside_segments(segment_ids) & jnp.tri(segment_ids.shape[1], dtype=bool)
+            else:
+                mask = inside_subtrees(subtree_ends)
             pad = ((0, 0), (0, 0), (0, 0), (self.num_prefix, 0))
             allowed = {"mask": jnp.pad(mask, pad, constant_values=True)}
 

@@ -137,6 +137,8 @@ class MiniGPT4(nnx.Module):
         if batch.images.shape[0] == 0:  # static: a text-only batch never touches the vision tower
             return embeds
         states = self.image_states(batch.images) if batch.image_states is None else batch.image_states
+        if batch.image_index is not None:
+            states = states[batch.image_index]
         row = jnp.where(batch.image_mask, batch.image_row, embeds.shape[0])
         return self.place_images(embeds, states, row, batch.image_start)
 
@@ -174,7 +176,11 @@ class MiniGPT4(nnx.Module):
                 segment_ids=batch.segment_ids,
             )
         return self.llm(
-            embeds, positions=batch.positions, segment_ids=batch.segment_ids, dropout_keys=dropout_keys
+            embeds,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            subtree_ends=batch.subtree_end,
+            dropout_keys=dropout_keys,
         )
 
     def logit_blocks(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -386,6 +392,7 @@ PART = Part(
         not (keys["lora_rank"] or keys["prefix_tokens"])
         and all(re.fullmatch(NEW_ROWS[0], path) for path in trainable)
     ),
+    reads_trees=True,
     features={"vit": ("vit/",), "qformer": ("ln_vision/", "qformer/")},
     initial=initial,
     conflicts=conflicts,
