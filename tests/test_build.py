@@ -29,6 +29,7 @@ from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring import inputs
 from minigpt5_jax.wiring import model as building
 from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
+from minigpt5_jax.wiring.run_settings import check_new_parameters
 from minigpt5_jax.wiring.session import decoder_layers
 from minigpt5_jax.wiring.weight_paths import check_sources, uses_of
 from minigpt5_jax.wiring.weights_plan import make_plan, source_status
@@ -78,7 +79,9 @@ def count(spec: ModelSpec, prefix: str, without: str = "/lora_") -> int:
 )
 def test_full_size_totals_are_the_references(name, lora, trainable):
     before = jax.live_arrays()  # held, so that none of another test's goes meanwhile
-    spec = build(run_file(name))
+    config = run_file(name)
+    spec = build(config)
+    check_new_parameters(config, spec)  # a second stage's LoRA has its pattern
     made = {id(array) for array in jax.live_arrays()} - {id(array) for array in before}
     assert not made, "building a description must not allocate"
     assert {tower: count(spec, tower + "/") or count(spec, tower) for tower in TOWERS} == TOWERS
