@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import lengths
@@ -112,6 +113,14 @@ def for_80_gb_gpu(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _input_images(batch: Batch) -> int:
+    """Input images of a batch; several places of a story's tree may read one."""
+    if batch.image_index is None:
+        return int(batch.image_mask.sum())
+    micros = zip(np.atleast_2d(batch.image_index), np.atleast_2d(batch.image_mask), strict=True)
+    return sum(len(np.unique(index[there])) for index, there in micros)
+
+
 def measure(config: ConfigDict, source: Source) -> Work:
     """One epoch of the configured training, counted."""
     spec = build(config)
@@ -125,7 +134,7 @@ def measure(config: ConfigDict, source: Source) -> Work:
     items = images = 0
     for _ in range(steps):
         batch = next(loader)
-        items, images = items + int(batch.item_mask.sum()), images + int(batch.image_mask.sum())
+        items, images = items + int(batch.item_mask.sum()), images + _input_images(batch)
         shapes = shapes_of(batch)
         name = str(jax.tree.leaves(shapes))
         kept[name], batches[name] = shapes, batches[name] + 1

@@ -132,7 +132,7 @@ def resume(
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
     wanted = dict(vars(like))
     # Earlier versions kept clipping in a chain before the optimizer, where it had a state, if an empty one.
-    chained = any(name.startswith("[1]") for name in checkpoints.paths("opt_state", checkpoints.latest_step))
+    chained = any(name.startswith("[1]") for name in checkpoints.paths("opt_state"))
     if chained:
         wanted["opt_state"] = (None, wanted["opt_state"])
     parts, data_state, _ = checkpoints.restore(wanted)
