@@ -6,6 +6,7 @@ a checkpoint of ours.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from minigpt5_jax.config import (
 )
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.tuning import TABLE_DECAY
 from minigpt5_jax.weights.check import COVERAGE_FILE
@@ -228,23 +230,22 @@ def save_imported(imported: ImportedModel, workdir: str | Path) -> Path:
     """Write an imported model as a checkpoint of ours, which ``generate`` and ``run.init_from`` take.
 
     Raises:
-      CheckpointError: the folder holds checkpoints, or cannot be written.
+      CheckpointError: the folder holds checkpoints, a run trains there, or it cannot be written.
     """
     run, folder = imported.run, Path(workdir).expanduser() / "checkpoints"
-    checkpoints = Checkpoints(folder)
-    if checkpoints.latest_step is not None:
-        raise CheckpointError(f"{folder} holds checkpoints; choose another --workdir")
     labels = run.spec.labels
     own = imported.release.params
     trainable = {path: value for path, value in own.items() if labels[path] != FROZEN}
     inherited = {path: value for path, value in own.items() if labels[path] == FROZEN}
     coverage = [one.to_json() for one in imported.release.coverage]
     state = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
-    meta = describe(run.config, run.spec, run.params)
-    meta |= {"imported": {"files": imported.about, "coverage": coverage}}
-    checkpoints.save(run.step, state, 0, meta)
-    checkpoints.wait()
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(folder, owner=Owner(folder.parent))) as checkpoints:
+        if checkpoints.latest_step is not None:
+            raise CheckpointError(f"{folder} holds checkpoints; choose another --workdir")
+        meta = describe(run.config, run.spec, run.params)
+        meta |= {"imported": {"files": imported.about, "coverage": coverage}}
+        checkpoints.save(run.step, state, 0, meta)
+        checkpoints.wait()
     (folder.parent / COVERAGE_FILE).write_text(json.dumps(coverage, indent=2) + "\n")
     return folder
 
