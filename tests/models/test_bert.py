@@ -72,7 +72,9 @@ def test_table_round_trip_and_what_is_left_out(pair):
     assert set(source) - set(again) == {"pooler.dense.weight", "pooler.dense.bias"}
     assert all(np.array_equal(again[k], source[k]) for k in again)
     with pytest.raises(WeightTableError, match="layer_norm/scale"):
-        TABLE.to_params({k: v for k, v in source.items() if k != "embeddings.LayerNorm.weight"}, TOWER.shapes(sizes))
+        TABLE.to_params(
+            {k: v for k, v in source.items() if k != "embeddings.LayerNorm.weight"}, TOWER.shapes(sizes)
+        )
 
 
 def test_full_size_parameter_count():
@@ -84,6 +86,9 @@ def test_errors(pair):
     sizes = pair[2]
     template = Template.of(lambda rngs: TOWER.module(sizes, rngs=rngs))
     with pytest.raises(ValueError, match="max_position_embeddings=9"):
-        jax.eval_shape(lambda p: template.bind(p)(jnp.ones((1, 10), jnp.int32), jnp.ones((1, 10), jnp.int32)), template.shapes)
+        jax.eval_shape(
+            lambda p: template.bind(p)(jnp.ones((1, 10), jnp.int32), jnp.ones((1, 10), jnp.int32)),
+            template.shapes,
+        )
     with pytest.raises(ValueError, match="position_embedding_type='relative_key'"):
         BertConfig.from_hf({**HF, "position_embedding_type": "relative_key"})

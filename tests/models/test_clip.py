@@ -57,8 +57,9 @@ def test_features_and_gradients_match_transformers(pair):
 
     def both(params):
         clip = template.bind(params)
-        image, text = clip.image_features(jnp.asarray(pixels)), clip.text_features(
-            jnp.asarray(ids, jnp.int32), jnp.asarray([3, 6])
+        image, text = (
+            clip.image_features(jnp.asarray(pixels)),
+            clip.text_features(jnp.asarray(ids, jnp.int32), jnp.asarray([3, 6])),
         )
         return (image * jnp.arange(20)).sum() + (text * jnp.arange(20)).sum(), (image, text)
 
@@ -71,7 +72,9 @@ def test_features_and_gradients_match_transformers(pair):
     assert_close(text, their_text.detach())
     ((their_image + their_text) * torch.arange(20)).sum().backward()
     named = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
-    for path, want in HF_TABLE.to_params({k: g.numpy() for k, g in named.items()}, TOWER.shapes(sizes)).items():
+    for path, want in HF_TABLE.to_params(
+        {k: g.numpy() for k, g in named.items()}, TOWER.shapes(sizes)
+    ).items():
         if path.endswith("k_proj/bias"):  # analytically zero: softmax ignores a shift of all keys
             assert np.abs(grads[path]).max() < 1e-3
         else:
@@ -82,11 +85,17 @@ def test_every_form_of_names_gives_the_same_parameters(pair):
     _, source, sizes, params = pair
     shapes = TOWER.shapes(sizes)
     host = jax.tree.map(np.asarray, params)
-    old = source | {"text_model.embeddings.position_ids": np.arange(7), "vision_model.embeddings.position_ids": np.arange(10)}
+    old = source | {
+        "text_model.embeddings.position_ids": np.arange(7),
+        "vision_model.embeddings.position_ids": np.arange(10),
+    }
     openai = OPENAI_TABLE.to_source(host)
     assert openai["visual.transformer.resblocks.1.attn.in_proj_weight"].shape == (72, 24)
     assert openai["visual.proj"].shape == (24, 20) and openai["text_projection"].shape == (16, 20)
-    assert np.array_equal(openai["transformer.resblocks.0.attn.in_proj_weight"][16:32], source["text_model.encoder.layers.0.self_attn.k_proj.weight"])
+    assert np.array_equal(
+        openai["transformer.resblocks.0.attn.in_proj_weight"][16:32],
+        source["text_model.encoder.layers.0.self_attn.k_proj.weight"],
+    )
     stored = openai | {name: np.array(1) for name in ("input_resolution", "context_length", "vocab_size")}
     for form in (source, old, openai, stored):
         again = table_for(form).to_params(form, shapes)

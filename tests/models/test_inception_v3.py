@@ -118,7 +118,9 @@ def test_features_match_pytorch(source):
 
 
 def test_table_takes_the_published_names(source):
-    counters = {f"{name[:-7]}.num_batches_tracked": np.array(0) for name in source if name.endswith(".bn.weight")}
+    counters = {
+        f"{name[:-7]}.num_batches_tracked": np.array(0) for name in source if name.endswith(".bn.weight")
+    }
     assert len(counters) == 94 and len(source | counters) == 566
     assert source["Mixed_6b.branch7x7_2.conv.weight"].shape == (128, 128, 1, 7)
     params = table(FID_INCEPTION).to_params(source | counters, SHAPES)

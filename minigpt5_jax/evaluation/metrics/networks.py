@@ -52,9 +52,7 @@ def open_file(path: str | Path, *names: str, remedy: str) -> Tensors:
         raise WeightFileError(f"{error}\nfor this metric, give {remedy}") from None
 
 
-def bound(
-    tower: Tower, source: Tensors, sizes: Any, call: Callable[..., Any]
-) -> Callable[..., Any]:
+def bound(tower: Tower, source: Tensors, sizes: Any, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call(module, *arrays)``, compiled, over the parameters of a source.
 
     Raises:
@@ -100,9 +98,7 @@ class InceptionNetwork:
       FileNotFoundError, WeightFileError, WeightTableError: the file is not there, or is another one.
     """
 
-    def __init__(
-        self, path: str | Path, resize: str = "tf1", *, batch: int = 32, side: int = INCEPTION_SIDE
-    ):
+    def __init__(self, path: str | Path, resize: str = "tf1", *, batch: int = 32, side: int = INCEPTION_SIDE):
         name = "pt_inception-2015-12-05-6726825d.pth"
         source = open_file(path, name, f"weights-{name[3:]}", remedy=f"{name} of pytorch-fid")
 

@@ -49,9 +49,7 @@ def mm_relevance_m5(slots: Sequence[Slot]) -> float:
     return _f1(total, sum(slot.made for slot in slots), sum(slot.wanted for slot in slots))
 
 
-def mm_relevance_official(
-    predicted: Float[np.ndarray, "m d"], reference: Float[np.ndarray, "n d"]
-) -> float:
+def mm_relevance_official(predicted: Float[np.ndarray, "m d"], reference: Float[np.ndarray, "n d"]) -> float:
     """MM-Relevance of one response as MMDialog defines it.
 
     Elements are paired from the left, whatever their modality; cosines are not scaled.

@@ -133,7 +133,11 @@ class Spread:
 
 
 def inception_score(
-    logits: Float[np.ndarray, "n classes"], chunks: str = "torchmetrics", *, seed: int = 2020, splits: int = 10
+    logits: Float[np.ndarray, "n classes"],
+    chunks: str = "torchmetrics",
+    *,
+    seed: int = 2020,
+    splits: int = 10,
 ) -> Spread:
     """Inception Score: mean over chunks of exp of the mean divergence from the chunk's mean prediction.
 

@@ -191,7 +191,9 @@ def open_wordnet(folder: str) -> Any:
     kinds = ("noun", "verb", "adj", "adv")
     needed = ("lexnames", *(f"{form}.{kind}" for kind in kinds for form in ("index", "data")))
     if absent := [name for name in needed if not (Path(folder) / name).is_file()]:
-        raise FileNotFoundError(f"{folder} is no WordNet: {', '.join(absent)} missing; unpack nltk's wordnet.zip")
+        raise FileNotFoundError(
+            f"{folder} is no WordNet: {', '.join(absent)} missing; unpack nltk's wordnet.zip"
+        )
     if folder not in nltk.data.path:  # nltk reads below these folders only
         nltk.data.path.insert(0, folder)
     return WordNetCorpusReader(folder, None)

@@ -61,7 +61,11 @@ class BertLayer(AttentionModule):
 
     def __init__(self, config: BertConfig, **kwargs: Any):
         self.num_heads, self.activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
-        width, hidden, heads = config.hidden_size, config.intermediate_size, ("heads", config.num_attention_heads)
+        width, hidden, heads = (
+            config.hidden_size,
+            config.intermediate_size,
+            ("heads", config.num_attention_heads),
+        )
         dense = dict(kernel_init=normal(config.initializer_range), **kwargs)
         self.query, self.key, self.value = (
             Linear(width, width, axes=("embed", heads), **dense) for _ in range(3)
