@@ -96,7 +96,7 @@ def test_clip_reads_the_files_of_open_clip(clip, tmp_path):
 
 
 def test_another_file_is_named(clip, tmp_path):
-    folder, model, _ = clip
+    folder = clip[0]
     save_file({"fc.weight": np.zeros((1000, 2048), np.float32)}, tmp_path / "inception.safetensors")
     with pytest.raises(WeightTableError, match="torchvision's Inception v3"):
         InceptionNetwork(tmp_path / "inception.safetensors")

@@ -72,7 +72,7 @@ def bound(tower: Tower, source: Tensors, sizes: Any, call: Callable[..., Any]) -
 
 
 def padded_batches(items: Sequence[Any], size: int) -> Iterator[tuple[list[Any], int]]:
-    """Batches of ``size`` and how many of each are real; the last is filled up, so that one shape is compiled."""
+    """Batches of ``size``, the last filled up (one shape is compiled), and how many of each are real."""
     for start in range(0, len(items), size):
         batch = list(items[start : start + size])
         yield batch + [batch[-1]] * (size - len(batch)), len(batch)
@@ -129,7 +129,7 @@ class InceptionNetwork:
 
 
 def clean_caption(text: str) -> str:
-    """A text as open_clip's tokenizer cleans it: encoding repaired, HTML unescaped twice, one line, lower case.
+    """A text as open_clip's tokenizer cleans it: repaired, HTML unescaped twice, one line, lower case.
 
     Raises:
       MissingPackageError: ftfy is not installed.
@@ -147,14 +147,14 @@ class ClipTexts(NamedTuple):
     """Features of unit length, and which texts had more than 77 tokens and were cut."""
 
     features: Float[np.ndarray, "n d"]
-    cut: Bool[np.ndarray, "n"]
+    cut: Bool[np.ndarray, " n"]
 
 
 class ClipNetwork:
     """Features of images and texts by CLIP, of unit length.
 
     Args:
-      path: a folder in Hugging Face's layout (``openai/clip-vit-large-patch14``) or of open_clip, or one file.
+      path: one file, or a folder of open_clip or of Hugging Face (``openai/clip-vit-large-patch14``).
       tokenizer: folder with ``vocab.json`` and ``merges.txt``; by default that of the weights.
       clean_up: ``open_clip`` cleans texts as that package does, ``none`` leaves them as Hugging Face does.
       hidden_act: where no ``config.json`` says it; every CLIP of OpenAI has ``quick_gelu``.
@@ -205,7 +205,7 @@ class ClipNetwork:
 
     def tokens(
         self, texts: Sequence[str]
-    ) -> tuple[Int[np.ndarray, "n c"], Int[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    ) -> tuple[Int[np.ndarray, "n c"], Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         """Ids, place of the first end-of-text id, and whether a text was cut."""
         length = self.sizes.text_config.max_position_embeddings
         tokenizer = self._tokenizer(length + 1)  # one more than is read, to see what is cut
@@ -222,7 +222,7 @@ class ClipNetwork:
 
 
 def _clip_sizes(config: Path, source: Tensors, hidden_act: str) -> Any:
-    """Sizes from Hugging Face's ``config.json``, or by the shapes of the tensors where there is none of CLIP."""
+    """Sizes from Hugging Face's ``config.json``, or by the shapes of the tensors without one."""
     if config.is_file() and "text_config" in json.loads(config.read_text()):
         return CLIP.read_sizes(config)
     return sizes_of(source, hidden_act)

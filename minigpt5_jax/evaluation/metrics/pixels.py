@@ -37,8 +37,8 @@ def inception_pixels(
     """Images as Inception reads them, resized and about -1 to 1.
 
     Args:
-      resize: ``tf1`` (torch-fidelity, torchmetrics up to 1.7.4, hence the papers), ``antialias`` (torchmetrics
-        from 1.8), ``torch`` (pytorch-fid, with its own normalisation) or ``clean`` (clean-fid).
+      resize: ``tf1`` (torch-fidelity, torchmetrics up to 1.7.4, hence the papers), ``antialias``
+        (torchmetrics from 1.8), ``torch`` (pytorch-fid, with its own normalisation) or ``clean`` (clean-fid).
       side: of the result, 299 in every published score.
 
     Raises:

@@ -83,7 +83,7 @@ class CalledFor:
 
 
 def image_when_called_for(wanted: Sequence[bool], made: Sequence[bool]) -> CalledFor:
-    """Precision, recall, F1 and share of turns that are right, of "an image exactly when one is called for"."""
+    """Precision, recall, F1 and share of right turns of "an image exactly when one is called for"."""
     pairs = list(zip(wanted, made, strict=True))
     both, needs, has = sum(w and m for w, m in pairs), sum(w for w, _ in pairs), sum(m for _, m in pairs)
     return CalledFor(

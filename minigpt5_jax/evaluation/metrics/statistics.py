@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def inception_score(
         size = -(-n // splits)
         cuts = [*range(0, n, size), n]
     scores = []
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in itertools.pairwise(cuts):
         log_p = logs[start:stop]
         p = np.exp(log_p)
         scores.append(np.exp((p * (log_p - np.log(p.mean(0)))).sum(1).mean()))
@@ -191,7 +192,7 @@ def kernel_distance(
     """
     if min(len(one), len(other)) < size or size < 2:
         raise ValueError(
-            f"KID draws subsets of {size} from {len(one)} and {len(other)} features; choose a smaller subset size"
+            f"KID draws subsets of {size} from {len(one)} and {len(other)} features; choose a smaller size"
         )
     rng, width = np.random.RandomState(seed), one.shape[1]
     one, other = one.astype(np.float64), other.astype(np.float64)

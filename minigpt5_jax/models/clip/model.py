@@ -15,12 +15,15 @@ from minigpt5_jax.models.clip_text.model import ClipTextConfig, ClipTextModel
 from minigpt5_jax.models.clip_vision.model import VIT_B16, VIT_B32, VIT_L14, ClipVisionConfig, ClipVisionModel
 from minigpt5_jax.models.common import Linear, normal, param
 
+TEXT_B = ClipTextConfig()
+"""Text encoder of ViT-B/32 and ViT-B/16."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
     """Sizes of both towers, and the width of the space that they share (Hugging Face ``CLIPConfig``)."""
 
-    text_config: ClipTextConfig = ClipTextConfig()
+    text_config: ClipTextConfig = TEXT_B
     vision_config: ClipVisionConfig = VIT_B32
     projection_dim: int = 512
 
@@ -67,7 +70,7 @@ class Clip(nnx.Module):
         """Features of normalised images (:class:`ClipVisionModel`)."""
         return self.visual_projection(self.vision(pixels).pooled)
 
-    def text_features(self, input_ids: Int[Array, "m c"], ends: Int[Array, "m"]) -> Float[Array, "m d"]:
+    def text_features(self, input_ids: Int[Array, "m c"], ends: Int[Array, " m"]) -> Float[Array, "m d"]:
         """Features of texts: the state at the end-of-text token, projected.
 
         Args:

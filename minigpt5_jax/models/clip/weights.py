@@ -88,7 +88,7 @@ def sizes_of(source: Tensors, hidden_act: str = "quick_gelu") -> ClipConfig:
     else:
         where = getattr(source, "path", None) or "the file"
         raise WeightFileError(
-            f"{where} has no image encoder of CLIP; give the folder of openai/clip-vit-large-patch14 or its kin"
+            f"{where} has no image encoder of CLIP; give the folder of openai/clip-vit-large-patch14, say"
         )
     for preset in TOWER.presets.values():
         vision = preset.vision_config
