@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         "wiring", "config", "parts", "minigpt5", "models", "diffusion", "batch", "training", "inference",
         "shapes", "data", "data/text", "data/sources",
     },
+    "evaluation/metrics": {"models", "weights", "data", "data/text"},
     "evaluation/shapes": {
         "evaluation", "wiring", "config", "inference", "shapes", "shapes/backbones",
         "data", "data/text", "data/samples", "data/sources",

@@ -276,9 +276,12 @@ class Table:
                 if stacked:
                     for i in range(arrays[0].shape[0]):
                         key = _fill(rule.source, {**values, stacked.copy().pop(): i})
-                        source[key] = np.ascontiguousarray(rule.op.backward(tuple(a[i] for a in arrays)))
+                        source[key] = np.asarray(rule.op.backward(tuple(a[i] for a in arrays)), order="C")
                 else:
-                    source[_fill(rule.source, values)] = np.ascontiguousarray(rule.op.backward(tuple(arrays)))
+                    # asarray, because ascontiguousarray makes a scalar a vector
+                    source[_fill(rule.source, values)] = np.asarray(
+                        rule.op.backward(tuple(arrays)), order="C"
+                    )
         if uncovered := sorted(set(params) - covered):
             raise WeightTableError(f"no rule exports {uncovered[:20]}")
         return source

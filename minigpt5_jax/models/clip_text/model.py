@@ -60,10 +60,10 @@ SD21_TEXT = ClipTextConfig(
 
 
 class ClipAttention(AttentionModule):
-    """Multi-head self-attention with biased projections."""
+    """Multi-head self-attention with biased projections; causal in the text encoder."""
 
-    def __init__(self, config: ClipTextConfig, **kwargs: Any):
-        self.num_heads = config.num_attention_heads
+    def __init__(self, config: Any, *, is_causal: bool = True, **kwargs: Any):
+        self.num_heads, self.is_causal = config.num_attention_heads, is_causal
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)
         # The residual branches start small with depth (CLIP's own initialisation).
         inner = normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
@@ -75,15 +75,15 @@ class ClipAttention(AttentionModule):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(self.attend(*projected, self.num_heads, mask=mask, is_causal=True))
+        return self.out_proj(self.attend(*projected, self.num_heads, mask=mask, is_causal=self.is_causal))
 
 
 class ClipEncoderLayer(nnx.Module):
-    """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``."""
+    """Pre-norm block: ``x += attn(norm1(x)); x += mlp(norm2(x))``; ``config`` is that of either encoder."""
 
-    def __init__(self, config: ClipTextConfig, **kwargs: Any):
+    def __init__(self, config: Any, *, is_causal: bool = True, **kwargs: Any):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
-        self.self_attn = ClipAttention(config, **kwargs)
+        self.self_attn = ClipAttention(config, is_causal=is_causal, **kwargs)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kwargs)
         width, hidden = config.hidden_size, config.intermediate_size
         inits = normal((2 * width) ** -0.5), normal(width**-0.5 * (2 * config.num_hidden_layers) ** -0.5)
