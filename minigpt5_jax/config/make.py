@@ -247,10 +247,10 @@ def num_steps(config: ConfigDict, samples: int) -> int:
     return math.ceil(config.run.epochs * samples / config.data.global_batch)
 
 
-def warmup_steps(config: ConfigDict, steps: int) -> int:
+def warmup_steps(config: ConfigDict, steps: int | float) -> int:
     """Updates over which the rates rise: ``optimizer.warmup_steps``; a tenth of a run that is not longer."""
     wanted = config.optimizer.warmup_steps
-    return wanted if wanted < steps else steps // 10
+    return wanted if wanted < steps else int(steps) // 10
 
 
 def weight_sources(config: ConfigDict) -> dict[str, str]:

@@ -248,6 +248,7 @@ def lora(config):
 
 def prefix(config):
     use_prefix(config).model.backbone.prefix_hidden_size = 16
+    config.tuning.stage = "stage2"
 
 
 def four_vokens(config):

@@ -63,7 +63,15 @@ def test_a_run_that_is_told_to_stop_saves_its_step(tmp_path, capfd, monkeypatch,
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_a_second_ctrl_c_ends_at_once():
+@pytest.fixture
+def ctrl_c():
+    """What Python does at Ctrl-C; the processes of pytest-xdist do nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_ends_at_once(ctrl_c):
     with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
         assert interruption.after(1) is None
         os.kill(os.getpid(), signal.SIGINT)

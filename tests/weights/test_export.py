@@ -55,7 +55,8 @@ def test_the_command_says_what_is_wrong(run_folder, tmp_path):
     known = ", ".join(formats_of(get_config()))
     assert done.stderr == f"error: unknown format 'onnx'; known for this model: {known}\n"
     done = command(*given[:3], str(tmp_path / ("a" * 300)), "--to", "mapper")  # of the file system
-    assert done.returncode == 1 and done.stderr.startswith("error: [Errno 36] File name too long")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/aaa")
+    assert done.stderr.endswith("aaa: File name too long\n")
 
 
 def test_safetensors_is_another_name_of_mapper():
@@ -111,7 +112,7 @@ def test_a_checkpoint_that_is_half_written(run_folder, tmp_path):
     for file in (step / "trainable").rglob("*"):
         if file.is_file() and file.stat().st_size > 100_000:
             file.unlink()
-    with pytest.raises(CheckpointError, match="nothing readable"):
+    with pytest.raises(CheckpointError, match="step 7 in .* cannot be read"):
         export_torch(tmp_path / "run", tmp_path / "out", to="mapper")
     assert not (tmp_path / "out").exists()
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.samples.stories import CONTEXTS, Step, Story, StoryRules
+from minigpt5_jax.data.sources.base import image_folder
 from minigpt5_jax.data.sources.vist import mapping_path, parse_story
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts
@@ -117,12 +118,12 @@ def judge_stories(
 def read_tales(directory: Path, count: int, seed: int) -> list[Tale]:
     """Held-out stories, written to a folder and read as VIST's are."""
     path = write_stories(directory, "held_out", count, seed)
-    paths = json.loads(mapping_path(path).read_text())
+    paths, folder = json.loads(mapping_path(path).read_text()), image_folder(path, directory)
     stories = json.loads(path.read_text())
     tales = []
     for truth in read_truth(directory, "held_out", "stories"):
         name = truth["story_id"]
-        story = parse_story(path, name, stories[name], paths, directory)
+        story = parse_story(path, name, stories[name], paths, folder)
         if not isinstance(story, Story):
             raise story
         tales.append(Tale(story, truth))
