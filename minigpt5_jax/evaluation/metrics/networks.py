@@ -27,9 +27,9 @@ from minigpt5_jax.models.clip.weights import TOWER as CLIP
 from minigpt5_jax.models.clip.weights import sizes_of
 from minigpt5_jax.models.inception_v3.weights import TOWER as INCEPTION
 from minigpt5_jax.models.tower import Tower
-from minigpt5_jax.weights.check import examine, open_source
+from minigpt5_jax.weights.check import examine
 from minigpt5_jax.weights.errors import WeightFileError
-from minigpt5_jax.weights.formats.load import load_tower
+from minigpt5_jax.weights.formats.load import load_tower, open_weights
 from minigpt5_jax.weights.view import Tensors
 
 CLEAN_UPS = ("none", "open_clip")
@@ -47,7 +47,7 @@ def open_file(path: str | Path, *names: str, remedy: str) -> Tensors:
     path = Path(path).expanduser()
     path = next((path / name for name in names if (path / name).is_file()), path)
     try:
-        return open_source(path)
+        return open_weights(path)
     except WeightFileError as error:
         raise WeightFileError(f"{error}\nfor this metric, give {remedy}") from None
 
