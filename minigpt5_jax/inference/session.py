@@ -173,7 +173,7 @@ class Session:
 
         Args:
           images: False samples none: one that was started leaves ``[IMG0]`` in ``token_ids`` and no part.
-          report: is told what is done and how far it is.
+          report: called with a line about each stage of the work and its progress.
 
         Raises:
           DataError: an empty prompt, vokens in it, images that do not fit its placeholders or that

@@ -314,6 +314,14 @@ def check_transformer(config: Any) -> None:
         raise ValueError(f"hidden_act={config.hidden_act!r} is not one of {sorted(ACTIVATIONS)}")
 
 
+def check_patches(config: Any) -> None:
+    """ValueError where the patches of a vision transformer do not fill its image."""
+    if config.image_size % config.patch_size:
+        raise ValueError(
+            f"image_size={config.image_size} does not divide into patch_size={config.patch_size}"
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # Repeated layers
 

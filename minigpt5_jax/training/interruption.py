@@ -1,4 +1,4 @@
-"""A run that is told to stop ends behind a whole step, with a checkpoint."""
+"""A run that is told to stop ends after a whole step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 class Interruption:
     """While it is entered, SIGTERM and Ctrl-C are noted; a second one acts as it would without this.
 
-    Of several processes JAX's coordination service takes note of SIGTERM, and all of them stop behind the
+    Of several processes JAX's coordination service takes note of SIGTERM, and all of them stop after the
     same step; Ctrl-C is left as it is there.  Only Python's main thread can take signals; in others nothing
     is noted.
     """
@@ -34,7 +34,7 @@ class Interruption:
             signal.signal(*self._before.popitem())
 
     def after(self, step: int) -> signal.Signals | None:
-        """The signal that asks to stop behind ``step``; call it behind every one."""
+        """The signal that asks to stop after ``step``; call it after every one."""
         if jax.process_count() > 1:
             return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
         return self._noted
@@ -45,4 +45,4 @@ class Interruption:
             signal.signal(known, before)
         self._before = {}
         # Not by print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self._noted.name}: stopping behind this step, to save it first\n".encode())
+        os.write(2, f"\n{self._noted.name}: stopping after this step, to save it first\n".encode())

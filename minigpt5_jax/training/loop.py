@@ -53,7 +53,7 @@ class Loop:
         """Train to the end; returns the last validation (empty without one).
 
         Raises:
-          SystemExit: SIGTERM or Ctrl-C asked to stop: with status 143 or 130, behind a checkpoint.
+          SystemExit: SIGTERM or Ctrl-C asked to stop: with status 143 or 130, after a checkpoint.
         """
         results: dict[str, float] = {}
         told = None

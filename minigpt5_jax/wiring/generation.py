@@ -81,7 +81,7 @@ def generate_page(
 
     Args:
       run: an opened run.  output: folder of the page.
-      report: is told what is done and how far it is.
+      report: called with a line about each stage of the work and its progress.
 
     Raises:
       ConfigError, DataError, FileExistsError: as their messages say.

@@ -1,6 +1,6 @@
 """Scores of one text against one reference: BLEU, ROUGE-L in two forms, METEOR (docs/evaluation.md).
 
-All are pure Python.  BLEU and the ROUGE-L of the package ``rouge`` are written anew because the papers'
+All are pure Python.  BLEU and the ROUGE-L of the package ``rouge`` are implemented here because the papers'
 numbers depend on how they treat characters, sets and full stops.
 """
 

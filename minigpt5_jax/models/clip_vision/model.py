@@ -17,6 +17,7 @@ from minigpt5_jax.models.common import (
     Conv,
     LayerNorm,
     PublishedSizes,
+    check_patches,
     check_transformer,
     normal,
     param,
@@ -47,10 +48,7 @@ class ClipVisionConfig(PublishedSizes):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} does not divide into patch_size={self.patch_size}"
-            )
+        check_patches(self)
         check_transformer(self)
 
     @property

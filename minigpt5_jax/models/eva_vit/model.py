@@ -22,6 +22,7 @@ from minigpt5_jax.models.common import (
     Linear,
     Mlp,
     PublishedSizes,
+    check_patches,
     check_transformer,
     normal,
     param,
@@ -54,10 +55,7 @@ class EvaVitConfig(PublishedSizes):
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} does not divide into patch_size={self.patch_size}"
-            )
+        check_patches(self)
         check_transformer(self)
 
     @property

@@ -129,9 +129,9 @@ class Lines:
         return len(self._lines)
 
     def __iter__(self) -> Iterator[Entry]:
-        behind = 0  # the last line of a row over several lines
+        last = 0  # the last line of a row over several lines
         for number, line in enumerate(self._lines, 1):
-            if number <= behind:
+            if number <= last:
                 continue
             entry = Entry(f"{self._path}:{number}")
             if line.endswith(b"\r"):
@@ -147,7 +147,7 @@ class Lines:
             else:
                 with entry.collect():
                     if isinstance(self._read, Table):
-                        behind = self._read.row(_Decoded(self._lines), number - 1, entry)
+                        last = self._read.row(_Decoded(self._lines), number - 1, entry)
                     else:
                         self._read(text, entry)
             yield entry
