@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 
 from minigpt5_jax.diffusion.samplers import DDIM, PNDM, DPMSolverPlusPlus, guided, make_sampler
 from minigpt5_jax.diffusion.schedule import SD21_BASE, NoiseSchedule
@@ -25,6 +25,7 @@ THEIRS = {
     "dpm_solver++": lambda **kw: DPMSolverMultistepScheduler(
         **{k: v for k, v in kw.items() if k != "set_alpha_to_one"}
     ),
+    "unipc": lambda **kw: UniPCMultistepScheduler(**{k: v for k, v in kw.items() if k != "set_alpha_to_one"}),
 }
 LATENTS = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
 
@@ -125,7 +126,9 @@ def test_gradients_flow_through_the_loop():
 
 
 def test_bad_requests_are_explained():
-    with pytest.raises(ValueError, match=r"unknown sampler 'euler'; known: ddim, dpm_solver\+\+, pndm"):
+    with pytest.raises(
+        ValueError, match=r"unknown sampler 'euler'; known: ddim, dpm_solver\+\+, pndm, unipc"
+    ):
         make_sampler("euler", SD21_BASE, 10)
     for name in THEIRS:
         with pytest.raises(ValueError, match="num_inference_steps=0"):
