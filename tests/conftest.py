@@ -8,15 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-# Where PYTHONDONTWRITEBYTECODE is set, every worker and every process that a test starts would compile JAX,
-# TensorFlow and torch from their sources (half of the CPU of importing them): here bytecode is kept, in a
-# folder that git ignores and `make clean` removes.
-if sys.dont_write_bytecode:
-    sys.dont_write_bytecode = False
-    kept = Path(__file__).resolve().parents[1] / ".pytest_cache/bytecode"
-    sys.pycache_prefix = sys.pycache_prefix or str(kept)
-    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Where PYTHONDONTWRITEBYTECODE is set, every process that a test starts would compile this package, and
+# what is installed without bytecode, from its sources (half of the CPU of importing JAX).
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
