@@ -1,6 +1,6 @@
 """The scoreboard: how fast, and how much work, against PyTorch.  One JSON line a case.
 
-    python -m benchmarks.run                                # rows 3, 4, 12 and 13 on the CPU
+    python -m benchmarks.run                                # every row, on the CPU
     python -m benchmarks.run --rows 3                       # work of a step, counted; nothing is run
     python -m benchmarks.run --rows 12,13 --device gpu --nocompile
 
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-ROWS = {3: "flops:lines", 4: "step:same_result", 12: "step:timed", 13: "decode:lines"}
+ROWS = {3: "flops:lines", 4: "step:same_result", 9: "startup:lines", 12: "step:timed", 13: "decode:lines"}
 """Row -> module of :mod:`benchmarks.rows` and the function that yields its lines."""
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 

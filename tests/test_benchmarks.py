@@ -18,7 +18,7 @@ from benchmarks.peers import count, towers
 from benchmarks.peers.p1 import P1
 from benchmarks.peers.p2 import P2
 from benchmarks.peers.samples import Sample
-from benchmarks.rows import flops
+from benchmarks.rows import flops, startup
 from benchmarks.rows.step import worst_leaf
 from benchmarks.run_files import on_drawn_samples, read_run_file
 from benchmarks.samples import WORDS, Captions, Stories
@@ -90,11 +90,20 @@ def test_every_bound_of_a_goal_counts():
 
 
 def test_flags():
-    assert run.parse(["--rows", "3,12"]).rows == [3, 12] and run.parse([]).rows == [3, 4, 12, 13]
-    with pytest.raises(argparse.ArgumentTypeError, match=r"no row 7; known: 3, 4, 12, 13"):
+    assert run.parse(["--rows", "3,12"]).rows == [3, 12] and run.parse([]).rows == [3, 4, 9, 12, 13]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no row 7; known: 3, 4, 9, 12, 13"):
         run.rows("3,7")
     with pytest.raises(argparse.ArgumentTypeError, match="at least 5"):
         run.blocks("3")
+
+
+def test_a_started_command_is_timed_and_its_failure_told(tmp_path):
+    seen = tmp_path / "seen"
+    program = f"import pathlib, time; pathlib.Path({str(seen)!r}).write_text('1'); time.sleep(0.1)"
+    cpu, until_seen = startup._run(["-c", program], seen)
+    assert 0 < cpu < 10 and 0 < until_seen < 60
+    with pytest.raises(RuntimeError, match="failed:(.|\n)*out of luck"):
+        startup._run(["-c", "import sys; sys.exit('out of luck')"])
 
 
 def test_the_command_imports_nothing_large():
