@@ -10,7 +10,8 @@ has the form of predictions, what each metric and switch is, and the command of 
 
 Protocols: ``paper`` scores as MiniGPT-5's code did, quirks included; ``standard`` as the field does today.
 
-Tasks: pairs (CC3M), stories, last_step (with --context) and narration (VIST), dialogs (MMDialog, own records).
+Tasks: pairs (CC3M), stories, last_step (with --context) and narration (VIST), dialogs (MMDialog, own
+records).
 
 Metrics: clip_i clip_t clip_score clip_score_captioning fid fid_per_story kid inception_score cmmd bleu_1
 bleu_2 sacrebleu rouge_l meteor s_bert mm_relevance image_precision image_recall image_f1 image_exact; of the
@@ -35,7 +36,7 @@ from minigpt5_jax.evaluation.suite.evaluate import Request, evaluate, summary
 from minigpt5_jax.evaluation.suite.protocols import PROTOCOLS, TASKS
 
 CHECKPOINT = cli.define_path(
-    "checkpoint", None, "A run to generate from: its --workdir or checkpoints folder."
+    "checkpoint", None, "A run to generate from: --workdir or checkpoints folder."
 )
 COUNT = flags.DEFINE_integer(
     "count", None, "Samples of the run's validation data; all by default.", lower_bound=1
@@ -49,8 +50,8 @@ METRICS = flags.DEFINE_list("metrics", [], "Names; those of the protocol by defa
 WEIGHTS = flags.DEFINE_multi_string(
     "weights",
     [],
-    "NAME=PATH of a network of metrics (inception, clip_l14, clip_b32, clip_l14_336, sbert, wordnet), or of a "
-    "source of the run that moved.",
+    "NAME=PATH of a network of metrics (inception, clip_l14, clip_b32, clip_l14_336, sbert, wordnet), or of "
+    "a source of the run that moved.",
 )
 SWITCH = flags.DEFINE_multi_string("switch", [], "NAME=VALUE in place of the protocol's.")
 REAL_IMAGES = cli.define_path(

@@ -172,10 +172,10 @@ class Features:
         same = self.hash("inception").startswith(INCEPTION_SHA)
         if not same and self.switches.inception_weights == "published":
             raise ConfigError(
-                f"--weights inception={self.weights['inception']} is not the network of FID: its sha256 begins "
-                f"with {self.hash('inception')[:8]}, that of the published file with {INCEPTION_SHA}; give "
-                f"{PUBLISHED['inception']}, or choose --switch inception_weights=other, whose scores have names "
-                "of their own"
+                f"--weights inception={self.weights['inception']} is not the network of FID: its "
+                f"sha256 begins with {self.hash('inception')[:8]}, the published one with {INCEPTION_SHA}; give "
+                f"{PUBLISHED['inception']}, or choose --switch inception_weights=other, whose scores "
+                "have names of their own"
             )
         return same
 

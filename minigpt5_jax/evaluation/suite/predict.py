@@ -87,8 +87,8 @@ def _claim(folder: Path, made: dict[str, Any]) -> None:
         if names:
             told = ", ".join(f"{name} (was {before.get(name)!r}, is {made.get(name)!r})" for name in names)
             raise ConfigError(
-                f"{folder} holds predictions that were made otherwise: {told[:600]}; choose another --output, or "
-                "delete that folder"
+                f"{folder} holds predictions that were made otherwise: {told[:600]}; choose another "
+                "--output, or delete that folder"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

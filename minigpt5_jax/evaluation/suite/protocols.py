@@ -136,7 +136,7 @@ def switches_of(protocol: str, task: str, given: Mapping[str, str] | None = None
     """
     if protocol not in PROTOCOLS or task not in TASKS:
         raise ConfigError(
-            f"protocol {protocol!r} and task {task!r}: known are {', '.join(PROTOCOLS)} and {', '.join(TASKS)}"
+            f"protocol {protocol!r}, task {task!r}: known are {', '.join(PROTOCOLS)} and {', '.join(TASKS)}"
         )
     values = dict(STANDARD) if protocol == "standard" else {}
     if protocol == "paper" and task == "pairs":

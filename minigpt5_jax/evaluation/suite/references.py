@@ -1,4 +1,4 @@
-"""The held-out data of a run as prompts to answer, and as the file of references that answers are scored by."""
+"""The held-out data of a run: prompts to answer, and the file of references that answers are scored by."""
 
 from __future__ import annotations
 

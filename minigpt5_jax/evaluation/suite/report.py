@@ -59,7 +59,8 @@ def write_report(
         *_section("Run", ["what", "value"], ((key, str(value)) for key, value in results["run"].items())),
     ]
     page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
     path.write_text(page, "utf-8")
@@ -184,5 +185,6 @@ def _figure(sample: Sample, name: str, value: float | None, folder: Path) -> str
     )
     return (
         f"<figure>{image(reference.image, 'reference')} {image(sample.image, 'prediction')}"
-        f"<figcaption>{html.escape(sample.id)}: {html.escape(name)} {number(value)}{lines}</figcaption></figure>"
+        f"<figcaption>{html.escape(sample.id)}: {html.escape(name)} {number(value)}{lines}"
+        "</figcaption></figure>"
     )

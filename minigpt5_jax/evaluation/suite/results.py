@@ -1,4 +1,4 @@
-"""What an evaluation found, as files: ``results.json`` (results.schema.json), lines by sample and by group."""
+"""What an evaluation found, as files: ``results.json`` (results.schema.json), lines by sample and group."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ def against(
     folder = Path(folder)
     if not (folder / RESULTS).is_file() or not (folder / BY_GROUP).is_file():
         raise ConfigError(
-            f"--against={folder} holds no results of an evaluation ({RESULTS}, {BY_GROUP}); evaluate that run "
-            "first and give the folder of its --output"
+            f"--against={folder} holds no results of an evaluation ({RESULTS}, {BY_GROUP}); evaluate that "
+            "run first and give the folder of its --output"
         )
     theirs = {entry["name"]: entry for entry in json.loads((folder / RESULTS).read_text())["metrics"]}
     lines = [json.loads(line) for line in (folder / BY_GROUP).read_text("utf-8").splitlines()]

@@ -1,9 +1,10 @@
 """Samples to score: what the references want, and what was predicted.
 
-Both are files in the schema of :mod:`minigpt5_jax.data.samples.records`.  In the references a record is a pair, a
-story or a dialogue, and each of its assistant turns is a sample, ``{id of the record}_{number of the turn}``; a
-pair is one sample with the record's id.  In a folder of predictions each record of ``conversations.jsonl`` is
-the answer to one sample and has its name; the assistant's turns are what was written.
+Both are files in the schema of :mod:`minigpt5_jax.data.samples.records`.  In the references a record is a
+pair, a story or a dialogue, and each of its assistant turns is a sample, ``{id of the record}_{number of the
+turn}``; a pair is one sample with the record's id.  In a folder of predictions each record of
+``conversations.jsonl`` is the answer to one sample and has its name; the assistant's turns are what was
+written.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def join(
         )
         told += [f"{len(unknown)} predictions are of no reference: {_shown(unknown)}"] * bool(unknown)
         raise DataError(
-            f"{'; '.join(told)}; give predictions and references of the same samples (a prediction has the id "
-            "of a pair, or the record's id, _ and the number of the turn)"
+            f"{'; '.join(told)}; give predictions and references of the same samples (a prediction has the "
+            "id of a pair, or the record's id, _ and the number of the turn)"
         )
     samples = []
     for reference in references:
@@ -201,6 +202,6 @@ def check_missing(samples: Sequence[Sample], rule: str) -> None:
     if missing and rule == "error":
         told = "\n  ".join(f"{sample.id}: {sample.why}" for sample in missing[:SHOWN])
         raise DataError(
-            f"{len(missing)} of {len(samples)} samples have no image:\n  {told}\ngenerate them again, or choose "
-            "--switch missing_image=skip (leave them out of scores of images) or =zero (they count 0)"
+            f"{len(missing)} of {len(samples)} samples have no image:\n  {told}\ngenerate them again, or "
+            "choose --switch missing_image=skip (leave them out of scores of images) or =zero (they count 0)"
         )
