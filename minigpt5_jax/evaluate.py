@@ -35,9 +35,7 @@ from minigpt5_jax.data.samples.stories import CONTEXTS
 from minigpt5_jax.evaluation.suite.evaluate import Request, evaluate, summary
 from minigpt5_jax.evaluation.suite.protocols import PROTOCOLS, TASKS
 
-CHECKPOINT = cli.define_path(
-    "checkpoint", None, "A run to generate from: --workdir or checkpoints folder."
-)
+CHECKPOINT = cli.define_path("checkpoint", None, "A run to generate from: --workdir or checkpoints folder.")
 COUNT = flags.DEFINE_integer(
     "count", None, "Samples of the run's validation data; all by default.", lower_bound=1
 )
@@ -68,6 +66,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the answers.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Answers made together at most.", lower_bound=1)
 INFERENCE = flags.DEFINE_multi_string("inference", [], "KEY=VALUE in place of the run's inference.KEY.")
 
+DATA = flags.DEFINE_multi_string(
+    "data",
+    [],
+    "KEY=VALUE in place of the run's data.KEY, for example validation=FILE: other data than its own.",
+)
+
 
 def command() -> int:
     """What the flags ask for; the exit status."""
@@ -94,6 +98,7 @@ def command() -> int:
         seed=SEED.value,
         batch_size=BATCH_SIZE.value,
         inference=cli.pairs(INFERENCE.value, "inference"),
+        data=cli.pairs(DATA.value, "data"),
     )
     line = summary(evaluate(request, cli.tell))
     print(json.dumps(line))

@@ -16,7 +16,7 @@ from minigpt5_jax.evaluation.suite.paper import beside
 from minigpt5_jax.evaluation.suite.predict import predict
 from minigpt5_jax.evaluation.suite.progress import Report
 from minigpt5_jax.evaluation.suite.protocols import DRAWN, TASKS, metrics_of, switches_of
-from minigpt5_jax.evaluation.suite.references import questions, task_of, write_references
+from minigpt5_jax.evaluation.suite.references import questions, task_of, with_data, write_references
 from minigpt5_jax.evaluation.suite.report import number, range_of, write_report
 from minigpt5_jax.evaluation.suite.samples import (
     Reference,
@@ -51,6 +51,7 @@ class Request:
       against: ``output`` of another evaluation.
       paper_row: the paper's row to print beside.
       step, seed, batch_size, inference: of the generation.
+      data: in place of the run's ``data`` keys, for other data than its own.
     """
 
     output: str
@@ -73,6 +74,7 @@ class Request:
     seed: int = 0
     batch_size: int = 16
     inference: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    data: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,8 @@ def check(request: Request) -> None:
         raise ConfigError("give a run (--checkpoint DIR), or --predictions DIR with --references FILE")
     if request.count is not None and not request.checkpoint:
         raise ConfigError("--count is of samples to generate: give it with --checkpoint")
+    if request.data and not request.checkpoint:
+        raise ConfigError("--data is of samples to generate: give it with --checkpoint")
     if request.real_images and request.real_stats:
         raise ConfigError("give --real_images or --real_stats, not both")
     task = request.task or "pairs"
@@ -209,11 +213,12 @@ def _generate(request: Request, sources: Mapping[str, str], report: Report) -> M
     run = open_run(
         str(request.checkpoint), step=request.step, weights=dict(sources), inference=dict(request.inference)
     )
+    run = with_data(run, request.data)
     task, output = task_of(run.config, request.task), Path(request.output)
     asked = questions(run, task, request.context, request.count, request.seed)
     for name, why in asked.skipped:
         report(f"{name} is left out: {why}")
-    settings = {"task": task, "seed": request.seed}
+    settings = {"task": task, "seed": request.seed, "data": dict(request.data)}
     settings |= {"context": request.context} if task == "last_step" else {}
     predict(
         run,
@@ -233,6 +238,7 @@ def _generate(request: Request, sources: Mapping[str, str], report: Report) -> M
         "checkpoint": str(run.checkpoints),
         "step": run.step,
         "name": run.config.run.name,
+        "data": {name: run.config.data[name] for name in ("format", "validation", "prompt_set")},
         "config_hash": hashlib.sha256(config.encode()).hexdigest(),
         "git": run.meta.get("git_revision"),
         "inference": json.loads(json.dumps(run.config.inference.to_dict())),

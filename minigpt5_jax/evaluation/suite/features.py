@@ -173,8 +173,8 @@ class Features:
         if not same and self.switches.inception_weights == "published":
             raise ConfigError(
                 f"--weights inception={self.weights['inception']} is not the network of FID: its "
-                f"sha256 begins with {self.hash('inception')[:8]}, the published one with {INCEPTION_SHA}; give "
-                f"{PUBLISHED['inception']}, or choose --switch inception_weights=other, whose scores "
+                f"sha256 begins with {self.hash('inception')[:8]}, the published one with {INCEPTION_SHA}; "
+                f"give {PUBLISHED['inception']}, or choose --switch inception_weights=other, whose scores "
                 "have names of their own"
             )
         return same

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError
+from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.samples.dialogs import DialogRules
@@ -83,19 +84,39 @@ class Questions:
     skipped: list[tuple[str, str]]
 
 
+def with_data(run: OpenedRun, values: Mapping[str, str]) -> OpenedRun:
+    """``run`` with ``data`` keys replaced by values as Python spells them: other data than its own.
+
+    Raises:
+      ConfigError: an unknown key, or a value that does not fit.
+    """
+    config = ConfigDict(run.config.to_dict())
+    config.run.workdir = str(run.checkpoints.parent)  # where data of the small world lie
+    for name, text in values.items():
+        if name not in config.data:
+            raise ConfigError(f"unknown key data.{name}; known: {', '.join(sorted(config.data))}")
+        try:
+            config.data[name] = text if isinstance(config.data[name], str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError):
+            kind = type(config.data[name]).__name__
+            raise ConfigError(f"--data {name}={text} must be of type {kind}") from None
+    return dataclasses.replace(run, config=validate(config))
+
+
 def task_of(config: ConfigDict, task: str | None) -> str:
     """The task, by default that of the run's data.
 
     Raises:
       ConfigError: the run's data are of another kind, or do not say.
     """
-    own = TASK_OF.get(config.data.format)
-    if config.data.format == "prepared" and task is None:
-        raise ConfigError("data.format=prepared may be of any task: give --task")
-    if own is not None and task is not None and (own == "stories") != (task in STORY_TASKS):
-        raise ConfigError(f"--task={task} is not for data.format={config.data.format}, whose task is {own}")
-    if own == "pairs" and task not in (None, "pairs"):
-        raise ConfigError(f"--task={task} is not for data.format={config.data.format}, whose task is {own}")
+    form, own = config.data.format, TASK_OF.get(config.data.format)
+    if own is None and task is None:
+        raise ConfigError(f"data.format={form} may be of any task: give --task")
+    fitting = STORY_TASKS if own == "stories" else (own,)
+    if own is not None and task is not None and task not in fitting:
+        raise ConfigError(
+            f"--task={task} is not for data.format={form}, whose task is {own}; choose other data: --data"
+        )
     return str(task or own)
 
 
@@ -111,8 +132,7 @@ def questions(run: OpenedRun, task: str, context: str, count: int | None, seed: 
     """
     if context not in CONTEXTS:
         raise ConfigError(f"--context={context} is none of {', '.join(CONTEXTS)}")
-    config = ConfigDict(run.config.to_dict())
-    config.run.workdir = str(run.checkpoints.parent)
+    config = run.config
     source = _open(config, run)
     found = _Collector(count, seed)
     for asked in _story_questions(config, source, task, context) if task in STORY_TASKS else _others(source):
