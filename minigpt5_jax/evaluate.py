@@ -14,8 +14,9 @@ Tasks: pairs (CC3M), stories, last_step (with --context) and narration (VIST), d
 records).
 
 Metrics: clip_i clip_t clip_score clip_score_captioning fid fid_per_story kid inception_score cmmd bleu_1
-bleu_2 sacrebleu rouge_l meteor s_bert mm_relevance image_precision image_recall image_f1 image_exact; of the
-small world oracle_all oracle_background oracle_shape oracle_colour oracle_size oracle_texture oracle_place.
+bleu_2 sacrebleu rouge_l meteor cider_d s_bert mm_relevance image_precision
+image_recall image_f1 image_exact; of the small world oracle_all oracle_background oracle_shape oracle_colour
+oracle_size oracle_texture oracle_place.
 
 Without --metrics everything is computed that can be, and the rest is skipped with the reason.  A metric of
 --metrics that is skipped ends the command with status 1, unless --allow_skips.

@@ -33,7 +33,7 @@ PUBLISHED = {
 INCEPTION_SHA = "6726825d"
 """First digits of the sha256 of FID's network, which its file's name ends in."""
 CHUNK = 256
-"""Images that are in memory at once; what was computed is on disk after as many."""
+"""Images that are in memory at once."""
 TARGET_SIDE = 512
 """Side of targets in the papers' test, whatever the images are."""
 
@@ -91,10 +91,14 @@ class Cache:
         """A row for each key; those that are not kept are computed by their places, and kept."""
         missing = list({key: place for place, key in enumerate(keys) if key not in self._rows}.values())
         progress.start(len(missing))
+        unsaved = 0
         for start in range(0, len(missing), CHUNK):
             places = missing[start : start + CHUNK]
             self._rows.update(zip((keys[place] for place in places), compute(places), strict=True))
-            self._save()
+            unsaved += len(places)
+            if 4 * unsaved >= len(self._rows) or start + CHUNK >= len(missing):  # the whole file is written
+                self._save()
+                unsaved = 0
             progress.done(len(places))
         return np.stack([self._rows[key] for key in keys])
 

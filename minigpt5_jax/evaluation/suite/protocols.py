@@ -98,7 +98,7 @@ STANDARD = {
 """Where ``standard`` differs from ``paper``."""
 
 _IMAGES = ("clip_i", "clip_t", "clip_score", "fid", "kid", "inception_score", "cmmd")
-_TEXTS = ("bleu_1", "bleu_2", "sacrebleu", "rouge_l", "meteor", "s_bert")
+_TEXTS = ("bleu_1", "bleu_2", "sacrebleu", "rouge_l", "meteor", "cider_d", "s_bert")
 _PLACED = ("image_precision", "image_recall", "image_f1", "image_exact")
 METRICS: dict[str, dict[str, tuple[str, ...]]] = {
     "paper": {

@@ -208,8 +208,8 @@ def against(
             found.append(row | {"test": f"not comparable: there it is {their['variant']}"})
         elif metric.found and metric.found.groups:
             mine, others = (
-                {g["group"]: tuple(line[metric.name]) for g in common if metric.name in (line := side(g))}
-                for side in (dict, lambda g: other[g["group"]])
+                {line["group"]: tuple(line[metric.name]) for line in side if metric.name in line}
+                for side in (common, [other[line["group"]] for line in common])
             )
             if difference := compare(mine, others, unit_of(task)):
                 row |= {"difference": difference.value, "ci": difference.ci, "p": difference.p}

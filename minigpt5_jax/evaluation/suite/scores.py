@@ -198,6 +198,13 @@ class Scorer:
         score, each, signature = texts.sacre_bleu(got, want)
         return Found(score, signature, len(names), values=dict(zip(names, each)))
 
+    def cider(self) -> Found:
+        """CIDEr-D, from 0 to 10; how rare words are is counted among the references."""
+        names = [name for name, (_, want) in self.texts.items() if want]
+        got, want = ([self.texts[name][side] for name in names] for side in (0, 1))
+        scored = dict(zip(names, texts.cider_d(got, want)))
+        return self._text_mean(scored, "words without punctuation in the place of PTB's")
+
     def sbert(self) -> Found:
         """Cosine of sentence embeddings."""
         self.features.require("sbert")
@@ -278,6 +285,12 @@ class Scorer:
         return self.mean(values, "reads pixels; a missing image is wrong")
 
     @functools.cached_property
+    def _sizes(self) -> set[tuple[int, int]]:
+        """Sizes of the wanted images and of what was drawn for them."""
+        wanted = [sample for sample in self.samples if sample.wants_image]
+        return {load_image(path).size for s in wanted for path in (s.reference.image, s.image) if path}
+
+    @functools.cached_property
     def _read(self) -> dict[str, dict[str, float]]:
         """What the oracle says of each drawn image."""
         pixels = lambda path: np.asarray(load_image(path))[None]  # noqa: E731
@@ -332,7 +345,7 @@ class Scorer:
     def fid(self) -> Found:
         """FID of all images as one set."""
         made, true = self._pool3()
-        halves = np.random.default_rng(0).permutation(len(made)).reshape(-1)
+        halves = np.random.default_rng(0).permutation(len(made))
         spread = None
         if len(made) >= 4 and not isinstance(true, Moments) and len(true) >= 4:
             places = np.random.default_rng(1).permutation(len(true))
@@ -484,6 +497,7 @@ COMPUTE: dict[str, Callable[[Scorer], Found]] = {
     "bleu_1": lambda scorer: scorer.bleu(1),
     "bleu_2": lambda scorer: scorer.bleu(2),
     "sacrebleu": Scorer.sacrebleu,
+    "cider_d": Scorer.cider,
     "rouge_l": Scorer.rouge,
     "meteor": Scorer.meteor,
     "s_bert": Scorer.sbert,
@@ -505,6 +519,7 @@ UNITS = {
     "clip_score": "100 x cosine",
     "clip_score_captioning": "2.5 x cosine",
     "sacrebleu": "0 to 100",
+    "cider_d": "0 to 10",
 }
 """Of a metric's value; the others are shares from 0 to 1."""
 LOWER_IS_BETTER = ("fid", "fid_per_story", "kid", "cmmd")
