@@ -120,7 +120,7 @@ def test_help_lists_protocols_and_metrics():
 )
 def test_stories_are_asked_as_the_papers_do(checkpoint, tmp_path, task, count, ids, sources):
     data = {"format": "shapes_stories", "max_length": "400", "shapes_validation": "2"}
-    run = references.with_data(open_run(checkpoint), data)
+    run = references.with_data(open_run(checkpoint), data, tmp_path)
     asked = references.questions(run, references.task_of(run.config, task), "image+text", count, 0)
     assert [name[name.rindex("_") :] for name in asked.prompts] == ids
     first = next(iter(asked.prompts.values()))
@@ -132,15 +132,15 @@ def test_stories_are_asked_as_the_papers_do(checkpoint, tmp_path, task, count, i
     assert all(wanted) and (task == "narration" or all(r.caption for r in found))
 
 
-def test_contexts_of_the_last_step_and_dialogues(checkpoint):
+def test_contexts_of_the_last_step_and_dialogues(checkpoint, tmp_path):
     opened = open_run(checkpoint)
-    run = references.with_data(opened, {"format": "shapes_stories", "shapes_validation": "2"})
+    run = references.with_data(opened, {"format": "shapes_stories", "shapes_validation": "2"}, tmp_path)
     images = {}
     for context in ("none", "text", "image", "image+text"):
         [prompt] = references.questions(run, "last_step", context, 1, 0).prompts.values()
         images[context] = len(prompt.images), len(prompt.source)
     assert [images[c][0] for c in images] == [0, 0, 4, 4] and images["text"][1] > images["none"][1]
-    run = references.with_data(opened, {"format": "shapes_dialogs", "shapes_validation": "2"})
+    run = references.with_data(opened, {"format": "shapes_dialogs", "shapes_validation": "2"}, tmp_path)
     asked = references.questions(run, references.task_of(run.config, None), "image+text", 4, 0)
     names = list(asked.prompts)
     assert names[0].endswith("_1") and names[1] == names[0][:-1] + "2", "every turn but the first"
@@ -148,16 +148,16 @@ def test_contexts_of_the_last_step_and_dialogues(checkpoint):
         references.questions(run, "last_step", "all", 1, 0)
 
 
-def test_data_that_do_not_fit_are_refused(checkpoint):
+def test_data_that_do_not_fit_are_refused(checkpoint, tmp_path):
     run = open_run(checkpoint)
     with pytest.raises(
         ConfigError, match="task=narration is not for data.format=shapes, whose task is pairs"
     ):
         references.task_of(run.config, "narration")
     with pytest.raises(ConfigError, match="unknown key data.fromat; known:"):
-        references.with_data(run, {"fromat": "vist"})
+        references.with_data(run, {"fromat": "vist"}, tmp_path)
     with pytest.raises(ConfigError, match="--data max_length=long must be of type int"):
-        references.with_data(run, {"max_length": "long"})
-    jsonl = references.with_data(run, {"format": "jsonl", "train": "a.jsonl", "validation": ""})
+        references.with_data(run, {"max_length": "long"}, tmp_path)
+    jsonl = references.with_data(run, {"format": "jsonl", "train": "a.jsonl", "validation": ""}, tmp_path)
     with pytest.raises(ConfigError, match=r"no validation data \(data.validation\); give --predictions"):
         references.questions(jsonl, "dialogs", "image+text", 1, 0)

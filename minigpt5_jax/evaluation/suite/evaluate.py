@@ -213,7 +213,7 @@ def _generate(request: Request, sources: Mapping[str, str], report: Report) -> M
     run = open_run(
         str(request.checkpoint), step=request.step, weights=dict(sources), inference=dict(request.inference)
     )
-    run = with_data(run, request.data)
+    run = with_data(run, request.data, request.output)
     task, output = task_of(run.config, request.task), Path(request.output)
     asked = questions(run, task, request.context, request.count, request.seed)
     for name, why in asked.skipped:

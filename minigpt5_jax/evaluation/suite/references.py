@@ -84,14 +84,17 @@ class Questions:
     skipped: list[tuple[str, str]]
 
 
-def with_data(run: OpenedRun, values: Mapping[str, str]) -> OpenedRun:
+def with_data(run: OpenedRun, values: Mapping[str, str], folder: str | Path) -> OpenedRun:
     """``run`` with ``data`` keys replaced by values as Python spells them: other data than its own.
+
+    Args:
+      folder: where data of the small world are drawn, so that the run's own folder is left as it is.
 
     Raises:
       ConfigError: an unknown key, or a value that does not fit.
     """
     config = ConfigDict(run.config.to_dict())
-    config.run.workdir = str(run.checkpoints.parent)  # where data of the small world lie
+    config.run.workdir = str(folder)
     for name, text in values.items():
         if name not in config.data:
             raise ConfigError(f"unknown key data.{name}; known: {', '.join(sorted(config.data))}")

@@ -273,13 +273,10 @@ class Scorer:
 
     def _oracle(self, attribute: str) -> Found:
         """Share of drawn images of the small world that are right; one that is missing is wrong."""
-        wanted = [sample for sample in self.samples if sample.wants_image]
-        sizes = {load_image(path).size for s in wanted for path in (s.reference.image, s.image) if path}
-        if not wanted or sizes != {(IMAGE_SIZE, IMAGE_SIZE)}:
-            raise Skipped(
-                f"the oracle reads images of the small world, of {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
-            )
-        values: Values = dict.fromkeys((sample.id for sample in wanted), 0.0)
+        if self._sizes != {(IMAGE_SIZE, IMAGE_SIZE)}:
+            side = f"{IMAGE_SIZE} x {IMAGE_SIZE}"
+            raise Skipped(f"the oracle reads images of the small world, of {side} pixels")
+        values: Values = {sample.id: 0.0 for sample in self.samples if sample.wants_image}
         for sample in self.drawn:
             values[sample.id] = self._read[sample.id][attribute]
         return self.mean(values, "reads pixels; a missing image is wrong")
