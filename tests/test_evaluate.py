@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from minigpt5_jax import evaluate
 from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.evaluation.suite import references
+from minigpt5_jax.evaluation.suite.evaluate import Request
 from minigpt5_jax.evaluation.suite.samples import read_references
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
@@ -24,13 +25,7 @@ from minigpt5_jax.wiring.restore import OpenedRun, open_run
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / "minigpt5_jax/evaluation/suite/results.schema.json").read_text())
-QUICK = ["force_image=first", "max_new_tokens=3", "num_inference_steps=1"]
-
-
-@pytest.fixture(autouse=True)
-def parsed_flags():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])
+QUICK = {"force_image": "first", "max_new_tokens": "3", "num_inference_steps": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +54,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def command(capsys, **values):
-    """(exit status, the JSON line, what was told) of the command with these flags."""
-    with flagsaver.flagsaver(**values):
-        status = evaluate.command()
+def command(capsys, *, allow_skips=False, **values):
+    """(exit status, the JSON line, what was told) of the command."""
+    status = evaluate.command(Request(**values), allow_skips)
     said = capsys.readouterr()
     return status, json.loads(said.out.splitlines()[-1]), said.err
 
@@ -106,8 +100,13 @@ def test_a_run_is_evaluated_and_goes_on_where_it_was(checkpoint, tmp_path, capsy
     assert again[0] == 0 and again[1]["n"] == 2
 
 
-def test_help_lists_protocols_and_metrics():
-    assert "``paper``" in evaluate.__doc__ and "fid_per_story" in evaluate.__doc__
+def test_the_command_line(tmp_path):
+    """Flags become a request; what is wrong is one line and status 1."""
+    given = ["--predictions", str(tmp_path), "--references", "none.jsonl", "--switch", "rouge=rouge"]
+    given += ["--metrics", "fid,fidd", "--output", str(tmp_path / "out")]
+    run = [sys.executable, "-m", "minigpt5_jax.evaluate", *given]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown metric fidd; known: clip_i")
 
 
 @pytest.mark.parametrize(

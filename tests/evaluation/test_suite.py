@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -489,25 +490,23 @@ def test_the_report_shows_scores_and_samples(pairs, weights):
 
 
 def test_two_runs_are_compared_over_their_common_groups(pairs, weights, tmp_path):
-    request = Request(**pairs, weights=weights, protocol="paper")
-    evaluate(request)
+    common = {"weights": weights, "protocol": "paper", "switches": {"clip_target": "stored"}}
+    request = Request(**pairs, **common)
+    before = entries(evaluate(request))
     for i in range(3):
         picture(tmp_path / f"out/images/{i}.png", i, size=(30, 20))  # the true ones
-    other = Request(
-        **pairs | {"output": str(tmp_path / "b")}, weights=weights, protocol="paper", against=request.output
-    )
-    found = {row["metric"]: row for row in evaluate(other)["comparisons"]}
+    other = Request(**pairs | {"output": str(tmp_path / "b")}, **common, against=request.output)
+    after = evaluate(other)
+    found = {row["metric"]: row for row in after["comparisons"]}
     row = found["clip_i"]
-    before, after = (
-        json.loads((Path(f) / "results.json").read_text()) for f in (request.output, other.output)
-    )
-    assert row["difference"] == pytest.approx(
-        entries(after)["clip_i"]["value"] - entries(before)["clip_i"]["value"]
-    )
+    assert entries(after)["clip_i"]["value"] == pytest.approx(1)
+    assert row["difference"] == pytest.approx(entries(after)["clip_i"]["value"] - before["clip_i"]["value"])
     assert row["ci"]["low"] > 0 and row["p"] < 0.01 and row["n_groups"] == 3
     assert found["fid"]["test"] == "none, one value a set" and found["fid"]["ci"] is None
-    standard = Request(**pairs | {"output": str(tmp_path / "c")}, weights=weights, against=request.output)
-    assert "not comparable" in {r["metric"]: r for r in evaluate(standard)["comparisons"]}["clip_i"]["test"]
+    jsonschema.validate(after, SCHEMA)
+    squares = Request(**pairs | {"output": str(tmp_path / "c")}, weights=weights, against=request.output)
+    squares = evaluate(dataclasses.replace(squares, protocol="paper"))
+    assert "not comparable" in {r["metric"]: r for r in squares["comparisons"]}["clip_i"]["test"]
     with pytest.raises(ConfigError, match="holds no results of an evaluation"):
         evaluate(Request(**pairs, against=str(tmp_path / "out")))
 

@@ -256,12 +256,17 @@ class Features:
         return self._caches[name, how].rows(keys, compute, progress)
 
 
-@functools.lru_cache(maxsize=2**17)
 def _file_hash(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        status = path.stat()
+        return _hash_of(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         raise SampleError(str(path), f"image cannot be read ({error.strerror})") from None
+
+
+@functools.lru_cache(maxsize=2**17)
+def _hash_of(path: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _text_hash(text: str) -> str:
