@@ -52,7 +52,7 @@ def define_flags() -> tuple[flags.FlagHolder, ...]:
         flags.DEFINE_multi_string(
             "weights",
             [],
-            "NAME=PATH of a network of metrics (inception, clip_l14, clip_b32, clip_l14_336, sbert, wordnet), "
+            "NAME=PATH of a network of metrics (inception, clip_l14, clip_b32, clip_l14_336, sbert, wordnet) "
             "or of a source of the run that moved.",
         ),
         flags.DEFINE_multi_string("switch", [], "NAME=VALUE in place of the protocol's."),

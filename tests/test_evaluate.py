@@ -155,7 +155,7 @@ def test_data_that_do_not_fit_are_refused(checkpoint, tmp_path):
         references.task_of(run.config, "narration")
     with pytest.raises(ConfigError, match="unknown key data.fromat; known:"):
         references.with_data(run, {"fromat": "vist"}, tmp_path)
-    with pytest.raises(ConfigError, match="--data max_length=long must be of type int"):
+    with pytest.raises(ConfigError, match="data.max_length='long' must be of type int"):
         references.with_data(run, {"max_length": "long"}, tmp_path)
     jsonl = references.with_data(run, {"format": "jsonl", "train": "a.jsonl", "validation": ""}, tmp_path)
     with pytest.raises(ConfigError, match=r"no validation data \(data.validation\); give --predictions"):

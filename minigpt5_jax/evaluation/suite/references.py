@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import os
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError, validate
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.samples.dialogs import DialogRules
@@ -28,6 +27,7 @@ from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.inference.transcript import seed_of
 from minigpt5_jax.wiring.inputs import OPENERS, SHAPES
 from minigpt5_jax.wiring.restore import OpenedRun
+from minigpt5_jax.wiring.session import override
 
 FILE = "references.jsonl"
 TASK_OF = {
@@ -95,15 +95,7 @@ def with_data(run: OpenedRun, values: Mapping[str, str], folder: str | Path) -> 
     """
     config = ConfigDict(run.config.to_dict())
     config.run.workdir = str(folder)
-    for name, text in values.items():
-        if name not in config.data:
-            raise ConfigError(f"unknown key data.{name}; known: {', '.join(sorted(config.data))}")
-        try:
-            config.data[name] = text if isinstance(config.data[name], str) else ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError):
-            kind = type(config.data[name]).__name__
-            raise ConfigError(f"--data {name}={text} must be of type {kind}") from None
-    return dataclasses.replace(run, config=validate(config))
+    return dataclasses.replace(run, config=override(config, values, "data"))
 
 
 def task_of(config: ConfigDict, task: str | None) -> str:
