@@ -389,6 +389,7 @@ GOT = [["<s> ok nice", "", "fine"], ["###", "look at that [IMG0] ###"]]
 @pytest.fixture
 def dialogs(tmp_path):
     """Two dialogues; images are wanted in their last turns, made in the first and the last one."""
+    tmp_path = tmp_path / "dialogs"
     records, answers = [], []
     for number, (wanted, got) in enumerate(zip(WANTED, GOT)):
         turns = [{"role": "user", "content": "hi"}]
@@ -462,13 +463,13 @@ def test_mm_relevance_in_both_forms(dialogs, weights):
 # ------------------------------------------------------------------------------------- results
 
 
-def test_results_follow_their_schema(pairs, weights, dialogs, tmp_path):
+def test_results_follow_their_schema(pairs, weights, dialogs):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     request = Request(**pairs, weights=weights, protocol="paper")
     evaluate(request)
     written = json.loads((Path(request.output) / "results.json").read_text())
     jsonschema.validate(written, SCHEMA)
-    skipping = evaluate(Request(**dialogs | {"output": str(tmp_path / "other")}))
+    skipping = evaluate(Request(**dialogs))
     jsonschema.validate(skipping, SCHEMA)
     broken = json.loads(json.dumps(written))
     broken["metrics"][0]["value"] = "0.5"
