@@ -7,8 +7,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import jsonschema
+import numpy as np
 import pytest
 
 from minigpt5_jax import evaluate
@@ -17,6 +19,7 @@ from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.evaluation.suite import references
 from minigpt5_jax.evaluation.suite.evaluate import Request
 from minigpt5_jax.evaluation.suite.samples import read_references
+from minigpt5_jax.inference.session import Generation
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
 from minigpt5_jax.training.tuning import FROZEN
@@ -61,24 +64,38 @@ def command(capsys, *, allow_skips=False, **values):
     return status, json.loads(said.out.splitlines()[-1]), said.err
 
 
+class Answering:
+    """A session that draws white squares and notes what it was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def generate(self, prompts):
+        Answering.asked += [prompt.source for prompt in prompts]
+        white = np.full((64, 64, 3), 255, np.uint8)
+        return [Generation(("ok", white, "then"), "ok then", (), p.source, p.seed) for p in prompts]
+
+
 def test_a_run_is_evaluated_and_goes_on_where_it_was(checkpoint, tmp_path, capsys, monkeypatch):
     given = {"checkpoint": str(checkpoint), "output": str(tmp_path / "eval"), "inference": QUICK}
-    status, line, told = command(capsys, count=2, **given)
-    assert status == 0 and line.keys() == {"metrics", "skipped", "n"} and line["n"] == 2
+    status, line, told = command(capsys, count=1, **given)
+    assert status == 0 and line.keys() == {"metrics", "skipped", "n"} and line["n"] == 1
     assert line["metrics"]["image_recall"] == 1 and "oracle_all" in line["metrics"]
     assert "no weights" in line["skipped"]["fid"] and "clip_i" in line["skipped"]
-    assert "predictions: 2 of 2, 0:00 left" in told and "fid skipped: no weights" in told
+    assert "predictions: 1 of 1, 0:00 left" in told and "fid skipped: no weights" in told
     results = json.loads((tmp_path / "eval/results.json").read_text())
     jsonschema.validate(results, SCHEMA)
     assert results["run"]["step"] == 7 and results["protocol"]["switches"]["inception_resize"] == "clean"
+
     file = tmp_path / "eval/predictions/conversations.jsonl"
     before = file.read_text()
-
-    file.write_text(before.splitlines(True)[0] + '{"id": "cc3m_1", "tu')  # stopped while it wrote
-    status, _, told = command(capsys, count=2, **given)
-    assert "predictions: 1 of 2 are there from before" in told and file.read_text() == before
-    monkeypatch.setattr(OpenedRun, "session", lambda *_, **__: pytest.fail("nothing is left to generate"))
-    assert command(capsys, count=1, **given)[1]["n"] == 1, "fewer samples need no weights of the run"
+    file.write_text(before + '{"id": "cc3m_1", "tu')  # stopped while it wrote
+    monkeypatch.setattr(OpenedRun, "session", lambda *_, **__: Answering())
+    status, line, told = command(capsys, count=2, **given)
+    assert "predictions: 1 of 2 are there from before" in told and line["n"] == 2
+    assert len(Answering.asked) == 1 and file.read_text().startswith(before)
+    answer = json.loads(file.read_text().splitlines()[1])
+    assert answer["id"] == "cc3m_1" and [turn["role"] for turn in answer["turns"][1:]] == ["assistant"] * 2
+    assert command(capsys, count=1, **given)[1]["n"] == 1 and len(Answering.asked) == 1
     status, line, _ = command(capsys, count=2, metrics=["fid", "image_exact"], **given)
     assert status == 1 and line["skipped"].keys() == {"fid"}
     assert command(capsys, count=2, metrics=["fid"], allow_skips=True, **given)[0] == 0
