@@ -19,7 +19,13 @@ METRICS = [
     "importlib_resources",
 ]
 RESULTS = ["rouge-score", "matplotlib"]  # narrations of stories are scored, plots of results drawn
-TEST = [*RESULTS, "torch==2.13.0", "peft", "pytest", "pytest-xdist", "beartype", "ruff"]
+EVALUATION = [
+    "nltk",
+    "rouge-score",
+    "sacrebleu",
+    "ftfy",
+]  # METEOR, BLEU of corpora, open_clip's clean-up of texts
+TEST = [*RESULTS, "torch==2.13.0", "peft", "pytest", "pytest-xdist", "beartype", "ruff", "nltk", "jsonschema"]
 
 setup(
     name="minigpt5_jax",
@@ -30,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt5_jax", "minigpt5_jax.*"]),
-    package_data={"minigpt5_jax": ["shapes/assets/**/*"]},
+    package_data={"minigpt5_jax": ["shapes/assets/**/*", "evaluation/suite/*.json"]},
     install_requires=[
         *JAX,
         "optax>=0.2.8",
@@ -54,6 +60,7 @@ setup(
     extras_require={
         "metrics": METRICS,
         "results": RESULTS,
+        "evaluation": EVALUATION,
         "test": [*METRICS, *TEST],
         "dev": [*METRICS, *TEST, "pre-commit"],
         "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it

@@ -60,12 +60,16 @@ ALLOWED: dict[str, set[str]] = {
         "shapes", "data", "data/text", "data/sources",
     },
     "evaluation/metrics": {"models", "weights", "data", "data/text"},
+    "evaluation/suite": {
+        "evaluation", "evaluation/metrics", "wiring", "config", "inference", "shapes", "weights",
+        "data", "data/text", "data/samples", "data/sources",
+    },
     "evaluation/shapes": {
         "evaluation", "wiring", "config", "inference", "shapes", "shapes/backbones",
         "data", "data/text", "data/samples", "data/sources",
     },
 }  # fmt: skip
-VERBS = {"cli", "train", "generate", "prepare", "convert", "export", "demo"}
+VERBS = {"cli", "train", "generate", "prepare", "convert", "export", "evaluate", "demo"}
 """On the top floor, with what they share; they may import from any room, and no room from them."""
 COMMANDS = {"evaluation/shapes/__main__.py", "shapes/backbones/pretrain.py", "shapes/backbones/evaluate.py"}
 """Commands that live in a room: they may use ``cli``."""

@@ -93,24 +93,24 @@ def sampling_config(config: ConfigDict, tokenizer: Any, style: PromptStyle) -> S
         raise ConfigError(f"inference: {error}") from None
 
 
-def override(config: ConfigDict, values: Mapping[str, str]) -> ConfigDict:
-    """``config`` with ``inference`` keys replaced by values as Python spells them, validated.
+def override(config: ConfigDict, values: Mapping[str, str], section: str = "inference") -> ConfigDict:
+    """``config`` with keys of a section replaced by values as Python spells them, validated.
 
     Raises:
       ConfigError: an unknown key, or a value of another type or out of range.
     """
     for name, text in values.items():
-        if name not in config.inference:
-            raise ConfigError(f"unknown key inference.{name}; known: {', '.join(sorted(config.inference))}")
+        if name not in config[section]:
+            raise ConfigError(f"unknown key {section}.{name}; known: {', '.join(sorted(config[section]))}")
         try:
             value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text  # a word
-        old = config.inference[name]
-        unset = KEYS[f"inference.{name}"].kind
+        old = config[section][name]
+        unset = KEYS[f"{section}.{name}"].kind
         kind = unset or (tuple if isinstance(old, list | tuple) else type(old))  # a restored tuple is a list
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind:
-            raise ConfigError(f"inference.{name}={text!r} must be of type {kind.__name__}")
-        config.inference[name] = type(old)(value) if unset is None else value
+            raise ConfigError(f"{section}.{name}={text!r} must be of type {kind.__name__}")
+        config[section][name] = type(old)(value) if unset is None else value
     return validate(config)

@@ -159,3 +159,46 @@ def test_a_missing_package_is_named(monkeypatch):
 )
 def test_texts_are_cleaned_as_the_papers_do(raw, clean):
     assert cleaned(raw) == clean
+
+
+def cider_d_as_written(texts, references):
+    """coco-caption's loops, once more, over words."""
+    import numpy as np
+
+    def grams(line):
+        words = line.lower().split()
+        return [" ".join(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1)]
+
+    names = sorted({gram for line in [*texts, *references] for gram in grams(line)})
+    frequency = np.array([sum(gram in grams(line) for line in references) for gram in names])
+    weights = np.log(len(references)) - np.log(np.maximum(1, frequency))
+    order = np.array([len(gram.split()) for gram in names])
+    found = []
+    for got, want in zip(texts, references):
+        a, b = (np.array([grams(line).count(gram) for gram in names]) * weights for line in (got, want))
+        parts = []
+        for n in range(1, 5):
+            one, two = a[order == n], b[order == n]
+            norm = np.linalg.norm(one) * np.linalg.norm(two)
+            parts.append((np.minimum(one, two) * two).sum() / norm if norm else 0.0)
+        longer = len(got.split()) - len(want.split())
+        found.append(10 * np.mean(parts) * np.exp(-(longer**2) / 72))
+    return found
+
+
+def test_cider_d_by_its_formula():
+    references = [
+        "the red fox runs over the snow",
+        "a lake in the cold morning light",
+        "we left at dawn for the red hills",
+    ]
+    texts = [
+        "a red fox runs over snow",
+        "a lake in the cold morning light",
+        "the the the the red hills at dawn",
+    ]
+    got = text.cider_d(texts, references)
+    assert got == pytest.approx(cider_d_as_written(texts, references), abs=1e-9)
+    assert got[1] == pytest.approx(10) and 0 < got[2] < got[0] < 10
+    assert text.cider_d(["The lake!"], ["the lake"]) == [0.0], "one reference leaves no word rare"
+    assert text.cider_d(["", "a"], ["a b", "c d"]) == [0.0, 0.0] and text.cider_d([], []) == []

@@ -103,13 +103,17 @@ class StoryKind(Kind):
     def layout(self) -> tuple:
         return (self.rules.tasks,)
 
-    def _sample(self, fields: Fields, images: Iterable[ImageSource], place: int) -> tuple[Story, int, str]:
+    def story(self, fields: Fields, images: Iterable[ImageSource]) -> Story:
+        """The whole story of a record."""
         steps = tuple(
             Step(step["caption"], image, step["sequence_index"])
             for step, image in zip(fields["steps"], images, strict=True)
         )
-        story = Story(fields["id"], steps, fields["where"])
-        return story, *self.rules.samples(len(steps))[place]
+        return Story(fields["id"], steps, fields["where"])
+
+    def _sample(self, fields: Fields, images: Iterable[ImageSource], place: int) -> tuple[Story, int, str]:
+        story = self.story(fields, images)
+        return story, *self.rules.samples(len(story.steps))[place]
 
 
 class DialogKind(Kind):

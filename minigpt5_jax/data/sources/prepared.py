@@ -15,9 +15,9 @@ from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import PairRules
-from minigpt5_jax.data.samples.stories import StoryRules
+from minigpt5_jax.data.samples.stories import Story, StoryRules
 from minigpt5_jax.data.sources.base import Source, check_index
-from minigpt5_jax.data.sources.kinds import KINDS, Fields, Rules, make_rules
+from minigpt5_jax.data.sources.kinds import KINDS, Fields, Rules, StoryKind, make_rules
 
 METADATA, UNITS_FILE, VERSION = "minigpt5", "units.jsonl", "1.0.0"
 
@@ -131,6 +131,21 @@ class PreparedSource(Source):
         """(source, target) of sample ``index`` in every wording, its context whole; no image is read."""
         record, place = self.find(index)
         return self._kind.texts(self.fields(record), place)
+
+    @property
+    def rows(self) -> int:
+        """Records of the data set."""
+        return len(self._lines)
+
+    def story(self, row: int) -> Story:
+        """A story with its images as encoded bytes; of a data set of stories.
+
+        Raises:
+          DataError: the records are no stories.  SampleError: the record is broken.
+        """
+        if not isinstance(self._kind, StoryKind):
+            raise DataError(f"{self.folder} holds {self.dataset}, and no stories")
+        return self._kind.story(self.fields(row), self.images(row))
 
     def stories(self) -> Int64[np.ndarray, " n1"] | None:
         """As :meth:`OfStories.stories`."""

@@ -1,4 +1,4 @@
-"""Scores of one text against one reference: BLEU, ROUGE-L in two forms, METEOR (docs/evaluation.md).
+"""Scores of texts against one reference each: BLEU, CIDEr-D, both ROUGE-L, METEOR (docs/evaluation.md).
 
 All are pure Python.  BLEU and the ROUGE-L of the package ``rouge`` are implemented here because the papers'
 numbers depend on how they treat characters, sets and full stops.
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 BLEU_UNITS = ("char", "word")
+LONGEST = 4
+"""Words of the n-grams of CIDEr-D at most."""
 
 
 class MissingPackageError(ImportError):
@@ -81,6 +83,34 @@ def sacre_bleu(texts: Sequence[str], references: Sequence[str]) -> tuple[float, 
     score = corpus.corpus_score(list(texts), [list(references)]).score
     each = [single.sentence_score(got, [want]).score for got, want in zip(texts, references, strict=True)]
     return score, each, str(corpus.get_signature())
+
+
+def cider_d(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """CIDEr-D of each text against its one reference, from 0 to 10.
+
+    Cosines of n-grams up to 4, weighted by how rare they are among the references, counts of the text clipped
+    to those of the reference, times a Gaussian (sigma 6) of the difference in length.  The formula is that of
+    coco-caption, where length is counted in bigrams.  Its PTB tokenizer, which needs Java, is replaced by
+    lower-case words without punctuation.
+    """
+    words = [[re.findall(r"\w+", text.lower()) for text in side] for side in (texts, references)]
+    orders = range(1, LONGEST + 1)
+    counted = [[[_ngrams(line, n) for n in orders] for line in side] for side in words]
+    seen = Counter(gram for line in counted[1] for counts in line for gram in counts)
+    rare = math.log(len(references)) if references else 0.0
+
+    def weighted(counts: Counter) -> dict[tuple, float]:
+        return {gram: count * (rare - math.log(max(1, seen[gram]))) for gram, count in counts.items()}
+
+    scores = []
+    for got, want in zip(*counted, strict=True):
+        total, difference = 0.0, sum(got[1].values()) - sum(want[1].values())
+        for ours, theirs in zip(map(weighted, got), map(weighted, want)):
+            shared = sum(min(ours[gram], theirs[gram]) * theirs[gram] for gram in ours.keys() & theirs.keys())
+            norm = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+            total += shared / norm if norm else shared
+        scores.append(10 * total / LONGEST * math.exp(-(difference**2) / 72))
+    return scores
 
 
 def _table(one: Sequence[str], other: Sequence[str]) -> list[list[int]]:

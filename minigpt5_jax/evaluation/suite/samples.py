@@ -1,0 +1,207 @@
+"""Samples to score: what the references want, and what was predicted.
+
+Both are files in the schema of :mod:`minigpt5_jax.data.samples.records`.  In the references a record is a
+pair, a story or a dialogue, and each of its assistant turns is a sample, ``{id of the record}_{number of the
+turn}``; a pair is one sample with the record's id.  In a folder of predictions each record of
+``conversations.jsonl`` is the answer to one sample and has its name; the assistant's turns are what was
+written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.lines import TextLines, check_jsonl
+from minigpt5_jax.data.samples.records import Record, RecordImage, parse_record
+from minigpt5_jax.data.sources.base import image_folder
+
+FILE = "conversations.jsonl"
+NO_IMAGE = "no image was written"
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What one sample should be.
+
+    Attributes:
+      id: of the sample.  group: id of its pair, story or dialogue.  step: number of the sample in it, from 0.
+      text: that should be written, '' for none.
+      image: that should be drawn, or None.
+      caption: what the image shows in words: a pair's caption, else the text right before it.
+    """
+
+    id: str
+    group: str
+    step: int
+    text: str
+    image: Path | None
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A reference with its answer.
+
+    Attributes:
+      text: that was written.  image: that was drawn and can be read, or None.
+      why: why there is no image, where one is wanted; '' otherwise.
+    """
+
+    reference: Reference
+    text: str
+    image: Path | None
+    why: str = ""
+
+    @property
+    def id(self) -> str:
+        """Of the sample."""
+        return self.reference.id
+
+    @property
+    def group(self) -> str:
+        """Of the sample."""
+        return self.reference.group
+
+    @property
+    def wants_image(self) -> bool:
+        """Whether the reference has an image."""
+        return self.reference.image is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was predicted for one sample: its text, the first image, and why there is none."""
+
+    text: str
+    image: Path | None
+    why: str = ""
+
+
+def _records(path: str | Path, *, generated: bool) -> list[tuple[str, Record]]:
+    """(where, record) of each line, every id used once."""
+    lines = TextLines(Path(path).expanduser())
+    check_jsonl(lines.path, lines[0])
+    found: dict[str, tuple[str, Record]] = {}
+    for number in range(len(lines)):
+        where = lines.where(number)
+        record = parse_record(lines[number], where, generated=generated)
+        name = record.id if record.id is not None else f"{lines.path.stem}_{lines.number(number)}"
+        if name in found:
+            raise SampleError(where, f"id {name!r} was used already")
+        found[name] = (where, dataclasses.replace(record, id=name))
+    return list(found.values())
+
+
+def read_references(path: str | Path) -> list[Reference]:
+    """The samples of a file of references, in its order.
+
+    Raises:
+      DataError: no such file, a line that breaks the schema, an id used twice, a path outside of the file's
+        folder, or no sample.
+    """
+    folder, found = image_folder(Path(path).expanduser(), None), []
+    for where, record in _records(path, generated=True):
+        for step, number in enumerate(record.answers()):
+            turn, before = record.turns[number], record.turns[number - 1 : number]
+            image = next(iter(turn.images()), None)
+            caption = (image.caption if image else None) or (before[0].text() if before else "")
+            found.append(
+                Reference(
+                    id=str(record.id) if record.pair else f"{record.id}_{number}",
+                    group=str(record.id),
+                    step=step,
+                    text=turn.text(),
+                    image=Path(folder.path(image.path, where)) if image else None,
+                    caption=caption,
+                )
+            )
+    if not found:
+        raise DataError(f"{path} has no assistant turn, so nothing to compare with")
+    return found
+
+
+def read_predictions(folder: str | Path) -> dict[str, Answer]:
+    """Sample -> answer, of a folder with ``conversations.jsonl`` and the images that it names.
+
+    An image that is not there or cannot be read is as one that was not drawn, and the answer says why.
+
+    Raises:
+      DataError: no such file, or a line that breaks the schema.
+    """
+    path = Path(folder).expanduser() / FILE
+    if not path.is_file():
+        raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
+    images, found = image_folder(path, None), {}
+    for where, record in _records(path, generated=True):
+        turns = [turn for turn in record.turns if turn.role == "assistant"]
+        parts = [part for turn in turns for part in turn.parts]
+        text = " ".join(part for part in parts if isinstance(part, str) and part)
+        drawn = next((part for part in parts if isinstance(part, RecordImage)), None)
+        answer = Answer(text, None, NO_IMAGE)
+        if drawn is not None:
+            answer = _with_image(text, Path(images.path(drawn.path, where)))
+        found[str(record.id)] = answer
+    return found
+
+
+def _with_image(text: str, image: Path) -> Answer:
+    try:
+        load_image(image)
+    except SampleError as error:
+        return Answer(text, None, str(error))
+    return Answer(text, image)
+
+
+def join(
+    references: Sequence[Reference], answers: Mapping[str, Answer], *, surplus: bool = False
+) -> list[Sample]:
+    """Every reference with its answer.
+
+    Args:
+      surplus: answers to other samples are left out without a word.
+
+    Raises:
+      DataError: a reference has no answer, or (without ``surplus``) an answer no reference; with their ids.
+    """
+    names = {reference.id for reference in references}
+    missing, unknown = sorted(names - answers.keys()), sorted(answers.keys() - names)
+    if missing or (unknown and not surplus):
+        told = [f"{len(missing)} samples of the references have no prediction: {_shown(missing)}"] * bool(
+            missing
+        )
+        told += [f"{len(unknown)} predictions are of no reference: {_shown(unknown)}"] * bool(unknown)
+        raise DataError(
+            f"{'; '.join(told)}; give predictions and references of the same samples (a prediction has the "
+            "id of a pair, or the record's id, _ and the number of the turn)"
+        )
+    samples = []
+    for reference in references:
+        answer = answers[reference.id]
+        why = answer.why if reference.image is not None and answer.image is None else ""
+        samples.append(Sample(reference, answer.text, answer.image, why))
+    return samples
+
+
+def _shown(ids: Collection[str]) -> str:
+    some = list(ids)[:SHOWN]
+    return ", ".join(some) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+
+
+def check_missing(samples: Sequence[Sample], rule: str) -> None:
+    """The rule ``error`` for images that are wanted and not there.
+
+    Raises:
+      DataError: there is such a sample, and ``rule`` is ``error``.
+    """
+    missing = [sample for sample in samples if sample.why]
+    if missing and rule == "error":
+        told = "\n  ".join(f"{sample.id}: {sample.why}" for sample in missing[:SHOWN])
+        raise DataError(
+            f"{len(missing)} of {len(samples)} samples have no image:\n  {told}\ngenerate them again, or "
+            "choose --switch missing_image=skip (leave them out of scores of images) or =zero (they count 0)"
+        )
