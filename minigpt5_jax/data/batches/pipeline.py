@@ -7,10 +7,12 @@ same run continues on another number of processes, and its state is one number, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -180,7 +182,11 @@ class Loader:
             workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=buffer)
             options = grain.experimental.DatasetOptions(min_shm_size=SHARED_MEMORY_BYTES)
             read = grain.experimental.WithOptionsIterDataset(steps.to_iter_dataset(here), options)
-            return iter(read.mp_prefetch(workers))
+            batches = iter(read.mp_prefetch(workers))
+            batches.get_state()  # makes the iterators of the workers, which are started here
+            with _signals_held():
+                batches.start_prefetch()
+            return batches
         threads = grain.ReadOptions(num_threads=min(1, self._prefetch), prefetch_buffer_size=self._prefetch)
         return iter(steps.to_iter_dataset(threads))
 
@@ -221,6 +227,20 @@ class Loader:
                 "raise data.error_budget, a share below 1 or a count: --config.data.error_budget="
                 f"{2 * len(self._skips)}"
             )
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes that start inside never get SIGINT and SIGTERM, whenever these come.
+
+    Both reach all processes of a terminal or a job: the trainer takes note of them, saves, and then ends its
+    workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_sizes(
