@@ -1,4 +1,4 @@
-"""Two processes that share a run: one owner, one stop, checkpoints that are whole, and what is read of them."""
+"""Two processes that share a run: one owner, one stop, whole checkpoints, and which of them is read."""
 
 from __future__ import annotations
 

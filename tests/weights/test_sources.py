@@ -238,7 +238,8 @@ def test_a_pad_row_that_the_tokenizer_names_stays(files, llama_folder, tmp_path)
 
 ODD = [
     "", " ", "   ", "\n\n", "a", " a", "a ", "  two  spaces  ", "\ttab\t", "▁", "▁▁a", " ▁ ", "don't",
-    "Ünïcödé", "e\u0301 é", "ﬁ ﬂ ² ½", "日本語のテスト", "🙂👩‍👩‍👧", "\x00\x01", "\u200b\ufeff", "\r\n line\r",
+    "Ünïcödé", "e\u0301 é", "ﬁ ﬂ ² ½", "日本語のテスト", "🙂👩‍👩‍👧", "\x00\x01",
+    "\u200b\ufeff", "\r\n line\r",
     "<s> </s> <unk> <0x41>", "<s>a</s>", "###Human: <Img>[IMG0][IMG1]</Img> ###", "<ImageHere> a", "(x)LL",
     "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7] ###", "123456 1,000.5", "a" * 300, " " * 40 + "b",
     "the the the thethe", "mixed 漢字 and words\u00a0end",

@@ -73,7 +73,7 @@ def _pieces(path: Path, values: Any) -> list[str]:
         raise WeightFileError(f"{path} is no tokenizer.json of LLaMA ({error!r})") from None
     if reasons := [reason for reason, is_so in wrong.items() if is_so]:
         raise WeightFileError(
-            f"{path} {' and '.join(reasons)}, so it is not the tokenizer of LLaMA 1 or 2; put tokenizer.model "
-            "of the same model beside it"
+            f"{path} {' and '.join(reasons)}, so it is not the tokenizer of LLaMA 1 or 2; put "
+            "tokenizer.model of the same model beside it"
         )
     return pieces
