@@ -84,7 +84,9 @@ def test_a_second_ctrl_c_ends_at_once(ctrl_c):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_run_that_waits_for_data_saves_what_was_done(tmp_path, sent, status):
     """The signal reaches the worker process too, as Ctrl-C in a terminal and SIGTERM to a job do."""
     command = [sys.executable, str(Path(__file__).with_name("waiting_worker.py")), str(tmp_path)]

@@ -39,6 +39,7 @@ if __name__ == "__main__":
     import jax
     import jax.numpy as jnp
 
+    from minigpt5_jax.data.batches import pipeline
     from minigpt5_jax.training.checkpoint import Checkpoints
     from minigpt5_jax.training.loop import Loop
     from minigpt5_jax.training.metrics import Metrics
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     from minigpt5_jax.training.sharding import make_mesh
     from minigpt5_jax.training.state import TrainState
 
-    folder = Path(sys.argv[1])
+    folder, pipeline.CLOSING_SECONDS = Path(sys.argv[1]), 0.5
 
     def train_step(state, frozen, batch):
         if state.step == GIVEN - 1:

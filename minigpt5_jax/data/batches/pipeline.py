@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import grain
@@ -37,6 +40,7 @@ from minigpt5_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
+CLOSING_SECONDS = 5.0  # that worker processes have to end by themselves
 SHARED_MEMORY_BYTES = 2**20  # arrays from this size on leave a worker in shared memory, others by pipe
 
 
@@ -141,6 +145,7 @@ class Loader:
         self.truncated = 0
         self._step = 0
         self._batches = None
+        self._others: list[BaseProcess] = []
 
     @property
     def largest(self) -> BatchSpec:
@@ -165,9 +170,14 @@ class Loader:
 
     def close(self) -> None:
         """Ends worker processes and threads; the next batch starts them again."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        if self._batches is None:
+            return
+        # grain waits for what a worker is making, without end where a file does not answer.
+        late = threading.Timer(CLOSING_SECONDS, _kill_workers, [self._others])
+        late.start()
+        self._batches.close()
+        late.cancel()
+        self._batches = None
 
     def _open(self) -> grain.DatasetIterator:
         stop = sys.maxsize if self.num_steps is None else self.num_steps
@@ -184,6 +194,7 @@ class Loader:
             read = grain.experimental.WithOptionsIterDataset(steps.to_iter_dataset(here), options)
             batches = iter(read.mp_prefetch(workers))
             batches.get_state()  # makes the iterators of the workers, which are started here
+            self._others = multiprocessing.active_children()
             with _signals_held():
                 batches.start_prefetch()
             return batches
@@ -241,6 +252,13 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_workers(others: Sequence[BaseProcess]) -> None:
+    """Kill grain's processes, which its threads have started, but for those that were there before."""
+    for process in multiprocessing.active_children():
+        if process not in others and process.name.startswith("grain-process-prefetch"):
+            process.kill()
 
 
 def _check_sizes(
