@@ -1,8 +1,8 @@
 """LLaMA's ``tokenizer.model``, made of ``tokenizer.json``, all that newer versions of transformers write.
 
 The two rules of splitting text are the same only in part (Q22), so ``tokenizer.json`` is not run: its pieces
-are put back into a model of sentencepiece.  They lie there in the order of their scores, which is all that
-sentencepiece asks of the scores.
+are put back into a model of sentencepiece.  The scores are not in the file: sentencepiece numbers pieces by
+their scores (LLaMA's piece 29871 has -29612), and their order is all that it asks of them.
 """
 
 from __future__ import annotations
