@@ -250,7 +250,6 @@ ODD = [
 def test_a_tokenizer_model_is_made_of_tokenizer_json(files, llama_folder, tmp_path):
     """The file is all that newer versions of transformers write; the ids are those of sentencepiece."""
     import transformers
-
     from sentencepiece import sentencepiece_model_pb2 as messages
 
     model = messages.ModelProto.FromString((llama_folder / "tokenizer.model").read_bytes())
