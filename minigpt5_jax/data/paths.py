@@ -21,6 +21,12 @@ def is_url(text: str) -> bool:
     return re.match(r"\s*[a-zA-Z][a-zA-Z0-9+.-]*://", text) is not None
 
 
+OUTSIDE = (
+    "name a folder above both as the image root, or allow it: data.allow_outside_images=True (prepare: "
+    "--allow_outside_images)"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
     """The folder that the image paths of a file are relative to.
@@ -28,10 +34,12 @@ class ImageFolder:
     Attributes:
       root: the folder.
       allow_outside: whether paths may lead out of it; a file from elsewhere could name any file else.
+      remedy: what to do about a path that does.
     """
 
     root: Path
     allow_outside: bool = False
+    remedy: str = OUTSIDE
 
     def path(self, name: str, where: str) -> str:
         """Path of an image as a file names it; SampleError for a URL and for one outside of the folder."""
@@ -42,9 +50,7 @@ class ImageFolder:
         if not (self.allow_outside or full.startswith(root.rstrip(os.sep) + os.sep)):
             raise SampleError(
                 where,
-                f"image path {name} leads out of the image folder {self.root}; name a folder above both as "
-                "the image root, or allow it: data.allow_outside_images=True (prepare and generate: "
-                "--allow_outside_images)",
+                f"image path {name} leads out of the image folder {self.root}; {self.remedy}",
             )
         return os.path.join(self.root, name)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines, check_jsonl
-from minigpt5_jax.data.paths import image_folder
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.data.samples.records import Record, parse_record, prompt_of
 from minigpt5_jax.data.text import templates
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
@@ -44,6 +44,9 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
     return Prompt(source, tuple(images), typed=text)
 
 
+OUTSIDE = "put the file into a folder above the image, or allow it: --allow_outside_images"
+
+
 def file_prompts(path: str | Path, allow_outside_images: bool = False) -> list[Prompt]:
     """A prompt from each line of a JSONL file; image paths are relative to its folder.
 
@@ -73,7 +76,7 @@ def file_records(path: str | Path, allow_outside_images: bool = False) -> Iterat
     """
     lines = TextLines(Path(path).expanduser())
     check_jsonl(lines.path, lines[0])
-    images = image_folder(lines.path, None, allow_outside_images)
+    images = ImageFolder(lines.path.parent, allow_outside_images, remedy=OUTSIDE)
     for number in range(len(lines)):
         where = lines.where(number)
         record = parse_record(lines[number], where)

@@ -58,7 +58,7 @@ def test_image_paths_of_a_file_stay_in_its_folder(tmp_path):
     look = {"role": "user", "content": [{"type": "image", "path": "../a.png"}]}
     file.write_text(json.dumps({"turns": [look]}))
     with pytest.raises(
-        DataError, match=r"prompts.jsonl:1: .*leads out of .*generate: --allow_outside_images"
+        DataError, match=r"prompts.jsonl:1: .*leads out of .*allow it: --allow_outside_images"
     ):
         file_prompts(file)
     (prompt,) = file_prompts(file, allow_outside_images=True)
