@@ -370,7 +370,15 @@ def test_a_whole_state_dict_of_stage_2_is_both_stages(sources, tuned, oracle_dir
         if not key.startswith(prefix)
     }
     whole |= {f"{prefix}{key}": value for key, value in model.state_dict().items()}
-    whole |= torch.load(file, weights_only=True)["state_dict"]
+    second_file = torch.load(file, weights_only=True)["state_dict"]
+    for name in ("model.embed_tokens", "lm_head"):  # a table whose old rows are those of the model, shrunk
+        frozen, trained = (
+            f"{prefix}base_model.model.{name}.{kind}.weight"
+            for kind in ("original_module", "modules_to_save.default")
+        )
+        second_file[trained] = torch.cat([0.98 * whole[frozen][:1000], second_file[trained][1000:]])
+    file = lightning(tmp_path / "stage2.ckpt", second_file)
+    whole |= second_file
     save_file(
         {key: value.contiguous().clone() for key, value in whole.items()}, tmp_path / "whole.safetensors"
     )

@@ -337,8 +337,8 @@ def test_a_record_that_ends_in_a_user_turn_is_a_prompt(tmp_path):
     source, images = records.prompt_of(record, 1, tmp_path)
     assert source.startswith(prompts.DIALOG_SYSTEM + " ###Human: We left. <Img>")
     assert source.endswith("And then? ###Assistant:") and images == (str(tmp_path / "1.jpg"),)
-    with pytest.raises(DataError, match="no assistant turn"):
-        JsonlSource(write_jsonl(tmp_path, [{"turns": STORY["turns"][:1]}]))
+    with pytest.raises(SampleError, match="no assistant turn"):
+        JsonlSource(write_jsonl(tmp_path, [{"turns": STORY["turns"][:1]}]))[0]
 
 
 def turns(*contents):
