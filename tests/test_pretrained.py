@@ -28,7 +28,7 @@ from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.weights.check import COVERAGE_FILE
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign import minigpt5 as maps
-from minigpt5_jax.weights.foreign.release import TABLES, trained_of_whole
+from minigpt5_jax.weights.foreign.release import TABLES, first_of_both, tower_of_whole, trained_of_whole
 from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring import pretrained
@@ -360,8 +360,9 @@ def test_a_whole_state_dict_of_the_original(sources, released, oracle_dir, whole
         np.testing.assert_array_equal(run.params[path], value, err_msg=path)
 
 
-def test_a_whole_state_dict_of_stage_2_is_both_stages(sources, tuned, oracle_dir, whole_config, tmp_path):
-    """All of a model that PEFT has wrapped: its frozen layers, LoRA, and what stage 1 trained."""
+@pytest.fixture
+def whole_of_both(tuned, oracle_dir, tmp_path):
+    """(all of a model that PEFT has wrapped, in one file; what its second stage alone would have written)."""
     file, model = tuned
     prefix = maps.LLAMA_PREFIX
     whole = {
@@ -382,17 +383,35 @@ def test_a_whole_state_dict_of_stage_2_is_both_stages(sources, tuned, oracle_dir
     save_file(
         {key: value.contiguous().clone() for key, value in whole.items()}, tmp_path / "whole.safetensors"
     )
+    return tmp_path / "whole.safetensors", file
+
+
+def test_a_whole_state_dict_of_stage_2_has_the_tensors_of_both_files(whole_of_both, oracle_dir):
+    path, file = whole_of_both
+    whole, second = open_weights(path, "state_dict"), open_weights(file, "state_dict")
+    first, oracle = open_weights(oracle_dir / "stage1.ckpt"), open_weights(oracle_dir / "weights.safetensors")
+    trained = trained_of_whole(whole)
+    assert trained.keys() == second.keys() | {k for k in first if k.startswith(("fc.", "t2i_decoder_prompt"))}
+    assert first_of_both(trained).keys() == first.keys()
+    ours, theirs = tower_of_whole("llm", whole), tower_of_whole("llm", oracle)
+    assert ours.keys() == {key for key in theirs if "inv_freq" not in key}
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert default_config(path, "head").model.backbone.lora_rank == RANK
+
+
+@pytest.mark.slow
+def test_a_whole_state_dict_of_stage_2_is_both_stages(sources, whole_of_both, oracle_dir, whole_config):
+    path, file = whole_of_both
     second = stage2_config(sources)
     whole_config.model.backbone.lora_rank = RANK
     whole_config.tuning.update(second.tuning)
     run = load_pretrained(
-        minigpt5=tmp_path / "whole.safetensors",
+        minigpt5=path,
         config=whole_config,
         tokenizer=oracle_dir / "tokenizer_llama/tokenizer.model",
         stable_diffusion=sources.weights.stable_diffusion,
     )
     want = load_pretrained(**paths(sources), minigpt5=(oracle_dir / "stage1.ckpt", file), config=second)
-    assert default_config(tmp_path / "whole.safetensors", "head").model.backbone.lora_rank == RANK
     assert run.params.keys() == want.params.keys() and any("lora_a" in path for path in run.params)
     for path, value in want.params.items():
         np.testing.assert_array_equal(run.params[path], value, err_msg=path)
