@@ -172,11 +172,14 @@ class Loader:
         """Ends worker processes and threads; the next batch starts them again."""
         if self._batches is None:
             return
-        # grain waits for what a worker is making, without end where a file does not answer.
-        late = threading.Timer(CLOSING_SECONDS, _kill_workers, [self._others])
-        late.start()
-        self._batches.close()
-        late.cancel()
+        # grain waits for what a worker is making, without end where a file does not answer, and for what a
+        # killed one has written in part: by a thread, which is left behind then.
+        closing = threading.Thread(target=self._batches.close, daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
+        if closing.is_alive():
+            _kill_workers(self._others)
+            closing.join(CLOSING_SECONDS)
         self._batches = None
 
     def _open(self) -> grain.DatasetIterator:
