@@ -54,12 +54,13 @@ def claim(config: ConfigDict) -> Path:
 
     Raises:
       ConfigError: none was given, another data format, or the folder holds something else.
+      OSError: it cannot be written.
     """
     if not config.run.workdir:
         raise ConfigError("give the folder of the demo: --workdir DIR")
     if config.data.format != "shapes":
         raise ConfigError("the demo counts with the oracle of the small world: data.format must be 'shapes'")
-    workdir = Path(config.run.workdir)
+    workdir = Path(cli.check_writable(config.run.workdir, "workdir"))
     if (workdir / MARK).exists():
         shutil.rmtree(workdir)
     elif workdir.exists() and any(workdir.iterdir()):

@@ -8,7 +8,8 @@
 
 ``--image`` belongs to the one ``--prompt``; its place in the text is ``<ImageHere>``, or before it.  A
 record of ``--jsonl`` (:mod:`minigpt5_jax.data.samples.records`) ends in a user turn, or is a pair, whose
-caption is the prompt.  A prompt longer than ``data.max_length`` loses its oldest turns, with a warning.
+caption is the prompt; its image paths stay in the file's folder.  A prompt longer than ``data.max_length``
+loses its oldest turns, with a warning.
 
 ``story`` continues the story that a record tells (its texts and images, in order) scene by scene, ``chat``
 answers each user turn of a record; every answer is read again before the next.  Both write, beside the
@@ -34,6 +35,9 @@ STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by defau
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to answer; may be given several times.")
 IMAGE = cli.define_path("image", None, "Input image of the one --prompt; several in order.", multi=True)
 JSONL = cli.define_path("jsonl", None, "File of records, each a prompt.")
+ALLOW_OUTSIDE_IMAGES = flags.DEFINE_boolean(
+    "allow_outside_images", False, "Image paths in --jsonl may lead out of its folder."
+)
 OUTPUT = cli.define_path("output", "page", "Folder of the page.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the first sample; the others count up from it.", lower_bound=0)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Answers to each prompt.", lower_bound=1)
@@ -85,6 +89,7 @@ def generate(mode: str | None = None) -> Path:
         texts=PROMPT.value,
         images=IMAGE.value,
         jsonl=JSONL.value,
+        allow_outside_images=ALLOW_OUTSIDE_IMAGES.value,
         seed=SEED.value,
         num_samples=NUM_SAMPLES.value,
         batch_size=BATCH_SIZE.value,

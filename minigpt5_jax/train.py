@@ -31,6 +31,8 @@ def main(config: ConfigDict) -> None:
         check_new_parameters(config, spec)
         print(parameter_table(spec.without(unused_towers(config, spec, watched=True))))
         return
+    if config.run.workdir:
+        cli.check_writable(config.run.workdir, "workdir")
     if note := toy_towers(config):
         cli.tell(note)
     cli.set_compile_cache(config)

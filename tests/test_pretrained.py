@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import original
 import tiny
@@ -28,7 +28,7 @@ from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.weights.check import COVERAGE_FILE
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign import minigpt5 as maps
-from minigpt5_jax.weights.foreign.release import TABLES, trained_of_whole
+from minigpt5_jax.weights.foreign.release import TABLES, first_of_both, tower_of_whole, trained_of_whole
 from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring import pretrained
@@ -90,8 +90,6 @@ def tuned(oracle_dir, oracle_configs, tmp_path_factory):
     state = torch.load(oracle_dir / "stage1.ckpt", weights_only=True)["state_dict"]
     config = transformers.LlamaConfig(**oracle_configs["llama"] | {"vocab_size": 1009})
     model = transformers.LlamaForCausalLM(config).eval()
-    from safetensors.torch import load_file
-
     whole = load_file(oracle_dir / "weights.safetensors")
     prefix = maps.LLAMA_PREFIX
     model.load_state_dict(
@@ -323,36 +321,99 @@ def test_the_width_of_a_prefix_is_that_of_its_file(tmp_path):
     assert (backbone.prefix_tokens, backbone.prefix_hidden_size, backbone.lora_rank) == (3, 20, 0)
 
 
-def test_a_whole_state_dict_of_the_original(sources, released, oracle_dir):
-    """The file is the source of every tower; tokenizers, schedule and sizes lie elsewhere."""
-    whole, config = oracle_dir / "weights.safetensors", stage1_config(sources)
+@pytest.fixture
+def whole_config(sources, monkeypatch):
+    """Settings of the oracle's model that take no size from a source, as a whole state dict states none."""
+    config = stage1_config(sources)
     towers = {"llm": "llm", "vit": "vit", "qformer": "qformer", "unet": "sd/unet", "vae": "sd/vae"}
     towers["text_encoder"] = "sd/text_encoder"
-    sizes = {
-        name: Path(sources.weights.llm).parent / folder / "config.json" for name, folder in towers.items()
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for _, use in uses_of(config).values():
-            name = next((name for name in towers if uses_of(config)[name][1] is use), None)
-            if name is not None:
-                patch.setitem(use.tower.presets, name, use.tower.read_sizes(sizes[name]))
-        config.weights.update(dict.fromkeys(config.weights, ""))
-        for kind in ("backbone", "generator"):
-            config.model[kind].update({name: name for name in towers if name in config.model[kind]})
-        patch.setattr("minigpt5_jax.wiring.pretrained.validate", lambda config: config)
-        with pytest.raises(
-            ConfigError, match="holds no tokenizers: give tokenizer=PATH .* and clip_tokenizer=PATH"
-        ):
-            load_pretrained(minigpt5=whole, config=config)
-        run = load_pretrained(
-            minigpt5=whole,
-            config=config,
-            tokenizer=oracle_dir / "tokenizer_llama/tokenizer.model",
-            stable_diffusion=sources.weights.stable_diffusion,
-        )
-    assert set(run.config.weights[name] for name in towers) == {str(whole)}
+    root = Path(sources.weights.llm).parent
+    for _, use in uses_of(config).values():
+        name = next((name for name in towers if uses_of(config)[name][1] is use), None)
+        if name is not None:
+            sizes = use.tower.read_sizes(root / towers[name] / "config.json")
+            monkeypatch.setitem(use.tower.presets, name, sizes)
+    config.weights.update(dict.fromkeys(config.weights, ""))
+    for kind in ("backbone", "generator"):
+        config.model[kind].update({name: name for name in towers if name in config.model[kind]})
+    monkeypatch.setattr("minigpt5_jax.wiring.pretrained.validate", lambda config: config)
+    return config
+
+
+def test_a_whole_state_dict_of_the_original(sources, released, oracle_dir, whole_config):
+    """The file is the source of every tower; tokenizers, schedule and sizes lie elsewhere."""
+    whole = oracle_dir / "weights.safetensors"
+    with pytest.raises(
+        ConfigError, match="holds no tokenizers: give tokenizer=PATH .* and clip_tokenizer=PATH"
+    ):
+        load_pretrained(minigpt5=whole, config=whole_config)
+    run = load_pretrained(
+        minigpt5=whole,
+        config=whole_config,
+        tokenizer=oracle_dir / "tokenizer_llama/tokenizer.model",
+        stable_diffusion=sources.weights.stable_diffusion,
+    )
+    for name in ("llm", "vit", "qformer", "unet", "vae", "text_encoder"):
+        assert run.config.weights[name] == str(whole)
     assert run.params.keys() == released.params.keys()
     for path, value in released.params.items():
+        np.testing.assert_array_equal(run.params[path], value, err_msg=path)
+
+
+@pytest.fixture
+def whole_of_both(tuned, oracle_dir, tmp_path):
+    """(all of a model that PEFT has wrapped, in one file; what its second stage alone would have written)."""
+    file, model = tuned
+    prefix = maps.LLAMA_PREFIX
+    whole = {
+        key: value
+        for key, value in load_file(oracle_dir / "weights.safetensors").items()
+        if not key.startswith(prefix)
+    }
+    whole |= {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    second_file = torch.load(file, weights_only=True)["state_dict"]
+    for name in ("model.embed_tokens", "lm_head"):  # a table whose old rows are those of the model, shrunk
+        frozen, trained = (
+            f"{prefix}base_model.model.{name}.{kind}.weight"
+            for kind in ("original_module", "modules_to_save.default")
+        )
+        second_file[trained] = torch.cat([0.98 * whole[frozen][:1000], second_file[trained][1000:]])
+    file = lightning(tmp_path / "stage2.ckpt", second_file)
+    whole |= second_file
+    save_file(
+        {key: value.contiguous().clone() for key, value in whole.items()}, tmp_path / "whole.safetensors"
+    )
+    return tmp_path / "whole.safetensors", file
+
+
+def test_a_whole_state_dict_of_stage_2_has_the_tensors_of_both_files(whole_of_both, oracle_dir):
+    path, file = whole_of_both
+    whole, second = open_weights(path, "state_dict"), open_weights(file, "state_dict")
+    first, oracle = open_weights(oracle_dir / "stage1.ckpt"), open_weights(oracle_dir / "weights.safetensors")
+    trained = trained_of_whole(whole)
+    assert trained.keys() == second.keys() | {k for k in first if k.startswith(("fc.", "t2i_decoder_prompt"))}
+    assert first_of_both(trained).keys() == first.keys()
+    ours, theirs = tower_of_whole("llm", whole), tower_of_whole("llm", oracle)
+    assert ours.keys() == {key for key in theirs if "inv_freq" not in key}
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert default_config(path, "head").model.backbone.lora_rank == RANK
+
+
+@pytest.mark.slow
+def test_a_whole_state_dict_of_stage_2_is_both_stages(sources, whole_of_both, oracle_dir, whole_config):
+    path, file = whole_of_both
+    second = stage2_config(sources)
+    whole_config.model.backbone.lora_rank = RANK
+    whole_config.tuning.update(second.tuning)
+    run = load_pretrained(
+        minigpt5=path,
+        config=whole_config,
+        tokenizer=oracle_dir / "tokenizer_llama/tokenizer.model",
+        stable_diffusion=sources.weights.stable_diffusion,
+    )
+    want = load_pretrained(**paths(sources), minigpt5=(oracle_dir / "stage1.ckpt", file), config=second)
+    assert run.params.keys() == want.params.keys() and any("lora_a" in path for path in run.params)
+    for path, value in want.params.items():
         np.testing.assert_array_equal(run.params[path], value, err_msg=path)
 
 

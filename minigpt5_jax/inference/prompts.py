@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines, check_jsonl
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.data.samples.records import Record, parse_record, prompt_of
 from minigpt5_jax.data.text import templates
 from minigpt5_jax.data.text.prompts import VICUNA_V0, PromptStyle
@@ -43,14 +44,20 @@ def text_prompt(text: str, images: Sequence[str], *, dialog: bool, style: Prompt
     return Prompt(source, tuple(images), typed=text)
 
 
-def file_prompts(path: str | Path) -> list[Prompt]:
+OUTSIDE = "put the file into a folder above the image, or allow it: --allow_outside_images"
+
+
+def file_prompts(path: str | Path, allow_outside_images: bool = False) -> list[Prompt]:
     """A prompt from each line of a JSONL file; image paths are relative to its folder.
+
+    Args:
+      path: the file.  allow_outside_images: whether image paths may lead out of the folder.
 
     Raises:
       DataError: no such file, a line that breaks the schema or ends in an assistant's turn, no line.
     """
     prompts, folder = [], Path(path).expanduser().parent
-    for where, record in file_records(path):
+    for where, record in file_records(path, allow_outside_images):
         if not record.pair and record.turns[-1].role != "user":
             raise SampleError(where, "a prompt ends in a user turn; this ends in an answer")
         turns = 1 if record.pair else len(record.turns)
@@ -58,13 +65,22 @@ def file_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def file_records(path: str | Path) -> Iterator[tuple[str, Record]]:
+def file_records(path: str | Path, allow_outside_images: bool = False) -> Iterator[tuple[str, Record]]:
     """(``file:line``, record) of each line of a JSONL file that is not blank.
 
+    Args:
+      path: the file.  allow_outside_images: whether image paths that are read may lead out of its folder.
+
     Raises:
-      DataError: no such file, not UTF-8, no line, a line that breaks the schema.
+      DataError: no such file, not UTF-8, no line, a line that breaks the schema or whose images lie outside.
     """
     lines = TextLines(Path(path).expanduser())
     check_jsonl(lines.path, lines[0])
+    images = ImageFolder(lines.path.parent, allow_outside_images, remedy=OUTSIDE)
     for number in range(len(lines)):
-        yield lines.where(number), parse_record(lines[number], lines.where(number))
+        where = lines.where(number)
+        record = parse_record(lines[number], where)
+        for turn in record.turns[:1] if record.pair else record.turns:  # what a pair draws is not read
+            for image in turn.images():
+                images.path(image.path, where)
+        yield where, record

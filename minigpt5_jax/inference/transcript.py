@@ -25,14 +25,17 @@ from minigpt5_jax.inference.session import mixed_seed
 FILE = "conversations.jsonl"
 
 
-def read_records(path: str | Path) -> list[tuple[str, Record]]:
+def read_records(path: str | Path, allow_outside_images: bool = False) -> list[tuple[str, Record]]:
     """(name, record) of every line; a record without an id is named by file and line.
+
+    Args:
+      path: the file.  allow_outside_images: whether image paths may lead out of its folder.
 
     Raises:
       DataError: no such file, no line, a line that breaks the schema or is a pair, an id used twice.
     """
     found: dict[str, Record] = {}
-    for where, record in file_records(path):
+    for where, record in file_records(path, allow_outside_images):
         if record.pair:
             raise SampleError(where, "is a pair of caption and image; stories and dialogues have turns")
         name = record.id if record.id is not None else f"{Path(path).stem}_{where.rpartition(':')[2]}"

@@ -275,15 +275,17 @@ def main() -> None:
     """Command line."""
     from absl import app, flags
 
-    out = flags.DEFINE_string("out", None, "folder to write to", required=True)
+    from minigpt5_jax import cli
+
+    out = cli.define_path("out", None, "folder to write to", required=True)
     kind = flags.DEFINE_enum("kind", "pairs", ["pairs", "stories", "dialogs"], "what to write")
     objects = flags.DEFINE_integer("max_objects", 1, "of pairs: objects at most", 1, 3)
     train = flags.DEFINE_integer("train", 4096, "training records", lower_bound=1)
     held_out = flags.DEFINE_integer("held_out", 320, "held-out records", lower_bound=1)
     seed = flags.DEFINE_integer("seed", 0, "of scenes and wordings", lower_bound=0)
 
-    def run(_: list[str]) -> None:
-        folder = Path(out.value).expanduser()
+    def run() -> None:
+        folder = Path(cli.check_writable(out.value, "out"))
         for split, size in (("train", train.value), ("held_out", held_out.value)):
             if kind.value == "pairs":
                 print(write_pairs(folder, split, size, seed.value, objects.value))
@@ -291,13 +293,7 @@ def main() -> None:
                 write = write_stories if kind.value == "stories" else write_dialogs
                 print(write(folder, split, size, seed.value))
 
-    def guarded(words: list[str]) -> None:
-        try:
-            run(words)
-        except OSError as error:
-            raise SystemExit(f"error: {error}") from None
-
-    app.run(guarded)
+    app.run(lambda _: cli.guarded(run), flags_parser=cli.parse)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class Checkpoints:
         self._best_metric = best_metric
         self._unreadable: dict[int, str] = {}
         self._qualities: dict[int, float | None] = {}
+        self._tried: dict[tuple[int, str], dict[str, jax.Array]] = {}
         self._saving: int | None = None
         self._owner = owner
         self._options = ocp.CheckpointManagerOptions(
@@ -98,8 +99,8 @@ class Checkpoints:
     def newest_readable(self) -> int:
         """The step that a reader takes who was given none: the newest whose parameters can be read.
 
-        Where there are several, the parameters are read to find out.  A step that is passed over is logged
-        together with the one that is taken.
+        Where there are several, the parameters are read to find out, and kept for the :meth:`restore` that
+        asks for them next.  A step that is passed over is logged together with the one that is taken.
 
         Raises:
           CheckpointError: there is none.
@@ -338,7 +339,8 @@ class Checkpoints:
             for part in WEIGHTS
             if part in saved["leaves"]
         }
-        self._read_parts(step, saved, named)
+        found = self._read_parts(step, saved, named)
+        self._tried = {(step, part): arrays for part, arrays in found.items()}
         return step
 
     def _read_meta(self, step: int) -> Meta:
@@ -356,8 +358,10 @@ class Checkpoints:
 
     def _read_parts(self, step: int, saved: Meta, named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Part -> name -> array of a step whose description was read, after comparing their checksums."""
-        if not named:
-            return {}
+        kept_parts = {part: self._tried.pop((step, part)) for part in named if (step, part) in self._tried}
+        placed = {part: _placed(kept_parts[part], named[part]) for part in kept_parts}
+        if not (named := {part: tree for part, tree in named.items() if part not in placed}):
+            return placed
         args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in named.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         for part, tree in named.items():
@@ -368,7 +372,7 @@ class Checkpoints:
                     f"{part}{changed[0]} is not what was saved: its checksum differs"
                     + (f", and those of {len(changed) - 1} more" if changed[1:] else "")
                 )
-        return dict(restored)
+        return {**restored, **placed}
 
     def _check_leaves(
         self, step: int, leaves: Mapping[str, Mapping[str, str]], named: Mapping[str, Mapping[str, Any]]
@@ -414,6 +418,11 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
         best = sorted(measured, key=lambda step: (measured[step], -step))[: self._best]
         kept = {*steps[len(steps) - min(self._latest, len(steps)) :], *best}
         return [one.step in kept for one in checkpoints]
+
+
+def _placed(arrays: Mapping[str, jax.Array], like: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Those of the arrays that ``like`` names, where it wants them."""
+    return {name: jax.device_put(arrays[name], leaf.sharding) for name, leaf in like.items()}
 
 
 def _is_key(leaf: Any) -> bool:

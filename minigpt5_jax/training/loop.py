@@ -56,14 +56,19 @@ class Loop:
           SystemExit: SIGTERM or Ctrl-C asked to stop: with status 143 or 130, after a checkpoint.
         """
         results: dict[str, float] = {}
-        told = None
+        step, saved, told = self.first_step, self.first_step, None
         try:
             with jax.set_mesh(self.mesh), self.metrics, Interruption() as interruption:
-                for step in range(self.first_step + 1, self.num_steps + 1):
-                    batch = next(self.data)
+                while step < self.num_steps and not told:
+                    position = self.data.state
+                    batch = interruption.wait(lambda: next(self.data))
+                    if batch is None:
+                        told = interruption.noted
+                        break
+                    step, position, validated = step + 1, self.data.state, None
                     self.state, values = self.train_step(self.state, self.frozen, batch)
                     self.metrics.push(step, values)
-                    last, validated = step == self.num_steps, None
+                    last = step == self.num_steps
                     if self.validate and (due(step, self.eval_every) or (last and self.eval_every)):
                         results = validated = self._validate(step)
                     if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
@@ -71,20 +76,32 @@ class Loop:
                             self.metrics.image(step, "held_out", self.grid(self.state.trainable))
                     told = None if last else interruption.after(step)
                     if due(step, self.save_every) or last or told:
-                        self._save(step, validated)
-                    if told:
-                        break
+                        self._save(step, position, validated)
+                        saved = step
+                if step > saved:  # told while the next batch was waited for
+                    self._save(step, position)
                 self._tell_left_out()
-        finally:  # worker processes end, and a checkpoint on its way to disk gets there
-            self.data.close()
-            self.checkpoints.close()
+        finally:
+            self.close()
         if told:
-            self.metrics.message(
-                f"stopped by {told.name}: step {step} of {self.num_steps} is saved; "
-                "the same command goes on from it"
-            )
+            done = f"step {step} of {self.num_steps} is saved; the same command goes on from it"
+            nothing = "no step was done since the start, so there is nothing new to save"
+            self.metrics.message(f"stopped by {told.name}: {done if step > self.first_step else nothing}")
             raise SystemExit(128 + told)
         return results
+
+    def close(self) -> None:
+        """End worker processes, wait until a checkpoint is on disk, and let go of the workdir.
+
+        A loop that has run did that.
+
+        Raises:
+          CheckpointError: the last save failed.
+        """
+        try:
+            self.data.close()
+        finally:
+            self.checkpoints.close()
 
     def _tell_left_out(self) -> None:
         skipped, truncated = len(self.data.loader.skipped), self.data.loader.truncated
@@ -100,13 +117,13 @@ class Loop:
         self.metrics.message(f"step {step}, held out: {shown}")
         return results
 
-    def _save(self, step: int, validated: Mapping[str, float] | None) -> None:
+    def _save(self, step: int, position: int, validated: Mapping[str, float] | None = None) -> None:
         losses = self.metrics.flush()  # raises before a diverged state can be saved
         state = {**vars(self.state), **self.saved_parts}
         self.checkpoints.save(
             step,
             state,
-            self.data.state,
+            position,
             self.meta,
             metrics=validated,
             losses={"loss": losses["loss"]} if losses else None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import socket
 import time
+import weakref
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +17,8 @@ from absl import logging
 from minigpt5_jax.training.provenance import CheckpointError
 
 OWNER = "owner.lock"
+_HERE: weakref.WeakValueDictionary[Path, Owner] = weakref.WeakValueDictionary()
+"""Folder -> its owner, of this process."""
 
 
 class Owner:
@@ -27,12 +31,14 @@ class Owner:
       workdir: folder of the run; made where it is missing.
 
     Raises:
-      CheckpointError: another program trains there; names its process, host and start.
+      CheckpointError: another program trains there; names its process, host and start.  Or a loop of this
+        very process (a notebook) holds it that is neither closed nor garbage.
       OSError: the folder cannot be written.
     """
 
     def __init__(self, workdir: str | Path):
         self._path = Path(workdir) / OWNER
+        self._free_here()
         self._made = not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO | None = self._locked()
@@ -40,6 +46,18 @@ class Owner:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         self._file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}\n")
         self._file.flush()
+        _HERE[self._path.parent.resolve()] = self
+
+    def _free_here(self) -> None:
+        """Refuse a folder that this process holds; an owner that nobody can reach any more lets go first."""
+        folder = self._path.parent.resolve()
+        if folder in _HERE:
+            gc.collect()
+        if folder in _HERE:
+            raise CheckpointError(
+                f"{self._path.parent} is in use by this very process, by a loop that was made and did not "
+                "run to its end: loop.close() ends it and lets go of the folder"
+            )
 
     def _locked(self) -> TextIO:
         """The file, open and locked."""
@@ -75,5 +93,6 @@ class Owner:
         self._path.unlink(missing_ok=True)  # before the lock ends, so that nobody else's is taken away
         self._file.close()
         self._file = None
+        _HERE.pop(self._path.parent.resolve(), None)
         if self._made and not any(self._path.parent.iterdir()):
             self._path.parent.rmdir()

@@ -39,7 +39,7 @@ def read_exportable(run: OpenedRun, needs: Sequence[str]) -> ExportableModel:
     config = run.config
     paths = _source_paths(config, needs)
     spec = build(config)
-    params = {k: np.asarray(v) for k, v in trained_parameters(run.checkpoints, spec, run.step).items()}
+    params = {k: np.asarray(v) for k, v in trained_parameters(run.reader, spec, run.step).items()}
     towers = _towers(spec, paths, params)
     tokenizers = {
         kind: make_tokenizer(config, part, spec.sizes)

@@ -42,6 +42,7 @@ class Request:
       mode: one of :data:`MODES`; None answers single prompts.
       texts: single prompts.  images: input images of the one single prompt.
       jsonl: file of records, each a prompt, or a story or dialogue of a mode.
+      allow_outside_images: whether image paths in it may lead out of its folder.
       seed: of the first sample; the others count up from it.  num_samples: answers to each prompt.
       batch_size: answers made together at most.
       template: how ``texts`` are put to the model: ``bare`` as a caption (stage 1), ``dialog`` as a user
@@ -54,6 +55,7 @@ class Request:
     texts: Sequence[str] = ()
     images: Sequence[str] = ()
     jsonl: str | None = None
+    allow_outside_images: bool = False
     seed: int = 0
     num_samples: int = 1
     batch_size: int = 4
@@ -124,7 +126,7 @@ def single_prompts(run: OpenedRun, request: Request) -> list[Prompt]:
     dialog = (request.template or default) == "dialog"
     style = run.spec.parts["backbone"].prompts
     prompts = [text_prompt(text, request.images, dialog=dialog, style=style) for text in request.texts]
-    prompts += file_prompts(request.jsonl) if request.jsonl else []
+    prompts += file_prompts(request.jsonl, request.allow_outside_images) if request.jsonl else []
     for image in {image for prompt in prompts for image in prompt.images}:
         load_image(image)
     return [
@@ -178,7 +180,7 @@ def load_conversations(request: Request) -> list[tuple[Conversation, list[Messag
     if not request.jsonl or request.texts or request.images:
         raise DataError(f"{mode} reads records: give --jsonl FILE, and neither --prompt nor --image")
     found = []
-    for name, record in read_records(request.jsonl):
+    for name, record in read_records(request.jsonl, request.allow_outside_images):
         turns = turns_of(record, Path(request.jsonl).expanduser().parent)
         if mode == "chat" and not any(turn.role == "user" for turn in turns):
             raise DataError(f"record {name!r} has no user turn to answer")

@@ -104,7 +104,7 @@ def _open_mmdialog(config: ConfigDict, sizes: Sizes, path: str | Path, training:
 
 def _open_jsonl(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
     rules, outside = _rules(config, training, "jsonl"), config.data.allow_outside_images
-    return JsonlSource(path, config.data.image_root, rules, strict=True, allow_outside_images=outside)
+    return JsonlSource(path, config.data.image_root, rules, allow_outside_images=outside)
 
 
 def _open_prepared(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:

@@ -38,6 +38,8 @@ from minigpt5_jax.weights.foreign.release import (
     WHOLE,
     Release,
     compare_rows,
+    first_of_both,
+    holds_both,
     is_whole,
     read_release,
     trained_of_whole,
@@ -81,10 +83,10 @@ def load_pretrained(
 
     Args:
       minigpt5: a released ``stage1.ckpt``; ``(stage1.ckpt, stage2.ckpt)``; each as Lightning wrote it, or
-        its tensors alone (a dictionary of PyTorch, or safetensors); a whole state dict of stage 1, which is
-        then the source of every tower that is not given, so that only ``tokenizer`` and
-        ``stable_diffusion`` (for ``tokenizer/`` and ``scheduler/``) are needed; a folder with checkpoints
-        of this package; None for untrained vokens and mapper.
+        its tensors alone (a dictionary of PyTorch, or safetensors); a whole state dict of either stage (that
+        of stage 2 stands for both), which is then the source of every tower that is not given, so that only
+        ``tokenizer`` and ``stable_diffusion`` (for ``tokenizer/`` and ``scheduler/``) are needed; a folder
+        with checkpoints of this package; None for untrained vokens and mapper.
       config: settings; by default those of the stage that the files are of.  A checkpoint folder brings
         its own.
       profile: code generation the weights fit, ``head`` or ``release_2023_10``.
@@ -115,7 +117,9 @@ def load_pretrained(
         return load_run(minigpt5, weights=given)
     stage1, stage2 = minigpt5 if isinstance(minigpt5, tuple) else (minigpt5, None)
     if stage1 is not None:
-        given = {**_towers_of_whole(stage1, base, given), **given}
+        stage2 = _second_of(stage1, stage2)
+        for path in filter(None, (stage2, stage1)):
+            given = {**_towers_of_whole(path, base, given), **given}
     config = default_config(stage2, profile) if config is None else config.copy_and_resolve_references()
     _leave_out_optional(config, given)
     config.weights.update(given)
@@ -128,13 +132,19 @@ def load_pretrained(
     return LoadedModel(config, spec, params, language_tokenizer(config, spec.sizes), 0)
 
 
-def _towers_of_whole(stage1: str | Path, config: ConfigDict, given: Mapping[str, str]) -> dict[str, str]:
+def _second_of(stage1: str | Path, stage2: str | Path | None) -> str | Path | None:
+    """The file of the second stage: a whole state dict that holds both stages is given as the first."""
+    both = stage2 is None and holds_both(open_weights(resolve(stage1), key="state_dict"))
+    return stage1 if both else stage2
+
+
+def _towers_of_whole(file: str | Path, config: ConfigDict, given: Mapping[str, str]) -> dict[str, str]:
     """The file itself as the source of every tower, if it is a whole state dict of the original.
 
     Raises:
       ConfigError: it is, and a tokenizer is not given, of which it holds none.
     """
-    path = resolve(stage1)
+    path = resolve(file)
     if not is_whole(open_weights(path, key="state_dict")):
         return {}
     missing = [
@@ -189,13 +199,18 @@ def import_release(
 
     Args:
       config: of the stage that the files are of.  stage1, stage2: ``.ckpt`` of the original; stage 2 lies
-        on top of stage 1.  rows: as in :func:`load_pretrained`.
+        on top of stage 1.  A whole state dict of stage 2 is both, given as either or as the only one.
+      rows: as in :func:`load_pretrained`.
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: as in :func:`load_pretrained`.
     """
+    stage2 = _second_of(stage1, stage2)
     files = [resolve(path) for path in (stage1, stage2) if path is not None]
-    sources = [trained_of_whole(open_weights(path, key="state_dict")) for path in files]
+    opened = [open_weights(path, key="state_dict") for path in files]
+    sources = [trained_of_whole(tensors) for tensors in opened]
+    if holds_both(opened[0]):
+        sources[0] = first_of_both(sources[0])
     both = (sources[0], sources[1] if stage2 is not None else None)
     check_sources(validate(config))
     spec = build(config)
@@ -220,7 +235,7 @@ def import_release(
     about = {str(path): _about(path) for path in files}
     steps = [values.get("global_step") for values in about.values()]
     step = max((number for number in steps if isinstance(number, int)), default=0)
-    if stage2 is not None:
+    if stage2 is not None and files[0] != files[1]:
         config.run.init_from = str(files[0])
     run = LoadedModel(config, spec, {**frozen, **params}, language_tokenizer(config, spec.sizes), step)
     return ImportedModel(run, dataclasses.replace(release, params=params), about)

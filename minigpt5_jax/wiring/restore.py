@@ -44,14 +44,19 @@ class OpenedRun:
     """A run whose configuration and abstract model are known; its weights are read by :meth:`load`.
 
     Attributes:
-      checkpoints: folder with the checkpoints.  step: which of them.  meta: what it says of the run.
+      reader: of the checkpoints.  step: which of them.  meta: what it says of the run.
       config: the run's configuration, with changed sources and settings.
     """
 
-    checkpoints: Path
+    reader: Checkpoints
     step: int
     meta: Mapping[str, Any]
     config: ConfigDict
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder with the checkpoints."""
+        return self.reader.directory
 
     @functools.cached_property
     def spec(self) -> ModelSpec:
@@ -86,7 +91,7 @@ class OpenedRun:
     @functools.cached_property
     def _loaded(self) -> LoadedModel:
         frozen = load_frozen(self.config, self.spec)
-        values = {**frozen, **trained_parameters(self.checkpoints, self.spec, self.step)}
+        values = {**frozen, **trained_parameters(self.reader, self.spec, self.step)}
         check_compatible(upgrade_meta(self.meta), describe(self.config, self.spec, values))
         return LoadedModel(self.config, self.spec, values, self.tokenizer, self.step)
 
@@ -127,7 +132,7 @@ def open_run(
         chosen = checkpoints.newest_readable() if step is None else step
         meta = checkpoints.meta(chosen)
     config = config_of(meta, weights)
-    return OpenedRun(checkpoints.directory, chosen, meta, override(config, inference or {}))
+    return OpenedRun(checkpoints, chosen, meta, override(config, inference or {}))
 
 
 def load_run(
@@ -232,17 +237,20 @@ def upgrade_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_parameters(
-    path: str | Path, spec: ModelSpec, step: int | None = None, shardings: Mapping[str, Any] | None = None
+    checkpoints: Checkpoints,
+    spec: ModelSpec,
+    step: int | None = None,
+    shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, jax.Array]:
     """Everything the run of ``spec`` changed or inherited.
 
     Args:
-      path: workdir or checkpoints.  step: which checkpoint; by default the newest that can be read.
+      checkpoints: of the run; closed when it returns.
+      step: which of them; by default the newest that can be read.
       shardings: path -> where it goes; the first local device for paths that are not named.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with contextlib.closing(open_checkpoints(path)) as checkpoints:
-        step = checkpoints.newest_readable() if step is None else step
+    with contextlib.closing(checkpoints):
         own = checkpoints.paths("inherited", step)  # may hold pretrained parameters in a form of its own
         like: dict[str, dict[str, jax.ShapeDtypeStruct]] = {"trainable": {}}
         for name, shape in spec.template.shapes.items():
@@ -270,7 +278,7 @@ def open_parent_run(config: ConfigDict, spec: ModelSpec) -> tuple[Mapping[str, A
     """
     path = config.run.init_from
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
-        meta = checkpoints.meta(checkpoints.newest_readable())
+        meta = checkpoints.meta()
     known = meta["config"]["weights"]
     given = {name: value for name, value in config.weights.items() if value and name in known}
     parent = build(config_of(meta, given))
@@ -312,7 +320,7 @@ def warm_start(
         something that this model lacks or has in another shape.
     """
     path, (meta, parent) = config.run.init_from, open_parent_run(config, spec)
-    trained = trained_parameters(path, parent, shardings=shardings)
+    trained = trained_parameters(open_checkpoints(path), parent, shardings=shardings)
     kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
     hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
     before = {

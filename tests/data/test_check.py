@@ -280,10 +280,9 @@ def test_jsonl_of_ones_own(tmp_path):
     path.write_text("\n".join([*map(json.dumps, lines), '{"caption": "cut', "[1]"]))
     found = check(path)
     problems = listed(found)
-    assert found.format == "jsonl" and found.samples == 3
+    assert found.format == "jsonl" and found.samples == 2
     wanted = [
-        (2, "id 'one' is that of"),
-        (2, "b.jpg"),
+        (2, "id 'one' was used in line 1 already"),
         (3, "lacks image"),
         (4, "text contains ###"),
         (5, "no assistant turn"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import pickle
 import re
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.prepare.builders.units import Raw
 from minigpt5_jax.data.prepare.check import check
 from minigpt5_jax.data.samples import records
 from minigpt5_jax.data.samples.pairs import PairRules
@@ -250,7 +251,7 @@ def test_images_outside_of_their_folder_are_refused_unless_allowed(tmp_path):
     lines = [json.dumps({"caption": "a", "image": name}) for name in names]
     own = write_jsonl(tmp_path / "in", lines)
     refused = {3: "leads out of the image folder", 4: "leads out of", 5: "is a URL.*img2dataset"}
-    for open_source in (Cc3mSource, functools.partial(JsonlSource, strict=False)):
+    for open_source in (Cc3mSource, JsonlSource):
         path = table if open_source is Cc3mSource else own
         rules = PairRules(training=False) if open_source is Cc3mSource else RecordRules()
         closed, opened = (open_source(path, rules=rules, allow_outside_images=a) for a in (False, True))
@@ -336,8 +337,8 @@ def test_a_record_that_ends_in_a_user_turn_is_a_prompt(tmp_path):
     source, images = records.prompt_of(record, 1, tmp_path)
     assert source.startswith(prompts.DIALOG_SYSTEM + " ###Human: We left. <Img>")
     assert source.endswith("And then? ###Assistant:") and images == (str(tmp_path / "1.jpg"),)
-    with pytest.raises(DataError, match="no assistant turn"):
-        JsonlSource(write_jsonl(tmp_path, [{"turns": STORY["turns"][:1]}]))
+    with pytest.raises(SampleError, match="no assistant turn"):
+        JsonlSource(write_jsonl(tmp_path, [{"turns": STORY["turns"][:1]}]))[0]
 
 
 def turns(*contents):
@@ -375,25 +376,34 @@ BROKEN = [
 @pytest.mark.parametrize("item, reason", BROKEN)
 def test_jsonl_lines_that_are_wrong(tmp_path, item, reason):
     path = write_jsonl(tmp_path, [PAIR, item])
-    with pytest.raises(DataError, match=rf"(?s)1 of 2 lines of .*own\.jsonl:2: .*{reason}"):
-        JsonlSource(path)
-    lenient = JsonlSource(path, strict=False)
-    assert len(lenient) == 2 and lenient[0].caption == "a red fox"
-    assert "1 lines unusable" in lenient.describe()
-    with pytest.raises(SampleError, match=reason):
-        lenient[1]
+    source = JsonlSource(path)
+    assert len(source) == 2 and source[0].caption == "a red fox"
+    assert "1 lines unusable" in source.describe()
+    with pytest.raises(SampleError, match=rf"own\.jsonl:2: .*{reason}"):
+        source[1]
 
 
 def test_jsonl_files_that_are_wrong(tmp_path):
     with pytest.raises(DataError, match="not found"):
         JsonlSource(tmp_path / "none.jsonl")
-    path = write_jsonl(tmp_path, [{**PAIR, "id": "x"}, PAIR, {**PAIR, "id": "x"}])
-    with pytest.raises(DataError, match=r"own\.jsonl:3: id 'x' was used in line 1 already"):
-        JsonlSource(path)
-    path = write_jsonl(tmp_path, ['{"'] * 9)
-    with pytest.raises(DataError, match="9 of 9 lines") as caught:
-        JsonlSource(path)
-    assert str(caught.value).count("no valid JSON") == JsonlSource.SHOWN
+    (tmp_path / "own.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="data file is empty"):
+        JsonlSource(tmp_path / "own.jsonl")
+
+
+def test_an_id_that_is_repeated_is_one_unusable_sample(tmp_path):
+    """As `prepare check` and `prepare jsonl` count it, and within the error budget."""
+    Image.new("RGB", (8, 8)).save(tmp_path / PAIR["image"])
+    path = write_jsonl(tmp_path, [{**PAIR, "id": "x"}, PAIR, {**PAIR, "id": "x"}, {**PAIR, "id": "y"}])
+    source, said = JsonlSource(path), "id 'x' was used in line 1 already"
+    assert len(source) == 4 and [source[index].item_id for index in (0, 1, 3)] == ["x", "own_2", "y"]
+    with pytest.raises(SampleError, match=rf"own\.jsonl:3: {said}"):
+        source[2]
+    units = Raw("jsonl", str(path)).open()
+    with pytest.raises(SampleError, match=rf"own\.jsonl:3: {said}"):
+        units[2]
+    found = check(path)
+    assert [str(problem) for problem in found.problems] == [f"{path}:3: {said}"] and found.samples == 3
 
 
 def test_jsonl_fingerprint(tmp_path):

@@ -52,6 +52,21 @@ def test_records_become_prompts(tmp_path):
         file_prompts(file)
 
 
+def test_image_paths_of_a_file_stay_in_its_folder(tmp_path):
+    file = tmp_path / "in/prompts.jsonl"
+    file.parent.mkdir()
+    look = {"role": "user", "content": [{"type": "image", "path": "../a.png"}]}
+    file.write_text(json.dumps({"turns": [look]}))
+    with pytest.raises(
+        DataError, match=r"prompts.jsonl:1: .*leads out of .*allow it: --allow_outside_images"
+    ):
+        file_prompts(file)
+    (prompt,) = file_prompts(file, allow_outside_images=True)
+    assert prompt.images == (f"{tmp_path}/in/../a.png",)
+    file.write_text(json.dumps({"caption": "A dog.", "image": "../a.png"}))
+    assert file_prompts(file)[0].images == (), "what a pair would draw is not read"
+
+
 def test_lines_are_read_as_training_reads_them(tmp_path):
     """U+2028 and U+0085 in a string, a byte order mark, CR LF; what is not UTF-8 is one clear error."""
     file, captions = tmp_path / "prompts.jsonl", ("a red\u2028square", "a red\x85square")

@@ -262,6 +262,19 @@ def test_every_reader_takes_the_newest_step_that_can_be_read(tmp_path, caplog, d
     assert Checkpoints(tmp_path).restore(weights(0.0), step=2)[0]["trainable"]["a"][0, 0] == 7
 
 
+def test_parameters_that_were_tried_are_not_read_again(tmp_path, monkeypatch):
+    two_steps(tmp_path)
+    checkpoints, reads = Checkpoints(tmp_path, read_only=True), []
+    manager = type(checkpoints._manager)
+    restore = manager.restore
+    monkeypatch.setattr(manager, "restore", lambda *a, **b: reads.append(1) or restore(*a, **b))
+    step = checkpoints.newest_readable()
+    checkpoints.close()  # as open_run does; loading opens it again
+    for count in (1, 2):
+        assert checkpoints.restore(weights(0.0), step)[0]["trainable"]["a"][0, 0] == step == 2
+        assert len(reads) == count, "kept for one reader"
+
+
 def test_a_damaged_step_does_not_push_out_one_that_can_be_read(tmp_path):
     (two_steps(tmp_path) / "meta/metadata").write_bytes(b"")
     checkpoints = Checkpoints(tmp_path, keep_latest=2, keep_best=0)

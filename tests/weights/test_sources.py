@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import original
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 from minigpt5_jax.models.clip_text.model import ClipTextConfig
 from minigpt5_jax.models.eva_vit import weights as eva_vit
 from minigpt5_jax.models.llama import weights as llama
@@ -20,6 +23,7 @@ from minigpt5_jax.models.vae.model import VaeConfig
 from minigpt5_jax.parts.contracts import ConvertOptions
 from minigpt5_jax.weights import check as importer
 from minigpt5_jax.weights.foreign import ldm, rewrite
+from minigpt5_jax.weights.foreign.llama_tokenizer import BYTES, CONTROL, NORMALIZER, model_of_json
 from minigpt5_jax.weights.foreign.rewrite import TOWERS
 from minigpt5_jax.weights.formats.load import WeightFileError, load_tower, open_weights
 from minigpt5_jax.weights.table import WeightTableError
@@ -231,6 +235,71 @@ def test_a_pad_row_that_the_tokenizer_names_stays(files, llama_folder, tmp_path)
     (llama_folder / "added_tokens.json").write_text('{"[PAD]": 1000}')
     coverage = rewrite.write_llm(with_pad_row(files["llm"]), llama_folder, tmp_path / "out")
     assert coverage.notes == () and open_weights(tmp_path / "out")[llama.EMBED].shape[0] == 1001
+
+
+ODD = [
+    "", " ", "   ", "\n\n", "a", " a", "a ", "  two  spaces  ", "\ttab\t", "▁", "▁▁a", " ▁ ", "don't",
+    "Ünïcödé", "e\u0301 é", "ﬁ ﬂ ² ½", "日本語のテスト", "🙂👩‍👩‍👧", "\x00\x01",
+    "\u200b\ufeff", "\r\n line\r",
+    "<s> </s> <unk> <0x41>", "<s>a</s>", "###Human: <Img>[IMG0][IMG1]</Img> ###", "<ImageHere> a", "(x)LL",
+    "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7] ###", "123456 1,000.5", "a" * 300, " " * 40 + "b",
+    "the the the thethe", "mixed 漢字 and words\u00a0end",
+]  # fmt: skip
+
+
+def test_a_tokenizer_model_is_made_of_tokenizer_json(files, llama_folder, tmp_path):
+    """The file is all that newer versions of transformers write; the ids are those of sentencepiece."""
+    import transformers
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    model = messages.ModelProto.FromString((llama_folder / "tokenizer.model").read_bytes())
+    for number, piece in enumerate(model.pieces):  # the oracle's has two pieces exchanged, LLaMA's has not
+        piece.score = min(0.0, 259.0 - number)
+    (llama_folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (llama_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    transformers.LlamaTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path / "new")
+    theirs = (llama_folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    shutil.copy(tmp_path / "new/tokenizer.json", llama_folder)
+    with pytest.raises(DataError, match="convert llm .*vicuna --output NEW` make it of tokenizer.json"):
+        LlamaTokenizer(llama_folder / "tokenizer.model")
+    coverage = rewrite.write_llm(with_pad_row(files["llm"]), llama_folder, tmp_path / "out")
+    assert coverage.notes == ("rows 1000 to 1000 are left out: the tokenizer has 1000 entries",)
+    ours, theirs = LlamaTokenizer(tmp_path / "out/tokenizer.model"), LlamaTokenizer(theirs)
+    for text in [*ODD, *Path(rewrite.__file__).read_text().splitlines(), Path(__file__).read_text()]:
+        assert ours.encode(text) == theirs.encode(text), text
+        assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)), text
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        ids = random.integers(0, len(theirs), 12)
+        assert ours.decode(ids) == theirs.decode(ids)
+        text = "".join(map(chr, random.choice([*range(32, 127), 0x2581, 0xE9, 0x4E2D], 20)))
+        assert ours.encode(text) == theirs.encode(text), text
+    assert (ours.eos_id, ours.vocab_size) == (theirs.eos_id, theirs.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda values: values.update(normalizer={"type": "NFKC"}), "changes its text"),
+        (lambda values: values["model"]["merges"].reverse(), "merges in another order"),
+        (lambda values: values["model"].update(byte_fallback=False), "is no BPE with bytes"),
+        (lambda values: values["model"]["vocab"].update(more=9999), "has gaps in its ids"),
+        (lambda values: values["model"]["vocab"].update({"<s>": 2, "</s>": 1}), "has other pieces first"),
+        (lambda values: values.pop("model"), "is no tokenizer.json of LLaMA"),
+    ],
+)
+def test_the_tokenizer_json_of_another_model(tmp_path, change, message):
+    vocab = {piece: number for number, piece in enumerate([*CONTROL, *BYTES, "▁a", "▁ab", "a", "b", "▁"])}
+    model = {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": ["▁ a", "▁a b"]}
+    values = {"normalizer": NORMALIZER, "model": model}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    assert model_of_json(path)
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(WeightFileError, match=message):
+        model_of_json(path)
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer.json", "tokenizer_config.json"])

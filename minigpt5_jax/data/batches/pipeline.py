@@ -7,10 +7,15 @@ same run continues on another number of processes, and its state is one number, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import multiprocessing
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import grain
@@ -35,6 +40,7 @@ from minigpt5_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
+CLOSING_SECONDS = 5.0  # that worker processes have to end by themselves
 SHARED_MEMORY_BYTES = 2**20  # arrays from this size on leave a worker in shared memory, others by pipe
 
 
@@ -139,6 +145,7 @@ class Loader:
         self.truncated = 0
         self._step = 0
         self._batches = None
+        self._others: list[BaseProcess] = []
 
     @property
     def largest(self) -> BatchSpec:
@@ -163,9 +170,17 @@ class Loader:
 
     def close(self) -> None:
         """Ends worker processes and threads; the next batch starts them again."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        if self._batches is None:
+            return
+        # grain waits for what a worker is making, without end where a file does not answer, and for what a
+        # killed one has written in part: by a thread, which is left behind then.
+        closing = threading.Thread(target=self._batches.close, daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
+        if closing.is_alive():
+            _kill_workers(self._others)
+            closing.join(CLOSING_SECONDS)
+        self._batches = None
 
     def _open(self) -> grain.DatasetIterator:
         stop = sys.maxsize if self.num_steps is None else self.num_steps
@@ -180,7 +195,12 @@ class Loader:
             workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=buffer)
             options = grain.experimental.DatasetOptions(min_shm_size=SHARED_MEMORY_BYTES)
             read = grain.experimental.WithOptionsIterDataset(steps.to_iter_dataset(here), options)
-            return iter(read.mp_prefetch(workers))
+            batches = iter(read.mp_prefetch(workers))
+            batches.get_state()  # makes the iterators of the workers, which are started here
+            self._others = multiprocessing.active_children()
+            with _signals_held():
+                batches.start_prefetch()
+            return batches
         threads = grain.ReadOptions(num_threads=min(1, self._prefetch), prefetch_buffer_size=self._prefetch)
         return iter(steps.to_iter_dataset(threads))
 
@@ -221,6 +241,27 @@ class Loader:
                 "raise data.error_budget, a share below 1 or a count: --config.data.error_budget="
                 f"{2 * len(self._skips)}"
             )
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes that start inside never get SIGINT and SIGTERM, whenever these come.
+
+    Both reach all processes of a terminal or a job: the trainer takes note of them, saves, and then ends its
+    workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_workers(others: Sequence[BaseProcess]) -> None:
+    """Kill grain's processes, which its threads have started, but for those that were there before."""
+    for process in multiprocessing.active_children():
+        if process not in others and process.name.startswith("grain-process-prefetch"):
+            process.kill()
 
 
 def _check_sizes(

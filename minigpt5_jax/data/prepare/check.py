@@ -27,7 +27,11 @@ from minigpt5_jax.data.text.tokenizer import LanguageTokenizer
 BATCH = 512  # images handed to the processes at a time
 MANY = 1000  # images from which on processes are worth their start
 SHOWN_SIZES = 5
-NAMES = {"cc3m_tar": "rows", "vist": "stories", "prepared": "records"}  # of entries, others are lines
+NAMES = {
+    "cc3m_tar": "samples of tar shards",
+    "vist": "stories",
+    "prepared": "records",
+}  # of entries, others are lines
 
 
 @dataclasses.dataclass
@@ -74,7 +78,7 @@ class Findings:
         more = f", {len(self.sizes) - SHOWN_SIZES:,} other sizes" if len(self.sizes) > SHOWN_SIZES else ""
         lines = [
             f"format: {self.format}{guessed}",
-            f"read: {self.entries:,} {name}, {self.samples:,} samples, {self.images:,} images",
+            f"read: {self.entries:,} {name}, {self.samples:,} training samples, {self.images:,} images",
             f"images decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
         ]
         if self.lengths:

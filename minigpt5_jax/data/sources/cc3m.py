@@ -12,9 +12,10 @@ import numpy as np
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines
+from minigpt5_jax.data.paths import FETCH, image_folder, is_url
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
-from minigpt5_jax.data.sources.base import FETCH, Source, check_index, image_folder, is_url
+from minigpt5_jax.data.sources.base import Source, check_index
 
 
 class PairSource(Source):

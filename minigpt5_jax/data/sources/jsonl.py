@@ -7,35 +7,37 @@ from pathlib import Path
 
 import numpy as np
 
-from minigpt5_jax.data.errors import DataError, SampleError
+from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.lines import TextLines, check_jsonl
+from minigpt5_jax.data.paths import image_folder
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.records import Record, RecordRules, parse_record
-from minigpt5_jax.data.sources.base import Source, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index
+
+
+def repeated_id(name: str, where: str, first: int) -> SampleError:
+    """What is wrong with a record whose id the one in line ``first`` has."""
+    return SampleError(where, f"id {name!r} was used in line {first} already")
 
 
 class JsonlSource(Source):
     """Users' pairs, stories and dialogues, one JSON object a line (:mod:`minigpt5_jax.data.samples.records`).
 
-    Every assistant turn is a sample: the turns before it are read, it is written.
+    Every assistant turn is a sample: the turns before it are read, it is written.  A line that breaks the
+    schema, or that repeats an id, counts as one sample that cannot be fetched.
 
     Args:
       path: the file.
       image_root: folder that image paths are relative to; default: the file's folder.
       rules: how its records become samples.
-      strict: raise on lines that break the schema, naming the first of them; False keeps such a line
-        as a sample that cannot be fetched, which the pipeline counts against its budget.
       allow_outside_images: whether image paths may lead out of their folder.
 
     Attributes:
       lines: of the file.
 
     Raises:
-      DataError: the file or the folder is missing, not UTF-8 or empty, an id occurs twice, or (strict)
-        a line breaks the schema.
+      DataError: the file or the folder is missing, not UTF-8 or empty.
     """
-
-    SHOWN = 5
 
     def __init__(
         self,
@@ -43,33 +45,27 @@ class JsonlSource(Source):
         image_root: str | Path | None = None,
         rules: RecordRules = RecordRules(),
         *,
-        strict: bool = True,
         allow_outside_images: bool = False,
     ):
         self.lines = TextLines(path)
         check_jsonl(self.lines.path, self.lines[0])
         self._images, self._rules = image_folder(path, image_root, allow_outside_images), rules
-        lines, turns, bad, ids = [], [], [], {}
+        lines, turns, self._bad = [], [], 0
+        self._repeats: dict[int, int] = {}
+        ids: dict[str, int] = {}
         for line in range(len(self.lines)):
             try:
                 record = self.record(line)
-            except SampleError as error:
-                bad.append(error)
-                lines.append(line)
-                turns.append(-1)
-                continue
-            if record.id is not None and ids.setdefault(record.id, line) != line:
-                first = self.lines.number(ids[record.id])
-                raise DataError(
-                    f"{self.lines.where(line)}: id {record.id!r} was used in line {first} already"
-                )
-            for turn in record.answers():
-                lines.append(line)
-                turns.append(turn)
-        if bad and strict:
-            shown = "\n  ".join(map(str, bad[: self.SHOWN]))
-            raise DataError(f"{len(bad)} of {len(self.lines)} lines of {path} are unusable:\n  {shown}")
-        self._bad = len(bad)
+                if record.id is not None and ids.setdefault(record.id, line) != line:
+                    self._repeats[line] = ids[record.id]
+                    self.record(line)
+            except SampleError:
+                answers = [-1]
+                self._bad += 1
+            else:
+                answers = record.answers()
+            lines.extend([line] * len(answers))
+            turns.extend(answers)
         self._sample_line, self._sample_turn = np.asarray(lines, np.int64), np.asarray(turns, np.int32)
 
     def __len__(self) -> int:
@@ -81,8 +77,10 @@ class JsonlSource(Source):
         return len(self.lines)
 
     def record(self, line: int) -> Record:
-        """A record as it is written; SampleError for one that breaks the schema or has no answer."""
+        """A record as it is written; SampleError: it breaks the schema, has no answer or repeats an id."""
         record = parse_record(self.lines[line], self.lines.where(line))
+        if line in self._repeats:
+            raise repeated_id(record.id, self.lines.where(line), self.lines.number(self._repeats[line]))
         if not record.answers():
             raise SampleError(self.lines.where(line), "no assistant turn, so nothing to learn from")
         for image in (image for turn in record.turns for image in turn.images()):

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines, check_jsonl
+from minigpt5_jax.data.paths import image_folder
 from minigpt5_jax.data.samples.dialogs import Dialog, DialogRules, DialogTurn, Remark
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields
-from minigpt5_jax.data.sources.base import Source, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index
 
 logger = logging.getLogger(__name__)
 

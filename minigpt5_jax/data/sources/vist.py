@@ -14,10 +14,11 @@ from jaxtyping import Int64
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import BOM, check_utf8
+from minigpt5_jax.data.paths import ImageFolder, image_folder
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields, RepeatedKeyError, unique_keys
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
-from minigpt5_jax.data.sources.base import ImageFolder, Source, check_index, image_folder
+from minigpt5_jax.data.sources.base import Source, check_index
 
 STEPS = 5  # of a story as VIST was published
 

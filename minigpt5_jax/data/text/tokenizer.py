@@ -116,8 +116,9 @@ class LlamaTokenizer:
         path = Path(model_file)
         if not path.exists() and path.with_name("tokenizer.json").is_file():
             raise DataError(
-                f"{path} is not there, only tokenizer.json, which newer versions of transformers write; its "
-                "rules give other ids (Q22): put tokenizer.model of the same model beside it"
+                f"{path} is not there, only tokenizer.json, which newer versions of transformers write and "
+                "whose rules give other ids (Q22): put tokenizer.model of the same model beside it, or let "
+                f"`python -m minigpt5_jax.convert llm {path.parent} --output NEW` make it of tokenizer.json"
             )
         data = _read(path, "sentencepiece model")
         try:

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.paths import image_folder
 from minigpt5_jax.data.samples.stories import CONTEXTS, Step, Story, StoryRules
-from minigpt5_jax.data.sources.base import image_folder
 from minigpt5_jax.data.sources.vist import mapping_path, parse_story
 from minigpt5_jax.data.text.prompts import STORY_PROMPTS
 from minigpt5_jax.evaluation.shapes import counts

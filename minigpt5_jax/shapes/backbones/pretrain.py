@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
-from ml_collections import ConfigDict, config_flags
+from absl import app, flags
+from ml_collections import ConfigDict
 
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -32,7 +32,6 @@ from minigpt5_jax.models.vae.model import AutoencoderKL
 from minigpt5_jax.shapes import files
 from minigpt5_jax.shapes.backbones import describe, evaluate, train_llama, train_text, train_unet, train_vae
 from minigpt5_jax.shapes.backbones import train_vision as vision_part
-from minigpt5_jax.shapes.backbones.fit import FitError
 from minigpt5_jax.shapes.backbones.llama_data import Histories
 from minigpt5_jax.shapes.backbones.tokenizers import write_clip_tokenizer, write_llama_tokenizer
 
@@ -180,15 +179,16 @@ def record(assets: Path, part: str, result: Result) -> None:
 
 
 def parts_of(asked: str) -> list[str]:
-    """The parts of a comma-separated list, in the order they need each other; ValueError for others."""
+    """The parts of a comma-separated list, in the order they need each other; DataError for others."""
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if unknown := [name for name in names if name not in PARTS]:
-        raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+        raise DataError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     return [name for name in PARTS if name in names]
 
 
 def train(config: ConfigDict) -> None:
     """Train the parts asked for, one after the other."""
+    parts = parts_of(config.parts)
     job = Job(
         Path(config.out or files.ASSETS).expanduser(),
         Path(config.work).expanduser(),
@@ -198,7 +198,7 @@ def train(config: ConfigDict) -> None:
     )
     jax.config.update("jax_compilation_cache_dir", str(job.work / "xla"))
     command = "python -m minigpt5_jax.shapes.backbones.pretrain " + " ".join(sys.argv[1:])
-    for part in parts_of(config.parts):
+    for part in parts:
         result = PARTS[part](job)
         steps = {name: value for name, value in job.steps.items() if name.startswith(part)}
         made = {"command": command, "seed": job.seed, "revision": revision(), "steps": steps, **result}
@@ -207,20 +207,11 @@ def train(config: ConfigDict) -> None:
 
 
 def main() -> None:
-    """The command; its --config is another one than that of runs (:mod:`minigpt5_jax.cli`)."""
-    config = config_flags.DEFINE_config_file("config", "configs/shapes_backbones.py", "Sizes of the run.")
+    """The command; its --config is another one than that of runs."""
+    from minigpt5_jax import cli  # defines flags, which who imports this module need not have
 
-    def run(_: list[str]) -> None:
-        try:
-            parts_of(config.value.parts)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from None
-        try:
-            train(config.value)
-        except (FitError, DataError, OSError) as error:  # a checkpoint, a part that is needed, a folder
-            raise SystemExit(f"error: {error}") from None
-
-    app.run(run)
+    flags.FLAGS.set_default("config", "configs/shapes_backbones.py")
+    app.run(lambda _: cli.guarded(lambda: train(cli.CONFIG.value)))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,21 @@ def unwrap(key: str) -> str:
     return LLAMA_PREFIX + found[1] + found[2] if found else key
 
 
+def base_name(key: str) -> str:
+    """Name below :data:`LLAMA_PREFIX` that a frozen tensor of the language model had before PEFT wrapped it.
+
+    Its linear layers became ``base_layer`` in later versions of PEFT, and the tables ``original_module``.
+    """
+    inner = key.removeprefix(LLAMA_PREFIX).removeprefix(_PEFT)
+    return inner.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def is_second(key: str) -> bool:
+    """Whether a tensor is of a second stage: a factor of LoRA, a table that PEFT trains, or of a prefix."""
+    tuned = key.startswith(LLAMA_PREFIX + _PEFT) and (".lora_" in key or ".modules_to_save." in key)
+    return tuned or key.startswith("model.prefix_encoder.")
+
+
 def trained_to_source(
     params: Mapping[str, np.ndarray], embedding: np.ndarray, head: np.ndarray
 ) -> dict[str, np.ndarray]:

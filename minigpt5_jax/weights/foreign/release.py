@@ -15,7 +15,14 @@ import numpy as np
 
 from minigpt5_jax.models.llama import weights as llama
 from minigpt5_jax.weights.check import Coverage, check_tensors
-from minigpt5_jax.weights.foreign.minigpt5 import LLAMA_PREFIX, LLM, TRAINED_TABLE, unwrap
+from minigpt5_jax.weights.foreign.minigpt5 import (
+    LLAMA_PREFIX,
+    LLM,
+    TRAINED_TABLE,
+    base_name,
+    is_second,
+    unwrap,
+)
 from minigpt5_jax.weights.table import LINEAR, Rule, Table, WeightTableError
 from minigpt5_jax.weights.view import Tensors, View, made, replaced
 
@@ -59,7 +66,7 @@ WHOLE: Mapping[str, Mapping[str, str]] = {
 
 
 def is_whole(source: Tensors) -> bool:
-    """Whether this is a whole state dict of the original's stage-1 model, frozen towers among it."""
+    """Whether this is a whole state dict of the original's model, of either stage, frozen towers among it."""
     return any(key.startswith("unet.") for key in source) and any(
         key.startswith("model.llama_model.") for key in source
     )
@@ -80,6 +87,8 @@ def tower_of_whole(name: str, source: Tensors, num_new: int = 9) -> Tensors:
         for key in source
         if key.startswith(old)
     }
+    if name == "llm":  # in a second stage as PEFT has wrapped it, with what it trains beside
+        keys = {base_name(key): key for key in keys.values() if not is_second(key)}
     part = View(source, {short: lambda key=key: source[key] for short, key in keys.items()})
     if name != "llm":
         return part
@@ -95,11 +104,22 @@ def trained_of_whole(source: Tensors) -> Tensors:
     if not is_whole(source):
         return source
     tables = {LLAMA_PREFIX + key for key in TABLES}
-    trained = [key for key in source if key in tables or TRAINED_TABLE.resolve(key) is not None]
+    trained = [key for key in source if unwrap(key) in tables or TRAINED_TABLE.resolve(key) is not None]
     frozen = tuple(old for prefixes in WHOLE.values() for old in prefixes)
     if other := sorted(key for key in set(source) - set(trained) if not key.startswith(frozen)):
         raise WeightTableError(f"{getattr(source, 'path', 'the file')}: {other[0]!r} belongs to no part")
     return made(source, trained, source.__getitem__)
+
+
+def holds_both(source: Tensors) -> bool:
+    """Whether this is a whole state dict of a second stage, which holds what the first trained as well."""
+    return is_whole(source) and any(map(is_second, source))
+
+
+def first_of_both(source: Tensors) -> Tensors:
+    """What a file of the first stage would hold, of what a second stage's whole state dict trained."""
+    keys = {unwrap(key): key for key in source if unwrap(key) != key or not is_second(key)}
+    return View(source, {plain: lambda key=key: source[key] for plain, key in keys.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,17 +230,13 @@ def compare_rows(
 
 def _check_stages(stage1: Tensors, stage2: Tensors | None) -> None:
     """The files are what they are given as."""
-
-    def is_second(keys: Tensors) -> bool:
-        return any(key.startswith((f"{LLAMA_PREFIX}base_model.", "model.prefix_encoder.")) for key in keys)
-
-    if is_second(stage1):
+    if any(map(is_second, stage1)):
         given = "" if stage2 is None else "; the two files seem to be swapped"
         raise WeightTableError(
             "the stage-1 file is a stage-2 file (it has LoRA or prefix tensors): give it as --stage2, and "
             f"with it the stage-1 file it started from, which holds fc and t2i_decoder_prompt{given}"
         )
-    if stage2 is not None and not is_second(stage2):
+    if stage2 is not None and not any(map(is_second, stage2)):
         raise WeightTableError(
             "the stage-2 file has neither LoRA nor prefix tensors: it is a stage-1 file, or another model's"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,14 +27,15 @@ from minigpt5_jax.models.vae.weights import TOWER as VAE
 from minigpt5_jax.weights.check import COVERAGE_FILE, Coverage, differing, examine, with_cause
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.foreign import ldm
+from minigpt5_jax.weights.foreign.llama_tokenizer import model_of_json
 from minigpt5_jax.weights.formats.files import read_json, read_small, why_missing
 from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 from minigpt5_jax.weights.table import Table, WeightTableError
 from minigpt5_jax.weights.view import Tensors, made, rename, replaced
 
+TOKENIZER = "tokenizer.model"
 LLAMA_FILES = (
-    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -197,6 +199,8 @@ def describe(tower: Tower, sizes: Any) -> dict[str, Any]:
 def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = False) -> Coverage:
     """A LLaMA folder: weights, configuration and tokenizer.
 
+    Where there is ``tokenizer.json`` alone, ``tokenizer.model`` is made of it.
+
     Args:
       source: tensors of ``folder``.  output: folder to fill.
       keep_rows: keep rows that the tokenizer has no entry for.  By default they are left out, such as
@@ -205,7 +209,8 @@ def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = 
     Raises:
       WeightFileError: no ``config.json`` or ``tokenizer.model``, or one of another generation.
     """
-    for name in ("config.json", "tokenizer.model"):
+    made = not os.path.lexists(folder / TOKENIZER) and (folder / "tokenizer.json").is_file()
+    for name in ("config.json", "tokenizer.json" if made else TOKENIZER):
         if not (folder / name).is_file():
             raise WeightFileError(
                 f"{folder} has no {name} ({why_missing(folder / name)}); fetch it with the weights"
@@ -218,7 +223,8 @@ def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = 
         raise WeightTableError(
             with_cause(f"{folder}: {llama.EMBED!r} is missing", "llm", llama.TOWER, source, TOWERS)
         )
-    rows, entries = source[llama.EMBED].shape[0], tokenizer_entries(folder)
+    tokenizer = model_of_json(folder / "tokenizer.json") if made else read_small(folder / TOKENIZER)
+    rows, entries = source[llama.EMBED].shape[0], tokenizer_entries(folder, tokenizer)
     if rows < entries:
         raise WeightTableError(f"{folder}: {rows} rows, but the tokenizer has {entries} entries")
     if rows > entries and not keep_rows:
@@ -232,22 +238,27 @@ def write_llm(source: Tensors, folder: Path, output: Path, *, keep_rows: bool = 
     for name in LLAMA_FILES:
         if (folder / name).is_file():
             shutil.copy(folder / name, output / name)
+    (output / TOKENIZER).write_bytes(tokenizer)
     return coverage
 
 
-def tokenizer_entries(folder: Path) -> int:
+def tokenizer_entries(folder: Path, model: bytes) -> int:
     """Entries of a LLaMA tokenizer: its pieces, and what ``added_tokens.json`` puts behind them.
+
+    Args:
+      folder: of the tokenizer.  model: content of its ``tokenizer.model``.
 
     Raises:
       WeightFileError: a file is not what its name says.
     """
     import sentencepiece
 
-    added = folder / "added_tokens.json"
+    added, whole = folder / "added_tokens.json", folder / "tokenizer.json"
     try:
-        more = read_json(added).values() if added.is_file() else ()
-        proto = read_small(folder / "tokenizer.model")
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        more = list(read_json(added).values()) if added.is_file() else []
+        if not (folder / TOKENIZER).exists():
+            more += [token["id"] for token in read_json(whole).get("added_tokens", ())]
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         return max([pieces.vocab_size(), *(number + 1 for number in more)])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise WeightFileError(f"{folder}: its tokenizer cannot be read ({error}); fetch it again") from None

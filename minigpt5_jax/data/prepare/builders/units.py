@@ -185,9 +185,7 @@ class JsonlUnits(Units):
 
     def __init__(self, raw: Raw):
         self._root = raw.root()
-        source = JsonlSource(
-            raw.path, raw.image_root, strict=False, allow_outside_images=raw.allow_outside_images
-        )
+        source = JsonlSource(raw.path, raw.image_root, allow_outside_images=raw.allow_outside_images)
         super().__init__(source, source.fingerprint())
 
     def __getitem__(self, index: int) -> Unit:

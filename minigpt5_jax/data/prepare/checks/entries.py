@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.images import ImageSource
-from minigpt5_jax.data.sources.base import ImageFolder
+from minigpt5_jax.data.paths import ImageFolder
 
 Texts = list[tuple[str, str]]
 

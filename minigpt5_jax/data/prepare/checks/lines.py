@@ -12,6 +12,7 @@ from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import Pair, PairRules
 from minigpt5_jax.data.samples.records import RecordRules, parse_record
 from minigpt5_jax.data.sources.cc3m import header_hint, read_row, split_row
+from minigpt5_jax.data.sources.jsonl import repeated_id
 from minigpt5_jax.data.sources.mmdialog import parse_dialog
 
 
@@ -67,12 +68,13 @@ class Records:
     """The user's own JSONL, line by line."""
 
     def __init__(self, path: Path, options: Options):
-        self._folder, self._ids, self._rules = options.folder(path), {}, RecordRules()
+        self._folder, self._rules = options.folder(path), RecordRules()
+        self._ids: dict[str, str] = {}
 
     def __call__(self, line: str, entry: Entry) -> None:
-        record = parse_record(line, entry.where)
-        if record.id is not None and self._ids.setdefault(record.id, entry.where) != entry.where:
-            entry.problems.append(f"id {record.id!r} is that of {self._ids[record.id]} too")
+        record, number = parse_record(line, entry.where), entry.where.rpartition(":")[2]
+        if record.id is not None and self._ids.setdefault(record.id, number) != number:
+            raise repeated_id(record.id, entry.where, int(self._ids[record.id]))
         if not record.answers():
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
         for image in (image for turn in record.turns for image in turn.images()):
