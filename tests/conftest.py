@@ -43,13 +43,15 @@ def jaxtyped(*, typechecker: Callable) -> Callable:
     """What the hook decorates with: only signatures with arrays need the dimensions of jaxtyping.
 
     It binds the arguments of each call and generates two functions for each signature: a quarter of the
-    time of tracing, and much of importing the package.  The others are as strict by beartype alone.
+    time of tracing, and much of importing the package.  The others are as strict by beartype alone; but for
+    functions within functions, which nobody calls from outside and which are made again with each call.
     """
 
     def decorate(what: Callable) -> Callable:
         if not isinstance(what, types.FunctionType) or has_arrays(what):
             return _jaxtyped(what, typechecker=typechecker)
-        return typechecker(what) if what.__annotations__ else what
+        public = what.__annotations__ and "<locals>" not in what.__qualname__
+        return typechecker(what) if public else what
 
     return decorate
 
