@@ -66,6 +66,28 @@ def has_arrays(function: types.FunctionType) -> bool:
 
 jaxtyping.jaxtyped = jaxtyped
 
+from minigpt5_jax import minigpt5
+from minigpt5_jax.parts.contracts import find
+
+_make_template = minigpt5.make_template
+_templates: dict = {}
+
+
+def make_template(backbone, mapper, generator, *, attention="auto"):
+    """A template is a function of what its parts are made with and never changes: tests share theirs.
+
+    Most of building a model is this, and whatever opens, resumes or exports a run builds it.
+    """
+    parts = {"backbone": backbone, "mapper": mapper, "generator": generator}
+    made = [(find(kind, name).module, *sorted(given.items())) for kind, (name, given) in parts.items()]
+    key = (attention, *made)
+    if key not in _templates:
+        _templates[key] = _make_template(backbone, mapper, generator, attention=attention)
+    return _templates[key]
+
+
+minigpt5.make_template = make_template
+
 import jax
 
 jax.config.update("jax_debug_key_reuse", True)
