@@ -101,6 +101,14 @@ gc.set_threshold(10_000, 20, 20)
 ORACLE = Path(__file__).parent / "oracle"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_tensorboard():
+    """TensorFlow takes six seconds to import; training/test_metrics.py has a process for its writer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt5_jax.training.metrics._open_tensorboard", lambda directory: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def oracle_dir() -> Path:
     """Folder with the files recorded from the original code."""
