@@ -33,10 +33,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jaxtyping
 import numpy as np
 import pytest
+from beartype import BeartypeConf, beartype
 
 # Shapes and dtypes in public signatures are checked while testing, and only then.
 jaxtyping.install_import_hook("minigpt5_jax", "beartype.beartype")
 _jaxtyped = jaxtyping.jaxtyped
+_beartyped = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # one error for both
 
 
 def jaxtyped(*, typechecker: Callable) -> Callable:
@@ -51,7 +53,7 @@ def jaxtyped(*, typechecker: Callable) -> Callable:
         if not isinstance(what, types.FunctionType) or has_arrays(what):
             return _jaxtyped(what, typechecker=typechecker)
         public = what.__annotations__ and "<locals>" not in what.__qualname__
-        return typechecker(what) if public else what
+        return _beartyped(what) if public else what
 
     return decorate
 
