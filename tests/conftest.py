@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 # Where PYTHONDONTWRITEBYTECODE is set, every process that a test starts would compile this package, and
@@ -27,12 +30,65 @@ for flag, value in {
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
+from beartype import BeartypeConf, beartype
 
 # Shapes and dtypes in public signatures are checked while testing, and only then.
-install_import_hook("minigpt5_jax", "beartype.beartype")
+jaxtyping.install_import_hook("minigpt5_jax", "beartype.beartype")
+_jaxtyped = jaxtyping.jaxtyped
+_beartyped = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))  # one error for both
+
+
+def jaxtyped(*, typechecker: Callable) -> Callable:
+    """What the hook decorates with: only signatures with arrays need the dimensions of jaxtyping.
+
+    It binds the arguments of each call and generates two functions for each signature: a quarter of the
+    time of tracing, and much of importing the package.  The others are as strict by beartype alone; but for
+    functions within functions, which nobody calls from outside and which are made again with each call.
+    """
+
+    def decorate(what: Callable) -> Callable:
+        if not isinstance(what, types.FunctionType) or has_arrays(what):
+            return _jaxtyped(what, typechecker=typechecker)
+        public = what.__annotations__ and "<locals>" not in what.__qualname__
+        return _beartyped(what) if public else what
+
+    return decorate
+
+
+def has_arrays(function: types.FunctionType) -> bool:
+    """Whether an annotation names a kind of array of jaxtyping, or something that was made of one."""
+    names = re.findall(r"\w+", " ".join(map(str, function.__annotations__.values())))
+    values = (function.__globals__.get(name) for name in names)
+    kinds = (jaxtyping.AbstractArray, jaxtyping.AbstractDtype)
+    return any(isinstance(value, type) and issubclass(value, kinds) for value in values)
+
+
+jaxtyping.jaxtyped = jaxtyped
+
+from minigpt5_jax import minigpt5
+from minigpt5_jax.parts.contracts import find
+
+_make_template = minigpt5.make_template
+_templates: dict = {}
+
+
+def make_template(backbone, mapper, generator, *, attention="auto"):
+    """A template is a function of what its parts are made with and never changes: tests share theirs.
+
+    Most of building a model is this, and whatever opens, resumes or exports a run builds it.
+    """
+    parts = {"backbone": backbone, "mapper": mapper, "generator": generator}
+    made = [(find(kind, name).module, *sorted(given.items())) for kind, (name, given) in parts.items()]
+    key = (attention, *made)
+    if key not in _templates:
+        _templates[key] = _make_template(backbone, mapper, generator, attention=attention)
+    return _templates[key]
+
+
+minigpt5.make_template = make_template
 
 import jax
 
@@ -45,6 +101,14 @@ gc.freeze()
 gc.set_threshold(10_000, 20, 20)
 
 ORACLE = Path(__file__).parent / "oracle"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tensorboard():
+    """TensorFlow takes six seconds to import; training/test_metrics.py has a process for its writer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minigpt5_jax.training.metrics._open_tensorboard", lambda directory: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+import commands
 from minigpt5_jax import config as config_module
 from minigpt5_jax.config import (
     ConfigError,
@@ -169,11 +168,9 @@ def test_weight_sources_fill_sub_folders():
 COMMAND = "from minigpt5_jax import cli; cli.run(lambda c: print('RUN', c.run.workdir, c.run.num_steps))"
 
 
-def command(*args: str):
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *args], capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    yield from commands.serve(tmp_path_factory.mktemp("command"), "minigpt5_jax.cli", COMMAND)
 
 
 STAGE1 = ("--config", "configs/stage1.py")
@@ -191,18 +188,18 @@ STAGE1 = ("--config", "configs/stage1.py")
         ((), "give a run file"),
     ],
 )
-def test_the_command_line_says_what_is_wrong_without_a_traceback(args, message):
-    code, _, err = command(*args)
-    assert code == 1 and message in err and "Traceback" not in err
+def test_the_command_line_says_what_is_wrong_without_a_traceback(args, message, command):
+    done = command(*args)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_command_line_overrides_and_helps():
-    code, out, _ = command(*STAGE1, "--workdir=w", "--config.run.num_steps=5000")
-    assert (code, out) == (0, "RUN w 5000\n")
-    _, out, _ = command("--help")
+def test_the_command_line_overrides_and_helps(command):
+    done = command(*STAGE1, "--workdir=w", "--config.run.num_steps=5000")
+    assert (done.returncode, done.stdout) == (0, "RUN w 5000\n")
+    out = command("--help").stdout
     assert "--config:" in out and "--workdir:" in out
-    code, out, _ = command("--help_config")
-    assert code == 0 and out == config_module.describe() + "\n"
+    done = command("--help_config")
+    assert done.returncode == 0 and done.stdout == config_module.describe() + "\n"
 
 
 def test_choices_are_what_the_code_behind_them_knows():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 from minigpt5_jax.data.prepare.report import length_facts
 from minigpt5_jax.data.sources import PreparedSource
 
@@ -18,12 +18,22 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "minigpt5_jax/shapes/assets/llama"
 
 
-def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "minigpt5_jax.prepare", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    yield from commands.serve(tmp_path_factory.mktemp("command"), "minigpt5_jax.prepare")
+
+
+@pytest.fixture
+def run(command):
+    """``run(*arguments, status=0)``: the command, which has to end with this status."""
+
+    def checked(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+        done = command(*arguments)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return checked
 
 
 @pytest.fixture
@@ -38,7 +48,7 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-def test_prepare_writes_data_and_a_report(tmp_path, table):
+def test_prepare_writes_data_and_a_report(tmp_path, table, run):
     out = tmp_path / "out"
     arguments = ("--input", table, "--output", out, "--split", "validation")
     failed = run("cc3m", *arguments, "--tokenizer", TOKENIZER, status=1)
@@ -89,7 +99,7 @@ def test_lengths_of_the_report():
     assert length_facts(np.zeros(2, np.int32)) == {"samples": 0}
 
 
-def test_check_lists_and_fails(tmp_path, table):
+def test_check_lists_and_fails(tmp_path, table, run):
     found = run("check", table, status=1)
     lines = found.stdout.splitlines()
     assert lines[0].startswith(f"{table}:7: {tmp_path}/raw/5.jpg: image cannot be read")
@@ -118,6 +128,6 @@ def test_check_lists_and_fails(tmp_path, table):
         (("check", "none.tsv"), "nothing to check: none.tsv is not there"),
     ],
 )
-def test_arguments_that_are_wrong(arguments, message):
+def test_arguments_that_are_wrong(arguments, message, run):
     error = run(*arguments, status=1).stderr
     assert error.startswith("error: ") and message in error

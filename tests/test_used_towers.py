@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import tiny
@@ -298,8 +299,17 @@ def test_a_run_without_its_unused_files_is_resumed_and_generated_from(config, fi
     assert loop.meta["frozen"]["backbone/vit"] == NOT_LOADED
 
 
+@pytest.fixture
+def programs(tmp_path):
+    """Programs are kept: two runs that differ in nothing but what they loaded compile once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.slow
-def test_it_trains_the_same_bit_for_bit(config, files, whole):
+def test_it_trains_the_same_bit_for_bit(config, files, whole, programs):
     loop = make_loop(validate(config))
     loop.run(), whole.run()
     assert int(loop.state.step) == int(whole.state.step) == 2

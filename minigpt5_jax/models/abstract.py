@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 
 from minigpt5_jax.models.attention import AttentionModule
-from minigpt5_jax.models.common import Axis, Params, constructor_rngs
+from minigpt5_jax.models.common import Axis, Params, ShapesOnly, constructor_rngs
 
 
 class AbsentParameterError(RuntimeError):
@@ -68,7 +68,7 @@ class Template:
 
         ``attention`` is how its modules attend (:mod:`minigpt5_jax.models.attention`).
         """
-        module = nnx.eval_shape(lambda: make(constructor_rngs(jax.random.key(0))))
+        module = make(ShapesOnly())
         module.set_attributes(AttentionModule, implementation=attention, raise_if_not_found=False)
         graphdef, state = nnx.split(module)
         flat = nnx.to_flat_state(state)

@@ -76,7 +76,7 @@ def test_forward_and_input_gradient_match_transformers(hidden_act, masked):
         out = template.bind(params)(jnp.asarray(ids, jnp.int32), jnp.asarray(mask) if masked else None)
         return (out * weight).sum(), out
 
-    grads, ours = jax.grad(loss, has_aux=True)(params)
+    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert_close(ours, theirs.last_hidden_state.detach())
     assert_close(grads["token_embedding/embedding"], table.grad)
     named = load(template, {k: p.grad.numpy() for k, p in model.named_parameters()})
@@ -90,7 +90,7 @@ def test_mask_changes_pad_positions_only():
     _, _, template, params = hf_pair("gelu")
     ids = jnp.asarray(np.arange(9)[None] + 1, jnp.int32)
     mask = jnp.asarray(np.arange(9)[None] < 4)
-    model = template.bind(params)
+    model = jax.jit(template.bind(params))
     with_mask, without = np.asarray(model(ids, mask)), np.asarray(model(ids))
     np.testing.assert_allclose(with_mask[:, :4], without[:, :4], atol=1e-6)
     assert np.abs(with_mask[:, 4:] - without[:, 4:]).max() > 1e-3
@@ -100,7 +100,7 @@ def test_oracle_caption_features(oracle_weights, oracle_cases, oracle_configs):
     prefix = "sd_text_encoder."
     source = {k.removeprefix(prefix): v for k, v in oracle_weights.items() if k.startswith(prefix)}
     template = template_of(ClipTextConfig.from_hf(oracle_configs["sd_text_encoder"]))
-    model = template.bind(load(template, source))
+    model = jax.jit(template.bind(load(template, source)))
     case = {k.removeprefix("s1/sdtok/"): v for k, v in oracle_cases.items() if k.startswith("s1/sdtok/")}
     for item in ("0", "1", "empty"):
         ids = jnp.asarray(case[f"ids_{item}"], jnp.int32)
@@ -139,9 +139,9 @@ def test_dtypes_remat_and_errors():
     assert {p.dtype for p in params.values()} == {jnp.dtype(jnp.bfloat16)}
     exact = template_of(config).bind({k: v.astype(jnp.float32) for k, v in params.items()})
     ids = jnp.ones((1, 9), jnp.int32)
-    out = template.bind(params)(ids)
+    out = jax.jit(template.bind(params))(ids)
     assert out.dtype == jnp.float32
-    assert np.abs(out - exact(ids)).max() < 0.1  # bf16 arithmetic, same function
+    assert np.abs(out - jax.jit(exact)(ids)).max() < 0.1  # bf16 arithmetic, same function
     with pytest.raises(ValueError, match="max_position_embeddings=9"):
         exact(jnp.ones((1, 10), jnp.int32))
     with pytest.raises(ValueError, match="hidden_act='swish'"):

@@ -99,7 +99,7 @@ def test_forward_and_every_gradient_match_torch(pair):
 
     (grads, dvokens), ours = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, vokens)
     assert_close(ours, theirs.detach())
-    assert_close(template.bind(params)(vokens), theirs.detach())
+    assert_close(jax.jit(template.bind(params))(vokens), theirs.detach())
     assert_close(dvokens, inputs.grad)
     wanted = load(template, {k: p.grad.numpy() for k, p in model.named_parameters()})
     scale = max(float(jnp.abs(g).max()) for g in wanted.values())
@@ -119,10 +119,10 @@ def test_oracle(oracle_configs, oracle_weights, oracle_cases):
     assert len(source) == 129
     mapper = template.bind(load(template, source))
     case = {k.removeprefix("s1/a/mid/"): v for k, v in oracle_cases.items() if k.startswith("s1/a/mid/")}
-    hidden = mapper.fc(jnp.asarray(case["mapper_in"]))
+    hidden = jax.jit(mapper.fc)(jnp.asarray(case["mapper_in"]))
     assert_close(hidden, case["fc_out"], 1e-5)
-    assert_close(mapper.encoder(hidden), case["mapper_memory"], 1e-5)
-    assert_close(mapper(jnp.asarray(case["mapper_in"])), case["mapper_out"], 1e-5)
+    assert_close(jax.jit(mapper.encoder)(hidden), case["mapper_memory"], 1e-5)
+    assert_close(jax.jit(mapper)(jnp.asarray(case["mapper_in"])), case["mapper_out"], 1e-5)
 
 
 def test_round_trip_is_exact_and_strict(pair):
@@ -165,8 +165,8 @@ def test_initialisation_follows_torch(oracle_cases):
 def test_bfloat16_keeps_float32_streams_and_output(pair):
     _, _, template, params = pair
     vokens, _ = random_vokens()
-    exact = template.bind(params)(vokens)
-    rounded = template_of(TINY, dtype=jnp.bfloat16).bind(params)(vokens)
+    exact = jax.jit(template.bind(params))(vokens)
+    rounded = jax.jit(template_of(TINY, dtype=jnp.bfloat16).bind(params))(vokens)
     assert rounded.dtype == jnp.float32
     assert_close(rounded, exact, 3e-2)
     assert float(jnp.abs(rounded - exact).max()) > 0

@@ -47,8 +47,7 @@ def make_loop(folder, train_step, first_step=0):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_stop_saves_its_step(tmp_path, capfd, monkeypatch, sent, status):
-    monkeypatch.setattr("minigpt5_jax.training.metrics._open_tensorboard", lambda _: None)
+def test_a_run_that_is_told_to_stop_saves_its_step(tmp_path, capfd, sent, status):
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
     def train_step(state, frozen, batch):

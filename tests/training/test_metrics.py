@@ -19,11 +19,6 @@ from minigpt5_jax.training.metrics import Metrics, TrainingDiverged, due
 OPEN_TENSORBOARD = metrics_module._open_tensorboard
 
 
-@pytest.fixture(autouse=True)
-def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(metrics_module, "_open_tensorboard", lambda directory: None)
-
-
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

@@ -120,9 +120,8 @@ def test_only_images_of_the_small_world_are_judged():
 
 
 @pytest.mark.slow
-def test_a_run_shows_itself(tmp_path, monkeypatch, capfd):
+def test_a_run_shows_itself(tmp_path, capfd):
     """Two steps of a random model on scenes: what is in the bar, in metrics.jsonl, and in the images."""
-    monkeypatch.setattr("minigpt5_jax.training.metrics._open_tensorboard", lambda directory: None)
     config = tiny.write_oracle_sources(tmp_path / "weights")
     config.model.backbone.update(vit="none", qformer="none")
     config.data.update(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import commands
 import minigpt5_jax
 from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.data.errors import DataError
@@ -26,18 +24,12 @@ from minigpt5_jax.wiring.export_view import formats_of
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "minigpt5_jax.export", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    yield from commands.serve(tmp_path_factory.mktemp("command"), "minigpt5_jax.export")
 
 
-def test_the_command_says_what_it_wrote(run_folder, tmp_path):
+def test_the_command_says_what_it_wrote(command, run_folder, tmp_path):
     output = tmp_path / "deep" / "mapper"
     done = command("--checkpoint", str(run_folder("stage1")), "--to", "mapper", "--output", str(output))
     assert done.returncode == 0, done.stderr
@@ -48,7 +40,7 @@ def test_the_command_says_what_it_wrote(run_folder, tmp_path):
     assert output.stat().st_mode & 0o777 == 0o755
 
 
-def test_the_command_says_what_is_wrong(run_folder, tmp_path):
+def test_the_command_says_what_is_wrong(command, run_folder, tmp_path):
     given = ("--checkpoint", str(run_folder("stage1")), "--output", str(tmp_path / "out"))
     done = command(*given, "--to", "onnx")
     assert done.returncode == 1 and done.stdout == ""
