@@ -154,7 +154,7 @@ def test_the_backward_pass_ends_at_the_first_cross_attention():
     forward = count_flops(loss, template.shapes, context).by_primitive[conv]
     both = count_flops(jax.value_and_grad(loss, 1), template.shapes, context).by_primitive[conv]
     width, pixels = 8, 2 * 8 * 8
-    no_gradient = 2 * pixels * 9 * width * (4 + 2 * width)  # conv_in and both convolutions of the first resnet
+    no_gradient = 2 * pixels * 9 * width * (4 + 2 * width)  # conv_in and the first resnet
     assert both == 2 * forward - no_gradient
 
 
