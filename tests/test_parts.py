@@ -482,6 +482,15 @@ def test_a_configuration_holds_the_keys_of_its_parts(package, files, tmp_path):
         apply_variant(config, f"mapper={package}.none")
 
 
+def test_a_backbone_that_does_not_read_trees_is_told_from_one_that_does(package, files, tmp_path):
+    config = configure(package, files, tmp_path, "pairs.jsonl")
+    config.data.update(packing="tree", format="vist")
+    with pytest.raises(ConfigError, match="does not read trees .*; set data.packing=shuffled"):
+        validate(config)
+    config.data.packing = "shuffled"  # the remedy
+    validate(config)
+
+
 def test_a_parts_own_loss_alone_is_enough_to_train_on(package, files, tmp_path):
     config = configure(package, files, tmp_path, "pairs.jsonl")
     config.loss.update(text=0.0, image=0.0, caption=0.0)

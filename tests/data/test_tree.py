@@ -18,8 +18,10 @@ from minigpt5_jax.data.batches.plan import EMPTY_SLOT, Shape
 from minigpt5_jax.data.batches.stories import TreePlan, measure_stories
 from minigpt5_jax.data.batches.tree import plant
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.prepare.feature_writer import write_features
 from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import VistSource
+from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.training.step import StepOptions, accumulate_gradients
@@ -140,6 +142,37 @@ def test_a_tree_gives_the_losses_and_gradients_of_its_samples(source, config, in
             continue
         scale = max(np.abs(value).max(), 1e-3 * largest)
         np.testing.assert_allclose(got[path], value, atol=1e-5 * scale, err_msg=path)
+
+
+def test_precomputed_features_stand_for_the_images_of_trees(source, config, index, tmp_path):
+    def target(images):
+        return images[:, ::8, ::8].astype(np.float32)
+
+    def states(images):
+        return images[:, ::7, 0].astype(np.float32)
+
+    spec = FeatureSpec(
+        image_fingerprint=image_fingerprint(source),
+        samples=len(source),
+        towers={},
+        target=(2, 2, 3),
+        image=(4, 3),
+        target_size=16,
+        image_size=28,
+        dtype="float32",
+    )
+    write_features(tmp_path / "store", source, spec, {"target": target, "image": states})
+    whole = dataclasses.replace(config, flip_mode="off")
+    kwargs = {"global_batch": ROWS * PLACES, "stories": index, "prefetch": 0, "seed": 3}
+    ready = dataclasses.replace(SPEC, target_moments=(2, 2, 3), image_states=(4, 3), feature_dtype="float32")
+    features = FeatureSource(source, FeatureStore(tmp_path / "store"))
+    got = next(make_loader(features, whole, ready, **kwargs))
+    want = next(make_loader(source, whole, SPEC, **kwargs))
+    items, places = want.item_mask, np.unique(want.image_index[want.image_mask])
+    np.testing.assert_array_equal(got.target_moments[items], target(want.target[items]))
+    np.testing.assert_array_equal(got.image_states[places], states(want.images[places]))
+    for name in ("tokens", "subtree_end", "item_mask", "image_mask", "image_index", "voken_row"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
 
 
 def test_an_epoch_of_trees_reads_every_sample_once(index):

@@ -256,6 +256,25 @@ def test_dropout_of_a_row_is_its_own(tiny_lora):
     assert np.abs(other[1, :7] - both[1, :7]).max() > 1e-2
 
 
+def test_the_trunk_of_a_tree_has_one_dropout_mask(tiny_lora):
+    """Whatever branches stand behind it; two branches of the same tokens have masks of their own."""
+    template, params = tiny_lora
+    llm, (embeds, _, _) = template.bind(params), rows()
+    trunk, branch, other = embeds[:1, :3], embeds[:1, 3:5], embeds[1:, 3:5]
+    positions = jnp.array([[0, 1, 2, 3, 4, 3, 4]])
+    ends = jnp.array([[7, 7, 7, 5, 5, 7, 7]])
+
+    @compiled
+    def run(*branches):
+        tree = jnp.concatenate([trunk, *branches], axis=1)
+        keys = jax.random.split(jax.random.key(3), 1)
+        return llm(tree, positions=positions, segment_ids=1 + 0 * ends, subtree_ends=ends, dropout_keys=keys)
+
+    same, different = run(branch, branch)[0], run(branch, other)[0]
+    assert_close(different[:5], same[:5], 1e-5)
+    assert np.abs(same[3:5] - same[5:]).max() > 1e-2
+
+
 def test_remat_changes_memory_not_gradients(tiny_lora):
     template, params = tiny_lora
     again = template_of(LlamaConfig(**HF), lora=LoraConfig(r=2, lora_dropout=0.5), remat=True)

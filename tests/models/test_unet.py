@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.diffusion_blocks import Upsample2D
 from minigpt5_jax.models.unet.model import SD21_UNET, UNet2DConditionModel, UNetConfig, timestep_embedding
 from minigpt5_jax.models.unet.weights import TABLE
+from minigpt5_jax.training.flops import count_flops
 from minigpt5_jax.weights.table import WeightTableError
 
 SMALL = dict(
@@ -140,6 +142,27 @@ def test_remat_covers_every_resnet_and_transformer():
 
     resnets, transformers = 2 + 2 + 4, 1 + 1 + 2  # of the down, mid and up blocks
     assert (checkpoints(False), checkpoints(True)) == (0, resnets + transformers)
+
+
+def test_the_backward_pass_ends_at_the_first_cross_attention():
+    template, inputs = template_of(UNetConfig.from_hf(SMALL)), (jnp.zeros((2, 8, 8, 4)), jnp.zeros(2, int))
+
+    def loss(params, context):
+        return jnp.square(template.bind(params)(*inputs, context)).sum()
+
+    context, conv = jnp.zeros((2, 3, 12)), "conv_general_dilated"
+    forward = count_flops(loss, template.shapes, context).by_primitive[conv]
+    both = count_flops(jax.value_and_grad(loss, 1), template.shapes, context).by_primitive[conv]
+    width, pixels = 8, 2 * 8 * 8
+    no_gradient = 2 * pixels * 9 * width * (4 + 2 * width)  # conv_in and the first resnet
+    assert both == 2 * forward - no_gradient
+
+
+def test_doubling_before_a_convolution_repeats_no_product():
+    template = Template.of(lambda rngs: Upsample2D(6, rngs=rngs))
+    pixels = jnp.zeros((2, 5, 4, 6))
+    flops = count_flops(lambda params: template.bind(params)(pixels), template.shapes).total
+    assert flops == 2 * (2 * 10 * 8) * 4 * 6 * 6  # four taps a pixel in the place of nine
 
 
 def test_full_size_parameter_count():

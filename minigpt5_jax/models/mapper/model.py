@@ -22,6 +22,7 @@ from minigpt5_jax.models.attention import AttentionModule
 from minigpt5_jax.models.common import (
     LayerNorm,
     Linear,
+    gelu,
     normal,
     param,
     run_layers,
@@ -171,7 +172,7 @@ class VokenMlp(nnx.Module):
         self.fc2 = torch_linear(width, width, axes=("mlp", "embed"), **kwargs)
 
     def __call__(self, x: Float[Array, "n m k"]) -> Float[Array, "n m d"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class FeatureMapper(nnx.Module):

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minigpt5_jax.models.attention import AttentionModule
-from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, PublishedSizes
+from minigpt5_jax.models.common import Conv, GroupNorm, LayerNorm, Linear, PublishedSizes, gelu
 from minigpt5_jax.models.diffusion_blocks import Downsample2D, ResnetBlock2D, Upsample2D, run
 
 TRANSFORMER_NORM_EPS = 1e-6  # of Transformer2DModel's group norm; resnets use norm_eps
@@ -159,7 +159,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return self.out(hidden * jax.nn.gelu(gate, approximate=False))
+        return self.out(hidden * gelu(gate))
 
 
 class BasicTransformerBlock(nnx.Module):
