@@ -16,8 +16,8 @@ from pathlib import Path
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.lines import TextLines, check_jsonl
+from minigpt5_jax.data.paths import image_folder
 from minigpt5_jax.data.samples.records import Record, RecordImage, parse_record
-from minigpt5_jax.data.sources.base import image_folder
 
 FILE = "conversations.jsonl"
 NO_IMAGE = "no image was written"
