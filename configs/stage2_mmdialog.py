@@ -25,5 +25,5 @@ def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
     config = use_stage2(base())
     config.run.name = "stage2_mmdialog"
-    config.data.update(format="mmdialog", max_images=4, max_length=448, buckets=(128, 256, 448))
+    config.data.update(format="mmdialog", cache="on", max_images=4, max_length=448, buckets=(128, 256, 448))
     return apply_variant(config, variant, {"prefix": use_prefix})

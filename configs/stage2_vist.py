@@ -27,7 +27,7 @@ def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead, ``:shuffled`` takes single samples."""
     config = use_stage2(base())
     config.run.name = "stage2_vist"
-    config.data.update(format="vist", max_images=5, max_length=384)
+    config.data.update(format="vist", cache="on", max_images=5, max_length=384)
     config.data.update(packing="tree", global_batch=3 * 13, accumulation=3)
     return apply_variant(config, variant, {"prefix": use_prefix, "shuffled": use_shuffled})
 

@@ -49,6 +49,7 @@ class JsonlSource(Source):
         self.lines = TextLines(path)
         check_jsonl(self.lines.path, self.lines[0])
         self._images, self._rules = image_folder(path, image_root, allow_outside_images), rules
+        self.image_root = str(self._images.root)
         lines, turns, bad, ids = [], [], [], {}
         for line in range(len(self.lines)):
             try:
