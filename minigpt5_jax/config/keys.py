@@ -128,8 +128,8 @@ KEYS: dict[str, Key] = {
     ),
     "data.cache": Key(
         "off",
-        "on: the first epoch writes the features of its images, which later ones read; off: images are encoded "
-        "in each step (where data.features names none that are ready)",
+        "on: the first epoch writes features of its images for the later ones; off: each step encodes its "
+        "images, where data.features names none",
         choices=("on", "off"),
     ),
     "data.instruction_every": Key(

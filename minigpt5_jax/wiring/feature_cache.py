@@ -2,8 +2,8 @@
 
 The step always takes features, so that it is one program from the first update to the last.  Images that have
 none yet come as pixels beside their batch: the process that read them encodes them in one batch on its own
-devices, puts their features in, and appends them to its own files.  Where the store is complete, at the end of an
-epoch or when a run is resumed, the towers that made it are let go of, or not loaded at all.
+devices, puts their features in, and appends them to its own files.  Where the store is complete, at the end
+of an epoch or when a run is resumed, the towers that made it are let go of, or not loaded at all.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from minigpt5_jax.wiring.model import ModelSpec
 FIELDS = {"target_moments": "target", "image_states": "image"}
 """Field of a batch -> kind of its features."""
 REST = 0.01
-"""Share of the images that are encoded in one go at the end of an epoch: those that it cut from its samples."""
+"""Share of images that are encoded in one go at the end of an epoch: those that were cut from its samples."""
 LARGEST = 16
 """Images that a tower encodes at a time, at most; fewer where a micro-batch holds fewer."""
 
@@ -73,12 +73,12 @@ class Opened:
 def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[Opened | None, str]:
     """(the store of a run, a line about it); None where the run encodes its images in each step.
 
-    A tower that the run does not use (``spec.unused``), for the features stand in its place, need not be there
-    for a complete store: a warning then says that nothing was compared.
+    A tower that the run does not use (``spec.unused``), for the features stand in its place, need not be
+    there for a complete store: a warning then says that nothing was compared.
 
     Raises:
-      DataError: the store is of other images or towers, with what differs; it is not finished and nothing shall
-        be written (``data.cache=off``).
+      DataError: the store is of other images or towers, with what differs; it is not finished and nothing
+        shall be written (``data.cache=off``).
       ConfigError, WeightFileError, WeightTableError: a tower that is needed cannot be read.
     """
     data, kinds = config.data, feature_kinds(config, spec)
@@ -106,13 +106,13 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[
     fits, words = room_for(index, store)
     if data.cache == "off":
         raise DataError(
-            f"feature store {folder} is not finished, {words.split(':')[0]} are missing; give the command that "
-            "makes it once more, and it continues, or let training add them: data.cache=on"
+            f"feature store {folder} is not finished: {words.split(':')[0]} are missing; give the command "
+            "that makes it once more, and it continues, or let training add them: data.cache=on"
         )
     if not _agreed(fits):
         return None, (
-            f"images are encoded in each step, as the disk is too small for {words}; to keep them, free some, or "
-            "name a folder on another disk: data.features"
+            f"images are encoded in each step, as the disk is too small for {words}; to keep them, free "
+            "some, or name a folder on another disk: data.features"
         )
     return Opened(store, index, towers), f"{words}; the first epoch writes them"
 
@@ -223,8 +223,8 @@ class FeatureCache:
         """Features as they are stored, in batches of one size."""
         if kind not in self._encoders:
             raise DataError(
-                f"{len(pixels)} images can be read now that could not when the features in {self._store.folder} "
-                "were made; start the run again, and theirs are added"
+                f"{len(pixels)} images can be read now that could not when the features in "
+                f"{self._store.folder} were made; start the run again, and theirs are added"
             )
         size, made = self._batch[kind], []
         for start in range(0, len(pixels), size):

@@ -3,9 +3,9 @@
     python -m minigpt5_jax.prepare features --config configs/stage1.py --output features/cc3m
 
 runs the VAE's encoder over every target image and, where the configuration reads images, the vision
-tower and the Q-Former over every input image.  Training takes them with ``data.features=FOLDER``, or makes them
-while its first epoch reads the images (``data.cache=on``, :mod:`minigpt5_jax.wiring.feature_cache`).  Format and
-checks: :mod:`minigpt5_jax.data.sources.features`.
+tower and the Q-Former over every input image.  Training takes them with ``data.features=FOLDER``, or makes
+them while its first epoch reads the images (``data.cache=on``, :mod:`minigpt5_jax.wiring.feature_cache`).
+Format and checks: :mod:`minigpt5_jax.data.sources.features`.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def feature_spec(
 ) -> FeatureSpec:
     """What a store for this configuration and source holds.
 
-    Moments leave the VAE in ``model.dtype`` and the Q-Former's states in fp32 (fidelity 1.13): they are stored
-    so, and lose nothing.
+    Moments leave the VAE in ``model.dtype`` and the Q-Former's states in fp32 (fidelity 1.13): they are
+    stored so, and lose nothing.
     """
     shapes = feature_shapes(config, spec)
     return FeatureSpec(
@@ -199,8 +199,8 @@ def prepare_features(
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: a tower cannot be read.
-      DataError: the folder holds features of other images or towers; images differ between epochs; the disk is
-        too small.
+      DataError: the folder holds features of other images or towers; images differ between epochs; the disk
+        is too small.
     """
     check_fixed(config)
     spec, folder = build(config), Path(folder)

@@ -146,9 +146,9 @@ class EncodeConfig:
       strict_image_count: a sample with more images than placeholders is unusable; else the surplus is
         ignored, as the original did (quirk Q31).  Fewer images than placeholders never pass.
       images_as_shown: images are turned by EXIF and on white where transparent; the original drops both.
-      flip_each_epoch: mirrors are drawn anew in each epoch, as the original's; else once for each image, or for
-        each sample where the mode is ``shared``.
-      image_root: what the names of images begin with (:attr:`~minigpt5_jax.data.sources.base.Source.image_root`).
+      flip_each_epoch: mirrors are drawn anew in each epoch, as the original's; else once for each image, or
+        for each sample where the mode is ``shared``.
+      image_root: what the names of images begin with (``Source.image_root``).
       features: where the features of images are, if any are kept.
     """
 
@@ -193,7 +193,7 @@ class Uncached:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """An encoded example: i images read, at most one drawn, as pixels, precomputed features or pixels for them."""
+    """An encoded example: i images read, at most one drawn, as pixels, features or pixels to make them of."""
 
     text: TokenizedSample
     images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"] | Uncached, ...]
@@ -219,7 +219,7 @@ class Shared:
 def feature_keys(
     example: Example, config: EncodeConfig, key: tuple[int, ...], shared_key: tuple[int, ...] | None = None
 ) -> tuple[int | None, tuple[int, ...]]:
-    """Keys of the image to draw and of the input images: which image it is, in the lowest bit if it is mirrored.
+    """Keys of the image to draw and of the input images: which it is, in the lowest bit whether mirrored.
 
     Args:
       key, shared_key: as of :func:`encode` and :class:`Shared`.

@@ -1,4 +1,4 @@
-"""Writes precomputed features (:mod:`minigpt5_jax.data.sources.features`): as they come, or all that are missing."""
+"""Writes features (:mod:`minigpt5_jax.data.sources.features`): as they come, or all that are missing."""
 
 from __future__ import annotations
 

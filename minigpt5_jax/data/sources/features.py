@@ -1,7 +1,7 @@
 """Precomputed features: images that went through their frozen towers once, for every later step and run.
 
-A store is a folder that ``prepare features`` or the first epoch of training makes for the images of one source
-and one set of towers::
+A store is a folder that ``prepare features`` or the first epoch of training makes for the images of one
+source and one set of towers::
 
     manifest.json          what is stored, of which images, by which towers (hashes)
     00000.target.values    posterior moments of images to draw, one [h w 2c] after another
