@@ -82,10 +82,10 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[
       ConfigError, WeightFileError, WeightTableError: a tower that is needed cannot be read.
     """
     data, kinds = config.data, feature_kinds(config, spec)
+    if not kinds or not (data.features or data.cache == "on"):
+        return None, ""
     if data.features:
         check_fixed(config)
-    elif data.cache == "off" or not kinds:
-        return None, ""
     elif reason := why_no_cache(config):
         return None, f"images are encoded in each step, as {reason} each epoch"
     folder = Path(data.features or Path(config.run.workdir) / "features")
@@ -181,7 +181,7 @@ class FeatureCache:
     ):
         self._index, self._source, self._tell = opened.index, source, tell
         # Of its own: the loader's is read by a thread or by other processes.
-        self._store = FeatureStore(opened.store.folder, opened.store.spec)
+        self._store = FeatureStore(opened.store.folder, opened.store.spec, warn=False)
         shared = {path: value for path, value in frozen.items() if value.is_fully_replicated}
         self._encoders: dict[str, Encoder] = {
             kind: make_encoder(spec.template, kind, {path: shared.get(path, x) for path, x in tower.items()})
@@ -191,8 +191,7 @@ class FeatureCache:
         self._batch = {kind: max(1, min(LARGEST, size)) for kind, size in sizes.items()}
         self._epoch_steps = self._next_epoch = epoch_steps
         self._writer: FeatureWriter | None = None
-        self._writes = bool(self._encoders)
-        if self._writes:
+        if self._encoders:
             claim(self._store.folder, self._store.spec)
             self._writer = FeatureWriter(self._store)
 

@@ -1,7 +1,7 @@
 """The train command on two processes, stopped, and continued on one: the losses of one process alone.
 
-Two processes write the features of their images, and read each other's in the second epoch; one process encodes
-its images in each step.
+Two processes write the features of their images, and read each other's in the second epoch; one process
+encodes its images in each step.
 """
 
 from __future__ import annotations

@@ -179,6 +179,7 @@ class FeatureStore:
     Args:
       folder: of the store; it may be empty.
       spec: what it holds; by default as its manifest says.
+      warn: of files that were cut short.
 
     Attributes:
       complete: every image that can be read has its features here; no others will be made.
@@ -187,18 +188,25 @@ class FeatureStore:
       DataError: no ``spec`` and no store, or one of another format.
     """
 
-    def __init__(self, folder: str | Path, spec: FeatureSpec | None = None, *, complete: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: FeatureSpec | None = None,
+        *,
+        complete: bool = False,
+        warn: bool = True,
+    ):
         self.folder = Path(folder)
         self.spec = read_spec(folder) if spec is None else spec
         self.complete, self._epoch = complete, 0
         self._maps: dict[tuple[str, int], np.ndarray] = {}
-        self.refresh(warn=True)
+        self.refresh(warn=warn)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "spec": self.spec, "complete": self.complete}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(**state, warn=False)
 
     def __len__(self) -> int:
         """Features of all kinds."""
