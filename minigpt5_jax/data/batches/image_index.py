@@ -38,6 +38,10 @@ class ImageIndex:
         """Keys of ``target`` or ``image``."""
         return getattr(self, kind)
 
+    def samples(self, kind: str) -> Int64[np.ndarray, " n"]:
+        """A sample that has each of the images."""
+        return getattr(self, f"{kind}_at")[:, 0]
+
     def missing(self, kind: str, store: FeatureStore) -> Int64[np.ndarray, " k"]:
         """Places in the index of images without features in the files of a store."""
         return np.flatnonzero(~store.has(kind, self.keys(kind)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from minigpt5_jax.data.batches.image_index import ImageIndex
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import prepare_image
+from minigpt5_jax.data.images import ImageSource, prepare_image
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.features import (
     FORMAT,
@@ -139,6 +140,7 @@ def write_missing(
         for kind, encoder in encoders.items():
             places = index.missing(kind, store)
             places = places[index.keys(kind)[places] // 2 % process_count == process_index]
+            places = places[np.argsort(index.samples(kind)[places], kind="stable")]  # as the files have them
             bar = tqdm(
                 total=len(places), desc=f"features ({kind})", unit="image", disable=not len(places), delay=1
             )
@@ -174,32 +176,37 @@ def _read(
     """(keys, pixels u8[batch_size H W 3], images that cannot be read), a batch ahead in the pool."""
     size = spec.target_size if kind == "target" else spec.image_size
 
-    def submit(start: int) -> list[concurrent.futures.Future]:
-        chosen = places[start : start + batch_size]
-        return [pool.submit(read_pixels, source, index, kind, int(place), spec) for place in chosen]
+    def submit(start: int) -> list[concurrent.futures.Future | None]:
+        # Samples are fetched here, for sources are not made for several threads; images are decoded there.
+        futures = []
+        for place in places[start : start + batch_size]:
+            try:
+                image = index.find(source, kind, int(place))
+            except SampleError:
+                futures.append(None)
+            else:
+                futures.append(pool.submit(decode, image, kind, int(index.keys(kind)[place]), spec))
+        return futures
 
     ahead = submit(0)
     for start in range(0, len(places), batch_size):
         now, ahead = ahead, submit(start + batch_size)
         batch, keys = np.zeros((batch_size, size, size, 3), np.uint8), []
         for place, future in zip(places[start:], now):
-            try:
-                batch[len(keys)] = future.result()
-                keys.append(index.keys(kind)[place])
-            except SampleError:
-                continue  # named and counted when its sample is read
+            with contextlib.suppress(SampleError):  # named and counted when its sample is read
+                if future is not None:
+                    batch[len(keys)] = future.result()
+                    keys.append(index.keys(kind)[place])
         yield np.asarray(keys, KEY), batch, len(now) - len(keys)
 
 
-def read_pixels(
-    source: Source, index: ImageIndex, kind: str, place: int, spec: FeatureSpec
-) -> UInt8[np.ndarray, "H W 3"]:
-    """An image of the index as its tower wants it; SampleError where it cannot be read."""
+def decode(image: ImageSource, kind: str, key: int, spec: FeatureSpec) -> UInt8[np.ndarray, "H W 3"]:
+    """An image as its tower wants it; SampleError where it cannot be read."""
     return prepare_image(
-        index.find(source, kind, place),
+        image,
         spec.target_size if kind == "target" else spec.image_size,
         square=kind == "target" or spec.pad_input_square,
-        flip=bool(index.keys(kind)[place] & np.uint64(1)),
+        flip=bool(key & 1),
         as_shown=spec.images_as_shown,
     )
 
@@ -208,11 +215,10 @@ def any_readable(source: Source, index: ImageIndex, store: FeatureStore) -> bool
     """Whether some image without features can be read: if not, nothing is left to be made."""
     for kind in store.spec.shapes():
         for place in index.missing(kind, store):
-            try:
-                read_pixels(source, index, kind, int(place), store.spec)
+            with contextlib.suppress(SampleError):
+                image = index.find(source, kind, int(place))
+                decode(image, kind, int(index.keys(kind)[place]), store.spec)
                 return True
-            except SampleError:
-                continue
     return False
 
 
