@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.batches.image_index import ImageIndex
-from minigpt5_jax.data.batches.pipeline import Loader, Uncacheds
+from minigpt5_jax.data.batches.pipeline import Loader, UncachedImages
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prepare.feature_writer import (
     Encoder,
@@ -196,7 +196,9 @@ class FeatureCache:
             claim(self._store.folder, self._store.spec)
             self._writer = FeatureWriter(self._store)
 
-    def __call__(self, step: int, fields: dict[str, np.ndarray], uncached: Mapping[str, Uncacheds]) -> None:
+    def __call__(
+        self, step: int, fields: dict[str, np.ndarray], uncached: Mapping[str, UncachedImages]
+    ) -> None:
         """Fills the features of a step's images that came as pixels."""
         if step >= self._next_epoch:
             self._next_epoch = step - step % self._epoch_steps + self._epoch_steps

@@ -54,14 +54,14 @@ class Report:
     truncated: int
 
 
-Uncacheds = dict[str, np.ndarray]
+UncachedImages = dict[str, np.ndarray]
 """``slots`` i64[n] of images in a field, all micro-batches one after another, their ``keys`` u64[n] and
 ``pixels`` u8[n H W 3]."""
 
 
 def _gather(
     micro: Sequence[Sequence[tuple[str, int, Uncached]]], sizes: dict[str, int]
-) -> dict[str, Uncacheds]:
+) -> dict[str, UncachedImages]:
     """Field -> the images whose features it lacks; ``sizes`` are the slots of a micro-batch."""
     found: dict[str, list[tuple[int, Uncached]]] = {}
     for number, uncached in enumerate(micro):
@@ -81,7 +81,7 @@ def _gather(
 class StepReader:
     """Makes this process's part of the batch of any step; what worker processes run.
 
-    Returns ``{"batch": fields of a Batch, "uncached": field -> Uncacheds, "report": Report}``.
+    Returns ``{"batch": fields of a Batch, "uncached": field -> UncachedImages, "report": Report}``.
 
     Attributes:
       parts: shapes of this process's part of a micro-batch, one for each bucket of the plan.
@@ -156,7 +156,7 @@ class Loader:
       num_steps: batches in all, None without an end; the last one is filled with empty rows.
       skipped: unusable samples met so far by this process, each once.
       truncated: samples cut to fit so far.
-      complete: gets (step, fields of its batch, field -> Uncacheds) and puts in the features that these lack;
+      complete: gets (step, fields of its batch, field -> UncachedImages) and puts in the features that these lack;
         None leaves them at zero.
     """
 
@@ -175,7 +175,7 @@ class Loader:
         self._budget, self._worker_count, self._prefetch = budget, worker_count, prefetch
         self._skips: dict[int, Problem] = {}
         self.truncated = 0
-        self.complete: Callable[[int, dict[str, np.ndarray], dict[str, Uncacheds]], None] | None = None
+        self.complete: Callable[[int, dict[str, np.ndarray], dict[str, UncachedImages]], None] | None = None
         self._step = 0
         self._batches = None
 
