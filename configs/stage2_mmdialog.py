@@ -12,8 +12,8 @@
 Data: MMDialog as it is published, a conversation a line, images as ID.jpg (docs/data.md).
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.
-Disk: the first epoch writes what the image towers make of its images (65.5 kB one to draw, 98 kB one to read) into
-the workdir, or the folder data.features; data.cache=off for none.
+Disk: the first epoch writes what the image towers make of its images into the workdir, or the folder
+data.features: 65.5 kB of one to draw, 98 kB of one to read; data.cache=off for none.
 Steps: four epochs over the samples at batch 32.
 Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
 Expected numbers: not yet measured here.

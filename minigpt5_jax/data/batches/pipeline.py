@@ -156,8 +156,8 @@ class Loader:
       num_steps: batches in all, None without an end; the last one is filled with empty rows.
       skipped: unusable samples met so far by this process, each once.
       truncated: samples cut to fit so far.
-      complete: gets (step, fields of its batch, field -> UncachedImages) and puts in the features that these lack;
-        None leaves them at zero.
+      complete: gets (step, fields of its batch, field -> UncachedImages) and puts in the features that
+        these lack; None leaves them at zero.
     """
 
     SHOWN = 5
