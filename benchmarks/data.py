@@ -36,10 +36,11 @@ import numpy as np
 from PIL import Image
 
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.image_index import image_index
 from minigpt5_jax.data.batches.pipeline import make_loader
-from minigpt5_jax.data.prepare.feature_writer import write_features
+from minigpt5_jax.data.prepare.feature_writer import FeatureWriter, claim, write_missing
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
-from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
+from minigpt5_jax.data.sources.features import FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 
 ASSETS = Path(__file__).parents[1] / "minigpt5_jax" / "shapes" / "assets"
@@ -77,7 +78,7 @@ def cc3m(folder: Path, names: list[str]) -> Source:
     return Cc3mSource(table)
 
 
-def features(folder: Path, source: Source) -> FeatureSource:
+def features(folder: Path, source: Source, config: EncodeConfig) -> FeatureStore:
     """Random moments: in our store, and a ``.pt`` file beside each image."""
     import torch
 
@@ -89,16 +90,22 @@ def features(folder: Path, source: Source) -> FeatureSource:
         image=None,
         target_size=512,
         image_size=224,
+        target_dtype="bfloat16",
     )
     random = np.random.default_rng(SEED)
 
     def encoder(images: np.ndarray) -> np.ndarray:
         return random.standard_normal((len(images), 64, 64, 8), dtype=np.float32)
 
-    write_features(folder / "store", source, spec, {"target": encoder})
+    claim(folder / "store", spec)
+    store = FeatureStore(folder / "store", spec)
+    writer = FeatureWriter(store)
+    index = image_index(source, config, seed=SEED, trees=False, folder=folder / "index")
+    write_missing(source, index, store, writer, {"target": encoder}, batch_size=16)
+    writer.close()
     for image in folder.glob("*.jpg"):
         torch.save(torch.randn(8, 64, 64).to(torch.bfloat16), image.with_suffix(".pt"))
-    return FeatureSource(source, FeatureStore(folder / "store"))
+    return FeatureStore(folder / "store")
 
 
 def vist(folder: Path, names: list[str]) -> Source:
@@ -230,9 +237,9 @@ def our_loader(source: Source, config: EncodeConfig, batch: int, workers: int, i
         image_size=224,
         target_size=512,
     )
-    if isinstance(source, FeatureSource):
-        config = dataclasses.replace(config, flip_mode="off")
-        spec = dataclasses.replace(spec, target_moments=source.features.target, feature_dtype="bfloat16")
+    if (store := config.features) is not None:
+        dtype = store.spec.target_dtype
+        spec = dataclasses.replace(spec, target_moments=store.spec.target, moments_dtype=dtype)
     return make_loader(
         source,
         config,
@@ -313,14 +320,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = make_images(Path(folder), flags.files)
         pairs, stories = cc3m(Path(folder), names), vist(Path(folder), names)
-        rows = {
-            "cc3m": (pairs, pairs, 0),
-            "vist": (stories, stories, 4),
-            "features": (features(Path(folder), pairs), pairs, 0),
-        }
-        for row, (mine, theirs, images) in rows.items():
-            ours = our_loader(mine, config, flags.batch, flags.workers, images)
-            torchs = torch_loader(theirs, config, flags.batch, flags.workers, ready=row == "features")
+        ready = dataclasses.replace(config, features=features(Path(folder), pairs, config))
+        rows = {"cc3m": (pairs, config, 0), "vist": (stories, config, 4), "features": (pairs, ready, 0)}
+        for row, (source, own, images) in rows.items():
+            ours = our_loader(source, own, flags.batch, flags.workers, images)
+            torchs = torch_loader(source, config, flags.batch, flags.workers, ready=row == "features")
             print(json.dumps(compare(row, ours, torchs, flags)), flush=True)
 
 

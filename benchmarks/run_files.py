@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.samples import Featured, GivenFeatures
+from benchmarks.samples import Featured
 from minigpt5_jax.config import validate
 from minigpt5_jax.data.batches.pipeline import Loader
 from minigpt5_jax.data.sources.base import Source
+from minigpt5_jax.data.sources.features import FeatureStore
 from minigpt5_jax.wiring.features import feature_spec
 from minigpt5_jax.wiring.inputs import open_loader
 from minigpt5_jax.wiring.model import ModelSpec
@@ -45,8 +46,9 @@ def loader_of(
     config: ConfigDict, spec: ModelSpec, source: Source, moments: np.ndarray | None = None
 ) -> Loader:
     """Training batches of drawn samples on ready features, in the buckets or packed as configured."""
-    described = feature_spec(config, spec, source, {}, dtype=config.model.dtype)
-    return open_loader(config, spec, Featured(source, GivenFeatures(described, moments)), training=True)
+    described = feature_spec(config, spec, source, {})
+    store = FeatureStore("given", described)  # an empty one: the samples have their features
+    return open_loader(config, spec, Featured(source, described, moments), training=True, features=store)
 
 
 def shapes_of(tree: Any) -> Any:

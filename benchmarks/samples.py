@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks import lengths
 from minigpt5_jax.data.samples.example import Example, Ready
-from minigpt5_jax.data.sources.base import Source
-from minigpt5_jax.data.sources.features import DTYPES, FeatureSource, FeatureSpec, FeatureStore
+from minigpt5_jax.data.sources.base import Source, stories_of
+from minigpt5_jax.data.sources.features import FeatureSpec
 from minigpt5_jax.data.text.templates import target_text
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 
@@ -93,40 +92,50 @@ class Stories(Source):
         return f"{len(self)} samples of {len(self._texts)} drawn stories"
 
 
-class GivenFeatures(FeatureStore):
-    """Precomputed features that lie in memory.
+class Featured(Source):
+    """The samples of a source with given features in the place of their images.
 
     Args:
-      spec: what they are.
+      source: the samples.
+      spec: what the features are.
       targets: sample -> moments of its image; zeros by default, where only shapes matter.
     """
 
-    def __init__(self, spec: FeatureSpec, targets: np.ndarray | None = None):
-        self.spec, self.folder, self._targets = spec, "memory", targets
+    def __init__(self, source: Source, spec: FeatureSpec, targets: np.ndarray | None = None):
+        self._source, self.spec, self._targets = source, spec, targets
+        self.ends_in_vokens = source.ends_in_vokens
 
-    def explain(self, sample: int) -> None:
-        """Every sample has its features."""
-
-    def target_values(self, sample: int) -> np.ndarray:
-        """Moments of a sample's image."""
-        if self._targets is not None:
-            return self._targets[sample]
-        return np.zeros(self.spec.target, DTYPES[self.spec.dtype])
-
-    def image_values(self, count: int) -> Iterator[np.ndarray]:
-        """States of ``count`` input images: different ones, as the images of a story are."""
-        return (np.full(self.spec.image or 0, n, DTYPES[self.spec.dtype]) for n in range(count))
-
-
-class Featured(FeatureSource):
-    """The samples of a source with given features in the place of their images."""
+    def __len__(self) -> int:
+        return len(self._source)
 
     def example(self, index: int, epoch: int = 0) -> Example:
         example = self._source.example(index, epoch)
         draws = example.target_image is not None
-        target = Ready(self._store.target_values(index)) if draws else None
-        images = tuple(map(Ready, self._store.image_values(len(example.images))))
-        return dataclasses.replace(example, images=images, target_image=target)
+        # Input images are different ones, as the images of a story are.
+        images = tuple(
+            Ready(np.full(self.spec.image or 0, n, self.spec.dtype("image")))
+            for n in range(len(example.images))
+        )
+        return dataclasses.replace(
+            example, images=images, target_image=Ready(self._target(index)) if draws else None
+        )
+
+    def _target(self, index: int) -> np.ndarray:
+        if self._targets is not None:
+            return self._targets[index]
+        return np.zeros(self.spec.target, self.spec.dtype("target"))
+
+    def texts(self, index: int) -> list[tuple[str, str]]:
+        return self._source.texts(index)
+
+    def stories(self) -> np.ndarray | None:
+        return stories_of(self._source)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def describe(self) -> str:
+        return self._source.describe()
 
 
 def _words(random: np.random.Generator, count: int) -> str:

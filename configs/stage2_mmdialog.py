@@ -12,6 +12,8 @@
 Data: MMDialog as it is published, a conversation a line, images as ID.jpg (docs/data.md).
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.
+Disk: the first epoch writes what the image towers make of its images into the workdir, or the folder
+data.features: 65.5 kB of one to draw, 98 kB of one to read; data.cache=off for none.
 Steps: four epochs over the samples at batch 32.
 Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
 Expected numbers: not yet measured here.
@@ -25,5 +27,5 @@ def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
     config = use_stage2(base())
     config.run.name = "stage2_mmdialog"
-    config.data.update(format="mmdialog", max_images=4, max_length=448, buckets=(128, 256, 448))
+    config.data.update(format="mmdialog", cache="on", max_images=4, max_length=448, buckets=(128, 256, 448))
     return apply_variant(config, variant, {"prefix": use_prefix})

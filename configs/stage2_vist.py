@@ -14,6 +14,8 @@ whole stories.  `:shuffled` is the original's order: 32 shuffled samples a step,
 history of k images takes about 80 + 48 k positions).
 Trainable: 121,843,712 parameters (voken rows, LoRA, encoder-decoder; the mapper's MLP and queries stay
 as stage 1 left them); `--dry_run` prints the table without weights or data.
+Disk: the first epoch writes what the image towers make of its images into the workdir, or the folder
+data.features: about 25 GB; data.cache=off for none.
 About 45,900 updates: four epochs of 34,428 stories, 13 samples each, at batch 39; 55,900 with `:shuffled`.
 Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
 Expected numbers: not yet measured here.
@@ -27,7 +29,7 @@ def get_config(variant: str | None = None):
     """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead, ``:shuffled`` takes single samples."""
     config = use_stage2(base())
     config.run.name = "stage2_vist"
-    config.data.update(format="vist", max_images=5, max_length=384)
+    config.data.update(format="vist", cache="on", max_images=5, max_length=384)
     config.data.update(packing="tree", global_batch=3 * 13, accumulation=3)
     return apply_variant(config, variant, {"prefix": use_prefix, "shuffled": use_shuffled})
 

@@ -111,7 +111,7 @@ def run_features() -> None:
     cli.set_compile_cache(config)
     initialize()
     source, _ = open_sources(config, tower_sizes(config))
-    print(prepare_features(config, source, flags.FLAGS.output, dtype=flags.FLAGS.feature_dtype))
+    print(prepare_features(config, source, flags.FLAGS.output))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -143,9 +143,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_length", 256, "check: positions of a row, for samples that are too long")
     flags.DEFINE_integer("workers", None, "check: processes that decode; default: by the number of images")
     flags.DEFINE_integer("limit", 100, "check: problems that are listed", lower_bound=0)
-    flags.DEFINE_enum(
-        "feature_dtype", "bfloat16", ["bfloat16", "float32"], "features: type of the stored numbers"
-    )
     flags.DEFINE_string("beam_runner", None, "write the shards with Apache Beam on this runner")
     flags.DEFINE_multi_string("beam_options", [], "a flag of the runner; may be repeated")
 

@@ -1,143 +1,270 @@
-"""Ready features of a configuration: the small world's VAE, batches on the devices, refusals."""
+"""Features of a configuration: made by its frozen towers, written by training, placed on the devices."""
 
 from __future__ import annotations
 
-import dataclasses
+import errno
+import itertools
+import math
+import os
 
-import jax
 import numpy as np
 import pytest
 
 from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
-from minigpt5_jax.data.batches.pipeline import make_loader
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.prepare import feature_writer
 from minigpt5_jax.data.sources.features import FeatureStore
 from minigpt5_jax.training.sharding import make_mesh
-from minigpt5_jax.wiring.features import (
-    open_features,
-    prepare_features,
-    with_features,
-    with_planned_features,
-)
-from minigpt5_jax.wiring.inputs import batch_spec, encode_config, make_batch_sharder, open_sources
-from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring import feature_cache, features
+from minigpt5_jax.wiring.feature_cache import FeatureCache, open_features
+from minigpt5_jax.wiring.features import make_encoder, prepare_features, with_planned_features
+from minigpt5_jax.wiring.inputs import batch_spec, make_batch_sharder, open_loader, open_sources
+from minigpt5_jax.wiring.model import build, load_frozen
+
+SAMPLES, BATCH = 20, 8
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def base(tmp_path_factory):
     config = get_config()
     use_shapes_backbones(config)
     config.run.workdir = str(tmp_path_factory.mktemp("features"))
     config.data.update(
-        format="shapes", shapes_train=12, shapes_validation=4, max_length=56, global_batch=8, flip_mode="off"
+        format="shapes",
+        shapes_train=SAMPLES,
+        shapes_validation=4,
+        instruction_every=0,
+        max_length=56,
+        global_batch=BATCH,
+        worker_count=0,
+        index_cache=f"{config.run.workdir}/index",
     )
     return config
 
 
 @pytest.fixture(scope="module")
-def spec(config):
-    return build(config)
+def spec(base):
+    return build(base)
 
 
 @pytest.fixture(scope="module")
-def source(config, spec):
-    return open_sources(config, spec.sizes)[0]
+def source(base, spec):
+    return open_sources(base, spec.sizes)[0]
 
 
 @pytest.fixture(scope="module")
-def folder(config, source):
-    path = f"{config.run.workdir}/store"
-    said = prepare_features(config, source, path, dtype="float32", batch_size=8, threads=1)
-    assert said.startswith(f"features of {len(source):,} samples in {path}; 0 samples are unusable")
-    return path
+def encoder(base, spec):
+    """The VAE's encoder, compiled once, on the eight devices of the tests."""
+    return make_encoder(spec.template, "target", load_frozen(base, spec, only=("vae",)))
 
 
-def test_moments_on_the_devices_are_those_of_the_images(config, spec, source, folder):
-    ready = open_features(config, spec, source, folder)
-    shapes = batch_spec(config, spec, 8)
-    words = encode_config(config, spec.sizes, training=True)
-    place = make_batch_sharder(make_mesh(4, 1, 2), 1)
-    plain = next(make_loader(source, words, shapes, global_batch=8))
-    batch = place(next(make_loader(ready, words, with_features(shapes, ready.features), global_batch=8)))
-    side = config.model.generator.image_size // 8
-    assert batch.target.shape == (8, 0, 0, 3) and batch.target_moments.shape == (8, side, side, 8)
-    again = prepare_once(config, spec, plain.target)
-    np.testing.assert_allclose(np.asarray(batch.target_moments), again, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(batch.tokens, plain.tokens)
-    assert jax.tree.structure(batch) != jax.tree.structure(plain)
+@pytest.fixture
+def calls(monkeypatch, encoder):
+    """Images of each call of the encoder, which every maker of features gets."""
+    seen = []
+
+    def make(*_):
+        return lambda images: seen.append(len(images)) or encoder(images)
+
+    for room in (features, feature_cache):
+        monkeypatch.setattr(room, "make_encoder", make)
+    return seen
 
 
-def prepare_once(config, spec, images):
-    """Moments straight from the tower."""
-    from minigpt5_jax.wiring.model import load_frozen
-
-    params = load_frozen(config, spec, only=("vae",))
-
-    @jax.jit
-    def moments(params, images):
-        return spec.template.bind({**spec.template.shapes, **params}).generator.moments(images)
-
-    return moments(params, images)
+@pytest.fixture
+def config(base, tmp_path):
+    config = base.copy_and_resolve_references()
+    config.data.update(cache="on", features=str(tmp_path / "store"))
+    return config
 
 
-def test_what_does_not_belong_together_is_refused(config, spec, source, folder):
-    flipped = config.copy_and_resolve_references()
-    flipped.data.flip_mode = "shared"
-    with pytest.raises(DataError, match="never mirrored; set data.flip_mode=off, it is 'shared'"):
-        open_features(flipped, spec, source, folder)
-    thinned = config.copy_and_resolve_references()
-    thinned.data.context_dropout = 0.2
-    with pytest.raises(DataError, match="of whole contexts.*set data.context_dropout=0, it is 0.2"):
-        open_features(thinned, spec, source, folder)
-    with pytest.raises(DataError, match="of whole contexts"):
-        prepare_features(thinned, source, folder)
-    thinned.data.update(format="vist", features=str(folder))
+class Run:
+    """The data of a run from ``step`` on, as training has them."""
+
+    def __init__(self, config, spec, source, step=0):
+        self.told = []
+        opened, self.note = open_features(config, spec, source)
+        self.towers = None if opened is None else set(opened.towers)
+        self.loader = open_loader(config, spec, source, training=True, features=opened and opened.store)
+        self.loader.restore(step)
+        if opened is not None:
+            self.cache = self.loader.complete = FeatureCache(
+                opened,
+                source,
+                spec,
+                {},
+                self.loader,
+                epoch_steps=math.ceil(SAMPLES / BATCH),
+                tell=self.told.append,
+            )
+
+    def take(self, steps):
+        batches = list(itertools.islice(self.loader, steps))
+        self.loader.close()
+        self.cache.close()
+        return batches
+
+
+def pixels(config, spec, source, steps):
+    """The same batches with images."""
+    loader = open_loader(config, spec, source, training=True)
+    batches = list(itertools.islice(loader, steps))
+    loader.close()
+    return batches
+
+
+def same(batches, plain, encoder):
+    """Every moment is that of its image, bit for bit."""
+    for got, want in zip(batches, plain, strict=True):
+        np.testing.assert_array_equal(got.target_moments, encoder(want.target))
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+        assert got.target.shape == (BATCH, 0, 0, 3)
+
+
+@pytest.mark.parametrize("flip_mode", ["off", "independent", "shared"])
+def test_the_first_epoch_writes_what_the_later_ones_read(flip_mode, config, spec, source, encoder, calls):
+    config.data.flip_mode = flip_mode
+    plain = pixels(config, spec, source, 7)
+    run = Run(config, spec, source)
+    assert run.note.startswith("features of 20 images to draw: 41.1 kB in ")
+    assert run.note.endswith("; the first epoch writes them")
+    same(run.take(7), plain, encoder)
+    assert sum(calls) <= 24 + 8, "each image once, in batches of one size"
+    assert run.told == [f"the features of all images are in {config.data.features}: they are encoded no more"]
+    calls.clear()
+    again = Run(config, spec, source, step=4)
+    assert again.towers == set() and again.note.startswith("images are not encoded")
+    same(again.take(3), plain[4:], encoder)
+    assert not calls
+
+
+def test_a_run_that_was_killed_goes_on_with_what_is_on_the_disk(config, spec, source, encoder, calls):
+    plain = pixels(config, spec, source, 5)
+    Run(config, spec, source).take(1)
+    os.truncate(f"{config.data.features}/00000.target.keys", 8 * BATCH - 3)  # killed in the middle of a key
+    calls.clear()
+    run = Run(config, spec, source, step=1)
+    assert run.note.startswith(f"features of {SAMPLES - BATCH + 1} images to draw")
+    same(run.take(4), plain[1:], encoder)
+    assert sum(calls) <= 3 * BATCH, "two steps, and what no step of this run had read"
+    assert run.told
+    assert len(FeatureStore(config.data.features)) == SAMPLES
+
+
+def test_a_store_of_prepare_features_is_read(config, spec, source, encoder, calls):
+    said = []
+    store = config.data.features
+    assert prepare_features(config, source, store, tell=said.append, batch_size=BATCH) == (
+        f"features of {SAMPLES} images in {store}; 0 images are unusable"
+    )
+    assert said[0].startswith("features of 20 images to draw: 41.1 kB in")
+    config.data.cache = "off"
+    run = Run(config, spec, source)
+    assert run.towers == set()
+    batch = make_batch_sharder(make_mesh(4, 1, 2), 1)(run.take(1)[0])
+    same([batch], pixels(config, spec, source, 1), encoder)
+
+
+def test_what_is_not_finished_and_shall_not_be_written_is_refused(config, spec, source, calls):
+    Run(config, spec, source).take(1)
+    config.data.cache = "off"
+    with pytest.raises(DataError, match="not finished: features of 12 images to draw are missing.*cache=on"):
+        open_features(config, spec, source)
+    config.data.cache = "on"  # the remedy
+    assert open_features(config, spec, source)[0].towers
+    config.data.update(cache="off", features=f"{config.data.features}/nothing")
+    with pytest.raises(DataError, match="no feature store in .*nothing"):
+        open_features(config, spec, source)
+    config.data.features = ""
+    assert open_features(config, spec, source) == (None, "")
+
+
+def test_a_disk_that_is_too_small(config, spec, source, monkeypatch):
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 41_000)
+    opened, note = open_features(config, spec, source)
+    assert opened is None and not os.path.exists(config.data.features)
+    assert note.startswith(
+        "images are encoded in each step, as the disk is too small for features of 20 images"
+    )
+    assert "41.1 kB" in note and "where 41.0 kB are free" in note and note.endswith("data.features")
+    with pytest.raises(DataError, match="the disk is too small for features of 20.*name a folder on another"):
+        prepare_features(config, source, config.data.features)
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 42_000)
+    assert open_features(config, spec, source)[0] is not None
+
+
+def test_a_disk_that_fills_up_ends_the_writing_and_not_the_run(
+    config, spec, source, encoder, calls, monkeypatch, caplog
+):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plain = pixels(config, spec, source, 5)
+    run = Run(config, spec, source)
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_writer.os, "fdatasync", full)
+        same(run.take(5), plain, encoder)
+    assert "features are no longer written: [Errno 28]" in caplog.text and not run.told
+    assert len(FeatureStore(config.data.features)) == 0
+    same(Run(config, spec, source).take(5), plain, encoder)
+
+
+def test_images_of_another_form_in_each_epoch(config, spec, source):
+    config.data.features = ""
+    config.data.flip_each_epoch = True
+    assert open_features(config, spec, source) == (
+        None,
+        "images are encoded in each step, as data.flip_each_epoch=True draws mirrors anew each epoch",
+    )
+    config.data.update(flip_mode="off", context_dropout=0.2)
+    assert "data.context_dropout=0.2 chooses other images" in open_features(config, spec, source)[1]
+    with pytest.raises(DataError, match="same images in each epoch.*set .* data.context_dropout=0"):
+        prepare_features(config, source, "x")
+    config.data.update(format="vist", features="x")
     with pytest.raises(ConfigError, match="data.features are of whole contexts"):
-        validate(thinned)
-    fewer = config.copy_and_resolve_references()
-    fewer.data.instruction_every = 2
-    with pytest.raises(DataError, match="(?s)not belong to this run.*image_fingerprint: stored '.*', now '"):
-        open_features(fewer, spec, open_sources(fewer, spec.sizes)[0], folder)
-    reworded = config.copy_and_resolve_references()
-    reworded.run.seed = 7  # another order, other wordings, other scenes
-    reworded.data.update(format="cc3m", train=f"{config.run.workdir}/data/shapes_train.tsv")
-    assert len(open_features(reworded, spec, open_sources(reworded, spec.sizes)[0], folder)) == len(source)
+        validate(config)
 
 
-def test_another_vae_is_refused(config, spec, source, folder, monkeypatch):
-    import minigpt5_jax.wiring.features as room
+def test_a_store_of_other_towers_or_transforms_is_refused(config, spec, source, calls, monkeypatch):
+    Run(config, spec, source).take(1)
+    config.data.images_as_shown = False
+    with pytest.raises(DataError, match="(?s)delete that folder.*images_as_shown: stored True, now False"):
+        open_features(config, spec, source)
+    config.data.images_as_shown = True
+    with monkeypatch.context() as patch:
 
-    load = room.load_frozen
+        def other(*args, **kwargs):
+            params = load_frozen(*args, **kwargs)
+            path = next(path for path in params if path.startswith("generator/vae/encoder/"))
+            return {**params, path: params[path] + 1e-3}
 
-    def other(*args, **kwargs):
-        params = load(*args, **kwargs)
-        path = next(path for path in params if path.startswith("generator/vae/encoder/"))
-        return {**params, path: params[path] + 1e-3}
-
-    monkeypatch.setattr(room, "load_frozen", other)
-    with pytest.raises(DataError, match=r"towers: stored \{'vae': '\w{64}.*now \{'vae': '\w{64}"):
-        open_features(config, spec, source, folder)
+        patch.setattr(features, "load_frozen", other)
+        with pytest.raises(DataError, match=r"towers: stored \{'vae': '\w{64}.*now \{'vae': '\w{64}"):
+            open_features(config, spec, source)
+        config.data.features += "2"  # the remedy
+        assert open_features(config, spec, source)[0].towers
 
 
-def test_the_tower_they_stand_for_need_not_be_there(config, spec, source, folder, tmp_path, caplog):
+def test_the_tower_they_stand_for_need_not_be_there(config, spec, source, calls, tmp_path, caplog):
     """A run that never uses the VAE trains from its store without it, with a warning; others do not."""
-    away = config.copy_and_resolve_references()
-    away.weights.vae = str(tmp_path / "nowhere")
+    Run(config, spec, source).take(1)
+    vae, config.weights.vae = config.weights.vae, str(tmp_path / "nowhere")
+    for model in (spec, spec.without({"vae"})):
+        with pytest.raises(ConfigError, match=r"weights.vae: .*nowhere does not exist"):
+            open_features(config, model, source)
+    config.weights.vae = vae
+    prepare_features(config, source, config.data.features, tell=lambda _: None, batch_size=BATCH)
+    config.weights.vae = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"weights.vae: .*nowhere does not exist"):
-        open_features(away, spec, source, folder)
-    assert len(open_features(away, spec.without({"vae"}), source, folder)) == len(source)
-    assert "taken to be those of this run's weights.vae, which cannot be compared" in caplog.text
-    away.data.features = folder
-    shapes = batch_spec(away, spec, 8)
-    assert with_planned_features(away, spec, shapes).feature_dtype == "float32"
-    away.data.features = str(tmp_path)
-    planned = with_planned_features(away, spec, shapes)
-    assert planned.target_moments == FeatureStore(folder).spec.target and planned.image_states is None
+        open_features(config, spec, source)
+    assert open_features(config, spec.without({"vae"}), source)[0].store.complete
+    assert "taken to be those of this run's weights.vae, which cannot all be compared" in caplog.text
 
 
-def test_features_of_input_images_only_where_the_batch_reads_any(config, spec, source, folder):
-    ready = open_features(config, spec, source, folder)
-    shapes = batch_spec(config, spec, 8)
-    assert with_features(shapes, ready.features).image_states is None
-    both = dataclasses.replace(ready.features, image=(32, 768))
-    assert with_features(dataclasses.replace(shapes, images=8), both).image_states == (32, 768)
+def test_shapes_of_batches_with_features(config, spec):
+    shapes = batch_spec(config, spec, BATCH)
+    side = config.model.generator.image_size // 8
+    planned = with_planned_features(config, spec, shapes)
+    assert planned.target_moments == (side, side, 8) and planned.image_states is None
+    config.loss.image = 0.0  # then nothing reads the images to draw
+    assert with_planned_features(config, build(config), shapes).target_moments is None

@@ -248,7 +248,10 @@ def test_trees_are_of_whole_stories(config, tmp_path):
         ({"buckets": (40, 60), "max_length": 64}, r"must ascend and end in data.max_length=64"),
         ({"buckets": (64, 40), "max_length": 40}, "must ascend"),
         ({"pack": 3, "global_batch": 4}, r"data.pack=3 does not divide the 4 samples.*a batch of 3 or 6"),
-        ({"features": "store"}, "set data.flip_mode=off, it is 'independent'"),
+        (
+            {"features": "store", "flip_each_epoch": True},
+            "mirrored once and for all; set data.flip_each_epoch",
+        ),
         ({"packing": "off", "pack": 2, "global_batch": 2}, "data.pack=2 is for data.packing=shuffled"),
         ({"packing": "tree"}, "tree is for stories .*format is 'cc3m', so set data.packing=shuffled"),
         ({"packing": "tree", "format": "vist", "context_dropout": 0.1}, "set data.context_dropout=0"),

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from minigpt5_jax.config import ConfigError, apply_variant, choose, get_config, use_stage2, validate
-from minigpt5_jax.data.sources.features import FeatureStore
 from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.evaluation.verify import verify
 from minigpt5_jax.export import export_torch
@@ -26,7 +25,8 @@ from minigpt5_jax.parts.contracts import FROZEN, find
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.weights.export.model import ExportError
-from minigpt5_jax.wiring.features import open_features, prepare_features
+from minigpt5_jax.wiring.feature_cache import open_features
+from minigpt5_jax.wiring.features import prepare_features
 from minigpt5_jax.wiring.generation import Request, generate_page
 from minigpt5_jax.wiring.inputs import open_sources
 from minigpt5_jax.wiring.model import build
@@ -624,9 +624,11 @@ def test_its_features_are_precomputed(package, files, tmp_path):
     config = configure(package, files, tmp_path, "pairs.jsonl")
     config.data.max_images = 0
     source, _ = open_sources(config, build(config).sizes)
-    assert "features of 16 samples" in prepare_features(config, source, tmp_path / "store", dtype="float32")
-    ready = open_features(config, build(config), source, tmp_path / "store")
-    assert len(ready) == 16 and FeatureStore(tmp_path / "store").target(0).shape == (4, 4, 6)
+    config.data.features = str(tmp_path / "store")
+    made = len({source[i].target_image for i in range(16)})
+    assert f"features of {made} images" in prepare_features(config, source, tmp_path / "store")
+    store = open_features(config, build(config), source)[0].store
+    assert store.complete and len(store) == made and store.spec.target == (4, 4, 6)
 
 
 def test_parts_are_found_by_their_files():

@@ -49,7 +49,6 @@ def test_a_path_of_a_flag(home):
 
 def test_every_free_text_of_a_configuration_is_a_path_or_named_here(home):
     config = get_config()
-    config.data.flip_mode = "off"  # which data.features wants
 
     def is_text(key: Key) -> bool:
         return not key.choices and (key.kind is str or isinstance(key.default, str))

@@ -32,6 +32,7 @@ from minigpt5_jax.training.flops import count_flops, product_shapes
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import make_train_step
+from minigpt5_jax.wiring.features import plans_features
 from minigpt5_jax.wiring.inputs import epoch_samples
 from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build
@@ -89,12 +90,11 @@ def _line(case: str, run_file: str, source: Source, peer: float, **more: Any) ->
 def _extras(case: str, config: ConfigDict, work: Work) -> dict[str, Any]:
     from benchmarks.goals import GOALS
 
-    once = work.step + work.once / config.run.epochs
+    once = plans_features(config)
     return {
         "over_minimum": work.step / GOALS[3, case].limit,
-        "run_mean": once if config.data.features else work.on_images,
-        "run_mean_encoded_once": once,
-        "encodes": "once" if config.data.features else "in every step, as configured",
+        "run_mean": work.step + work.once / config.run.epochs if once else work.on_images,
+        "encodes": "once, in the first epoch" if once else "in every step",
         "frozen_gradients": work.frozen_gradients,
         "steps_by_shape": work.shapes,
         "attention": config.model.attention,

@@ -124,7 +124,13 @@ KEYS: dict[str, Key] = {
         ("-3872362534310063124", "3713630103994725971"), "MMDialog's images that end a conversation (Q28)"
     ),
     "data.features": path(
-        "folder that `prepare features` made: images go through the frozen towers once, not each step"
+        "folder of features of images, by `prepare features` or data.cache; not set: features/ in the workdir"
+    ),
+    "data.cache": Key(
+        "off",
+        "on: the first epoch writes features of its images for the later ones; off: each step encodes its "
+        "images, where data.features names none",
+        choices=("on", "off"),
     ),
     "data.instruction_every": Key(
         100, "every n-th CC3M row gives an instruction sample too; 0 none (5.2)", low=0
@@ -135,6 +141,9 @@ KEYS: dict[str, Key] = {
         "independent",
         "horizontal flips, p=0.5, input and output apart as in the original (Q17)",
         choices=("independent", "shared", "off"),
+    ),
+    "data.flip_each_epoch": Key(
+        False, "mirrors drawn anew in each epoch, as in the original, not once for each image (Q17)"
     ),
     "data.images_as_shown": Key(
         True, "images turned by EXIF, transparent ones on white; the original drops both (5.5)"

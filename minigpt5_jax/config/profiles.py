@@ -24,6 +24,7 @@ _ORIGINAL: Mapping[str, Any] = {
     "loss.caption_attn_mask": True,  # Q10
     "loss.min_snr_gamma": 5.0,  # Q13
     "data.flip_mode": "independent",  # Q17
+    "data.flip_each_epoch": True,
     "optimizer.grad_clip": None,  # Q19
     "data.truncation": "right",  # Q23
     "data.resample_prompts": False,  # Q24

@@ -60,8 +60,8 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
     buckets = list(data.buckets)
     if buckets and (buckets != sorted(set(buckets)) or buckets[-1] != data.max_length):
         yield f"data.buckets={data.buckets} must ascend and end in data.max_length={data.max_length}"
-    if data.features and data.flip_mode != "off":
-        yield f"data.features are of images as they are; set data.flip_mode=off, it is {data.flip_mode!r}"
+    if data.features and data.flip_mode != "off" and data.flip_each_epoch:
+        yield "data.features are of images that are mirrored once and for all; set data.flip_each_epoch=False"
     if data.context_dropout and data.features:
         yield f"data.features are of whole contexts; set data.context_dropout=0, it is {data.context_dropout}"
     if data.context_dropout and data.format not in STORY_FORMATS:

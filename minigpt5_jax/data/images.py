@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import stat
@@ -256,6 +257,16 @@ class Flips:
     images: tuple[bool, ...]
 
 
+def draw_flip(seed: int, kind: str, image: int) -> bool:
+    """Whether an image is mirrored, with probability 1/2: once for a whole run.
+
+    Args:
+      kind: ``target`` or ``image``; an image that is drawn and read has a draw for each.
+      image: its number (:func:`minigpt5_jax.data.sources.features.image_id`).
+    """
+    return bool(hashlib.blake2b(f"{seed} {kind} {image}".encode(), digest_size=1).digest()[0] & 1)
+
+
 def draw_flips(
     mode: str, key: tuple[int, ...], num_images: int, shared_key: tuple[int, ...] | None = None
 ) -> Flips:
@@ -263,7 +274,8 @@ def draw_flips(
 
     Args:
       mode: ``independent`` (the original, quirk Q17), ``shared`` (all or none) or ``off``.
-      key: non-negative integers that name the draw, here (seed, epoch, place in the source).
+      key: non-negative integers that name the draw: (seed, epoch, place in the source), or without the epoch
+        where it is one draw for the whole run.
       num_images: number of input images.
       shared_key: names the draws that several samples share: of input images, which they number alike, and
         of everything where the mode is ``shared``.

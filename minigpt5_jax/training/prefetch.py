@@ -16,14 +16,21 @@ class DevicePrefetch:
       loader: gives this process's numpy batches; it knows what was skipped.
       place: puts one on the devices; copies are asynchronous.
       ahead: batches placed and not yet used; 0 places each when it is asked for.
+      closing: called in the end, behind the loader's.
 
     Attributes:
       state: the next step to be *used*, which is what a checkpoint stores; batches that only lie ready
         are read again after a restart.
     """
 
-    def __init__(self, loader: Loader, place: Callable[[Batch], Batch], ahead: int = 1):
-        self.loader, self._place, self._ahead = loader, place, ahead
+    def __init__(
+        self,
+        loader: Loader,
+        place: Callable[[Batch], Batch],
+        ahead: int = 1,
+        closing: Callable[[], None] | None = None,
+    ):
+        self.loader, self._place, self._ahead, self._closing = loader, place, ahead, closing
         self._ready: collections.deque[Batch] = collections.deque()
 
     @property
@@ -48,3 +55,5 @@ class DevicePrefetch:
         """Ends the loader; batches that lie ready are dropped."""
         self._ready.clear()
         self.loader.close()
+        if self._closing is not None:
+            self._closing()

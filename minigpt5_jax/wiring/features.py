@@ -3,8 +3,9 @@
     python -m minigpt5_jax.prepare features --config configs/stage1.py --output features/cc3m
 
 runs the VAE's encoder over every target image and, where the configuration reads images, the vision
-tower and the Q-Former over every input image.  Training takes them with ``data.features=FOLDER`` and
-``data.flip_mode=off``.  Format and checks: :mod:`minigpt5_jax.data.sources.features`.
+tower and the Q-Former over every input image.  Training takes them with ``data.features=FOLDER``, or makes
+them while its first epoch reads the images (``data.cache=on``, :mod:`minigpt5_jax.wiring.feature_cache`).
+Format and checks: :mod:`minigpt5_jax.data.sources.features`.
 """
 
 from __future__ import annotations
@@ -16,35 +17,64 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.batches.collate import BatchSpec
+from minigpt5_jax.data.batches.image_index import ImageIndex, image_index
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.prepare.feature_writer import Encoder, write_features
-from minigpt5_jax.data.sources import Source
-from minigpt5_jax.data.sources.features import (
-    FeatureSource,
-    FeatureSpec,
-    FeatureStore,
-    image_fingerprint,
-    read_spec,
+from minigpt5_jax.data.prepare.feature_writer import (
+    Encoder,
+    FeatureWriter,
+    claim,
+    room_for,
+    write_missing,
 )
+from minigpt5_jax.data.sources import Source
+from minigpt5_jax.data.sources.features import FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
+from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.provenance import hash_parameters
-from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.training.sharding import make_mesh, replicated
+from minigpt5_jax.wiring.inputs import encode_config
 from minigpt5_jax.wiring.model import ModelSpec, build, load_frozen
 
 KINDS = {"target": "generator", "image": "backbone"}
 """Kind of feature -> the part whose frozen towers make it (``Part.features``)."""
 
 
+def plans_features(config: ConfigDict) -> bool:
+    """Whether a run reads features of its training images in the place of pixels, where the disk has room."""
+    return bool(config.data.features) or (config.data.cache == "on" and not why_no_cache(config))
+
+
+def why_no_cache(config: ConfigDict) -> str:
+    """What in a configuration gives its images another form in each epoch; empty where nothing does."""
+    data = config.data
+    if data.flip_each_epoch and data.flip_mode != "off":
+        return "data.flip_each_epoch=True draws mirrors anew"
+    if data.context_dropout:
+        return f"data.context_dropout={data.context_dropout} chooses other images"
+    return ""
+
+
 def feature_kinds(config: ConfigDict, spec: ModelSpec) -> list[str]:
-    """The features a configuration has use for: input images only where it reads any."""
-    reads = bool(spec.backbone.image_tokens and config.data.max_images)
-    return ["target", "image"] if reads else ["target"]
+    """The features a configuration has use for: of images that it reads, by towers that do not train."""
+    used = {
+        "target": bool(set(spec.options.loss.weights) - {"text", "caption"}),
+        "image": bool(spec.backbone.image_tokens and config.data.max_images),
+    }
+    return [kind for kind, use in used.items() if use and not _trains(spec, kind)]
+
+
+def _trains(spec: ModelSpec, kind: str) -> bool:
+    """Whether a tower that makes features of this kind is trained itself."""
+    part = spec.parts[KINDS[kind]]
+    starts = tuple(part.prefix + start for starts in part.features.values() for start in starts)
+    return any(path.startswith(starts) for path, group in spec.labels.items() if group != FROZEN)
 
 
 def load_towers(config: ConfigDict, spec: ModelSpec, kind: str) -> tuple[Params, dict[str, str]]:
@@ -67,7 +97,7 @@ def _make(model: Any, kind: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def make_encoder(template: Template, kind: str, params: Mapping[str, jax.Array]) -> Encoder:
-    """The jitted towers of one kind of feature: u8[n H W 3] -> f32[n ...].
+    """The jitted towers of one kind of feature, rows over this process's devices: u8[n H W 3] -> f32[n ...].
 
     Args:
       params: leaves that take part; the model's others need not exist.
@@ -77,8 +107,25 @@ def make_encoder(template: Template, kind: str, params: Mapping[str, jax.Array])
         model = template.bind({**template.shapes, **params})
         return _make(model, kind)(images).astype(jnp.float32)
 
-    compiled = jax.jit(encode)
-    return lambda images: compiled(params, images)
+    mesh = make_mesh(devices=jax.local_devices())
+    rows, compiled = NamedSharding(mesh, P("data")), jax.jit(encode)
+    here = {path: _local(value, replicated(mesh)) for path, value in params.items()}
+
+    def run(images: np.ndarray) -> np.ndarray:
+        padding = np.zeros((-len(images) % mesh.size, *images.shape[1:]), images.dtype)
+        with jax.set_mesh(mesh):
+            made = compiled(here, jax.device_put(np.concatenate([images, padding]), rows))
+        return np.asarray(made)[: len(images)]
+
+    return run
+
+
+def _local(value: jax.Array, everywhere: NamedSharding) -> jax.Array:
+    """A parameter on every device of this process, of an array that other processes may have too."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        parts = [shard.data for shard in value.addressable_shards]
+        return jax.make_array_from_single_device_arrays(value.shape, everywhere, parts)
+    return jax.device_put(value, everywhere)
 
 
 def feature_shapes(config: ConfigDict, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -96,21 +143,36 @@ def feature_shapes(config: ConfigDict, spec: ModelSpec) -> dict[str, tuple[int, 
 
 
 def feature_spec(
-    config: ConfigDict, spec: ModelSpec, source: Source, hashes: Mapping[str, str], *, dtype: str
+    config: ConfigDict, spec: ModelSpec, source: Source, hashes: Mapping[str, str]
 ) -> FeatureSpec:
-    """What a store for this configuration and source holds: input images where it reads any."""
+    """What a store for this configuration and source holds.
+
+    Moments leave the VAE in ``model.dtype`` and the Q-Former's states in fp32 (fidelity 1.13): they are
+    stored so, and lose nothing.
+    """
     shapes = feature_shapes(config, spec)
     return FeatureSpec(
         image_fingerprint=image_fingerprint(source),
         samples=len(source),
         towers=dict(hashes),
-        target=shapes["target"],
+        target=shapes.get("target"),
         image=shapes.get("image"),
         target_size=spec.generator.image_size,
         image_size=spec.backbone.image_size,
         pad_input_square=config.data.pad_input_square,
         images_as_shown=config.data.images_as_shown,
-        dtype=dtype,
+        target_dtype=config.model.dtype,
+    )
+
+
+def images_of(config: ConfigDict, spec: ModelSpec, source: Source) -> ImageIndex:
+    """Which images the training samples have, mirrored as training mirrors them."""
+    return image_index(
+        source,
+        encode_config(config, spec.sizes, training=True),
+        seed=config.run.seed,
+        trees=config.data.packing == "tree",
+        folder=config.data.index_cache,
     )
 
 
@@ -119,7 +181,7 @@ def prepare_features(
     source: Source,
     folder: str | Path,
     *,
-    dtype: str = "bfloat16",
+    tell: Callable[[str], None] = print,
     batch_size: int = 16,
     threads: int = 8,
 ) -> str:
@@ -128,7 +190,7 @@ def prepare_features(
     Args:
       source: the training samples of ``config``.
       folder: of the store.
-      dtype: of stored numbers: ``bfloat16`` (65 kB a 512-pixel target) or ``float32``.
+      tell: gets a line with the size before anything is written.
       batch_size: images in one call of a tower.
       threads: that decode images meanwhile.
 
@@ -137,97 +199,54 @@ def prepare_features(
 
     Raises:
       ConfigError, WeightFileError, WeightTableError: a tower cannot be read.
-      DataError: the folder holds features of other images or towers; contexts are thinned.
+      DataError: the folder holds features of other images or towers; images differ between epochs; the disk
+        is too small.
     """
-    _check_contexts(config)
-    spec = build(config)
-    kinds = feature_kinds(config, spec)
-    towers = {kind: load_towers(config, spec, kind) for kind in kinds}
+    check_fixed(config)
+    spec, folder = build(config), Path(folder)
+    towers = {kind: load_towers(config, spec, kind) for kind in feature_kinds(config, spec)}
+    if not towers:
+        raise DataError("no loss of this configuration reads an image, so there are no features to prepare")
     hashes = {name: digest for _, digests in towers.values() for name, digest in digests.items()}
-    store = feature_spec(config, spec, source, hashes, dtype=dtype)
-    missing = write_features(
-        folder,
+    wanted = feature_spec(config, spec, source, hashes)
+    index, store = images_of(config, spec, source), FeatureStore(folder, wanted)
+    fits, words = room_for(index, store)
+    if not fits:
+        raise DataError(f"the disk is too small for {words}; free some, or name a folder on another disk")
+    tell(words)
+    claim(folder, wanted)
+    writer = FeatureWriter(store)
+    bad = write_missing(
         source,
+        index,
         store,
+        writer,
         {kind: make_encoder(spec.template, kind, params) for kind, (params, _) in towers.items()},
         batch_size=batch_size,
         threads=threads,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return f"features of {store.samples - missing:,} samples in {folder}; {missing:,} samples are unusable"
+    writer.close()
+    store.refresh()
+    return f"features of {len(store):,} images in {folder}; {bad:,} images are unusable"
 
 
-def open_features(config: ConfigDict, spec: ModelSpec, source: Source, folder: str | Path) -> FeatureSource:
-    """The samples of ``source`` with their features, which are those of its images by this run's towers.
-
-    A tower that the run does not use (``spec.unused``), for the features stand in its place, need not be
-    there: without it a warning says that nothing was compared.
-
-    Raises:
-      DataError: they are not, with both fingerprints; mirrors or thinned contexts are asked for; no
-        finished store.
-    """
-    _check_contexts(config)
-    if config.data.flip_mode != "off":  # also of callers that have no validated configuration
+def check_fixed(config: ConfigDict) -> None:
+    """DataError where images have another form in each epoch, so that features cannot be kept of them."""
+    if reason := why_no_cache(config):
         raise DataError(
-            "precomputed features are of images as they are, never mirrored; set data.flip_mode=off, it is "
-            f"{config.data.flip_mode!r}"
+            f"precomputed features are of the same images in each epoch, and {reason}; "
+            "set data.flip_each_epoch=False and data.context_dropout=0"
         )
-    store, hashes = FeatureStore(folder), {}
-    for kind in store.spec.shapes():
-        hashes |= _hashes(config, spec, store.spec, kind)
-    store.check(feature_spec(config, spec, source, hashes, dtype=store.spec.dtype))
-    return FeatureSource(source, store)
-
-
-def _hashes(config: ConfigDict, spec: ModelSpec, stored: FeatureSpec, kind: str) -> dict[str, str]:
-    """Hashes of the towers that make one kind of feature; as stored where an unused one cannot be read."""
-    try:
-        return load_towers(config, spec, kind)[1]
-    except (ConfigError, WeightFileError) as error:
-        towers = spec.parts[KINDS[kind]].features.keys()
-        if not spec.unused.issuperset(towers):
-            raise
-        reason = str(error).splitlines()[0]
-        logging.warning(
-            "features of %s are taken to be those of this run's weights.%s, which cannot be compared (%s)",
-            kind,
-            " and weights.".join(towers),
-            reason,
-        )
-        return {name: stored.towers[name] for name in towers}
-
-
-def _check_contexts(config: ConfigDict) -> None:
-    """Refuse ``data.context_dropout``: it reads other images each epoch, a store has each sample's once."""
-    if config.data.context_dropout:
-        raise DataError(
-            "precomputed features are of whole contexts, the same each epoch; set data.context_dropout=0, "
-            f"it is {config.data.context_dropout}"
-        )
-
-
-def with_features(batch: BatchSpec, store: FeatureSpec) -> BatchSpec:
-    """Shapes of a batch that holds a store's features in the place of images."""
-    return dataclasses.replace(
-        batch,
-        target_moments=store.target if batch.items else None,
-        image_states=store.image if batch.images else None,
-        feature_dtype=store.dtype,
-    )
 
 
 def with_planned_features(config: ConfigDict, spec: ModelSpec, batch: BatchSpec) -> BatchSpec:
-    """Shapes of a training batch: with the features of ``data.features``, where the run reads any.
-
-    For a store that is not there yet, those that ``prepare features`` will make; without it
-    :func:`open_features` refuses to train.
-    """
-    if not config.data.features:
-        return batch
-    try:
-        return with_features(batch, read_spec(config.data.features))
-    except DataError:
-        shapes = feature_shapes(config, spec)
-        return dataclasses.replace(batch, target_moments=shapes["target"], image_states=shapes.get("image"))
+    """Shapes of a training batch with the features that the configuration has use for."""
+    shapes = feature_shapes(config, spec)
+    return dataclasses.replace(
+        batch,
+        target_moments=shapes.get("target") if batch.items else None,
+        image_states=shapes.get("image") if batch.images else None,
+        moments_dtype=config.model.dtype,
+    )

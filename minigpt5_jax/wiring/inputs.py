@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,12 @@ from minigpt5_jax.data.sources import (
     VistSource,
 )
 from minigpt5_jax.data.sources.base import stories_of
-from minigpt5_jax.data.sources.features import FeatureSource
+from minigpt5_jax.data.sources.features import FeatureSpec, FeatureStore
 from minigpt5_jax.data.sources.kinds import Rules
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.shapes.dataset import write_dialogs, write_pairs, write_stories
 from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.sharding import ShardingError, batch_shardings, make_mesh
-from minigpt5_jax.wiring.features import with_features
 from minigpt5_jax.wiring.model import ModelSpec, Sizes, caption_tokenizer, language_tokenizer
 
 
@@ -166,6 +166,7 @@ def encode_config(config: ConfigDict, sizes: Sizes, *, training: bool) -> Encode
         mask_all_inner_vokens=data.mask_all_inner_vokens,
         strict_image_count=data.strict_image_count,
         images_as_shown=data.images_as_shown,
+        flip_each_epoch=data.flip_each_epoch,
     )
 
 
@@ -260,8 +261,30 @@ def epoch_samples(config: ConfigDict, source: Source) -> int:
     return len(source) if starts is None else (len(starts) - 1) * longest_story(starts)
 
 
-def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training: bool) -> Loader:
-    """Batches of this process.  Held-out ones have one shape and one sample a row."""
+def with_features(batch: BatchSpec, store: FeatureSpec) -> BatchSpec:
+    """Shapes of a batch that holds a store's features in the place of images."""
+    return dataclasses.replace(
+        batch,
+        target_moments=store.target if batch.items else None,
+        image_states=store.image if batch.images else None,
+        moments_dtype=store.target_dtype,
+        states_dtype=store.image_dtype,
+    )
+
+
+def open_loader(
+    config: ConfigDict,
+    spec: ModelSpec,
+    source: Source,
+    *,
+    training: bool,
+    features: FeatureStore | None = None,
+) -> Loader:
+    """Batches of this process.  Held-out ones have one shape and one sample a row.
+
+    Args:
+      features: those of the samples' images, which batches hold in the place of pixels.
+    """
     data = config.data
     samples = data.global_batch // data.accumulation
     trees = training and data.packing == "tree"
@@ -271,9 +294,10 @@ def open_loader(config: ConfigDict, spec: ModelSpec, source: Source, *, training
     else:
         pack = samples_a_row(config, split) if training else 1
     shapes = batch_spec(config, spec, samples, pack, split)
-    if isinstance(source, FeatureSource):
-        shapes = with_features(shapes, source.features)
     encoding = encode_config(config, spec.sizes, training=training)
+    if features is not None:
+        shapes = with_features(shapes, features.spec)
+        encoding = dataclasses.replace(encoding, features=features)
     stories = story_index(source, encoding, shapes, data.index_cache) if trees else None
     return make_loader(
         source,

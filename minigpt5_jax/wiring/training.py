@@ -32,7 +32,8 @@ from minigpt5_jax.training.sharding import (
 )
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
-from minigpt5_jax.wiring.features import open_features
+from minigpt5_jax.wiring.feature_cache import FeatureCache, open_features
+from minigpt5_jax.wiring.features import plans_features
 from minigpt5_jax.wiring.inputs import (
     data_identity,
     epoch_samples,
@@ -270,7 +271,8 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     spec = build(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
-    spec = spec.without(unused_towers(config, spec, watched=watch is not None))
+    whole, watched = spec, watch is not None
+    spec = whole.without(unused_towers(config, whole, watched=watched))
     check_sources(config, spec.unused)
     checkpoints, changed = open_run_checkpoints(config, owner), []
     if checkpoints.latest_step is not None:
@@ -280,9 +282,12 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         open_parent_run(config, spec)
     sampler = open_sampler(config, spec)
     source, held_out = open_sources(config, spec.sizes)
-    if config.data.features:
-        source = open_features(config, spec, source, config.data.features)
-    loader = open_loader(config, spec, source, training=True)
+    features, note = open_features(config, spec, source)
+    if features is None and plans_features(config):
+        spec = whole.without(unused_towers(config, whole, watched=watched, features=False))
+        check_sources(config, spec.unused)
+    store = features.store if features else None
+    loader = open_loader(config, spec, source, training=True, features=store)
     shard = make_batch_sharder(mesh, config.data.accumulation)
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
@@ -315,6 +320,8 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
             f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
         )
+    if note:
+        metrics.message(note)
     if spec.unused:
         metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:
@@ -323,6 +330,12 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         metrics.message("\n  ".join(["settings that differ from the checkpoint's:", *changed]))
     if first_step >= steps:
         metrics.message(f"all {steps} steps are done; to go on, give more of them (run.num_steps)")
+    cache = None
+    if features is not None:
+        epoch_steps = math.ceil(epoch_samples(config, source) / config.data.global_batch)
+        cache = loader.complete = FeatureCache(
+            features, source, spec, frozen, loader, epoch_steps=epoch_steps, tell=metrics.message
+        )
     step = jax.jit(
         make_train_step(spec.template, spec.labels, optimizer, spec.options),
         donate_argnums=0,
@@ -334,7 +347,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         frozen,
         step,
         mesh,
-        DevicePrefetch(loader, shard),
+        DevicePrefetch(loader, shard, closing=cache.close if cache else None),
         metrics,
         checkpoints,
         meta,

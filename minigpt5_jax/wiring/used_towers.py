@@ -24,7 +24,7 @@ from minigpt5_jax.parts.contracts import FROZEN, Part
 from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.training.step import make_draw
 from minigpt5_jax.training.validation import make_validation_step
-from minigpt5_jax.wiring.features import with_planned_features
+from minigpt5_jax.wiring.features import plans_features, with_planned_features
 from minigpt5_jax.wiring.inputs import SHAPES, batch_spec
 from minigpt5_jax.wiring.model import ModelSpec
 from minigpt5_jax.wiring.session import open_sampler
@@ -33,12 +33,15 @@ Reader = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function of all parameters and of abstract inputs, which are the second."""
 
 
-def unused_towers(config: ConfigDict, spec: ModelSpec, *, watched: bool) -> frozenset[str]:
-    """Names under ``config.weights`` of the towers that training by this configuration never reads.
+def unused_towers(
+    config: ConfigDict, spec: ModelSpec, *, watched: bool, features: bool | None = None
+) -> frozenset[str]:
+    """Names under ``config.weights`` of the towers that the steps of this configuration never read.
 
     Args:
       spec: the whole model.
       watched: whether the run validates and draws held-out samples, as its configuration says.
+      features: whether steps read features in the place of images; by default as the configuration plans.
 
     Raises:
       ConfigError: batches that the model cannot have, or an unknown sampler.
@@ -47,7 +50,8 @@ def unused_towers(config: ConfigDict, spec: ModelSpec, *, watched: bool) -> froz
     read = {path for path in spec.pretrained if spec.labels[path] != FROZEN}
     unused = {name for name, paths in towers.items() if not paths & read}
     with _without_garbage_collection():
-        for reader in _readers(config, spec, watched):
+        ready = plans_features(config) if features is None else features
+        for reader in _readers(config, spec, watched, ready):
             if not unused:
                 break
             read = paths_read(spec, *reader)
@@ -77,14 +81,14 @@ def paths_read(spec: ModelSpec, function: Callable[..., Any], inputs: tuple[Any,
     return {path for path, variable in zip(sorted(shapes), jaxpr.invars) if id(variable) in read}
 
 
-def _readers(config: ConfigDict, spec: ModelSpec, watched: bool) -> Iterator[Reader]:
+def _readers(config: ConfigDict, spec: ModelSpec, watched: bool, ready: bool) -> Iterator[Reader]:
     """Everything that a run does with parameters, the cheapest to trace first."""
     for part in spec.parts.values():
         if part.initial is not None:
             yield _start_values(spec, part), ()
     samples = config.data.global_batch // config.data.accumulation
     shapes = batch_spec(config, spec, samples, max(config.data.pack, 1))
-    yield _losses(spec), (abstract_batch(with_planned_features(config, spec, shapes)),)
+    yield _losses(spec), (abstract_batch(with_planned_features(config, spec, shapes) if ready else shapes),)
     if not (watched and holds_out(config)):
         return
     batch = abstract_batch(batch_spec(config, spec, samples))  # held-out images are never precomputed

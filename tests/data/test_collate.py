@@ -138,7 +138,7 @@ def test_rows_with_more_images_than_slots_keep_the_last_ones(examples, config, i
 
 
 def test_flips_follow_the_key(examples, config, images):
-    flipping = dataclasses.replace(config, flip_mode="independent")
+    flipping = dataclasses.replace(config, flip_mode="independent", flip_each_epoch=True)
     for key in ((1, 0, i) for i in range(4)):
         sample, flips = encode(examples[1], flipping, SPEC, key), draw_flips("independent", key, 2)
         np.testing.assert_array_equal(

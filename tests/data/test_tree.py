@@ -93,7 +93,8 @@ def as_tree(source, config, index) -> Batch:
 
 
 def apart(source, config, index) -> Batch:
-    """The same samples, flips of a story's images shared too, one to a row."""
+    """The same samples, one to a row, their images mirrored as the loader's."""
+    config = dataclasses.replace(config, image_root=source.image_root)
     plan = TreePlan(index, limit=SPEC.length, seed=3, num_epochs=None, shape=Shape(1, ROWS, PLACES))
     reader = StepReader(source, config, plan, plan.shapes(SPEC), 0, 3)
     numbers = plan.step(0).numbers[0]

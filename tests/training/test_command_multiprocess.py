@@ -1,4 +1,8 @@
-"""The train command on two processes, stopped, and continued on one: the losses of one process alone."""
+"""The train command on two processes, stopped, and continued on one: the losses of one process alone.
+
+Two processes write the features of their images, and read each other's in the second epoch; one process
+encodes its images in each step.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minigpt5_jax.data.sources.features import FeatureStore
+
 ROOT = Path(__file__).parents[2]
 DEVICES = 2
 
 
-def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
-    """``python -m minigpt5_jax.train`` on ``count`` processes that share two devices' worth of work."""
+def train(workdir: Path, steps: int, count: int, cache: Path, features: str) -> str:
+    """``python -m minigpt5_jax.train`` on ``count`` processes that share two devices' worth of work.
+
+    Args:
+      features: ``data.cache``.
+
+    Returns:
+      What the main process said.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,7 +43,9 @@ def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
         "run.grid_every": 4,
         "run.compile_cache": cache,
         "data.global_batch": 4,
-        "data.shapes_train": 24,
+        "data.cache": features,
+        "data.shapes_train": 11,
+        "data.instruction_every": 0,
         "data.shapes_validation": 4,
         "data.buckets": (28, 40),
         "data.max_length": 40,
@@ -57,10 +72,12 @@ def train(workdir: Path, steps: int, count: int, cache: Path) -> None:
         )
         for rank in range(count)
     ]
+    said = []
     try:
         for worker in workers:
-            _, err = worker.communicate(timeout=400)
-            assert worker.returncode == 0, err[-3000:]
+            said.append(worker.communicate(timeout=400)[1])
+            assert worker.returncode == 0, said[-1][-3000:]
+        return said[0]
     finally:
         for worker in workers:
             worker.kill()
@@ -74,8 +91,11 @@ def logged(workdir: Path, name: str) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_two_processes_then_one_log_the_losses_of_one(tmp_path):
-    train(tmp_path / "one", 4, 1, tmp_path / "cache")
-    train(tmp_path / "many", 4, 2, tmp_path / "cache")
+    train(tmp_path / "one", 4, 1, tmp_path / "cache", "off")
+    said = train(tmp_path / "many", 4, 2, tmp_path / "cache", "on")
+    assert "features of 11 images to draw" in said and "features of all images are in" in said
+    assert len(list((tmp_path / "many/features").glob("*.target.values"))) == 2, "one of each process"
+    assert len(FeatureStore(tmp_path / "many/features")) == 11
     losses = {name: logged(tmp_path / name, "loss") for name in ("one", "many")}
     assert set(losses["one"]) == {1, 2, 3, 4}
     np.testing.assert_allclose(
@@ -90,6 +110,7 @@ def test_two_processes_then_one_log_the_losses_of_one(tmp_path):
     # The last checkpoint goes; what is left was written by two processes and is continued by one.
     (newest,) = [p for p in (tmp_path / "many" / "checkpoints").iterdir() if int(p.name) == 4]
     newest.rename(tmp_path / "gone")
-    train(tmp_path / "many", 4, 1, tmp_path / "cache")
+    said = train(tmp_path / "many", 4, 1, tmp_path / "cache", "on")
+    assert "images are not encoded: their features are in" in said
     again = logged(tmp_path / "many", "loss")
     np.testing.assert_allclose([again[3], again[4]], [losses["one"][3], losses["one"][4]], rtol=1e-4)

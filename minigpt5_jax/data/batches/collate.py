@@ -11,8 +11,9 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from minigpt5_jax.data.batches.tree import image_keys, plant
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import FLIP_MODES, ImageSource, draw_flips, prepare_image
+from minigpt5_jax.data.images import FLIP_MODES, ImageSource, draw_flip, draw_flips, image_name, prepare_image
 from minigpt5_jax.data.samples.example import Example, Ready
+from minigpt5_jax.data.sources.features import FeatureStore, image_id
 from minigpt5_jax.data.text.templates import IGNORE, TokenizedSample, expand
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN, CaptionTokenizer, LanguageTokenizer
 
@@ -56,7 +57,7 @@ class BatchSpec:
       tree: each row holds its ``pack`` samples as a tree (``Batch.subtree_end``); None: one after another.
       target_moments: (h, w, 2c) where targets come as precomputed moments, None where they are images.
       image_states: (q, c) where input images come as ready states, None where they are images.
-      feature_dtype: of precomputed features, ``float32`` or ``bfloat16``.
+      moments_dtype, states_dtype: of precomputed features, ``float32`` or ``bfloat16``.
     """
 
     rows: int
@@ -74,7 +75,8 @@ class BatchSpec:
     tree: TreeSpec | None = None
     target_moments: tuple[int, ...] | None = None
     image_states: tuple[int, ...] | None = None
-    feature_dtype: str = "float32"
+    moments_dtype: str = "float32"
+    states_dtype: str = "float32"
 
     def __post_init__(self):
         if self.rows < 1 or self.length < 2:
@@ -144,6 +146,10 @@ class EncodeConfig:
       strict_image_count: a sample with more images than placeholders is unusable; else the surplus is
         ignored, as the original did (quirk Q31).  Fewer images than placeholders never pass.
       images_as_shown: images are turned by EXIF and on white where transparent; the original drops both.
+      flip_each_epoch: mirrors are drawn anew in each epoch, as the original's; else once for each image, or
+        for each sample where the mode is ``shared``.
+      image_root: what the names of images begin with (``Source.image_root``).
+      features: where the features of images are, if any are kept.
     """
 
     tokenizer: LanguageTokenizer
@@ -154,6 +160,9 @@ class EncodeConfig:
     mask_all_inner_vokens: bool = False
     strict_image_count: bool = True
     images_as_shown: bool = True
+    flip_each_epoch: bool = False
+    image_root: str = ""
+    features: FeatureStore | None = None
 
     def __post_init__(self):
         if self.flip_mode not in FLIP_MODES:
@@ -168,20 +177,27 @@ class EncodeConfig:
                 f"caption tokenizer pads to {self.caption_tokenizer.max_length} ids, the batch has "
                 f"caption_length = {spec.caption_length}"
             )
-        if (spec.target_moments or spec.image_states) and self.flip_mode != "off":
+        if self.features is not None and self.flip_each_epoch and self.flip_mode != "off":
             raise DataError(
-                "precomputed features are of images as they are, never mirrored; set flip_mode to 'off', "
-                f"it is {self.flip_mode!r}"
+                "features are kept of images that are mirrored once; set data.flip_each_epoch=False"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Uncached:
+    """Pixels of an image whose features are still to be made, and the key to keep them by."""
+
+    key: int
+    pixels: UInt8[np.ndarray, "H H 3"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """An encoded example: i images read, at most one drawn, as pixels or as precomputed features."""
+    """An encoded example: i images read, at most one drawn, as pixels, features or pixels to make them of."""
 
     text: TokenizedSample
-    images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"], ...]
-    target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "y x c2"] | None
+    images: tuple[UInt8[np.ndarray, "h h 3"] | Float[np.ndarray, "q s"] | Uncached, ...]
+    target: UInt8[np.ndarray, "H H 3"] | Float[np.ndarray, "y x c2"] | Uncached | None
     caption_ids: Int32[np.ndarray, " c"]
     caption_mask: Int32[np.ndarray, " c"]
     has_caption: bool
@@ -197,7 +213,31 @@ class Shared:
     """
 
     key: tuple[int, ...]
-    values: dict[Any, np.ndarray] = dataclasses.field(default_factory=dict)
+    values: dict[Any, np.ndarray | Uncached] = dataclasses.field(default_factory=dict)
+
+
+def feature_keys(
+    example: Example, config: EncodeConfig, key: tuple[int, ...], shared_key: tuple[int, ...] | None = None
+) -> tuple[int | None, tuple[int, ...]]:
+    """Keys of the image to draw and of the input images: which it is, in the lowest bit whether mirrored.
+
+    Args:
+      key, shared_key: as of :func:`encode` and :class:`Shared`.
+    """
+    target = example.target_image
+    ids = [
+        0 if image is None or isinstance(image, Ready) else image_id(image, config.image_root)
+        for image in (target, *example.images)
+    ]
+    if config.flip_mode == "independent" and not config.flip_each_epoch:
+        flips = [draw_flip(key[0], "image" if place else "target", one) for place, one in enumerate(ids)]
+    else:
+        if not config.flip_each_epoch:
+            key, shared_key = (one and (one[0], *one[2:]) for one in (key, shared_key))
+        drawn = draw_flips(config.flip_mode, key, len(example.images), shared_key)
+        flips = [drawn.target, *drawn.images]
+    first, *others = (one | flip for one, flip in zip(ids, flips, strict=True))
+    return None if target is None else first, tuple(others)
 
 
 def encode(
@@ -243,18 +283,15 @@ def encode(
         raise SampleError(example.where, f"{example.item_id} must have vokens exactly where it has a target")
     if example.target_image is not None and not spec.items:
         raise SampleError(example.where, f"{example.item_id} draws an image, the batch holds text only")
-    flips = draw_flips(config.flip_mode, key, len(example.images), shared and shared.key)
+    target_key, image_keys = feature_keys(example, config, key, shared and shared.key)
     seen = None if shared is None else shared.values
     target = None
     try:
-        square, size, shown = config.pad_input_square, spec.image_size, config.images_as_shown
         images = tuple(
-            _values(example.images[i], spec.image_states, size, square, flips.images[i], shown, seen)
-            for i in text.images
+            _values(example.images[i], "image", image_keys[i], config, spec, seen) for i in text.images
         )
         if example.target_image is not None:
-            size, ready = spec.target_size, spec.target_moments
-            target = _values(example.target_image, ready, size, True, flips.target, shown, seen)
+            target = _values(example.target_image, "target", target_key, config, spec, seen)
     except SampleError as error:
         raise SampleError(example.where, f"{example.item_id}: {error}") from None
     ids, mask = config.caption_tokenizer.encode([example.caption or ""])
@@ -263,30 +300,57 @@ def encode(
 
 def _values(
     image: ImageSource | Ready,
-    ready: tuple[int, ...] | None,
-    size: int,
-    square: bool,
-    flip: bool,
-    as_shown: bool,
-    seen: dict[Any, np.ndarray] | None,
-) -> np.ndarray:
-    """Pixels of an image, or the features it comes as; DataError where the batch wants the other.
+    kind: str,
+    key: int,
+    config: EncodeConfig,
+    spec: BatchSpec,
+    seen: dict[Any, np.ndarray | Uncached] | None,
+) -> np.ndarray | Uncached:
+    """Pixels of an image, or its features where the batch wants these; DataError where it cannot have them.
 
-    ``seen`` has those that were made before, so that equal images are one array.
+    ``seen`` has those that were made before, so that equal images are one object.
     """
-    if not isinstance(image, Ready):
-        if ready is not None:
-            raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
-        if seen is None:
-            return prepare_image(image, size, square=square, flip=flip, as_shown=as_shown)
-        key = (image, size, square, flip)
-        if key not in seen:
-            seen[key] = prepare_image(image, size, square=square, flip=flip, as_shown=as_shown)
-        return seen[key]
-    if image.values.shape != ready:
-        wants = f"features of shape {ready}" if ready else "images"
-        raise DataError(f"the batch holds {wants}, the data gives features of shape {image.values.shape}")
-    return image.values if seen is None else seen.setdefault(image.values.tobytes(), image.values)
+    ready = spec.target_moments if kind == "target" else spec.image_states
+    if isinstance(image, Ready):
+        if image.values.shape != ready:
+            wants = f"features of shape {ready}" if ready else "images"
+            raise DataError(f"the batch holds {wants}, the data gives features of shape {image.values.shape}")
+        return image.values if seen is None else seen.setdefault(image.values.tobytes(), image.values)
+    if ready is not None and config.features is None:
+        raise DataError(f"the batch holds precomputed features of shape {ready}, the data gives images")
+    name = (kind, image, key)
+    if seen is None:
+        return _read(image, kind, key, config, spec, ready)
+    if name not in seen:
+        seen[name] = _read(image, kind, key, config, spec, ready)
+    return seen[name]
+
+
+def _read(
+    image: ImageSource,
+    kind: str,
+    key: int,
+    config: EncodeConfig,
+    spec: BatchSpec,
+    ready: tuple[int, ...] | None,
+) -> np.ndarray | Uncached:
+    """Features that are kept, else pixels."""
+    if ready is not None:
+        if (features := config.features.find(kind, key)) is not None:
+            return features
+        if config.features.complete:
+            reason = (
+                f"has no features in {config.features.folder}, as it could not be read when they were made"
+            )
+            raise SampleError(image_name(image), reason)
+    pixels = prepare_image(
+        image,
+        spec.target_size if kind == "target" else spec.image_size,
+        square=kind == "target" or config.pad_input_square,
+        flip=bool(key & 1),
+        as_shown=config.images_as_shown,
+    )
+    return pixels if ready is None else Uncached(key, pixels)
 
 
 def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
@@ -299,12 +363,12 @@ def empty_arrays(spec: BatchSpec) -> dict[str, np.ndarray]:
         targets = spec.tree.labels
         trees = {"subtree_end": ints(b, t), "before": ints(b, t), "image_index": ints(places)}
     ready, pixels = {}, {"target": spec.target_size, "images": spec.image_size}
-    for name, field, count, shape in (
-        ("target", "target_moments", m, spec.target_moments),
-        ("images", "image_states", i, spec.image_states),
+    for name, field, count, shape, dtype in (
+        ("target", "target_moments", m, spec.target_moments, spec.moments_dtype),
+        ("images", "image_states", i, spec.image_states, spec.states_dtype),
     ):
         if shape is not None:
-            ready[field], pixels[name] = np.zeros((count, *shape), spec.feature_dtype), 0
+            ready[field], pixels[name] = np.zeros((count, *shape), dtype), 0
     return {
         "tokens": ints(b, t),
         "labels": np.full((lines, spec.apart + 1 if spec.split else t), IGNORE, np.int32),
@@ -336,6 +400,7 @@ def collate(
     numbers: Int[np.ndarray, "r p"],
     config: EncodeConfig,
     first_row: int = 0,
+    uncached: list[tuple[str, int, Uncached]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Fields of a :class:`~minigpt5_jax.batch.Batch`: ``spec.rows`` rows of ``spec.pack`` samples.
 
@@ -350,10 +415,11 @@ def collate(
         a row is the row's.
       first_row: row of the whole micro-batch where this part begins; ``image_row`` and ``voken_row``
         count from the whole's first row.
+      uncached: takes (field, slot, image) of those whose features are still to be made; theirs are zeros.
     """
     if len(samples) != spec.rows or numbers.shape != (spec.rows, spec.pack):
         raise DataError(f"{len(samples)} rows and {numbers.shape} numbers for {spec.rows} x {spec.pack}")
-    arrays = empty_arrays(spec)
+    arrays, uncached = empty_arrays(spec), [] if uncached is None else uncached
     arrays["tokens"][:] = config.tokenizer.pad_id
     empty_ids, empty_mask = config.caption_tokenizer.encode([""])
     arrays["caption_ids"][:], arrays["caption_mask"][:] = empty_ids, empty_mask
@@ -365,7 +431,7 @@ def collate(
     if spec.tree is not None:
         for row, places in enumerate(samples):
             there = [(int(n), sample) for n, sample in zip(numbers[row], places) if sample is not None]
-            _fill_tree(arrays, row, first_row, there, spec)
+            _fill_tree(arrays, row, first_row, there, spec, uncached)
         return arrays
     if spec.items:
         arrays["item_id"][:] = numbers.ravel()
@@ -382,9 +448,9 @@ def collate(
                     _fill_continuation(arrays, slot, start + length, spec.apart, sample)
                 else:
                     _fill_labels(arrays, row, place * spec.targets, start, sample.text.labels)
-                _fill_images(arrays, slot * (spec.images // spec.samples), start, sample)
+                _fill_images(arrays, slot * (spec.images // spec.samples), start, sample, uncached)
                 if sample.target is not None:
-                    _fill_item(arrays, slot, sample)
+                    _fill_item(arrays, slot, sample, uncached)
                     if not spec.split:
                         arrays["voken_start"][slot] = start + sample.text.voken_start
                 start += length
@@ -419,17 +485,32 @@ def _fill_continuation(
     arrays["prompt_end"][slot] = end
 
 
-def _fill_images(arrays: dict[str, np.ndarray], first: int, start: int, sample: Sample) -> None:
+def _fill_images(
+    arrays: dict[str, np.ndarray], first: int, start: int, sample: Sample, uncached: list
+) -> None:
     slots = slice(first, first + len(sample.images))
-    field = "image_states" if "image_states" in arrays else "images"
     for slot, values in enumerate(sample.images, first):
-        arrays[field][slot] = values
+        _fill_values(arrays, "image_states", "images", slot, values, uncached)
     arrays["image_start"][slots] = start + np.asarray(sample.text.image_start, np.int32)
     arrays["image_mask"][slots] = True
 
 
-def _fill_item(arrays: dict[str, np.ndarray], slot: int, sample: Sample) -> None:
-    arrays["target_moments" if "target_moments" in arrays else "target"][slot] = sample.target
+def _fill_values(
+    arrays: dict[str, np.ndarray],
+    ready: str,
+    pixels: str,
+    slot: int,
+    values: np.ndarray | Uncached,
+    uncached: list,
+) -> None:
+    if isinstance(values, Uncached):
+        uncached.append((ready, slot, values))
+    else:
+        arrays[ready if ready in arrays else pixels][slot] = values
+
+
+def _fill_item(arrays: dict[str, np.ndarray], slot: int, sample: Sample, uncached: list) -> None:
+    _fill_values(arrays, "target_moments", "target", slot, sample.target, uncached)
     arrays["item_mask"][slot] = True
     arrays["caption_ids"][slot] = sample.caption_ids
     arrays["caption_mask"][slot] = sample.caption_mask
@@ -442,9 +523,12 @@ def _fill_tree(
     first_row: int,
     samples: list[tuple[int, Sample]],
     spec: BatchSpec,
+    uncached: list,
 ) -> None:
     """A row whose samples (number, sample) are a tree; an item has its sample's number, as elsewhere."""
-    images: dict[int, tuple[int, np.ndarray]] = {}  # id of an image's values -> its slot in the row, and they
+    images: dict[
+        int, tuple[int, np.ndarray | Uncached]
+    ] = {}  # id of an image's values -> its slot in the row, and they
     for _, sample in samples:
         for values in sample.images:
             images.setdefault(id(values), (len(images), values))
@@ -475,11 +559,11 @@ def _fill_tree(
     arrays["label_positions"][row, : len(due)] = due
     first = row * (spec.items // spec.rows)
     for slot, (path, number, sample) in enumerate(items, first):
-        _fill_item(arrays, slot, sample)
+        _fill_item(arrays, slot, sample, uncached)
         arrays["item_id"][slot], arrays["voken_start"][slot] = number, path[sample.text.voken_start]
     first = row * (spec.images // spec.rows)
     for slot, values in images.values():
-        arrays["image_states" if "image_states" in arrays else "images"][first + slot] = values
+        _fill_values(arrays, "image_states", "images", first + slot, values, uncached)
     first_image = first_row * (spec.images // spec.rows) + first
     for place, (start, slot) in enumerate(places.items(), row * spec.tree.image_places):
         arrays["image_start"][place], arrays["image_index"][place] = start, first_image + slot

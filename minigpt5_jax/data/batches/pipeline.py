@@ -23,7 +23,15 @@ import numpy as np
 from absl import flags
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, Sample, Shared, collate, encode
+from minigpt5_jax.data.batches.collate import (
+    BatchSpec,
+    EncodeConfig,
+    Sample,
+    Shared,
+    Uncached,
+    collate,
+    encode,
+)
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.plan import (
     EMPTY_SLOT,
@@ -52,11 +60,34 @@ class Report:
     truncated: int
 
 
+UncachedImages = dict[str, np.ndarray]
+"""``slots`` i64[n] of images in a field, all micro-batches one after another, their ``keys`` u64[n] and
+``pixels`` u8[n H W 3]."""
+
+
+def _gather(
+    micro: Sequence[Sequence[tuple[str, int, Uncached]]], sizes: dict[str, int]
+) -> dict[str, UncachedImages]:
+    """Field -> the images whose features it lacks; ``sizes`` are the slots of a micro-batch."""
+    found: dict[str, list[tuple[int, Uncached]]] = {}
+    for number, uncached in enumerate(micro):
+        for field, slot, image in uncached:
+            found.setdefault(field, []).append((number * sizes[field] + slot, image))
+    return {
+        field: {
+            "slots": np.array([slot for slot, _ in images]),
+            "keys": np.array([image.key for _, image in images], np.uint64),
+            "pixels": np.stack([image.pixels for _, image in images]),
+        }
+        for field, images in found.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepReader:
     """Makes this process's part of the batch of any step; what worker processes run.
 
-    Returns ``{"batch": fields of a Batch, "report": Report}``.
+    Returns ``{"batch": fields of a Batch, "uncached": field -> UncachedImages, "report": Report}``.
 
     Attributes:
       parts: shapes of this process's part of a micro-batch, one for each bucket of the plan.
@@ -74,17 +105,20 @@ class StepReader:
     def __call__(self, step: int) -> dict[str, Any]:
         plan = self.plan.step(int(step))
         part, skips, micro, truncated = self.parts[plan.bucket], [], [], 0
+        uncached: list[list[tuple[str, int, Uncached]]] = []
         mine = slice(self.first_row, self.first_row + part.rows)
         for numbers, limits in zip(plan.numbers[:, mine], plan.limits[:, mine]):
             samples = self._read(numbers.ravel().tolist(), limits.ravel().tolist(), part, skips)
             rows = [samples[i : i + part.pack] for i in range(0, len(samples), part.pack)]
             truncated += sum(sample is not None and sample.text.dropped > 0 for row in rows for sample in row)
-            micro.append(collate(rows, part, numbers, self.config, self.first_row))
+            uncached.append([])
+            micro.append(collate(rows, part, numbers, self.config, self.first_row, uncached[-1]))
         if len(micro) == 1:
             arrays = micro[0]
         else:
             arrays = {name: np.stack([part[name] for part in micro]) for name in micro[0]}
-        return {"batch": arrays, "report": Report(tuple(skips), truncated)}
+        lacking = _gather(uncached, {name: len(value) for name, value in micro[0].items()})
+        return {"batch": arrays, "uncached": lacking, "report": Report(tuple(skips), truncated)}
 
     def _read(
         self, numbers: list[int], limits: list[int], spec: BatchSpec, skips: list[Problem]
@@ -96,6 +130,8 @@ class StepReader:
         """
         keys = [None if number == EMPTY_SLOT else self.plan.find(number) for number in numbers]
         fetch, config, shared = self.source.example, self.config, [None] * len(keys)
+        if config.features is not None:
+            config.features.at_epoch(max((key[0] for key in keys if key), default=0))
         if spec.tree is not None:  # a story is named by its first sample
             firsts = [key and Shared((self.seed, *key)) for key in keys[:: spec.pack]]
             shared = [first for first in firsts for _ in range(spec.pack)]
@@ -126,6 +162,8 @@ class Loader:
       num_steps: batches in all, None without an end; the last one is filled with empty rows.
       skipped: unusable samples met so far by this process, each once.
       truncated: samples cut to fit so far.
+      complete: gets (step, fields of its batch, field -> UncachedImages) and puts in the features that
+        these lack; None leaves them at zero.
     """
 
     SHOWN = 5
@@ -143,6 +181,7 @@ class Loader:
         self._budget, self._worker_count, self._prefetch = budget, worker_count, prefetch
         self._skips: dict[int, Problem] = {}
         self.truncated = 0
+        self.complete: Callable[[int, dict[str, np.ndarray], dict[str, UncachedImages]], None] | None = None
         self._step = 0
         self._batches = None
         self._others: list[BaseProcess] = []
@@ -220,9 +259,12 @@ class Loader:
         # Workers hand large arrays over in shared memory.  A copy of ours, and emptying the element that
         # grain still holds, give it back at once.
         copy = np.array if self._worker_count else np.asarray
-        batch = Batch(**{name: copy(value) for name, value in element["batch"].items()})
+        fields = {name: copy(value) for name, value in element["batch"].items()}
+        if self.complete is not None:
+            self.complete(self._step - 1, fields, element["uncached"])
         element["batch"].clear()
-        return batch
+        element["uncached"].clear()
+        return Batch(**fields)
 
     def _count(self, report: Report) -> None:
         if report.truncated and not self.truncated:
@@ -393,6 +435,7 @@ def make_loader(
         raise DataError(f"seed must be in 0 ... {2**32 - 1}, got {seed}")
     if not len(source):
         raise DataError(f"no samples in {source.describe()}")
+    encode_config = dataclasses.replace(encode_config, image_root=source.image_root)
     encode_config.check(spec)
     plan, specs = _make_plan(
         spec,

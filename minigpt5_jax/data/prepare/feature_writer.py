@@ -1,187 +1,230 @@
-"""Makes a store of precomputed features (:mod:`minigpt5_jax.data.sources.features`), shard by shard."""
+"""Writes features (:mod:`minigpt5_jax.data.sources.features`): as they come, or all that are missing."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt64
 from tqdm import tqdm
 
+from minigpt5_jax.data.batches.image_index import ImageIndex
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import ImageSource, prepare_image
-from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.data.sources.features import (
-    DTYPES,
     FORMAT,
+    KEY,
     MANIFEST,
     FeatureSpec,
-    array_file,
-    index_file,
-    read_reasons,
-    read_spec,
+    FeatureStore,
+    check_spec,
+    describe_size,
+    readable_bytes,
 )
 
 Encoder = Callable[[UInt8[np.ndarray, "n H W 3"]], Float[Any, "n ..."]]
 
 
-def write_features(
-    folder: str | Path,
+def free_bytes(folder: Path) -> int:
+    """Bytes that can be written in ``folder``, or in the nearest folder above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def claim(folder: Path, spec: FeatureSpec) -> None:
+    """Writes the manifest, or checks that the one there says the same.
+
+    Raises:
+      DataError: the folder holds features of other images or towers.
+    """
+    file = folder / MANIFEST
+    if file.is_file():
+        check_spec(folder, spec)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(spec)}, indent=1))
+    os.replace(part, file)
+
+
+class FeatureWriter:
+    """Appends features to files of its own, in a thread; their keys only when they are on the disk.
+
+    Args:
+      store: where they belong; it knows of them at once, and can read them after :meth:`wait`.
+    """
+
+    def __init__(self, store: FeatureStore):
+        self._store, self._files = store, {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._pending: concurrent.futures.Future | None = None
+
+    def append(self, kind: str, keys: UInt64[np.ndarray, " n"], values: Float[np.ndarray, "n ..."]) -> None:
+        """Writes features in the order of their keys.
+
+        Raises:
+          OSError: what was appended before could not be written; nothing more can be.
+        """
+        self.wait()
+        if kind not in self._files:
+            self._files[kind] = [*self._open(kind), 0]
+        number, files, first = self._files[kind]
+        self._files[kind][2] += len(keys)
+        data = np.ascontiguousarray(values, self._store.spec.dtype(kind))
+        self._pending = self._pool.submit(_write, files, keys.astype(KEY).tobytes(), data)
+        self._store.add(kind, number, first, keys)
+
+    def _open(self, kind: str) -> tuple[int, tuple[Any, Any]]:
+        """(number, files of values and of keys) of a file that nobody else writes."""
+        number = sum(1 for _ in self._store.folder.glob(f"*.{kind}.values"))
+        while True:
+            try:
+                values = open(self._store.file(number, kind, "values"), "xb", buffering=0)
+                return number, (values, open(self._store.file(number, kind, "keys"), "xb", buffering=0))
+            except FileExistsError:
+                number += 1
+
+    def wait(self) -> None:
+        """Returns when everything is written; OSError as :meth:`append`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Ends the thread; what is being written gets there, or is made again."""
+        self._pool.shutdown()
+        for _, files, _ in self._files.values():
+            for file in files:
+                file.close()
+        self._files = {}
+
+
+def _write(files: tuple[Any, Any], keys: bytes, values: np.ndarray) -> None:
+    for file, data in zip(files, (memoryview(values.view(np.uint8)).cast("B"), memoryview(keys))):
+        while data:
+            data = data[file.write(data) :]
+        os.fdatasync(file.fileno())
+
+
+def write_missing(
     source: Source,
-    spec: FeatureSpec,
+    index: ImageIndex,
+    store: FeatureStore,
+    writer: FeatureWriter,
     encoders: Mapping[str, Encoder],
     *,
-    batch_size: int = 16,
+    batch_size: int,
     threads: int = 4,
     process_index: int = 0,
     process_count: int = 1,
 ) -> int:
-    """Makes the shards that are not there yet; an interrupted run continues with the same call.
+    """Makes the features that are not there yet, each process its share; how many images cannot be read.
 
     Args:
-      folder: of the store.
-      source: its images, all samples in epoch 0.
-      spec: what to store.
-      encoders: ``target`` and ``image``: u8[n H W 3] -> features, always called with ``batch_size``
-        images.
+      index: which images the samples have.
+      encoders: kind -> ``u8[n H W 3] -> features``, always called with ``batch_size`` images.
       threads: that decode images while the device computes.
-      process_index, process_count: this process makes every ``process_count``-th shard.
-
-    Returns:
-      Samples without features in the whole store so far; training counts them against its budget.
-
-    Raises:
-      DataError: the folder holds another store, with what differs.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, spec)
-    missing = [
-        n for n in range(process_index, spec.shards, process_count) if not index_file(folder, n).is_file()
-    ]
+    bad = 0
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for number in tqdm(missing, desc="making features", unit="shard", disable=not missing):
-            _write_shard(folder, number, source, spec, encoders, batch_size, pool)
-    made = [index_file(folder, number) for number in range(spec.shards)]
-    return sum(len(read_reasons(file)) for file in made if file.is_file())
+        for kind, encoder in encoders.items():
+            places = index.missing(kind, store)
+            places = places[index.keys(kind)[places] // 2 % process_count == process_index]
+            places = places[np.argsort(index.samples(kind)[places], kind="stable")]  # as the files have them
+            bar = tqdm(
+                total=len(places), desc=f"features ({kind})", unit="image", disable=not len(places), delay=1
+            )
+            with bar:
+                for keys, pixels, unreadable in _read(
+                    source, index, kind, places, store.spec, batch_size, pool
+                ):
+                    bad += unreadable
+                    if len(keys):
+                        values = check_shape(kind, np.asarray(encoder(pixels)), store.spec)[: len(keys)]
+                        writer.append(kind, keys, values)
+                    bar.update(len(keys) + unreadable)
+        writer.wait()
+    return bad
 
 
-def _claim(folder: Path, spec: FeatureSpec) -> None:
-    """Writes the manifest, or checks that the one there says the same."""
-    file = folder / MANIFEST
-    if file.is_file():
-        if differ := spec.differences(read_spec(folder)):
-            lines = "\n  ".join(differ)
-            raise DataError(f"{folder} holds other features; choose another folder or delete it:\n  {lines}")
-        return
-    content = json.dumps({"format": FORMAT, **dataclasses.asdict(spec)}, indent=1)
-    _replace(file, lambda out: out.write(content.encode()))
-
-
-def _replace(file: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file whole or not at all."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as out:
-            write(out)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_shard(
-    folder: Path,
-    number: int,
-    source: Source,
-    spec: FeatureSpec,
-    encoders: Mapping[str, Encoder],
-    batch_size: int,
-    pool: concurrent.futures.Executor,
-) -> None:
-    first = number * spec.shard_samples
-    samples = range(first, min(first + spec.shard_samples, spec.samples))
-    examples: dict[int, Example] = {}
-    reasons: dict[int, tuple[str, str]] = {}
-    for sample in samples:
-        try:
-            examples[sample] = source.example(sample)
-        except SampleError as error:
-            reasons[sample] = (error.where, error.reason)
-    wanted = {
-        "target": lambda e: () if e.target_image is None else (e.target_image,),
-        "image": lambda e: e.images,
-    }
-    rows: dict[str, dict[ImageSource, int]] = {}
-    bad: dict[ImageSource, SampleError] = {}
-    for kind in spec.shapes():
-        images = dict.fromkeys(p for e in examples.values() for p in wanted[kind](e))
-        rows[kind], values = _encode_all(list(images), kind, spec, encoders[kind], batch_size, pool, bad)
-        _replace(array_file(folder, number, kind), lambda out, v=values: np.save(out, v))
-    for sample, example in examples.items():
-        error = next((bad[p] for kind in rows for p in wanted[kind](example) if p in bad), None)
-        if error is not None:
-            reasons[sample] = (example.where, f"{example.item_id}: {error}")
-    good = {s: e for s, e in examples.items() if s not in reasons}
-    found = {
-        kind: [[rows[kind][p] for p in wanted[kind](good[s])] if s in good else [] for s in samples]
-        for kind in rows
-    }
-    arrays: dict[str, np.ndarray] = {"reasons": np.array(json.dumps([[s, *r] for s, r in reasons.items()]))}
-    if "target" in found:
-        arrays["target"] = np.array([r[0] if r else -1 for r in found["target"]], np.int32)
-    if "image" in found:
-        arrays["image"] = np.array([row for r in found["image"] for row in r], np.int32)
-        arrays["counts"] = np.array([len(r) for r in found["image"]], np.int32)
-    _replace(index_file(folder, number), lambda out: np.savez(out, **arrays))
-
-
-def _encode_all(
-    images: Sequence[ImageSource],
-    kind: str,
-    spec: FeatureSpec,
-    encoder: Encoder,
-    batch_size: int,
-    pool: concurrent.futures.Executor,
-    bad: dict[ImageSource, SampleError],
-) -> tuple[dict[ImageSource, int], np.ndarray]:
-    """(image -> row, features by row, bf16 as u16); images that cannot be read go to ``bad``."""
-    size = spec.target_size if kind == "target" else spec.image_size
-    square = kind == "target" or spec.pad_input_square
-
-    def read(image: ImageSource) -> np.ndarray | SampleError:
-        try:
-            return prepare_image(image, size, square=square, flip=False, as_shown=spec.images_as_shown)
-        except SampleError as error:
-            return error
-
-    def submit(start: int) -> list[concurrent.futures.Future]:
-        return [pool.submit(read, image) for image in images[start : start + batch_size]]
-
-    rows: dict[ImageSource, int] = {}
-    made: list[np.ndarray] = []
-    ahead = submit(0)
-    for start in range(0, len(images), batch_size):
-        now, ahead = ahead, submit(start + batch_size)
-        batch, filled = np.zeros((batch_size, size, size, 3), np.uint8), 0
-        for image, future in zip(images[start:], now):
-            pixels = future.result()
-            if isinstance(pixels, SampleError):
-                bad[image] = pixels
-            else:
-                batch[filled] = pixels
-                rows[image] = len(rows)
-                filled += 1
-        if filled:
-            made.append(np.asarray(encoder(batch))[:filled].astype(DTYPES[spec.dtype]))
-    shape = spec.shapes()[kind]
-    values = np.concatenate(made) if made else np.zeros((0, *shape), DTYPES[spec.dtype])
-    if values.shape[1:] != shape:
+def check_shape(kind: str, values: np.ndarray, spec: FeatureSpec) -> np.ndarray:
+    """``values``; DataError where a tower gives features of another shape than the store's."""
+    if values.shape[1:] != (shape := spec.shapes()[kind]):
         raise DataError(f"the {kind} encoder gives features of {values.shape[1:]}, the store holds {shape}")
-    return rows, values.view(np.uint16) if spec.dtype == "bfloat16" else values
+    return values
+
+
+def _read(
+    source: Source,
+    index: ImageIndex,
+    kind: str,
+    places: np.ndarray,
+    spec: FeatureSpec,
+    batch_size: int,
+    pool: concurrent.futures.Executor,
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """(keys, pixels u8[batch_size H W 3], images that cannot be read), a batch ahead in the pool."""
+    size = spec.target_size if kind == "target" else spec.image_size
+
+    def submit(start: int) -> list[concurrent.futures.Future | None]:
+        # Samples are fetched here, for sources are not made for several threads; images are decoded there.
+        futures = []
+        for place in places[start : start + batch_size]:
+            try:
+                image = index.find(source, kind, int(place))
+            except SampleError:
+                futures.append(None)
+            else:
+                futures.append(pool.submit(decode, image, kind, int(index.keys(kind)[place]), spec))
+        return futures
+
+    ahead = submit(0)
+    for start in range(0, len(places), batch_size):
+        now, ahead = ahead, submit(start + batch_size)
+        batch, keys = np.zeros((batch_size, size, size, 3), np.uint8), []
+        for place, future in zip(places[start:], now):
+            with contextlib.suppress(SampleError):  # named and counted when its sample is read
+                if future is not None:
+                    batch[len(keys)] = future.result()
+                    keys.append(index.keys(kind)[place])
+        yield np.asarray(keys, KEY), batch, len(now) - len(keys)
+
+
+def decode(image: ImageSource, kind: str, key: int, spec: FeatureSpec) -> UInt8[np.ndarray, "H W 3"]:
+    """An image as its tower wants it; SampleError where it cannot be read."""
+    return prepare_image(
+        image,
+        spec.target_size if kind == "target" else spec.image_size,
+        square=kind == "target" or spec.pad_input_square,
+        flip=bool(key & 1),
+        as_shown=spec.images_as_shown,
+    )
+
+
+def any_readable(source: Source, index: ImageIndex, store: FeatureStore) -> bool:
+    """Whether some image without features can be read: if not, nothing is left to be made."""
+    for kind in store.spec.shapes():
+        for place in index.missing(kind, store):
+            with contextlib.suppress(SampleError):
+                image = index.find(source, kind, int(place))
+                decode(image, kind, int(index.keys(kind)[place]), store.spec)
+                return True
+    return False
+
+
+def room_for(index: ImageIndex, store: FeatureStore) -> tuple[bool, str]:
+    """(whether the disk holds what is missing, words with both sizes)."""
+    counts = {kind: len(index.missing(kind, store)) for kind in store.spec.shapes()}
+    size, words = describe_size(counts, store.spec)
+    free = free_bytes(store.folder)
+    return size < free, f"features of {words} in {store.folder}, where {readable_bytes(free)} are free"

@@ -28,9 +28,11 @@ class Source(Protocol):
 
     Attributes:
       ends_in_vokens: every sample is words alone, then the vokens, then one token.
+      image_root: folder that the names of images begin with; images are called by what follows it.
     """
 
     ends_in_vokens: bool = False
+    image_root: str = ""
 
     def __len__(self) -> int: ...
 

@@ -100,6 +100,7 @@ class Cc3mSource(PairSource):
     ):
         self._lines = TextLines(tsv)
         self._images = image_folder(tsv, image_root, allow_outside_images)
+        self.image_root = str(self._images.root)
         header = split_row(self._lines[0]) or [self._lines[0]]
         missing = [name for name in ("caption", "image_path") if name not in header]
         if missing:

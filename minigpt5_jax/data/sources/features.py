@@ -1,15 +1,16 @@
 """Precomputed features: images that went through their frozen towers once, for every later step and run.
 
-A store is a folder that ``prepare features`` makes for one source and one set of towers::
+A store is a folder that ``prepare features`` or the first epoch of training makes for the images of one
+source and one set of towers::
 
-    manifest.json      what was stored, of which images, by which towers (hashes)
-    00000.index.npz    rows of the shard's samples, and why a sample has none; written last
-    00000.target.npy   posterior moments of target images [rows h w 2c]
-    00000.image.npy    Q-Former states of input images [rows q c]
+    manifest.json          what is stored, of which images, by which towers (hashes)
+    00000.target.values    posterior moments of images to draw, one [h w 2c] after another
+    00000.target.keys      u64 key of each of them (:func:`image_id`, lowest bit: mirrored); written after it
+    00000.image.values     Q-Former states of input images [q c], and so on
 
-Arrays are memory-mapped when read.  Images are stored once a shard, as pixels in [-1, 1] see them (the
-original's script left that step out, quirk Q9) and never mirrored, so ``flip_mode`` is off with them.
-:class:`FeatureSource` puts them into the samples of a source.  Fidelity 5.6.
+Files only grow, each by one process of one run: another run, another number of processes or a restart after a
+kill adds files of its own and reads them all.  Values without a key were cut off while they were written.
+Pixels are in [-1, 1] (the original's script left that step out, quirk Q9).  Fidelity 5.6.
 """
 
 from __future__ import annotations
@@ -17,21 +18,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, UInt64
 
-from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.samples.example import Example, Ready
-from minigpt5_jax.data.sources.base import Source, stories_of
+from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.images import ImageSource
+from minigpt5_jax.data.sources.base import Source
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MANIFEST = "manifest.json"
-FORMER_NAME = "pictures"  # of ``image_fingerprint`` in stores of earlier versions
+KEY = np.dtype("<u8")
+RECENT = 2**16
+"""Features that a store remembers one by one before it reads its files again."""
 
 
 @runtime_checkable
@@ -46,6 +55,13 @@ def image_fingerprint(source: Source) -> str:
     return source.image_fingerprint() if isinstance(source, FixedImages) else source.fingerprint()
 
 
+def image_id(image: ImageSource, root: str = "") -> int:
+    """An even 64-bit number that names an image: hash of its path below ``root``, or of its encoded bytes."""
+    if not isinstance(image, bytes):
+        image = str(image).removeprefix(root.rstrip(os.sep) + os.sep if root else "").encode()
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") & ~1
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
     """What a store holds.
@@ -53,14 +69,13 @@ class FeatureSpec:
     Attributes:
       image_fingerprint: of the source (:func:`image_fingerprint`).  samples: its length.
       towers: tower -> hash of its weights, for the towers that made the features.
-      target: (h, w, 2c) of a target's moments, None where only input images are stored.
+      target: (h, w, 2c) of moments of an image to draw, None where only input images are stored.
       image: (q, c) of an input image's states, None where only targets are stored.
       target_size, image_size: sides of the images in pixels.
       images_as_shown: whether images were turned by EXIF and put on white where transparent.
       pad_input_square: whether input images were padded (quirk Q30).
-      dtype: of the stored numbers, ``bfloat16`` or ``float32``.
+      target_dtype, image_dtype: of the stored numbers, ``bfloat16`` or ``float32``.
       pixel_range: what the target's tower saw black and white as (quirk Q9).
-      shard_samples: samples of a shard.
     """
 
     image_fingerprint: str
@@ -72,47 +87,47 @@ class FeatureSpec:
     image_size: int
     pad_input_square: bool = False
     images_as_shown: bool = True
-    dtype: str = "bfloat16"
+    target_dtype: str = "float32"
+    image_dtype: str = "float32"
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
-    shard_samples: int = 2048
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise DataError(f"features are stored as {' or '.join(DTYPES)}, not {self.dtype!r}")
+        for dtype in (self.target_dtype, self.image_dtype):
+            if dtype not in DTYPES:
+                raise DataError(f"features are stored as {' or '.join(DTYPES)}, not {dtype!r}")
         if self.target is None and self.image is None:
             raise DataError("a feature store holds targets, input images or both")
 
-    @property
-    def shards(self) -> int:
-        return -(-self.samples // self.shard_samples)
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Kind of image -> shape of its features."""
+        """Kind of image, ``target`` or ``image`` -> shape of its features."""
         given = {"target": self.target, "image": self.image}
         return {kind: shape for kind, shape in given.items() if shape is not None}
 
+    def dtype(self, kind: str) -> np.dtype:
+        """Type of the stored numbers of one kind."""
+        return DTYPES[self.target_dtype if kind == "target" else self.image_dtype]
+
+    def bytes_of(self, kind: str) -> int:
+        """Bytes of the features of one image."""
+        return math.prod(self.shapes()[kind]) * self.dtype(kind).itemsize
+
     def differences(self, stored: FeatureSpec) -> list[str]:
-        """``name: stored ..., now ...`` for everything in which a stored spec is another one."""
+        """``name: stored ..., now ...`` for everything in which a store is not one for this.
+
+        Kinds of features, and towers that make them, may be stored without being asked for here.
+        """
+        same: dict[str, Any] = {}
+        for kind in ("target", "image"):
+            if getattr(self, kind) is None:
+                same |= {name: getattr(stored, name) for name in (kind, f"{kind}_size", f"{kind}_dtype")}
+                same["towers"] = stored.towers | self.towers
+        if self.image is None:
+            same["pad_input_square"] = stored.pad_input_square
+        self = dataclasses.replace(self, **same)
         then, now = dataclasses.asdict(stored), dataclasses.asdict(self)
         return [
             f"{name}: stored {then[name]!r}, now {now[name]!r}" for name in now if then[name] != now[name]
         ]
-
-
-def index_file(folder: Path, number: int) -> Path:
-    """Which samples of a shard have which rows; its presence says that the shard is whole."""
-    return folder / f"{number:05d}.index.npz"
-
-
-def array_file(folder: Path, number: int, kind: str) -> Path:
-    """Features of one kind in a shard."""
-    return folder / f"{number:05d}.{kind}.npy"
-
-
-def read_reasons(file: Path) -> dict[int, tuple[str, str]]:
-    """Sample -> (where, why) for those of a shard without features."""
-    with np.load(file, allow_pickle=False) as index:
-        return {int(sample): (where, reason) for sample, where, reason in json.loads(str(index["reasons"]))}
 
 
 def read_spec(folder: str | Path) -> FeatureSpec:
@@ -121,158 +136,173 @@ def read_spec(folder: str | Path) -> FeatureSpec:
     try:
         content = json.loads(file.read_bytes())
         if content.pop("format") != FORMAT:
-            raise DataError(f"{file} is of another version; prepare the features again")
-        content = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-        content.setdefault("images_as_shown", False)  # before there was a choice
-        if FORMER_NAME in content:
-            content["image_fingerprint"] = content.pop(FORMER_NAME)
-        return FeatureSpec(**content)
+            raise DataError(
+                f"{file} is of another version; delete the folder, or choose another, and prepare again"
+            )
+        return FeatureSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
     except FileNotFoundError:
         raise DataError(f"no feature store in {folder}: {MANIFEST} is missing") from None
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}); prepare the features again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} is damaged ({error}); delete the folder and prepare the features again"
+        ) from None
+
+
+def check_spec(folder: str | Path, wanted: FeatureSpec) -> None:
+    """Whether the store in ``folder`` holds what a run asks for.
+
+    Raises:
+      DataError: it is of other images, sizes or towers, each with both values.
+    """
+    if differ := wanted.differences(read_spec(folder)):
+        lines = "\n  ".join(differ)
+        raise DataError(
+            f"the features in {folder} do not belong to this run; delete that folder or name another one "
+            f"(data.features), and they are made again:\n  {lines}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Where the features of one kind are: sorted keys, and file and row of each."""
+
+    keys: UInt64[np.ndarray, " n"]
+    files: np.ndarray
+    rows: np.ndarray
 
 
 class FeatureStore:
-    """Features of a whole source, by sample.
+    """Features by the key of their image; small to send to worker processes, which read the files themselves.
 
     Args:
-      folder: of the store.
+      folder: of the store; it may be empty.
+      spec: what it holds; by default as its manifest says.
+      warn: of files that were cut short.
 
     Attributes:
-      spec: what it holds.
+      complete: every image that can be read has its features here; no others will be made.
 
     Raises:
-      DataError: no store, another format, or shards that are not made yet.
+      DataError: no ``spec`` and no store, or one of another format.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: FeatureSpec | None = None,
+        *,
+        complete: bool = False,
+        warn: bool = True,
+    ):
         self.folder = Path(folder)
-        self.spec = read_spec(folder)
-        files = [index_file(self.folder, number) for number in range(self.spec.shards)]
-        missing = sum(not file.is_file() for file in files)
-        if missing:
-            raise DataError(
-                f"feature store {folder} is not finished: {missing} of {len(files)} shards are missing; give "
-                "the command that makes it once more, and it continues"
-            )
-        self._reasons: dict[int, tuple[str, str]] = {}
-        columns: dict[str, list[np.ndarray]] = {"target": [], "image": [], "counts": []}
-        for file in files:
-            self._reasons |= read_reasons(file)
-            with np.load(file, allow_pickle=False) as index:
-                for name, parts in columns.items():
-                    if name in index:
-                        parts.append(index[name])
-        self._rows = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
-        if "counts" in self._rows:
-            self._starts = np.concatenate([[0], np.cumsum(self._rows["counts"])])
+        self.spec = read_spec(folder) if spec is None else spec
+        self.complete, self._epoch = complete, 0
         self._maps: dict[tuple[str, int], np.ndarray] = {}
+        self.refresh(warn=warn)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # mapped memory stays in its process
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "spec": self.spec, "complete": self.complete}
 
-    def check(self, wanted: FeatureSpec) -> None:
-        """Whether these are features of the images, sizes and towers of a run.
-
-        Args:
-          wanted: what the run would store.  Number format and shards may be others, and a store of targets
-            alone leaves the input images to be read as such.
-
-        Raises:
-          DataError: they are not, with both fingerprints.
-        """
-        spec = self.spec
-        same = {"dtype", "shard_samples"} | (
-            set() if spec.image else {"image", "image_size", "pad_input_square"}
-        )
-        towers = {name: digest for name, digest in wanted.towers.items() if spec.image or name in spec.towers}
-        wanted = dataclasses.replace(wanted, towers=towers, **{name: getattr(spec, name) for name in same})
-        if differ := wanted.differences(spec):
-            lines = "\n  ".join(differ)
-            raise DataError(
-                f"feature store {self.folder} does not belong to this run; prepare it again:\n  {lines}"
-            )
-
-    def _values(self, kind: str, sample: int, row: int) -> np.ndarray:
-        number = sample // self.spec.shard_samples
-        if (kind, number) not in self._maps:
-            file = array_file(self.folder, number, kind)
-            try:
-                mapped = np.load(file, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file} cannot be read ({error}); prepare the features again") from None
-            self._maps[kind, number] = np.asarray(mapped).view(DTYPES[self.spec.dtype])
-        return self._maps[kind, number][row]
-
-    def explain(self, sample: int) -> None:
-        """SampleError where a sample's images could not be used when the features were made."""
-        if sample in self._reasons:
-            raise SampleError(*self._reasons[sample])
-
-    def target(self, sample: int) -> Float[np.ndarray, "h w c2"] | None:
-        """Moments of the image a sample draws; None where it draws none."""
-        row = int(self._rows["target"][sample])
-        return None if row < 0 else self._values("target", sample, row)
-
-    def images(self, sample: int) -> list[Float[np.ndarray, "q c"]]:
-        """States of a sample's input images, in their order."""
-        start, stop = self._starts[sample : sample + 2].tolist()
-        return [self._values("image", sample, int(row)) for row in self._rows["image"][start:stop]]
-
-
-class FeatureSource(Source):
-    """The samples of a source with precomputed features in the place of images.
-
-    Args:
-      source: the samples.
-      store: their features; :meth:`FeatureStore.check` has been asked.
-    """
-
-    def __init__(self, source: Source, store: FeatureStore):
-        self._source, self._store = source, store
-        self.ends_in_vokens = source.ends_in_vokens
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state, warn=False)
 
     def __len__(self) -> int:
-        return len(self._source)
+        """Features of all kinds."""
+        return sum(len(table.keys) for table in self._tables.values()) + sum(map(len, self._recent.values()))
 
-    def example(self, index: int, epoch: int = 0) -> Example:
-        """Sample ``index``; SampleError as the source's, or where its images were unusable."""
-        self._store.explain(index)
-        example, shapes = self._source.example(index, epoch), self._store.spec.shapes()
-        changes: dict[str, Any] = {}
-        if "target" in shapes and (moments := self._store.target(index)) is not None:
-            changes["target_image"] = Ready(moments)
-        if "image" in shapes:
-            changes["images"] = tuple(map(Ready, self._store.images(index)))
-        return dataclasses.replace(example, **changes)
+    def file(self, number: int, kind: str, what: str) -> Path:
+        """``values`` or ``keys`` of one kind in the file of that number."""
+        return self.folder / f"{number:05d}.{kind}.{what}"
 
-    @property
-    def features(self) -> FeatureSpec:
-        """What the features are."""
-        return self._store.spec
+    def refresh(self, *, warn: bool = False) -> None:
+        """Reads what was added to the files since, by this process or another."""
+        self._tables = {kind: self._read(kind, warn) for kind in self.spec.shapes()}
+        self._recent: dict[str, dict[int, tuple[int, int]]] = {kind: {} for kind in self.spec.shapes()}
 
-    def texts(self, index: int) -> list[tuple[str, str]]:
-        """As the source's."""
-        return self._source.texts(index)
+    def _read(self, kind: str, warn: bool) -> Table:
+        keys, files, rows = [np.zeros(0, KEY)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        for path in sorted(self.folder.glob(f"*.{kind}.keys")):
+            number = int(path.name.split(".")[0])
+            found = np.fromfile(path, KEY, count=path.stat().st_size // KEY.itemsize)
+            values = self.file(number, kind, "values")
+            there = values.stat().st_size // self.spec.bytes_of(kind) if values.is_file() else 0
+            if warn and there < len(found):
+                logger.warning(
+                    "%s is cut short: %d of %d features are there; the others are made again",
+                    *(values, there, len(found)),
+                )
+            keys.append(found[:there])
+            files.append(np.full(len(keys[-1]), number, np.int32))
+            rows.append(np.arange(len(keys[-1])))
+        unique, first = np.unique(np.concatenate(keys), return_index=True)
+        return Table(unique, np.concatenate(files)[first], np.concatenate(rows)[first])
 
-    def stories(self) -> Int64[np.ndarray, " n1"] | None:
-        """As the source's."""
-        return stories_of(self._source)
+    def at_epoch(self, epoch: int) -> None:
+        """Reads the files again where another epoch than before begins: what the last one wrote."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            if not self.complete:
+                self.refresh()
 
-    def fingerprint(self) -> str:
-        """Hash of the source's fingerprint and of what the store holds."""
-        spec = dataclasses.asdict(self._store.spec)
-        spec[FORMER_NAME] = spec.pop("image_fingerprint")  # so that runs of earlier versions can resume
-        if not spec["images_as_shown"]:
-            del spec["images_as_shown"]
-        stored = json.dumps(spec, sort_keys=True)
-        return hashlib.sha256(f"features {self._source.fingerprint()} {stored}".encode()).hexdigest()
+    def add(self, kind: str, file: int, first: int, keys: UInt64[np.ndarray, " n"]) -> None:
+        """Remember rows that this process appends to a file; they are read when they are written."""
+        recent = self._recent[kind]
+        recent.update((int(key), (file, first + row)) for row, key in enumerate(keys))
 
-    def describe(self) -> str:
-        kinds = " and ".join(
-            f"{kind} {'x'.join(map(str, s))}" for kind, s in self._store.spec.shapes().items()
-        )
-        return f"{self._source.describe()}, with precomputed features ({kinds}) of {self._store.folder}"
+    def has(self, kind: str, keys: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which of the keys have features in the files, as they were last read."""
+        known = self._tables[kind].keys
+        if not len(known):
+            return np.zeros(len(keys), bool)
+        places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        return known[places] == keys
+
+    def find(self, kind: str, key: int) -> Float[np.ndarray, "..."] | None:
+        """Features of the image with that key; None where there are none.
+
+        Raises:
+          DataError: the file cannot be read any more.
+        """
+        table, place = self._tables[kind], self._recent[kind].get(key)
+        if place is None:
+            at = int(np.searchsorted(table.keys, np.uint64(key)))
+            if at == len(table.keys) or int(table.keys[at]) != key:
+                return None
+            place = int(table.files[at]), int(table.rows[at])
+        file, row = place
+        mapped = self._maps.get((kind, file))
+        if mapped is None or row >= len(mapped):
+            mapped = self._maps[kind, file] = self._map(kind, file)
+        if row >= len(mapped):
+            raise DataError(f"{self.file(file, kind, 'values')} was cut while it was used; start again")
+        return mapped[row]
+
+    def _map(self, kind: str, file: int) -> np.ndarray:
+        path, shape, dtype = self.file(file, kind, "values"), self.spec.shapes()[kind], self.spec.dtype(kind)
+        try:
+            count = path.stat().st_size // self.spec.bytes_of(kind)
+            raw = np.memmap(path, np.uint8, "r", shape=(count * self.spec.bytes_of(kind),))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}); delete it and its keys") from None
+        return np.asarray(raw).view(dtype).reshape(count, *shape)
+
+
+def describe_size(counts: Mapping[str, int], spec: FeatureSpec) -> tuple[int, str]:
+    """(bytes, words) of so many features of each kind, with their keys."""
+    size = sum(count * (spec.bytes_of(kind) + KEY.itemsize) for kind, count in counts.items())
+    kinds = " and ".join(
+        f"{count:,} {'images to draw' if kind == 'target' else 'input images'}"
+        for kind, count in counts.items()
+        if count
+    )
+    return size, f"{kinds}: {readable_bytes(size)}"
+
+
+def readable_bytes(size: int) -> str:
+    """``1.2 GB``, in powers of ten."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"

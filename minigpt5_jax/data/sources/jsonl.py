@@ -50,6 +50,7 @@ class JsonlSource(Source):
         self.lines = TextLines(path)
         check_jsonl(self.lines.path, self.lines[0])
         self._images, self._rules = image_folder(path, image_root, allow_outside_images), rules
+        self.image_root = str(self._images.root)
         lines, turns, self._bad = [], [], 0
         self._repeats: dict[int, int] = {}
         ids: dict[str, int] = {}

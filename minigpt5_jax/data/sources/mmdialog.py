@@ -67,6 +67,7 @@ class MMDialogSource(Source):
     ):
         rules.check_counter(count_tokens)
         self._rules, self._root = rules, image_folder(path, image_root).root
+        self.image_root = str(self._root)
         self.lines = TextLines(path)
         check_jsonl(self.lines.path, self.lines[0])
         self.counts: collections.Counter[str] = collections.Counter()

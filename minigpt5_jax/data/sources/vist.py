@@ -59,6 +59,7 @@ class VistSource(Source):
     ):
         self.path = Path(cleaned)
         root, self._rules = image_folder(self.path, image_root, allow_outside_images), rules
+        self.image_root = str(root.root)
         values, stories_hash = _read_object(self.path, "stories")
         self.mapping_path = None if mapping is None else Path(mapping)
         if mapping is None and not published(values):
