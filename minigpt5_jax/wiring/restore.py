@@ -28,13 +28,19 @@ from minigpt5_jax.training.provenance import (
     Meta,
     check_compatible,
     describe_run,
-    hash_parameters,
     plain,
     require_same,
     stage_of,
     tower_of,
 )
-from minigpt5_jax.wiring.model import ModelSpec, build, language_tokenizer, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.model import (
+    ModelSpec,
+    build,
+    hash_frozen,
+    language_tokenizer,
+    load_frozen,
+    tokenizer_identity,
+)
 from minigpt5_jax.wiring.session import LoadedModel, override
 from minigpt5_jax.wiring.weight_paths import check_sources
 
@@ -174,7 +180,7 @@ def describe(config: ConfigDict, spec: ModelSpec, params: Mapping[str, jax.Array
         if spec.labels[path] == FROZEN and tower_of(path) not in partial
     }
     tokenizer = tokenizer_identity(config, spec.sizes)
-    hashes = hash_parameters(frozen) | partial
+    hashes = hash_frozen(config, spec, frozen) | partial
     return describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hashes)
 
 
@@ -314,7 +320,8 @@ def warm_start(
     path, (meta, parent) = config.run.init_from, open_parent_run(config, spec)
     trained = trained_parameters(path, parent, shardings=shardings)
     kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
-    hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
+    hashes = hash_frozen(config, spec, kept)
+    hashes = {tower: value for tower, value in hashes.items() if tower in meta["frozen"]}
     before = {
         "tokenizer": upgrade_meta(meta)["tokenizer"],
         "frozen": {name: meta["frozen"][name] for name in hashes},
