@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def _encode_nf4(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[..., 0, :] << 4 | pairs[..., 1, :], scale
 
 
-def decode_nf4(values: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def decode_nf4(values: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     """The matrix ``[in, out]`` of packed codes ``u8[in/2, out]`` and scales ``f32[in/block, out]``."""
     codes = jnp.stack([values >> 4, values & 15], axis=1).reshape(2 * values.shape[0], -1)
     # Selecting by one bit after the other is fused into what reads the result; a gather from a table is not.

@@ -110,8 +110,9 @@ class _Leaf:
         """
         if is_floating(self.dtype) and not is_floating(dtype):
             raise WeightTableError(
-                f"{item.key!r} is {dtype}, {self.path!r} is {self.dtype}: quantised files are not read; give the "
-                "file in 16 or 32 bits, it can be quantised when it is loaded (docs/weights.md)"
+                f"{item.key!r} is {dtype}, {self.path!r} is {self.dtype}: "
+                "it is quantised already; give it in 16 or 32 bits, to be quantised when it is loaded "
+                "(docs/weights.md)"
             )
         self.layers[item.index] = (item, part)
 
@@ -184,8 +185,9 @@ def _stored(how: Quantization | None, value: jax.Array) -> tuple[jax.Array, ...]
 
 @functools.cache
 def _encoder(how: Quantization, shardings: tuple[Sharding, ...]) -> Callable[..., Any]:
-    """Compiled ``kernel -> arrays``."""
-    return jax.jit(functools.partial(_stored, how), out_shardings=shardings)
+    """Compiled ``kernel -> arrays``; it runs once for each kernel, so compiling is most of what it costs."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(functools.partial(_stored, how), out_shardings=shardings, compiler_options=options)
 
 
 @functools.cache

@@ -17,7 +17,13 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError, choose, get_config
+from minigpt5_jax.config import (
+    ConfigError,
+    choose,
+    get_config,
+    quantization_keys,
+    use_inference_quantization,
+)
 from minigpt5_jax.config.keys import FORMER_KEYS, RENAMED_KEYS
 from minigpt5_jax.inference.session import Session
 from minigpt5_jax.parts.contracts import FROZEN, KINDS
@@ -93,7 +99,9 @@ class OpenedRun:
     def _loaded(self) -> LoadedModel:
         frozen = load_frozen(self.config, self.spec)
         values = {**frozen, **trained_parameters(self.checkpoints, self.spec, self.step)}
-        check_compatible(upgrade_meta(self.meta), describe(self.config, self.spec, values))
+        described = describe(self.config, self.spec, values)
+        other_storage = [f"config.{key}" for key in quantization_keys(self.config)]
+        check_compatible(upgrade_meta(self.meta), described, allow=other_storage)
         return LoadedModel(self.config, self.spec, values, self.tokenizer, self.step)
 
     def load(self) -> LoadedModel:
@@ -132,8 +140,8 @@ def open_run(
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
         chosen = checkpoints.newest_readable() if step is None else step
         meta = checkpoints.meta(chosen)
-    config = config_of(meta, weights)
-    return OpenedRun(checkpoints.directory, chosen, meta, override(config, inference or {}))
+    config = override(config_of(meta, weights), inference or {})
+    return OpenedRun(checkpoints.directory, chosen, meta, use_inference_quantization(config))
 
 
 def load_run(
