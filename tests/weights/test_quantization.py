@@ -82,7 +82,7 @@ def test_kernels_that_cannot_be_stored(method, shape, message):
 TABLE = Table(
     (Rule("l.{i}.w", "l/kernel", LINEAR), Rule("c.w", "c/kernel", CONV), Rule("l.{i}.n", "l/scale")),
 )
-SHAPES = {"l/kernel": (3, 16, 8), "c/kernel": (3, 3, 8, 4), "l/scale": (3, 8)}
+SHAPES = {"l/kernel": (3, 128, 8), "c/kernel": (3, 3, 8, 4), "l/scale": (3, 8)}
 AXES = {"l/kernel": P(None, "tensor", "fsdp"), "c/kernel": P(None, None, "tensor", "fsdp")}
 
 
@@ -90,7 +90,7 @@ AXES = {"l/kernel": P(None, "tensor", "fsdp"), "c/kernel": P(None, None, "tensor
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_kernels_are_quantised_as_they_are_streamed_whatever_holds_their_inputs(method, in_place):
     """Sharded over their inputs, too: a scale is that of the whole channel."""
-    source = {f"l.{i}.w": random(8, 16) * (i + 1) for i in range(3)} | {"c.w": random(4, 8, 3, 3)}
+    source = {f"l.{i}.w": random(8, 128) * (i + 1) for i in range(3)} | {"c.w": random(4, 8, 3, 3)}
     source |= {f"l.{i}.n": random(8) for i in range(3)}
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     targets, quantized = {}, {}
