@@ -124,7 +124,8 @@ def apply_variant(
     """What follows the colon of ``--config file.py:variant``, comma separated.
 
     Each piece is a name in ``known``, ``int8`` (:func:`use_int8`) or a profile
-    (:mod:`minigpt5_jax.config.profiles`), whose function changes the configuration in place, or ``part=name``, which installs another part.
+    (:mod:`minigpt5_jax.config.profiles`), whose function changes the configuration in place, or
+    ``part=name``, which installs another part.
 
     Raises:
       ConfigError: listing what the file knows.

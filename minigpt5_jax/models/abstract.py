@@ -103,7 +103,9 @@ class Template:
         """Paths of the kernels that may be stored in fewer bits: those of dense layers and convolutions."""
         found = nnx.iter_modules(self.bind(self.shapes))
         return frozenset(
-            "/".join(map(str, (*path, "kernel"))) for path, module in found if isinstance(module, Linear | Conv)
+            "/".join(map(str, (*path, "kernel")))
+            for path, module in found
+            if isinstance(module, Linear | Conv)
         )
 
     def quantize(self, methods: Mapping[str, str]) -> Template:

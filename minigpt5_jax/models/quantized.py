@@ -1,7 +1,7 @@
 """Products with frozen kernels that are stored in fewer bits (:mod:`minigpt5_jax.weights.quantization`).
 
-A quantised kernel stands in the place of an array in a module; :func:`product` is the one place where a kernel is
-multiplied with, whatever it is.
+A quantised kernel stands in the place of an array in a module; :func:`product` is the one place where a
+kernel is multiplied with, whatever it is.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ SMALL, STAGE2, PREFIX, INT8 = "small", "stage2", "prefix", "int8"
 """Names of settings that a part may have: in the small world, in stage 2, with prefix tuning, and with its
 largest frozen tower in 8 bits."""
 QUANTIZATION = "_quantization"
-"""Behind the name of a tower: the key of its part that says how its frozen kernels are stored, ``none`` or one of
-:data:`minigpt5_jax.weights.quantization.METHODS`."""
+"""Behind the name of a tower: the key of its part that says how its frozen kernels are stored, ``none`` or
+one of :data:`minigpt5_jax.weights.quantization.METHODS`."""
 
 
 @runtime_checkable

@@ -146,7 +146,9 @@ def _hash_tower(tower: str, leaves: Mapping[str, jax.Array], in_files: Mapping[s
     if known.keys() == leaves.keys() and all(known[path]() is value for path, value in leaves.items()):
         return digest
     pieces = (
-        (path, in_files[path].shape, in_files[path].pieces()) if path in in_files else (path, value, _pieces(value))
+        (path, in_files[path].shape, in_files[path].pieces())
+        if path in in_files
+        else (path, value, _pieces(value))
         for path, value in leaves.items()
     )
     [digest] = hash_leaves(pieces).values()

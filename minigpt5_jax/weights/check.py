@@ -135,11 +135,11 @@ QUANTIZED_MARKS = (".qweight", ".SCB", ".absmax", ".quant_state.bitsandbytes__nf
 
 
 def quantized_already(about: Any = None) -> str:
-    """That weights are quantised already, and what to do; ``about`` is what their ``config.json`` says of it."""
+    """That weights are quantised already, and the remedy; ``about``: what their ``config.json`` says."""
     method = f" ({about['quant_method']})" if isinstance(about, Mapping) and "quant_method" in about else ""
     return (
-        f"these weights are quantised already{method}, and such files are not read: give them in 16 or 32 bits; "
-        "they can be quantised when they are loaded (docs/weights.md)"
+        f"these weights are quantised already{method}, and such files are not read: give them in 16 or 32 "
+        "bits; they can be quantised when they are loaded (docs/weights.md)"
     )
 
 

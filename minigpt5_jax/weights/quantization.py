@@ -53,8 +53,8 @@ class Quantization:
 
     Attributes:
       method: one of :data:`METHODS`.
-      kernel: shape and dtype of the kernel as its file fills it, inputs before outputs: ``[in, out]``, HWIO for a
-        convolution, with a leading axis of layers if ``stacked``.
+      kernel: shape and dtype of the kernel as its file fills it, inputs before outputs: ``[in, out]``, HWIO
+        for a convolution, with a leading axis of layers if ``stacked``.
 
     Raises:
       ValueError: a method that does not exist, or a kernel that it cannot store.

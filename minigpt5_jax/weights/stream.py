@@ -74,7 +74,7 @@ def _leaves(
 ) -> dict[str, _Leaf]:
     """Path -> how it is made, of every parameter that files have."""
     leaves, scales = {}, {path + SCALE for path in quantized}
-    for path, target in targets.items():
+    for path in targets:
         if path in scales:
             continue
         names = (path, path + SCALE) if path in quantized else (path,)
@@ -83,8 +83,7 @@ def _leaves(
 
 
 class _Leaf:
-    """One parameter, the tensors that it is made of, and the arrays that it is kept in: itself, or its
-    quantised form."""
+    """One parameter, the tensors that it is made of, and the arrays in which it is kept."""
 
     def __init__(
         self,

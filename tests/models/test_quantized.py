@@ -116,7 +116,10 @@ def test_no_dequantised_weights_are_kept_for_the_backward_pass(llama, method):
 def test_the_compiled_step_has_no_room_for_dequantised_layers():
     plain = make_llama(jnp.float32)
     needed = {}
-    for name, template in (("plain", plain), ("int8", plain.quantize(dict.fromkeys(plain.kernels(), "int8")))):
+    for name, template in (
+        ("plain", plain),
+        ("int8", plain.quantize(dict.fromkeys(plain.kernels(), "int8"))),
+    ):
         step = jax.jit(jax.grad(loss_of(template, TOKENS))).lower(*split(template.shapes))
         needed[name] = step.compile().memory_analysis().temp_size_in_bytes
     layer = 4 * SIZES.hidden_size**2 + 3 * SIZES.hidden_size * SIZES.intermediate_size
@@ -188,7 +191,9 @@ def test_a_unet_in_8_bits_pulls_its_condition_the_same_way():
     template = Template.of(lambda rngs: Stage(sizes, rngs=rngs, **dtypes))
     params = template.init(jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 3)
-    x, temb, context = (jax.random.normal(key, s) for key, s in zip(keys, ((2, 8, 8, 16), (2, 64), (2, 5, 24))))
+    x, temb, context = (
+        jax.random.normal(key, s) for key, s in zip(keys, ((2, 8, 8, 16), (2, 64), (2, 5, 24)))
+    )
 
     def gradient(template: Template, params: dict, remat: bool) -> jax.Array:
         loss = lambda context: jnp.square(template.bind(params)(x, temb, context, remat)).mean()  # noqa: E731
@@ -202,7 +207,9 @@ def test_a_unet_in_8_bits_pulls_its_condition_the_same_way():
 
 
 def test_a_kernel_that_is_stored_otherwise_is_still_one_leaf_of_its_module():
-    template = Template.of(lambda rngs: Linear(8, 6, axes=(None, None), rngs=rngs)).quantize({"kernel": "int8"})
+    template = Template.of(lambda rngs: Linear(8, 6, axes=(None, None), rngs=rngs)).quantize(
+        {"kernel": "int8"}
+    )
     module = template.bind(template.init(jax.random.key(0)))
     assert isinstance(module.kernel[...], QuantizedKernel)
     assert {str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(module))} == {"kernel", "bias"}
