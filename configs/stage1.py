@@ -12,6 +12,7 @@ table without weights or data.  Captions of up to 32 positions and longer ones h
 four to a row.
 Steps: two epochs of CC3M are about 92,600 updates at batch 48.
 Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
+`:int8` holds the frozen language model in 8 bits: 7.0 GB instead of 13.5 (docs/training.md).
 Expected numbers (paper, CC3M validation): not yet measured here.
 """
 
