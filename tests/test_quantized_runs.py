@@ -79,6 +79,7 @@ def test_it_is_opened_as_it_trained_or_otherwise(trained):
     assert four.config.model.generator.unet_quantization == "int8", "which has no such storage"
 
 
+@pytest.mark.slow
 def test_it_answers_and_is_exported(trained, tmp_path):
     config, loop = trained
     session = open_run(config.run.workdir, inference={"layers": "apart"}).session(batch_size=1)
@@ -92,6 +93,7 @@ def test_it_answers_and_is_exported(trained, tmp_path):
     np.testing.assert_allclose(exported["model.embed_tokens.weight"][-len(voken) :], voken, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_goes_on_in_the_same_storage_only(trained):
     config = trained[0].copy_and_resolve_references()
     config.run.num_steps = 2

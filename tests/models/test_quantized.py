@@ -42,9 +42,9 @@ def stored(template: Template, params: dict, method: str) -> tuple[Template, dic
     return new, params
 
 
-def loss_of(template: Template, tokens: jax.Array):
+def loss_of(template: Template, ids: np.ndarray | jax.Array):
     def loss(trainable: dict, frozen: dict) -> jax.Array:
-        model = template.bind({**frozen, **trainable})
+        model, tokens = template.bind({**frozen, **trainable}), jnp.asarray(ids)
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         states = model(model.embed(tokens), positions=places, segment_ids=jnp.ones_like(tokens))
         return -jax.nn.log_softmax(model.logits(states))[:, :-1, 1].mean()
