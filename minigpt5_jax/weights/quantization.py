@@ -5,9 +5,8 @@
   output channel share the largest magnitude among them, and a weight is the nearest of sixteen quantiles of
   a normal distribution times it; 4.5 bits a weight.
 
-Everything here is arithmetic that every platform has.  qwix stores the same numbers, but its products keep
-dequantised weights for the backward pass, or make gradients of weights; ours are in
-:mod:`minigpt5_jax.models.quantized`.
+Everything here is arithmetic that every platform has.  qwix 0.1.8 has the same forms, but no
+gradient of its own for products with stored weights; ours is in :mod:`minigpt5_jax.models.quantized`.
 """
 
 from __future__ import annotations
