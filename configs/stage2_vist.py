@@ -18,6 +18,7 @@ Disk: the first epoch writes what the image towers make of its images into the w
 data.features: about 25 GB; data.cache=off for none.
 About 45,900 updates: four epochs of 34,428 stories, 13 samples each, at batch 39; 55,900 with `:shuffled`.
 Hardware: the original took about two days on four 48 GB GPUs; not yet measured here.
+`:int8` holds the frozen language model in 8 bits: 7.0 GB instead of 13.5 (docs/training.md).
 Expected numbers: not yet measured here.
 """
 

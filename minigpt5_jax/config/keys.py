@@ -252,6 +252,12 @@ KEYS: dict[str, Key] = {
         "copy of their matrices; auto: apart on accelerators",
         choices=("auto", "stacked", "apart"),
     ),
+    "inference.quantization": Key(
+        "as_trained",
+        "how a trained run is opened: frozen towers held as it trained with them, all as model.param_dtype "
+        "(none), those that may be in 8 bits, or the language model in 4.5 (nf4)",
+        choices=("as_trained", "none", "int8", "nf4"),
+    ),
 }
 
 DEFAULT_PARTS = {"backbone": "minigpt4", "mapper": "encoder_decoder", "generator": "stable_diffusion"}

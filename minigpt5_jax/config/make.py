@@ -18,7 +18,17 @@ from ml_collections import ConfigDict
 from minigpt5_jax.config.errors import ConfigError, setting_errors
 from minigpt5_jax.config.keys import DEFAULT_PARTS, KEYS, Key
 from minigpt5_jax.config.profiles import PROFILES
-from minigpt5_jax.parts.contracts import KINDS, PREFIX, SMALL, STAGE2, Part, find, names
+from minigpt5_jax.parts.contracts import (
+    INT8,
+    KINDS,
+    PREFIX,
+    QUANTIZATION,
+    SMALL,
+    STAGE2,
+    Part,
+    find,
+    names,
+)
 
 PACKAGED = "shapes"
 """Value of ``weights.*`` that names the packaged small world."""
@@ -113,13 +123,14 @@ def apply_variant(
 ) -> ConfigDict:
     """What follows the colon of ``--config file.py:variant``, comma separated.
 
-    Each piece is a name in ``known`` or a profile (:mod:`minigpt5_jax.config.profiles`), whose function
-    changes the configuration in place, or ``part=name``, which installs another part.
+    Each piece is a name in ``known``, ``int8`` (:func:`use_int8`) or a profile
+    (:mod:`minigpt5_jax.config.profiles`), whose function changes the configuration in place, or
+    ``part=name``, which installs another part.
 
     Raises:
       ConfigError: listing what the file knows.
     """
-    known = {**PROFILES, **(known or {})}
+    known = {**PROFILES, "int8": use_int8, **(known or {})}
     for piece in filter(None, (variant or "").split(",")):
         part, equals, name = piece.partition("=")
         if piece in known:
@@ -188,6 +199,28 @@ def use_prefix(config: ConfigDict) -> ConfigDict:
     """Prefix tuning in place of LoRA (390,562,816 trainable parameters, fidelity 4.4)."""
     if not apply_setting(config, PREFIX):
         raise ConfigError(f"backbone {config.model.backbone.name!r} has no prefix tuning")
+    return config
+
+
+def use_int8(config: ConfigDict) -> ConfigDict:
+    """The largest frozen tower of the backbone in 8 bits: half the memory (docs/training.md)."""
+    if not apply_setting(config, INT8):
+        raise ConfigError(f"backbone {config.model.backbone.name!r} has no tower that may be quantised")
+    return config
+
+
+def quantization_keys(config: ConfigDict) -> dict[str, Key]:
+    """The keys that say how frozen kernels are held, by dotted path."""
+    return {path: key for path, key in keys_of(config).items() if path.endswith(QUANTIZATION)}
+
+
+def use_inference_quantization(config: ConfigDict) -> ConfigDict:
+    """Frozen towers held as ``inference.quantization`` says, those that may be so; the others as they are."""
+    method = config.inference.quantization
+    for path, key in quantization_keys(config).items():
+        if method in key.choices:
+            section, _, name = path.rpartition(".")
+            value_at(config, section)[name] = method
     return config
 
 

@@ -16,7 +16,9 @@ import jax
 from flax import nnx
 
 from minigpt5_jax.models.attention import AttentionModule
-from minigpt5_jax.models.common import Axis, Params, ShapesOnly, constructor_rngs
+from minigpt5_jax.models.common import Axis, Conv, Linear, Params, ShapesOnly, constructor_rngs
+from minigpt5_jax.models.quantized import QuantizedKernel
+from minigpt5_jax.weights.quantization import SCALE, Quantization
 
 
 class AbsentParameterError(RuntimeError):
@@ -53,6 +55,7 @@ class Template:
       shapes: path -> ``jax.ShapeDtypeStruct`` of every parameter.
       axes: path -> logical axes of every parameter, one entry per dimension.
       absent: paths that :meth:`bind` may be called without.
+      quantized: path -> how a kernel is stored whose scales are a parameter of their own (``SCALE``).
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -61,6 +64,7 @@ class Template:
     shapes: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[Axis, ...]]
     absent: frozenset[str] = frozenset()
+    quantized: Mapping[str, Quantization] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, make: Callable[[nnx.Rngs], nnx.Module], attention: str = "auto") -> Template:
@@ -81,7 +85,10 @@ class Template:
         """Random parameters, initialised in one compiled call."""
 
         def init(key):
-            return to_flat(self.make(constructor_rngs(key)))
+            params = to_flat(self.make(constructor_rngs(key)))
+            for path, how in self.quantized.items():
+                params[path], params[path + SCALE] = how.encode(params[path])
+            return params
 
         if isinstance(key, jax.core.Tracer):  # inside the caller's jit, whose options then hold
             return init(key)
@@ -91,6 +98,42 @@ class Template:
     def without(self, paths: Collection[str]) -> Template:
         """The same template, to be bound without the parameters at ``paths``."""
         return dataclasses.replace(self, absent=frozenset(paths))
+
+    def kernels(self) -> frozenset[str]:
+        """Paths of the kernels that may be stored in fewer bits: those of dense layers and convolutions."""
+        found = nnx.iter_modules(self.bind(self.shapes))
+        return frozenset(
+            "/".join(map(str, (*path, "kernel")))
+            for path, module in found
+            if isinstance(module, Linear | Conv)
+        )
+
+    def quantize(self, methods: Mapping[str, str]) -> Template:
+        """The same template with kernels (path -> method) stored in fewer bits.
+
+        Raises:
+          ValueError: a kernel that its method cannot store; the message has path and shape.
+        """
+        shapes, axes, quantized = dict(self.shapes), dict(self.axes), {}
+        for path, method in methods.items():
+            try:
+                how = Quantization(method, shapes[path], stacked=axes[path][0] == "layers")
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            shapes[path], shapes[path + SCALE] = how.stored
+            axes[path + SCALE] = tuple(axes[path][dim] for dim in how.scale_dims)
+            quantized[path] = how
+        return dataclasses.replace(self, shapes=shapes, axes=axes, quantized=quantized)
+
+    @property
+    def file_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape and dtype of every parameter as files fill it, before any is quantised."""
+        scales = {path + SCALE for path in self.quantized}
+        return {
+            path: self.quantized[path].kernel if path in self.quantized else shape
+            for path, shape in self.shapes.items()
+            if path not in scales
+        }
 
     def bind(self, params: Mapping[str, Any]) -> nnx.Module:
         """The callable module over ``params``; cheap while tracing.
@@ -105,7 +148,12 @@ class Template:
     def _leaf(self, params: Mapping[str, Any], path: str) -> Any:
         if path in self.absent and path not in params:
             return AbsentParameter(path, self.shapes[path])
-        return params[path]
+        if path not in self.quantized:
+            return params[path]
+        method, values, scale = self.quantized[path].method, params[path], params[path + SCALE]
+        if not isinstance(values, tuple):
+            return QuantizedKernel(values, scale, method)
+        return tuple(QuantizedKernel(*layer, method) for layer in zip(values, scale, strict=True))
 
 
 def take_layers_apart(params: dict[str, Any], paths: Collection[str]) -> None:

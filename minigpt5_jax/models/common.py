@@ -10,6 +10,7 @@ activations NHWC / ``[batch, length, width]``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from minigpt5_jax.models.quantized import product
 
 Axis = str | tuple[str, int] | None
 """Logical axis of one dimension: a name, or ``(name, units)`` when the dimension fuses ``units``
@@ -109,7 +112,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, bias_init, (out_features,), (axes[1],), param_dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y = product(jnp.matmul, x.astype(self.dtype), self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -151,7 +154,8 @@ class Conv(nnx.Module):
         self.bias = param(rngs, zeros, (out_channels,), (axes[1],), param_dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride, self.padding)
+        convolve = functools.partial(conv2d, stride=self.stride, padding=self.padding)
+        y = product(convolve, x.astype(self.dtype), self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

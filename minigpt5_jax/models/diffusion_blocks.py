@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from minigpt5_jax.models.common import Conv, GroupNorm, Linear, conv2d
+from minigpt5_jax.models.quantized import product
 
 
 def run(block: nnx.Module, *args: jax.Array, remat: bool = False) -> jax.Array:
@@ -77,17 +78,21 @@ class Upsample2D(nnx.Module):
         self.conv = Conv(channels, channels, 3, padding=1, **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        m, h, w, _ = x.shape
-        kernel, dtype = self.conv.kernel[...].astype(jnp.float32), self.conv.dtype
-        rows = []
-        for i, upper in enumerate(_halves(kernel, 0)):
-            places = [
-                conv2d(x.astype(dtype), part.astype(dtype), 1, ((1 - i, i), (1 - j, j)))
-                for j, part in enumerate(_halves(upper, 1))
-            ]
-            rows.append(jnp.stack(places, axis=3))
-        y = jnp.stack(rows, axis=2).reshape(m, 2 * h, 2 * w, -1)
-        return y if self.conv.bias is None else y + self.conv.bias[...].astype(dtype)
+        y = product(_upsampled, x.astype(self.conv.dtype), self.conv.kernel[...])
+        return y if self.conv.bias is None else y + self.conv.bias[...].astype(self.conv.dtype)
+
+
+def _upsampled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x [m h w in]``, doubled, and convolved with ``kernel [3 3 in out]``: [m 2h 2w out]."""
+    m, h, w, _ = x.shape
+    rows = []
+    for i, upper in enumerate(_halves(kernel.astype(jnp.float32), 0)):
+        places = [
+            conv2d(x, part.astype(x.dtype), 1, ((1 - i, i), (1 - j, j)))
+            for j, part in enumerate(_halves(upper, 1))
+        ]
+        rows.append(jnp.stack(places, axis=3))
+    return jnp.stack(rows, axis=2).reshape(m, 2 * h, 2 * w, -1)
 
 
 def _halves(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

@@ -24,8 +24,12 @@ if TYPE_CHECKING:  # configurations are read without JAX
 KINDS = ("backbone", "mapper", "generator")
 FROZEN = "frozen"
 """Learning-rate group of what does not train."""
-SMALL, STAGE2, PREFIX = "small", "stage2", "prefix"
-"""Names of settings that a part may have: in the small world, in stage 2, with prefix tuning."""
+SMALL, STAGE2, PREFIX, INT8 = "small", "stage2", "prefix", "int8"
+"""Names of settings that a part may have: in the small world, in stage 2, with prefix tuning, and with its
+largest frozen tower in 8 bits."""
+QUANTIZATION = "_quantization"
+"""Behind the name of a tower: the key of its part that says how its frozen kernels are stored, ``none`` or
+one of :data:`minigpt5_jax.weights.quantization.METHODS`."""
 
 
 @runtime_checkable
@@ -320,7 +324,8 @@ class Part:
       module: the NNX module.
       make: ``(keys, sizes, context)`` -> keyword arguments of ``module`` (but ``rngs``).
       keys: configuration keys below ``model.<kind>``.  A backbone has ``num_vokens``, a generator
-        ``image_size``.
+        ``image_size``.  A tower of ``uses`` whose frozen kernels may be quantised has a key
+        ``<name>_quantization``.
       uses: files, by names under ``config.weights``.
       groups: keys under ``weights`` of folders that hold several of them -> the key's line.
       tokenizer: ``(find(name) -> path, keys, sizes, bos_id)`` -> tokenizer of a backbone (see
@@ -346,7 +351,7 @@ class Part:
       conflicts: ``keys`` -> what does not go together, a line each.
       losses: name -> loss of its own (:class:`minigpt5_jax.minigpt5.Loss`), with weight ``loss_<name>``.
       settings: name of a setting -> values of ``keys`` under it (:data:`SMALL`, :data:`STAGE2`,
-        :data:`PREFIX`).
+        :data:`PREFIX`, :data:`INT8`).
       samplers: of a generator, by name; the first one is the default.
       exports: format -> how it is written.
     """
@@ -378,6 +383,10 @@ class Part:
     def prefix(self) -> str:
         """Start of its parameters' paths in the whole model."""
         return f"{self.kind}/"
+
+    def quantization(self, name: str, keys: Keys) -> str:
+        """How the frozen kernels of tower ``name`` are stored; ``none`` for one without such a key."""
+        return keys.get(name + QUANTIZATION, "none")
 
     def used(self, keys: Keys) -> Iterator[tuple[str, Use]]:
         """(name, files) of everything that a configuration of this part needs."""

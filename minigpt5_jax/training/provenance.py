@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import subprocess
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ PIECE = 256 * 2**20
 """Bytes of a parameter that are copied to the host at a time, to be hashed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FileLeaf:
+    """A parameter as its file has it.
+
+    Attributes:
+      shape: what has its ``shape`` and ``dtype``.  pieces: its values along the first axis.
+    """
+
+    shape: Any
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, unreadable or of another run; the message names what and the remedy."""
 
@@ -41,7 +54,8 @@ def describe_run(
     Args:
       config: the whole configuration as nested dicts.
       tokenizer: identity of the tokenizer (hash of its file, number of vokens, special ids).
-      frozen: tower -> hash of its frozen weights (:func:`hash_parameters`), or ``NOT_LOADED``.
+      frozen: tower -> hash of its frozen weights (:func:`hash_parameters`), or ``NOT_LOADED``.  Quantised
+        kernels are hashed as their files have them, so the hash is that of the same tower unquantised.
     """
     return plain(
         {
@@ -101,16 +115,21 @@ def git_revision() -> str:
         return "unknown"
 
 
-def hash_parameters(params: Mapping[str, jax.Array]) -> dict[str, str]:
+def hash_parameters(
+    params: Mapping[str, jax.Array], in_files: Mapping[str, FileLeaf] | None = None
+) -> dict[str, str]:
     """Tower (the first two names of a path) -> SHA-256 over its paths, shapes, dtypes and bytes.
 
     At most ``PIECE`` bytes are copied to the host at a time.  The same arrays are not hashed again: a second
     stage compares its towers with the first one's and describes them right after.
+
+    Args:
+      in_files: paths whose arrays are another form of what their files hold; the files are hashed.
     """
     towers: dict[str, dict[str, jax.Array]] = {}
     for path in sorted(params):
         towers.setdefault(tower_of(path), {})[path] = params[path]
-    return {tower: _hash_tower(tower, leaves) for tower, leaves in towers.items()}
+    return {tower: _hash_tower(tower, leaves, in_files or {}) for tower, leaves in towers.items()}
 
 
 def tower_of(path: str) -> str:
@@ -122,11 +141,17 @@ _hashed: dict[str, tuple[dict[str, weakref.ref], str]] = {}
 """Tower -> the arrays that were hashed last, which never change, and their hash."""
 
 
-def _hash_tower(tower: str, leaves: Mapping[str, jax.Array]) -> str:
+def _hash_tower(tower: str, leaves: Mapping[str, jax.Array], in_files: Mapping[str, FileLeaf]) -> str:
     known, digest = _hashed.get(tower, ({}, ""))
     if known.keys() == leaves.keys() and all(known[path]() is value for path, value in leaves.items()):
         return digest
-    [digest] = hash_leaves((path, value, _pieces(value)) for path, value in leaves.items()).values()
+    pieces = (
+        (path, in_files[path].shape, in_files[path].pieces())
+        if path in in_files
+        else (path, value, _pieces(value))
+        for path, value in leaves.items()
+    )
+    [digest] = hash_leaves(pieces).values()
     if all(isinstance(value, jax.Array) for value in leaves.values()):
         _hashed[tower] = {path: weakref.ref(value) for path, value in leaves.items()}, digest
     return digest

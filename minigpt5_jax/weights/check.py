@@ -130,12 +130,25 @@ def check_tensors(
     return View(source, {item.key: lambda item=item: checked(item) for item in plan})
 
 
+QUANTIZED_MARKS = (".qweight", ".SCB", ".absmax", ".quant_state.bitsandbytes__nf4", ".weight_scale")
+"""Ends of names in files that GPTQ, AWQ, bitsandbytes and others wrote."""
+
+
+def quantized_already(about: Any = None) -> str:
+    """That weights are quantised already, and the remedy; ``about``: what their ``config.json`` says."""
+    method = f" ({about['quant_method']})" if isinstance(about, Mapping) and "quant_method" in about else ""
+    return (
+        f"these weights are quantised already{method}, and such files are not read: give them in 16 or 32 "
+        "bits; they can be quantised when they are loaded (docs/weights.md)"
+    )
+
+
 def with_cause(
     message: str, name: str, tower: Any, source: Tensors, others: Mapping[str, Any] | None = None
 ) -> str:
     """``message`` about a source, and what the source probably is instead, told by a few names and shapes."""
-    cause = ""
-    if not any(key.startswith(tower.marks or ("\0",)) for key in source):
+    cause = quantized_already() if any(key.endswith(QUANTIZED_MARKS) for key in source) else ""
+    if not cause and not any(key.startswith(tower.marks or ("\0",)) for key in source):
         for owner, other in (others or {}).items():
             if owner != name and other.marks and any(key.startswith(other.marks) for key in source):
                 cause = cause or f"this is a file for weights.{owner}, not for weights.{name}"

@@ -22,7 +22,7 @@ from minigpt5_jax.inference.session import stop_sequences
 from minigpt5_jax.parts.contracts import FROZEN, Export
 from minigpt5_jax.training.provenance import Meta, hash_leaves, require_same
 from minigpt5_jax.weights.export.model import ExportableModel, PretrainedTower, Tokens
-from minigpt5_jax.wiring.model import ModelSpec, build, make_tokenizer, open_tower
+from minigpt5_jax.wiring.model import ModelSpec, build, make_tokenizer, open_towers
 from minigpt5_jax.wiring.restore import OpenedRun, trained_parameters, upgrade_meta
 from minigpt5_jax.wiring.weight_paths import find_sources
 
@@ -40,7 +40,7 @@ def read_exportable(run: OpenedRun, needs: Sequence[str]) -> ExportableModel:
     paths = _source_paths(config, needs)
     spec = build(config)
     params = {k: np.asarray(v) for k, v in trained_parameters(run.reader, spec, run.step).items()}
-    towers = _towers(spec, paths, params)
+    towers = open_towers(spec, paths, params)
     tokenizers = {
         kind: make_tokenizer(config, part, spec.sizes)
         for kind, part in spec.parts.items()
@@ -92,22 +92,6 @@ def _source_paths(config: ConfigDict, names: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def _towers(
-    spec: ModelSpec, paths: Mapping[str, Path], params: Mapping[str, np.ndarray]
-) -> dict[str, tuple[str, PretrainedTower]]:
-    """Name -> (start of its paths, tower) of the pretrained towers among ``paths``; only headers are read."""
-    found = {}
-    for name, part, use in spec.towers():
-        if name not in paths:
-            continue
-        at = part.prefix + use.at
-        shapes = {path.removeprefix(at): spec.template.shapes[path] for path in spec.paths_of(part, use)}
-        own = {path: params[at + path] for path in shapes if at + path in params}
-        table, source = open_tower(name, use, paths[name], spec.sizes[name])
-        found[name] = at, PretrainedTower(table, source, shapes, own)
-    return found
-
-
 def _hashes(
     spec: ModelSpec, towers: Mapping[str, tuple[str, PretrainedTower]], params: Mapping[str, np.ndarray]
 ) -> dict[str, str]:
@@ -120,7 +104,7 @@ def _hashes(
     for path, value in params.items():
         if path.startswith(inside) and path not in leaves:
             leaves[path] = functools.partial(iter, (value,))
-    shapes = spec.template.shapes
+    shapes = spec.template.file_shapes
     return hash_leaves(
         (path, shapes[path], leaves[path]()) for path in sorted(leaves) if spec.labels[path] == FROZEN
     )

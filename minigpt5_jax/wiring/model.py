@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
@@ -22,12 +23,15 @@ from minigpt5_jax.minigpt5 import LOSSES, LossOptions, make_template
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.tower import Tower
 from minigpt5_jax.parts.contracts import FROZEN, Context, Part, Use, shipped
+from minigpt5_jax.training.provenance import FileLeaf, hash_parameters
 from minigpt5_jax.training.sharding import Rules
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.training.tuning import TABLE_DECAY, label_parameters, rules_of
 from minigpt5_jax.weights.check import with_cause
+from minigpt5_jax.weights.export.model import PretrainedTower
 from minigpt5_jax.weights.foreign.release import tower_of_whole
 from minigpt5_jax.weights.formats.load import open_weights
+from minigpt5_jax.weights.quantization import SCALE
 from minigpt5_jax.weights.stream import stream_tower
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring.weight_paths import check_sources, find_source, read_config
@@ -80,6 +84,22 @@ class ModelSpec:
             path for name, part, use in self.towers() if name in names for path in self.paths_of(part, use)
         }
         return dataclasses.replace(self, template=self.template.without(absent), unused=frozenset(names))
+
+    def quantized(self) -> ModelSpec:
+        """The same model, frozen kernels stored as the parts' keys say; whatever trains stays as it is.
+
+        Raises:
+          ValueError: a kernel that cannot be stored so.
+        """
+        kernels, methods = self.template.kernels(), {}
+        for name, part, use in self.towers():
+            method = part.quantization(name, self.keys[part.kind])
+            if method != "none":
+                own = kernels.intersection(self.paths_of(part, use))
+                methods |= {path: method for path in sorted(own) if self.labels[path] == FROZEN}
+        template = self.template.quantize(methods)
+        labels = {path: self.labels.get(path, FROZEN) for path in template.shapes}
+        return dataclasses.replace(self, template=template, labels=labels)
 
     def towers(self) -> Iterator[tuple[str, Part, Use]]:
         """(name, part, files) of everything whose files hold parameters."""
@@ -161,7 +181,7 @@ def build(config: ConfigDict, remat: str = "") -> ModelSpec:
     )
     uses_dropout = template.bind(template.shapes).backbone.uses_dropout
     options = step_options(config, parts, lora_dropout=uses_dropout)
-    return ModelSpec(parts, keys, sizes, made, template, labels, sharding, options)
+    return ModelSpec(parts, keys, sizes, made, template, labels, sharding, options).quantized()
 
 
 def step_options(config: ConfigDict, parts: Mapping[str, Part], *, lora_dropout: bool) -> StepOptions:
@@ -230,6 +250,47 @@ def open_tower(name: str, use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
     return use.tower.table(adapted, sizes), adapted
 
 
+def open_towers(
+    spec: ModelSpec, paths: Mapping[str, Path], own: Mapping[str, np.ndarray]
+) -> dict[str, tuple[str, PretrainedTower]]:
+    """Name -> (start of its paths, tower) of the pretrained towers among ``paths``; only headers are read.
+
+    ``own`` has parameters (whole paths) that the run has in a form of its own.
+    """
+    found, shapes = {}, spec.template.file_shapes
+    for name, part, use in spec.towers():
+        if name not in paths:
+            continue
+        at = part.prefix + use.at
+        inside = {path.removeprefix(at): shapes[path] for path in spec.paths_of(part, use) if path in shapes}
+        mine = {path: own[at + path] for path in inside if at + path in own}
+        table, source = open_tower(name, use, paths[name], spec.sizes[name])
+        found[name] = at, PretrainedTower(table, source, inside, mine)
+    return found
+
+
+def hash_frozen(config: ConfigDict, spec: ModelSpec, frozen: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Tower -> hash of frozen weights as their files have them in ``model.param_dtype``, quantised or not.
+
+    What is quantised is read from its file once more for it.
+    """
+    quantized = spec.template.quantized
+    scales = {path + SCALE for path in quantized}
+    values = {path: value for path, value in frozen.items() if path not in scales}
+    stored = [path for path in quantized if path in values]
+    names = {
+        name for name, part, use in spec.towers() if not set(stored).isdisjoint(spec.paths_of(part, use))
+    }
+    sources = check_sources(config, spec.unused, names) if names else {}
+    leaves = {
+        at + path: FileLeaf(quantized[at + path].kernel, functools.partial(tower.layers, path))
+        for at, tower in open_towers(spec, sources, {}).values()
+        for path in tower.paths()
+        if at + path in quantized
+    }
+    return hash_parameters(values, leaves)
+
+
 def load_frozen(
     config: ConfigDict,
     spec: ModelSpec,
@@ -255,8 +316,14 @@ def load_frozen(
             shape = spec.template.shapes[path]
             place = (shardings or {}).get(path)
             targets[path.removeprefix(at)] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+        quantized = {
+            path.removeprefix(at): how
+            for path, how in spec.template.quantized.items()
+            if path.removeprefix(at) in targets and path.startswith(at)
+        }
         try:
-            arrays = stream_tower(*open_tower(name, use, sources[name], spec.sizes[name]), targets)
+            table, source = open_tower(name, use, sources[name], spec.sizes[name])
+            arrays = stream_tower(table, source, targets, quantized=quantized)
         except WeightTableError as error:
             source = open_weights(sources[name], use.tower.key)
             message = with_cause(str(error), name, use.tower, source, known_towers())

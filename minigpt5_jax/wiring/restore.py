@@ -17,7 +17,13 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import ConfigError, choose, get_config
+from minigpt5_jax.config import (
+    ConfigError,
+    choose,
+    get_config,
+    quantization_keys,
+    use_inference_quantization,
+)
 from minigpt5_jax.config.keys import FORMER_KEYS, RENAMED_KEYS
 from minigpt5_jax.inference.session import Session
 from minigpt5_jax.parts.contracts import FROZEN, KINDS
@@ -28,13 +34,19 @@ from minigpt5_jax.training.provenance import (
     Meta,
     check_compatible,
     describe_run,
-    hash_parameters,
     plain,
     require_same,
     stage_of,
     tower_of,
 )
-from minigpt5_jax.wiring.model import ModelSpec, build, language_tokenizer, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.model import (
+    ModelSpec,
+    build,
+    hash_frozen,
+    language_tokenizer,
+    load_frozen,
+    tokenizer_identity,
+)
 from minigpt5_jax.wiring.session import LoadedModel, override
 from minigpt5_jax.wiring.weight_paths import check_sources
 
@@ -92,7 +104,9 @@ class OpenedRun:
     def _loaded(self) -> LoadedModel:
         frozen = load_frozen(self.config, self.spec)
         values = {**frozen, **trained_parameters(self.reader, self.spec, self.step)}
-        check_compatible(upgrade_meta(self.meta), describe(self.config, self.spec, values))
+        described = describe(self.config, self.spec, values)
+        other_storage = [f"config.{key}" for key in quantization_keys(self.config)]
+        check_compatible(upgrade_meta(self.meta), described, allow=other_storage)
         return LoadedModel(self.config, self.spec, values, self.tokenizer, self.step)
 
     def load(self) -> LoadedModel:
@@ -131,8 +145,8 @@ def open_run(
     with contextlib.closing(open_checkpoints(path)) as checkpoints:
         chosen = checkpoints.newest_readable() if step is None else step
         meta = checkpoints.meta(chosen)
-    config = config_of(meta, weights)
-    return OpenedRun(checkpoints, chosen, meta, override(config, inference or {}))
+    config = override(config_of(meta, weights), inference or {})
+    return OpenedRun(checkpoints, chosen, meta, use_inference_quantization(config))
 
 
 def load_run(
@@ -179,7 +193,7 @@ def describe(config: ConfigDict, spec: ModelSpec, params: Mapping[str, jax.Array
         if spec.labels[path] == FROZEN and tower_of(path) not in partial
     }
     tokenizer = tokenizer_identity(config, spec.sizes)
-    hashes = hash_parameters(frozen) | partial
+    hashes = hash_frozen(config, spec, frozen) | partial
     return describe_run(config.to_dict(), tokenizer=tokenizer, frozen=hashes)
 
 
@@ -324,7 +338,8 @@ def warm_start(
     path, (meta, parent) = config.run.init_from, open_parent_run(config, spec)
     trained = trained_parameters(open_checkpoints(path), parent, shardings=shardings)
     kept = {**frozen, **{name: value for name, value in trained.items() if name in frozen}}
-    hashes = {tower: value for tower, value in hash_parameters(kept).items() if tower in meta["frozen"]}
+    hashes = hash_frozen(config, spec, kept)
+    hashes = {tower: value for tower, value in hashes.items() if tower in meta["frozen"]}
     before = {
         "tokenizer": upgrade_meta(meta)["tokenizer"],
         "frozen": {name: meta["frozen"][name] for name in hashes},

@@ -32,7 +32,8 @@ def compare_settings(config: ConfigDict, spec: ModelSpec, checkpoints: Checkpoin
     require_same(saved, here, FIXED, title, LINE, allow=HARMLESS)
     tuning = saved["config"]["tuning"]
     rules = rules_of(spec.parts.values(), tuning["stage"], tuple(map(tuple, tuning["rules"])))
-    if label_parameters(spec.template.shapes, rules) != spec.labels:
+    shapes = spec.template.file_shapes
+    if label_parameters(shapes, rules) != {path: spec.labels[path] for path in shapes}:
         title = "other parameters trained than would now; start in another workdir, or change this back:"
         require_same(saved, here, ("config.tuning",), title, LINE)
     return [LINE.format(key.removeprefix("config."), *pair) for key, pair in differences(saved, here).items()]

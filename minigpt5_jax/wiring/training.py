@@ -61,15 +61,18 @@ Watch = Callable[..., tuple[Any, Any]]
 def parameter_table(spec: ModelSpec) -> str:
     """Parameters, trainable, frozen and bytes of every tower, bytes that are not loaded, and their totals."""
     rows: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0, 0])
+    counted = spec.template.file_shapes
     for path, shape in spec.template.shapes.items():
         parts = path.split("/")
         tower = "/".join(parts[: 1 if parts[0] == "mapper" else 2])
-        count = math.prod(shape.shape)
+        # Scales are bytes, and no parameters.
+        count = math.prod(counted[path].shape) if path in counted else 0
+        size = math.prod(shape.shape) * shape.dtype.itemsize
         for name in (tower, "total"):
             rows[name][0] += count
             rows[name][1] += count if spec.labels[path] != FROZEN else 0
-            rows[name][2] += count * shape.dtype.itemsize
-            rows[name][3] += count * shape.dtype.itemsize if path in spec.template.absent else 0
+            rows[name][2] += size
+            rows[name][3] += size if path in spec.template.absent else 0
     rows["total"] = rows.pop("total")
     heads = ("parameters", "trainable", "frozen", "bytes", "not loaded")
     widths = (16, 14, 16, 18, 16)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax.config import PACKAGED, ConfigError, part_settings, parts_of, weight_sources
 from minigpt5_jax.parts.contracts import Use
 from minigpt5_jax.shapes.files import ASSETS, genuine
-from minigpt5_jax.weights.check import differing
+from minigpt5_jax.weights.check import differing, quantized_already
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.formats.files import read_json, why_missing
 from minigpt5_jax.weights.formats.hub import resolve
@@ -136,8 +136,8 @@ def check_preset(config: ConfigDict, name: str, path: Path, remedy: str = "") ->
 
     Raises:
       ConfigError: the file, each field that differs with both values, and what to do.
-      WeightFileError: the file is no JSON, or has a value that is not implemented; or the source holds what
-        a run adds to it (``Use.refuse``).
+      WeightFileError: the file is no JSON, or has a value that is not implemented; or the source is quantised
+        already, or holds what a run adds to it (``Use.refuse``).
     """
     kind, use = uses_of(config)[name]
     if use.refuse is not None:
@@ -148,6 +148,8 @@ def check_preset(config: ConfigDict, name: str, path: Path, remedy: str = "") ->
     file = sizes_file(use, path)
     if not file.is_file():
         return
+    if "quantization_config" in (values := read_json(file)):
+        raise WeightFileError(f"{file}: {quantized_already(values['quantization_config'])}")
     if use.tower.table is None:  # it is nothing but sizes: what is not implemented is refused in any case
         use.tower.read_sizes(file)
     if chosen in ("source", "none"):
@@ -155,7 +157,7 @@ def check_preset(config: ConfigDict, name: str, path: Path, remedy: str = "") ->
     problems = differing(use.tower.read_sizes(file), use.tower.presets[chosen])
     if use.check is not None:
         try:
-            use.check(read_json(file), file)
+            use.check(values, file)
         except WeightFileError as error:
             problems.append(str(error).removeprefix(f"{file}: "))
     if problems:

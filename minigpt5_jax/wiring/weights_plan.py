@@ -21,7 +21,7 @@ from minigpt5_jax.weights.foreign.release import RELEASE_FILES
 from minigpt5_jax.weights.formats.hub import resolve
 from minigpt5_jax.weights.formats.load import open_weights
 from minigpt5_jax.weights.table import WeightTableError
-from minigpt5_jax.wiring.model import known_towers, tower_sizes
+from minigpt5_jax.wiring.model import build, known_towers, tower_sizes
 from minigpt5_jax.wiring.weight_paths import check_preset, needed_sources, sizes_file, source_path, uses_of
 
 RELEASE = Origin(**RELEASE_FILES)
@@ -47,6 +47,8 @@ def make_plan(config: ConfigDict) -> str:
         lines += _block(origin, {name: status[name] for name in names})
         if any(not status[name][0] for name in names):
             missing.append(origin)
+    if sizes is not None:
+        lines += ["", f"In memory: {held(config)}"]
     lines += ["", "MiniGPT-5's own weights, to generate without training:", *_about(RELEASE), ""]
     total = sum(origin.gigabytes for origin in missing)
     if not missing and sizes is None:
@@ -57,6 +59,18 @@ def make_plan(config: ConfigDict) -> str:
     flags = " ".join(f"--config.weights.{o.command}={FOLDER}/{o.command}" for o in missing)
     how_much = f"To fetch: {total:.1f} GB, and as much again while it is converted.  Then give:"
     return "\n".join([*lines, how_much, f"  {flags}"])
+
+
+def held(config: ConfigDict) -> str:
+    """Bytes of each pretrained tower as this configuration holds it, in a line."""
+    spec = build(config)
+    sizes = {}
+    for name, part, use in spec.towers():
+        arrays = [spec.template.shapes[path] for path in spec.paths_of(part, use)]
+        method = part.quantization(name, spec.keys[part.kind])
+        form = config.model.param_dtype if method == "none" else method
+        sizes[f"{name} ({form})"] = sum(array.size * array.dtype.itemsize for array in arrays) / 1e9
+    return ", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items())
 
 
 def _by_origin(needed: Mapping[str, Origin]) -> list[tuple[Origin, list[str]]]:

@@ -30,6 +30,8 @@ sizes = LlamaConfig(
 )
 dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 template = Template.of(lambda rngs: Llama(sizes, rngs=rngs, **dtypes))
+if sys.argv[3:] == ["int8"]:
+    template = template.quantize(dict.fromkeys(template.kernels(), "int8"))
 place = jax.sharding.SingleDeviceSharding(device)
 here = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
 params = {path: here(shape.shape, shape.dtype) for path, shape in template.shapes.items()}

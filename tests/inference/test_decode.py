@@ -347,9 +347,12 @@ def test_layers_apart_are_not_copied_where_it_is_compiled_for(platform, module_n
     worker = [sys.executable, str(Path(__file__).with_name("decode_worker.py")), platform]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     options = {"capture_output": True, "text": True, "env": environment, "timeout": 300}
-    found = {how: subprocess.run([*worker, how], **options) for how in ("stacked", "apart")}
+    # cuBLAS has no product of 8 and 16 bits, and the compiler's own kernels are switched off in the worker.
+    ways = ("stacked", "apart", *(("apart int8",) if platform == "tpu" else ()))
+    found = {how: subprocess.run([*worker, *how.split()], **options) for how in ways}
     assert all(done.returncode == 0 for done in found.values()), [d.stderr[-1000:] for d in found.values()]
-    assert found["apart"].stdout.startswith("0 "), found["apart"].stdout
+    for how in ways[1:]:  # in 8 bits no matrix is written out in 16, either
+        assert found[how].stdout.startswith("0 "), found[how].stdout
     assert not found["stacked"].stdout.startswith("0 "), "the counter sees copies where there are some"
 
 

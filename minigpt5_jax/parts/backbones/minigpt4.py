@@ -28,6 +28,7 @@ from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.models.qformer.model import QFormer, QFormerConfig
 from minigpt5_jax.models.qformer.weights import TOWER as QFORMER
 from minigpt5_jax.parts.contracts import (
+    INT8,
     PREFIX,
     SMALL,
     STAGE2,
@@ -307,6 +308,12 @@ KEYS = {
         "preset, 'source', or 'none' (with vit)",
         choices=("qformer_blip2", "source", "none"),
     ),
+    "llm_quantization": Key(
+        "none",
+        "how its frozen kernels are held: as model.param_dtype, in 8 bits or in 4.5 (docs/training.md)",
+        choices=("none", "int8", "nf4"),
+    ),
+    "vit_quantization": Key("none", "the same of the vision tower", choices=("none", "int8")),
     "num_vokens": Key(8, "generative vokens of an image", low=1),
     "voken_init": Key(
         "mean",
@@ -400,6 +407,7 @@ PART = Part(
         SMALL: {"llm": "source", "vit": "source", "qformer": "source"},
         STAGE2: {"lora_rank": 8},
         PREFIX: {"lora_rank": 0, "prefix_tokens": 5},
+        INT8: {"llm_quantization": "int8"},
     },
     exports={
         "minigpt5": Export(

@@ -213,6 +213,11 @@ KEYS = {
     **dict.fromkeys(
         ("unet", "vae", "text_encoder"), Key("sd21_base", "preset, or 'source'", choices=_CHOICES)
     ),
+    "unet_quantization": Key(
+        "none",
+        "how the UNet's kernels are held: as model.param_dtype, or in 8 bits (docs/training.md)",
+        choices=("none", "int8"),
+    ),
     "scheduler": Key("sd21_base", "noise schedule: preset, or 'source'", choices=_CHOICES),
     "image_size": Key(512, "side of its images in pixels", low=8),
 }
