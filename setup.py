@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt5_jax", "minigpt5_jax.*"]),
-    package_data={"minigpt5_jax": ["shapes/assets/**/*"]},
+    package_data={"minigpt5_jax": ["shapes/assets/**/*", "planning/chips/*.toml"]},
     install_requires=[
         *JAX,
         "optax>=0.2.8",
@@ -60,5 +60,8 @@ setup(
         "prepare": ["apache-beam>=2.77,<3"],  # wants protobuf < 7: best in an environment of its own
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # Compilers for `plan`, with no device: libtpu for TPUs; CUDA's plugin (3 GB, an environment of its own).
+        "plan": ["libtpu==0.0.42.*"],
+        "plan-gpu": ["jax[cuda13]"],
     },
 )
