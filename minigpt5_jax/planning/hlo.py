@@ -21,10 +21,12 @@ SIZES = {
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota", "partition-id",
-    "replica-id", "while", "conditional", "call", "async-done", "copy-done", "opt-barrier",
+    "replica-id", "while", "conditional", "call", "async-start", "async-done", "opt-barrier",
 }  # fmt: skip
 """Instructions that move nothing themselves."""
 _TYPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_PLACED = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
+_INSIDE = re.compile(r"S\([1-9]")  # a TPU's own memory, as a layout says it
 _LINE = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _HEAD = re.compile(r"(ENTRY\s+)?%([\w.\-]+) .*\{\s*$")
 
@@ -157,6 +159,12 @@ def type_bytes(text: str) -> float:
     return sum(_array_bytes(*found) for found in _TYPE.findall(text))
 
 
+def _memory_bytes(text: str) -> float:
+    """Bytes of a type without what lies inside the chip."""
+    arrays = _PLACED.findall(text)
+    return sum(_array_bytes(dtype, dims) for dtype, dims, layout in arrays if not _INSIDE.search(layout))
+
+
 def _array_bytes(dtype: str, dims: str) -> float:
     sizes = [int(size.lstrip("<=")) for size in dims.split(",") if size]
     return SIZES.get(dtype, 0) * math.prod(sizes)
@@ -246,7 +254,7 @@ PLACES = {
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes that a program reads and writes, at most: what stays inside a chip counts too.
+    """Bytes that a program reads and writes; the compiler's count also has what stays inside a chip.
 
     Attributes:
       compiler: by XLA's own count.
@@ -279,18 +287,31 @@ def count_bytes(program: Program, compiler: float) -> Bytes:
     return Bytes(compiler, custom, loops)
 
 
+def loop_bytes(program: Program, body: str) -> float:
+    """Bytes that one run of a loop's body reads and writes, kernels and inner loops among them."""
+    inner: dict[str, int] = collections.defaultdict(int)
+    _visit(body, 1, program.computations, inner, [])
+    total = 0.0
+    for name, times in inner.items():
+        types = {instruction.name: instruction.type for instruction in program.computations[name]}
+        for instruction in program.computations[name]:
+            if instruction.op not in FREE and _target(instruction) not in PLACES:
+                total += times * _moved(instruction, types, program)
+    return total
+
+
 def _moved(instruction: Instruction, types: Mapping[str, str], program: Program) -> float:
     """Bytes of operands and results; of an array that is only sliced, or written in part, that part."""
-    sizes = [type_bytes(types.get(operand, "")) for operand in instruction.operands]
-    result = type_bytes(instruction.type)
+    sizes = [_memory_bytes(types.get(operand, "")) for operand in instruction.operands]
+    result = _memory_bytes(instruction.type)
     if instruction.op in ("dynamic-slice", "slice", "gather"):
-        return 2 * result
+        return type_bytes(instruction.type) * (sizes[0] > 0) + result
     if instruction.op == "dynamic-update-slice":
         return 2 * sizes[1]
     if instruction.op.endswith("-done"):
         return 0.0
-    if instruction.op.endswith("-start"):
-        return sum(sizes) * 2
+    if instruction.op.endswith("-start"):  # (result, operand, counter)
+        return result
     if instruction.op == "fusion" and (called := re.search(r"calls=%([\w.\-]+)", instruction.rest)):
         return _fusion_bytes(program.computations.get(called[1], []), sizes, result)
     return sum(sizes) + result
@@ -309,7 +330,7 @@ def _fusion_bytes(body: list[Instruction], sizes: list[float], result: float) ->
         if place >= len(sizes) or not using:
             continue
         if all(user.op == "dynamic-slice" for user in using):
-            sizes[place] = sum(type_bytes(user.type) for user in using)
+            sizes[place] = min(sizes[place], sum(type_bytes(user.type) for user in using))
         elif all(user.op == "dynamic-update-slice" for user in using):
             part = sum(type_bytes(types.get(user.operands[1], "")) for user in using)
             result -= sizes[place] - part if result >= sizes[place] else 0.0

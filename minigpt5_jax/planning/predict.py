@@ -25,8 +25,8 @@ EPOCH_SAMPLES = {"cc3m": 2_222_400, "cc3m_tar": 2_222_400, "vist": 34_428 * 13}
 """``data.format`` -> samples of the published data set, as the run files count them."""
 ASSUMPTIONS = (
     f"work at {UTILISATION:.0%} of the matrix peak, or the frozen weights read {PASSES} times a micro-batch "
-    "where that is longer, backbone and generator apart; the optimizer's bytes; collectives on rings at the links' full "
-    "rate; nothing overlaps"
+    "where that is longer, backbone and generator apart; the optimizer's bytes; collectives on rings at the "
+    "links' full rate; nothing overlaps"
 )
 
 

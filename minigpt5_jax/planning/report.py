@@ -113,8 +113,8 @@ def as_text(plan: dict[str, Any], topology: Topology) -> str:
         f"{length} positions; computed again: {plan['remat']}; attention: {plan['attention']}",
         f"memory of a chip: {plan['gb_per_chip']:.2f} of {plan['hbm_gb']:.2f} GB: {fits}",
         *(f"  {name:12} {size:8.3f}" for name, size in plan["memory_gb"].items()),
-        f"work of a step: {plan['flops_per_step'] / 1e12:.2f} TFLOP, {plan['flops_backbone'] / 1e12:.2f} of them "
-        "the backbone's",
+        f"work of a step: {plan['flops_per_step'] / 1e12:.2f} TFLOP, of which the "
+        f"backbone {plan['flops_backbone'] / 1e12:.2f}",
     ]
     if plan["collectives"] is None:
         lines.append("collectives and time: not known, as the compiler refused the program")
@@ -135,8 +135,8 @@ def _time_lines(plan: dict[str, Any], topology: Topology) -> list[str]:
     chip = topology.chip
     lines = ["collectives of a step, on each chip:"]
     lines += [
-        f"  {kind:18} {moved['count']:6} of {moved['result'] / GIGA:8.4f} GB in all, {moved['wire'] / GIGA:8.4f} GB "
-        "on the wire of a ring"
+        f"  {kind:18} {moved['count']:6} of {moved['result'] / GIGA:8.4f} GB in all, "
+        f"{moved['wire'] / GIGA:8.4f} GB on the wire of a ring"
         for kind, moved in plan["collectives"].items()
     ] or ["  none"]
     lines += [

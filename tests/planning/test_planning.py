@@ -72,7 +72,8 @@ def test_collectives_count_as_often_as_their_loop_runs():
     }
     assert hlo.kernels(program) == (0, {"tpu_custom_call": 1, "AllocateBuffer": 1})
     told = hlo.count_bytes(program, compiler=1000.0)
-    assert told == hlo.Bytes(1000.0, 64.0, 31 * 64.0) and told.total == 1064 + 31 * 64
+    assert told == hlo.Bytes(1000.0, 64.0, 31 * 32.0) and told.total == 1064 + 31 * 32
+    assert hlo.loop_bytes(program, "body") == 32  # its result stays inside the chip
 
 
 def test_a_loop_of_unknown_length_is_told():
@@ -152,10 +153,8 @@ def compiled(step, needed: int) -> Compiled:
 
 def test_a_plan_has_its_keys_and_can_be_read_back(step):
     plan = report.describe(step, compiled(step, 500_000_000))
-    keys = (
-        "fits gb_per_chip hbm_gb flops_per_step collective_gb wire_gb step_seconds efficiency compile_seconds"
-    )
-    assert set(keys.split()) <= set(plan) and json.loads(json.dumps(plan)) == plan
+    keys = "fits gb_per_chip hbm_gb flops_per_step collective_gb wire_gb step_seconds efficiency"
+    assert {*keys.split(), "compile_seconds"} <= set(plan) and json.loads(json.dumps(plan)) == plan
     assert plan["fits"] and plan["gb_per_chip"] == 0.5 and plan["hbm_gb"] == 1.0
     assert plan["flops_per_step"] > plan["flops_backbone"] > 0 and 0 < plan["efficiency"] < 1
     assert plan["steps"] * plan["step_seconds"] == pytest.approx(3600 * plan["hours"])
@@ -264,7 +263,6 @@ def test_the_command(name, module, extra):
     assert done.returncode == 0, done.stderr[-2000:]
     plan = json.loads(done.stdout)
     assert plan["fits"] and plan["chips"] == (4 if name.endswith("2x2") else 1)
-    assert (
-        0 < plan["gb_per_chip"] < 1 and plan["compile_seconds"] > 1 and plan["loops_of_unknown_length"] == 0
-    )
+    assert 0 < plan["gb_per_chip"] < 1 and plan["compile_seconds"] > 1
+    assert plan["loops_of_unknown_length"] == 0
     assert (plan["wire_gb"] > 0) == (plan["chips"] > 1) and (plan["efficiency"] < 1) == (plan["chips"] > 1)
