@@ -3,8 +3,8 @@
     python -m benchmarks.scaling              # goes on where it stopped; minutes a case
     python -m benchmarks.scaling --write      # the page from what is there
 
-Each case is one ``minigpt5_jax.plan --json`` in a process of its own, kept in docs/results/scaling.jsonl.  One that
-was not compiled, or that was refused, says so on the page.
+Each case is one ``minigpt5_jax.plan --json`` in a process of its own, kept in docs/results/scaling.jsonl.
+One that was not compiled, or that was refused, says so on the page.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax import cli
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.planning.report import as_text, make_plan
 from minigpt5_jax.planning.topology import open_topology
 
@@ -27,11 +28,12 @@ LENGTH = flags.DEFINE_integer(
     "length", 0, "Positions of a row; 0: the longest rows of the run.", lower_bound=0
 )
 JSON = flags.DEFINE_boolean("json", False, "Print one JSON object.")
-flags.mark_flag_as_required("topology")
 
 
 def main(config: ConfigDict) -> None:
     """The command."""
+    if TOPOLOGY.value is None:
+        raise ConfigError("give the chips: --topology v5e:4x4, h100:8 or others (docs/scaling.md)")
     topology = open_topology(TOPOLOGY.value)
     cli.tell(
         f"compiling for {len(topology.devices)} x {topology.chip.title}; at full size this takes minutes"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import num_steps
@@ -59,13 +59,14 @@ class Work:
 def count_work(step: Step) -> Work:
     """The work of a step, counted on its jaxpr."""
     config, spec = step.counted
-    total = count_flops(*_traced(config, spec), step.arguments[2]).total
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step.arguments[2])
+    total = count_flops(*abstract_step(config, spec), batch).total
     text = {name: weight for name, weight in spec.options.loss.weights.items() if name == "text"}
     backbone = 0
     if text:  # what the other losses do not need is what they do not cost
         options = dataclasses.replace(spec.options, loss=dataclasses.replace(spec.options.loss, weights=text))
         alone = dataclasses.replace(spec, options=options)
-        backbone = count_flops(*_traced(config, alone), step.arguments[2]).total
+        backbone = count_flops(*abstract_step(config, alone), batch).total
     state, frozen, _ = step.arguments
     sizes = {
         own: bytes_per_chip({p: x for p, x in frozen.items() if p.startswith("backbone/") == own})
@@ -73,11 +74,6 @@ def count_work(step: Step) -> Work:
     }
     trainable, micro = bytes_per_chip(state.trainable), step.config.data.accumulation
     return Work(backbone, total - backbone, sizes[True], sizes[False], trainable, micro)
-
-
-def _traced(config: ConfigDict, spec: Any) -> tuple[Any, Any, Any]:
-    function, state, frozen = abstract_step(config, spec)
-    return function, state, frozen
 
 
 def wire_seconds(chip: Chip, traffic: Mapping[str, Traffic]) -> float:

@@ -28,7 +28,7 @@ def remedies(step: Step, needed: int) -> list[tuple[str, float]]:
         )
         for policy in {step.remat, POLICIES[-1]}
     }
-    now = _parts(step, step.config.mesh.tensor)
+    now = _parts(step, step.mesh.shape["tensor"])
     if now is None:
         return []
     resident, shares = now
@@ -65,7 +65,7 @@ def _parts(step: Step, tensor: int) -> tuple[int, int] | None:
 
 def _flags(step: Step, tensor: int, policy: str, micro: int) -> str:
     changes = {
-        "mesh.tensor": (step.config.mesh.tensor, tensor),
+        "mesh.tensor": (step.mesh.shape["tensor"], tensor),
         "model.remat": (step.remat, policy),
         "data.accumulation": (step.config.data.accumulation, micro),
     }
