@@ -162,10 +162,10 @@ def test_a_plan_has_its_keys_and_can_be_read_back(step):
 
 
 def test_a_plan_that_does_not_fit_names_what_would(step, config):
-    topology = Topology("toy:4", dataclasses.replace(CHIP, memory=100_000_000), tuple(jax.devices()[:4]))
+    topology = Topology("toy:4", CHIP, tuple(jax.devices()[:4]))
     wide = plan_step(config, topology)
     assert wide.remat == "none"
-    needed = 101_000_000
+    needed = 1_001_000_000
     ways = remedies(wide, needed)
     assert ways and all(size <= topology.chip.memory for _, size in ways)
     plan = report.describe(wide, dataclasses.replace(compiled(wide, needed), memory=None, text=""))
