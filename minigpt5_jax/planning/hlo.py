@@ -156,18 +156,18 @@ def _trip_count(rest: str, computations: Mapping[str, list[Instruction]]) -> int
 
 def type_bytes(text: str) -> float:
     """Bytes of a type, the parts of a tuple together."""
-    return sum(_array_bytes(*found) for found in _TYPE.findall(text))
+    return sum((_array_bytes(*found) for found in _TYPE.findall(text)), 0.0)
 
 
 def _memory_bytes(text: str) -> float:
     """Bytes of a type without what lies inside the chip."""
     arrays = _PLACED.findall(text)
-    return sum(_array_bytes(dtype, dims) for dtype, dims, layout in arrays if not _INSIDE.search(layout))
+    return sum((_array_bytes(dtype, dims) for dtype, dims, at in arrays if not _INSIDE.search(at)), 0.0)
 
 
 def _array_bytes(dtype: str, dims: str) -> float:
     sizes = [int(size.lstrip("<=")) for size in dims.split(",") if size]
-    return SIZES.get(dtype, 0) * math.prod(sizes)
+    return float(SIZES.get(dtype, 0) * math.prod(sizes))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def _result_bytes(instruction: Instruction, kind: str) -> float:
         # (operands, results, counters): the results are the second half of what is no counter.
         parts = [size for size in parts if size > 8]
         parts = parts[len(parts) // 2 :]
-    return sum(parts)
+    return sum(parts, 0.0)
 
 
 def _wire(kind: str, chips: int) -> float:

@@ -78,7 +78,7 @@ def count_work(step: Step) -> Work:
 
 def wire_seconds(chip: Chip, traffic: Mapping[str, Traffic]) -> float:
     """Time of a step's collectives."""
-    return sum(moved.wire for moved in traffic.values()) / (chip.links * chip.link_bandwidth)
+    return sum((moved.wire for moved in traffic.values()), 0.0) / (chip.links * chip.link_bandwidth)
 
 
 def run_steps(config: ConfigDict) -> int | None:

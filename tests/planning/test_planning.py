@@ -66,9 +66,9 @@ def test_collectives_count_as_often_as_their_loop_runs():
     program = hlo.read(LOOP)
     assert program.runs == {"main": 1, "body": 32} and program.unknown == ()
     assert hlo.collectives(program) == {
-        "all-reduce": hlo.Traffic(32, 32 * 32, 32 * 32 * 2 * 3 / 4),
-        "all-gather": hlo.Traffic(1, 128, 96),
-        "reduce-scatter": hlo.Traffic(1, 8, 24),
+        "all-reduce": hlo.Traffic(32, 1024.0, 32 * 32 * 2 * 3 / 4),
+        "all-gather": hlo.Traffic(1, 128.0, 96.0),
+        "reduce-scatter": hlo.Traffic(1, 8.0, 24.0),
     }
     assert hlo.kernels(program) == (0, {"tpu_custom_call": 1, "AllocateBuffer": 1})
     told = hlo.count_bytes(program, compiler=1000.0)
@@ -114,7 +114,7 @@ def test_work_takes_its_flops_or_the_reading_of_its_weights():
     assert work.seconds(CHIP, 4) == pytest.approx(2 / 4 / UTILISATION)
     heavy = dataclasses.replace(work, backbone_bytes=10**9, micro_batches=3, trainable_bytes=4 * 10**7)
     assert heavy.seconds(CHIP, 4) == pytest.approx(1 / 4 / UTILISATION + 2 * 3 * 1.0 + 28 * 10**7 / 1e9)
-    assert wire_seconds(CHIP, {"all-reduce": hlo.Traffic(1, 1, 10**9)}) == pytest.approx(1.0)
+    assert wire_seconds(CHIP, {"all-reduce": hlo.Traffic(1, 1.0, 1e9)}) == pytest.approx(1.0)
 
 
 def test_the_length_of_a_run_is_known_or_not():
