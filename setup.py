@@ -60,7 +60,7 @@ setup(
         "prepare": ["apache-beam>=2.77,<3"],  # wants protobuf < 7: best in an environment of its own
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        # Compilers for `plan`, with no device: libtpu for TPUs; CUDA's plugin (3 GB, an environment of its own).
+        # Compilers for `plan`: libtpu; CUDA's plugin (3 GB, best in an environment of its own).
         "plan": ["libtpu==0.0.42.*"],
         "plan-gpu": ["jax[cuda13]"],
     },
