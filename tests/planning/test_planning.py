@@ -161,6 +161,7 @@ def test_a_plan_has_its_keys_and_can_be_read_back(step):
     assert "0.50 of 1.00 GB: fits, 0.50 GB left" in text and "all-reduce" in text and "chip-hours" in text
 
 
+@pytest.mark.slow  # traces the step under several policies
 def test_a_plan_that_does_not_fit_names_what_would(step, config):
     topology = Topology("toy:4", CHIP, tuple(jax.devices()[:4]))
     wide = plan_step(config, topology)
