@@ -36,7 +36,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt5_jax", "minigpt5_jax.*"]),
-    package_data={"minigpt5_jax": ["shapes/assets/**/*", "evaluation/suite/*.json"]},
+    package_data={
+        "minigpt5_jax": ["shapes/assets/**/*", "evaluation/suite/*.json", "planning/chips/*.toml"],
+    },
     install_requires=[
         *JAX,
         "optax>=0.2.8",
@@ -67,5 +69,8 @@ setup(
         "prepare": ["apache-beam>=2.77,<3"],  # wants protobuf < 7: best in an environment of its own
         "cuda": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # Compilers for `plan`: libtpu; CUDA's plugin (3 GB, best in an environment of its own).
+        "plan": ["libtpu==0.0.42.*"],
+        "plan-gpu": ["jax[cuda13]"],
     },
 )

@@ -39,7 +39,8 @@ class Goal:
         )
 
 
-GOALS: dict[tuple[int, str], Goal] = {
+LIMITS = "issue 21 (performance.md 5)"
+GOALS: dict[tuple[int | str, str], Goal] = {
     # TFLOP a sample: performance.md 1.2 with the caption features in the step (2.097 + 0.045), and 1.3.
     (3, "stage 1"): Goal(
         {"ratio": 1.62}, {"over_minimum": 1.03, "frozen_gradients": 0, "peer_off": 0.03}, limit=2.142
@@ -47,6 +48,12 @@ GOALS: dict[tuple[int, str], Goal] = {
     (3, "stage 2"): Goal({"ratio": 2.9}, {"over_minimum": 1.08, "frozen_gradients": 0}, limit=2.95),
     (4, "loss"): Goal({}, {"ours": 1e-5}, limit=0.0),
     (4, "gradients"): Goal({}, {"ours": 1e-5}, limit=0.0),
+    ("5b", "UNet, v5e"): Goal({}, {"ours": 6.0}, limit=2.28, source=LIMITS),
+    (6, "stage 1, int8, v5e"): Goal({}, {"ours": 13.0}, source=LIMITS),
+    (6, "stage 2, int8, v5e"): Goal({}, {"ours": 15.0}, source=LIMITS),
+    (6, "stage 1, bf16, GPU"): Goal({}, {"ours": 22.0}, source=LIMITS),
+    ("7b", "decode, v5e"): Goal({}, {"ours": 1.1}, limit=1.0, source=LIMITS),
+    ("7b", "decode, H100"): Goal({}, {"ours": 1.1}, limit=1.0, source=LIMITS),
     (9, "import"): Goal({}, {"ours": 3.0}, source=START),
     (9, "first step"): Goal({"ratio": 2.0}, source=START),
     (12, "P1"): Goal({"ratio": 1.4}),

@@ -19,7 +19,7 @@ PACKAGES = ("jax", "flax", "torch", "transformers", "diffusers", "numpy")
 
 
 def line(
-    row: int,
+    row: int | str,
     case: str,
     *,
     ours: float | None,

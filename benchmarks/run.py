@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                                # every row, on the CPU
     python -m benchmarks.run --rows 3                       # work of a step, counted; nothing is run
+    python -m benchmarks.run --rows 5b,6,7b                 # compiled for chips that are not here
     python -m benchmarks.run --rows 12,13 --device gpu --nocompile
 
 What each row is, its goals and the last results: docs/performance.md.  Sides take turns in one run, so a busy
@@ -19,7 +20,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-ROWS = {3: "flops:lines", 4: "step:same_result", 9: "startup:lines", 12: "step:timed", 13: "decode:lines"}
+ROWS: dict[int | str, str] = {
+    3: "flops:lines",
+    4: "step:same_result",
+    "5b": "compiled:unet_bytes",
+    6: "compiled:step_memory",
+    "7b": "compiled:decode_bytes",
+    9: "startup:lines",
+    12: "step:timed",
+    13: "decode:lines",
+}
 """Row -> module of :mod:`benchmarks.rows` and the function that yields its lines."""
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 
@@ -36,10 +46,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def rows(text: str) -> list[int]:
-    """``3,12`` -> [3, 12]."""
-    chosen = [int(part) for part in text.split(",") if part]
-    if unknown := sorted(set(chosen) - set(ROWS)):
+def rows(text: str) -> list[int | str]:
+    """``3,5b`` -> [3, "5b"]."""
+    chosen = [int(part) if part.isdigit() else part for part in text.split(",") if part]
+    if unknown := [row for row in chosen if row not in ROWS]:
         known = ", ".join(map(str, ROWS))
         raise argparse.ArgumentTypeError(f"no row {', '.join(map(str, unknown))}; known: {known}")
     return chosen
@@ -52,7 +62,7 @@ def blocks(text: str) -> int:
     return int(text)
 
 
-def function_of(row: int) -> Callable[[argparse.Namespace], Iterator[dict[str, Any]]]:
+def function_of(row: int | str) -> Callable[[argparse.Namespace], Iterator[dict[str, Any]]]:
     """What yields the lines of a row; its module, with PyTorch, is imported here."""
     module, _, name = ROWS[row].partition(":")
     return getattr(importlib.import_module(f"benchmarks.rows.{module}"), name)

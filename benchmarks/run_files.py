@@ -22,12 +22,12 @@ from minigpt5_jax.wiring.model import ModelSpec
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def read_run_file(name: str) -> ConfigDict:
-    """The configuration of ``configs/NAME.py``."""
+def read_run_file(name: str, variant: str = "") -> ConfigDict:
+    """The configuration of ``configs/NAME.py``, or of a variant; ConfigError for one it has not."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(variant or None)
 
 
 def on_drawn_samples(config: ConfigDict, cache: str, **changes: Any) -> ConfigDict:

@@ -90,8 +90,9 @@ def test_every_bound_of_a_goal_counts():
 
 
 def test_flags():
-    assert run.parse(["--rows", "3,12"]).rows == [3, 12] and run.parse([]).rows == [3, 4, 9, 12, 13]
-    with pytest.raises(argparse.ArgumentTypeError, match=r"no row 7; known: 3, 4, 9, 12, 13"):
+    assert run.parse(["--rows", "3,12"]).rows == [3, 12] and run.parse([]).rows == list(run.ROWS)
+    assert run.rows("5b,6") == ["5b", 6]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no row 7; known: 3, 4, 5b, 6, 7b, 9, 12, 13"):
         run.rows("3,7")
     with pytest.raises(argparse.ArgumentTypeError, match="at least 5"):
         run.blocks("3")

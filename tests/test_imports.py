@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "weights", "weights/foreign", "weights/export",
         "data", "data/text", "data/samples", "data/sources", "data/batches", "data/prepare",
     },
+    "planning": {"wiring", "config", "parts", "training", "data/batches"},
     "evaluation": {
         "wiring", "config", "parts", "minigpt5", "models", "diffusion", "batch", "training", "inference",
         "shapes", "data", "data/text", "data/sources",
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "data", "data/text", "data/samples", "data/sources",
     },
 }  # fmt: skip
-VERBS = {"cli", "train", "generate", "prepare", "convert", "export", "evaluate", "demo"}
+VERBS = {"cli", "train", "plan", "generate", "prepare", "convert", "export", "evaluate", "demo"}
 """On the top floor, with what they share; they may import from any room, and no room from them."""
 COMMANDS = {
     "evaluation/shapes/__main__.py",

@@ -27,16 +27,13 @@ from benchmarks.samples import Captions, Stories
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import num_steps
 from minigpt5_jax.data.sources.base import Source
-from minigpt5_jax.parts.contracts import FROZEN
+from minigpt5_jax.planning.step import abstract_step
 from minigpt5_jax.training.flops import count_flops, product_shapes
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
-from minigpt5_jax.training.state import init_state
-from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.features import plans_features
 from minigpt5_jax.wiring.inputs import epoch_samples
 from minigpt5_jax.wiring.memory import fit_memory
 from minigpt5_jax.wiring.model import ModelSpec, build
-from minigpt5_jax.wiring.training import open_optimizer
 from minigpt5_jax.wiring.used_towers import abstract_batch
 
 TERA = 1e12
@@ -164,16 +161,6 @@ def _one_epoch(config: ConfigDict) -> ConfigDict:
 
 def _described(batch: Batch) -> str:
     return "x".join(map(str, batch.tokens.shape))
-
-
-def abstract_step(config: ConfigDict, spec: ModelSpec) -> tuple[Any, Any, Any]:
-    """(train step, its state, frozen weights) of the configuration, shapes only."""
-    optimizer = open_optimizer(config, spec, 100_000)
-    shapes = spec.template.shapes
-    trainable = {path: shape for path, shape in shapes.items() if spec.labels[path] != FROZEN}
-    frozen = {path: shape for path, shape in shapes.items() if spec.labels[path] == FROZEN}
-    state = jax.eval_shape(lambda values: init_state(values, spec.labels, optimizer, 0), trainable)
-    return make_train_step(spec.template, spec.labels, optimizer, spec.options), state, frozen
 
 
 def on_images(spec: ModelSpec, batch: Batch) -> Batch:

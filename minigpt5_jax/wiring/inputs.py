@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -170,23 +171,45 @@ def encode_config(config: ConfigDict, sizes: Sizes, *, training: bool) -> Encode
     )
 
 
-def splits_prompts(config: ConfigDict, spec: ModelSpec, source: Source) -> bool:
+def splits_prompts(config: ConfigDict, spec: ModelSpec, *, ends_in_vokens: bool) -> bool:
     """Whether vokens stand apart from their prompts: samples end in them, and nothing before them trains."""
     data, backbone = config.data, spec.parts["backbone"]
     trainable = [path for path, group in spec.labels.items() if group != FROZEN]
     own = [path.removeprefix(backbone.prefix) for path in trainable if path.startswith(backbone.prefix)]
-    fits = data.split_vokens and source.ends_in_vokens and not data.max_images
+    fits = data.split_vokens and ends_in_vokens and not data.max_images
     return bool(fits and backbone.frozen_prompts(own, spec.keys["backbone"]))
 
 
-def samples_a_row(config: ConfigDict, split: bool) -> int:
-    """``data.pack``; where it is left open (0), up to 4 captions, as long as rows divide over the devices."""
+def fit_accumulation(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict:
+    """The configuration with fewer micro-batches, where the devices do not divide ``data.accumulation``.
+
+    The update is the same, for it is a sum over all samples.  Where no number of micro-batches divides, and
+    with trees (whole stories), nothing changes: the batch's own error has the numbers.
+    """
+    data, places = (
+        config.data,
+        math.lcm(mesh.size, max(1, config.data.pack) * mesh.shape["data"] * mesh.shape["fsdp"]),
+    )
+    fitting = [n for n in range(data.accumulation, 0, -1) if data.global_batch % (n * places) == 0]
+    if not fitting or fitting[0] == data.accumulation or data.packing == "tree":
+        return config
+    config = config.copy_and_resolve_references()
+    config.data.accumulation = fitting[0]
+    return config
+
+
+def samples_a_row(config: ConfigDict, split: bool, devices: Sequence[jax.Device] | None = None) -> int:
+    """``data.pack``; where it is left open (0), up to 4 captions, as long as rows divide over the devices.
+
+    Args:
+      devices: of the run; all that JAX has by default.
+    """
     data = config.data
     if data.packing == "off":
         return 1
     if data.pack or not (split and data.buckets):
         return data.pack or 1
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor).shape
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices).shape
     samples, places = data.global_batch // data.accumulation, mesh["data"] * mesh["fsdp"]
     return next(pack for pack in (4, 3, 2, 1) if pack == 1 or samples % (pack * places) == 0)
 
@@ -288,7 +311,7 @@ def open_loader(
     data = config.data
     samples = data.global_batch // data.accumulation
     trees = training and data.packing == "tree"
-    split = training and not trees and splits_prompts(config, spec, source)
+    split = training and not trees and splits_prompts(config, spec, ends_in_vokens=source.ends_in_vokens)
     if trees:
         pack = samples_of_a_story(config, source)
     else:

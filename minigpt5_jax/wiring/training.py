@@ -37,6 +37,7 @@ from minigpt5_jax.wiring.features import plans_features
 from minigpt5_jax.wiring.inputs import (
     data_identity,
     epoch_samples,
+    fit_accumulation,
     make_batch_sharder,
     open_loader,
     open_sources,
@@ -271,8 +272,12 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
 
 
 def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
+    mesh, configured = (
+        make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+        config.data.accumulation,
+    )
+    config = fit_accumulation(config, mesh)
     spec = build(config)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     whole, watched = spec, watch is not None
     spec = whole.without(unused_towers(config, whole, watched=watched))
@@ -325,6 +330,11 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         )
     if note:
         metrics.message(note)
+    if config.data.accumulation != configured:
+        metrics.message(
+            f"{config.data.accumulation} micro-batches per update, not data.accumulation={configured}, which "
+            f"{mesh.size} devices do not divide; the update is the same"
+        )
     if spec.unused:
         metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
     if first_step:

@@ -1,0 +1,73 @@
+"""Settings under which a step that does not fit would fit, by estimate: nothing is compiled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from minigpt5_jax.planning.step import Step
+from minigpt5_jax.training.sharding import ShardingError, make_mesh, parameter_shardings
+from minigpt5_jax.wiring.memory import POLICIES, resident_bytes, residual_bytes
+from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.used_towers import abstract_batch
+
+SHOWN = 3
+
+
+def remedies(step: Step, needed: int) -> list[tuple[str, float]]:
+    """(flags, bytes of a chip) of up to :data:`SHOWN` ways to fit, those that cost least first.
+
+    What the compiler needs beyond weights and residuals is taken to stay as it is.
+    """
+    config, spec = step.counted
+    samples, chips = config.data.global_batch, step.mesh.size
+    kept = {
+        policy: residual_bytes(
+            spec if policy == step.remat else build(config, remat=policy).without(spec.unused),
+            abstract_batch(step.shapes),
+        )
+        for policy in {step.remat, POLICIES[-1]}
+    }
+    now = _parts(step, step.mesh.shape["tensor"])
+    if now is None:
+        return []
+    resident, shares = now
+    rest = needed - resident - kept[step.remat] / shares
+    found = []
+    policies = [step.remat] + [POLICIES[-1]] * (step.remat != POLICIES[-1])
+    for tensor, policy in itertools.product(_divisors(chips), policies):
+        placed = _parts(step, tensor)
+        for micro in _divisors(samples) if placed else ():
+            if (samples // micro) % chips or micro < config.data.accumulation:
+                continue
+            residuals = kept[policy] * config.data.accumulation / micro / placed[1]
+            total = placed[0] + residuals + max(rest, 0.0)
+            if total <= step.topology.chip.memory:
+                found.append((_flags(step, tensor, policy, micro), total))
+                break
+    return found[:SHOWN]
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (n for n in range(1, number + 1) if number % n == 0)
+
+
+def _parts(step: Step, tensor: int) -> tuple[int, int] | None:
+    """(bytes of weights and moments on a chip, chips that share the rows); None where it does not divide."""
+    _, spec = step.counted
+    try:
+        mesh = make_mesh(-1, step.config.mesh.fsdp, tensor, step.topology.devices)
+        shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+    except ShardingError:
+        return None
+    return resident_bytes(spec, shardings), mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _flags(step: Step, tensor: int, policy: str, micro: int) -> str:
+    changes = {
+        "mesh.tensor": (step.mesh.shape["tensor"], tensor),
+        "model.remat": (step.remat, policy),
+        "data.accumulation": (step.config.data.accumulation, micro),
+    }
+    flags = [f"--config.{key}={new}" for key, (old, new) in changes.items() if new != old]
+    return " ".join(flags) or "as it is, by estimate"

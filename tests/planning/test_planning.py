@@ -1,0 +1,268 @@
+"""Plans: what is read off a compiled program, what is predicted of it, and what cannot be planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from minigpt5_jax.config import get_config, use_shapes_backbones, validate
+from minigpt5_jax.planning import hlo, report, topology
+from minigpt5_jax.planning.predict import UTILISATION, Work, run_steps, wire_seconds
+from minigpt5_jax.planning.remedies import remedies
+from minigpt5_jax.planning.shapes import planned_shapes
+from minigpt5_jax.planning.step import Compiled, Memory, _refused, plan_step
+from minigpt5_jax.planning.topology import Chip, PlanError, Topology, open_topology, read_chip
+from minigpt5_jax.training.sharding import ShardingError, make_mesh
+from minigpt5_jax.wiring.inputs import fit_accumulation
+
+ROOT = Path(__file__).resolve().parents[2]
+CHIP = Chip("tpu", "Toy", 1e12, 1e9, 10**9, 2, 5e8)
+
+# ------------------------------------------------------------------------------------------- programs
+
+LOOP = """HloModule toy
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(32)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%q), index=1
+  %sum = f32[8]{0:T(256)S(1)} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %j = s32[] get-tuple-element(%q), index=0
+  ROOT %next = (s32[], f32[8]{0}) tuple(%j, %sum)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]{0}) tuple(%zero, %a)
+  %loop = (s32[], f32[8]{0}) while(%start), condition=%condition, body=%body
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  %gathered = (f32[8]{0}, f32[32]{0}) all-gather-start(%y), replica_groups=[2,4]<=[8], dimensions={0}
+  %whole = f32[32]{0} all-gather-done(%gathered)
+  %part = f32[2]{0} reduce-scatter(%y), replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}, to_apply=%add
+  %kernel = f32[8]{0} custom-call(%y), custom_call_target="tpu_custom_call"
+  %room = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %out = f32[8]{0} add(%kernel, %y)
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loop_runs():
+    program = hlo.read(LOOP)
+    assert program.runs == {"main": 1, "body": 32} and program.unknown == ()
+    assert hlo.collectives(program) == {
+        "all-reduce": hlo.Traffic(32, 1024.0, 32 * 32 * 2 * 3 / 4),
+        "all-gather": hlo.Traffic(1, 128.0, 96.0),
+        "reduce-scatter": hlo.Traffic(1, 8.0, 24.0),
+    }
+    assert hlo.kernels(program) == (0, {"tpu_custom_call": 1, "AllocateBuffer": 1})
+    told = hlo.count_bytes(program, compiler=1000.0)
+    assert told == hlo.Bytes(1000.0, 64.0, 31 * 32.0) and told.total == 1064 + 31 * 32
+    assert hlo.loop_bytes(program, "body") == 32  # its result stays inside the chip
+
+
+def test_a_loop_of_unknown_length_is_told():
+    program = hlo.read(LOOP.replace("constant(32)", "parameter(1)"))
+    assert program.unknown == ("body",) and program.runs["body"] == 1
+
+
+def test_bytes_of_a_scan_are_those_of_its_layers_written_out():
+    layers, width = 8, 256
+    weights = jax.ShapeDtypeStruct((layers, width, width), jnp.float32)
+    x = jax.ShapeDtypeStruct((4, width), jnp.float32)
+
+    def scanned(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    def written_out(weights, x):
+        for layer in range(layers):
+            x = jnp.tanh(x @ weights[layer])
+        return x
+
+    def total(function) -> tuple[float, hlo.Bytes]:
+        compiled = jax.jit(function).lower(weights, x).compile()
+        counted = compiled.cost_analysis()["bytes accessed"]
+        return counted, hlo.count_bytes(hlo.read(compiled.as_text()), counted)
+
+    compiler, ours = total(scanned)
+    once, unrolled = total(written_out)
+    assert unrolled.loops == 0 and compiler < once / 2  # XLA counts the body once
+    assert layers * width * width * 4 < once  # all weights are read
+    assert 0.6 * once < ours.total < 1.6 * once
+
+
+# ------------------------------------------------------------------------------------------ prediction
+
+
+def test_work_takes_its_flops_or_the_reading_of_its_weights():
+    work = Work(10**12, 10**12, backbone_bytes=10, other_bytes=10, trainable_bytes=0, micro_batches=1)
+    assert work.seconds(CHIP, 4) == pytest.approx(2 / 4 / UTILISATION)
+    heavy = dataclasses.replace(work, backbone_bytes=10**9, micro_batches=3, trainable_bytes=4 * 10**7)
+    assert heavy.seconds(CHIP, 4) == pytest.approx(1 / 4 / UTILISATION + 2 * 3 * 1.0 + 28 * 10**7 / 1e9)
+    assert wire_seconds(CHIP, {"all-reduce": hlo.Traffic(1, 1.0, 1e9)}) == pytest.approx(1.0)
+
+
+def test_the_length_of_a_run_is_known_or_not():
+    config = get_config()
+    config.run.num_steps, config.data.format = 7, "jsonl"
+    assert run_steps(config) == 7
+    config.run.num_steps = None
+    assert run_steps(config) is None
+    config.data.update(format="vist", global_batch=39)
+    config.run.epochs = 4.0
+    assert run_steps(config) == 45_904
+
+
+# ---------------------------------------------------------------------------------------------- plans
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = use_shapes_backbones(get_config())
+    config.data.update(format="shapes", train="drawn", global_batch=8)
+    config.run.eval_every = config.run.grid_every = 0
+    config.model.attention = "blockwise"
+    return validate(config)
+
+
+@pytest.fixture(scope="module")
+def step(config):
+    """The step of the small world for one CPU, described as a chip."""
+    return plan_step(config, Topology("toy:1", CHIP, tuple(jax.devices()[:1])))
+
+
+def compiled(step, needed: int) -> Compiled:
+    return Compiled(Memory(needed - 10, 0, 10, 0), needed, 2.0, LOOP, 1000.0)
+
+
+def test_a_plan_has_its_keys_and_can_be_read_back(step):
+    plan = report.describe(step, compiled(step, 500_000_000))
+    keys = "fits gb_per_chip hbm_gb flops_per_step collective_gb wire_gb step_seconds efficiency"
+    assert {*keys.split(), "compile_seconds"} <= set(plan) and json.loads(json.dumps(plan)) == plan
+    assert plan["fits"] and plan["gb_per_chip"] == 0.5 and plan["hbm_gb"] == 1.0
+    assert plan["flops_per_step"] > plan["flops_backbone"] > 0 and 0 < plan["efficiency"] < 1
+    assert plan["steps"] * plan["step_seconds"] == pytest.approx(3600 * plan["hours"])
+    text = report.as_text(plan, step.topology)
+    assert "0.50 of 1.00 GB: fits, 0.50 GB left" in text and "all-reduce" in text and "chip-hours" in text
+
+
+@pytest.mark.slow  # traces the step under several policies
+def test_a_plan_that_does_not_fit_names_what_would(step, config):
+    topology = Topology("toy:4", CHIP, tuple(jax.devices()[:4]))
+    wide = plan_step(config, topology)
+    assert wide.remat == "none"
+    needed = 1_001_000_000
+    ways = remedies(wide, needed)
+    assert ways and all(size <= topology.chip.memory for _, size in ways)
+    plan = report.describe(wide, dataclasses.replace(compiled(wide, needed), memory=None, text=""))
+    assert not plan["fits"] and plan["collective_gb"] is None and plan["step_seconds"] is None
+    assert plan["would_fit"][0]["flags"] == ways[0][0]
+    text = report.as_text(plan, topology)
+    assert "does not fit: 0.00 GB too much" in text and ways[0][0] in text
+
+
+def test_batches_are_those_of_the_loader(step, config):
+    assert (step.shapes.rows, step.shapes.split, step.shapes.pack) == (8, True, 1)
+    assert planned_shapes(config, step.spec, step.topology.devices, 20).length == 20
+    with pytest.raises(PlanError, match=r"--length=4000: rows of this run have at most \d+ positions"):
+        planned_shapes(config, step.spec, step.topology.devices, 4000)
+
+
+def test_accumulation_follows_the_devices(config):
+    config = config.copy_and_resolve_references()
+    config.data.update(global_batch=48, accumulation=6)
+    assert fit_accumulation(config, make_mesh(devices=jax.devices()[:8])) is config
+    config.data.accumulation = 12
+    assert fit_accumulation(config, make_mesh(devices=jax.devices()[:8])).data.accumulation == 6
+    assert config.data.accumulation == 12
+    config.data.global_batch = 12
+    assert fit_accumulation(config, make_mesh(devices=jax.devices()[:8])) is config  # its error comes later
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("v5e", "not CHIP:SHAPE, such as v5e:4x4"),
+        ("v5e:4x0", "not CHIP:SHAPE"),
+        ("v9:2x2", "unknown chip 'v9'; known: a6000, h100, h200, v5e, v5p, v6e"),
+        ("../v5e:2x2", "unknown chip"),
+        ("h100:16", "a host has 1 to 8 of these, such as h100:8"),
+        ("h100:2x2", "a host has 1 to 8"),
+    ],
+)
+def test_a_topology_that_does_not_exist(name, message):
+    with pytest.raises(PlanError, match=message):
+        open_topology(name)
+
+
+@pytest.mark.parametrize("name, package", [("v5e:2x2", r"\[plan\]"), ("h100:1", r"\[plan-gpu\]")])
+def test_a_machine_without_the_compiler(name, package, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PlanError, match=f"needs its compiler: pip install 'minigpt5_jax{package}'"):
+        open_topology(name)
+
+
+def test_a_chip_of_ones_own(tmp_path):
+    text = (topology.CHIPS / "h100.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace("NVIDIA H100 80GB HBM3", "Mine"))
+    assert read_chip(str(tmp_path / "mine.toml")).title == "Mine"
+    (tmp_path / "bad.toml").write_text('platform = "tpu"')
+    with pytest.raises(PlanError, match=r"bad.toml does not describe a chip: .*missing"):
+        read_chip(str(tmp_path / "bad.toml"))
+
+
+def test_a_mesh_or_a_batch_that_does_not_divide(config):
+    four = Topology("toy:4", CHIP, tuple(jax.devices()[:4]))
+    config = config.copy_and_resolve_references()
+    config.mesh.tensor = 3
+    with pytest.raises(ShardingError, match="tensor=3 does not divide 4 devices"):
+        plan_step(config, four)
+    config.mesh.tensor, config.data.global_batch = 1, 6
+    with pytest.raises(ShardingError, match=r"6 entries per micro-batch, which 4 devices .* a multiple of 4"):
+        plan_step(config, four)
+
+
+def test_the_compilers_refusal_is_read():
+    assert _refused("RESOURCE_EXHAUSTED: Used 20.12G of 15.75G hbm. Exceeded") == int(20.12 * 2**30)
+    assert _refused("INVALID_ARGUMENT: something else") is None
+
+
+@pytest.mark.slow  # compiles for devices that are not here
+@pytest.mark.parametrize(
+    "name, module, extra",
+    [
+        ("v5e:1x1", "libtpu", "plan"),
+        ("v5e:2x2", "libtpu", "plan"),
+        ("h100:1", "jax_cuda13_plugin", "plan-gpu"),
+    ],
+)
+def test_the_command(name, module, extra):
+    pytest.importorskip(module, reason=f"{module} is not installed; pip install '.[{extra}]'")
+    code = [sys.executable, "-m", "minigpt5_jax.plan", "--config", "configs/shapes_stage1.py", "--json"]
+    code += ["--topology", name, "--config.data.global_batch=8"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan = json.loads(done.stdout)
+    assert plan["fits"] and plan["chips"] == (4 if name.endswith("2x2") else 1)
+    assert 0 < plan["gb_per_chip"] < 1 and plan["compile_seconds"] > 1
+    assert plan["loops_of_unknown_length"] == 0
+    assert (plan["wire_gb"] > 0) == (plan["chips"] > 1) and (plan["efficiency"] < 1) == (plan["chips"] > 1)
