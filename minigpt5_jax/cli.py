@@ -99,8 +99,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     # Imported when one is to be told: they bring JAX along, which many commands do without.
     from minigpt5_jax.data.errors import DataError
     from minigpt5_jax.evaluation.verify import VerificationError
-    from minigpt5_jax.shapes.backbones.fit import FitError
     from minigpt5_jax.planning.topology import PlanError
+    from minigpt5_jax.shapes.backbones.fit import FitError
     from minigpt5_jax.training.distributed import DistributedError
     from minigpt5_jax.training.metrics import TrainingDiverged
     from minigpt5_jax.training.provenance import CheckpointError

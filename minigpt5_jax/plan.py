@@ -21,9 +21,7 @@ from minigpt5_jax.config import ConfigError
 from minigpt5_jax.planning.report import as_text, make_plan
 from minigpt5_jax.planning.topology import open_topology
 
-TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Chips: v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, h200:1, a6000:4."
-)
+TOPOLOGY = cli.define_path("topology", None, "Chips: v5e:4x4, v5p:4x4x8, v6e:4x4, h100:8, h200:1, a6000:4.")
 LENGTH = flags.DEFINE_integer(
     "length", 0, "Positions of a row; 0: the longest rows of the run.", lower_bound=0
 )

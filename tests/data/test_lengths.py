@@ -16,6 +16,7 @@ class Words:
     """A source of texts alone."""
 
     ends_in_vokens = False
+    image_root = ""
 
     def __init__(self, texts, name="a"):
         self._texts, self._name = texts, name

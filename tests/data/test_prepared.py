@@ -272,8 +272,8 @@ def test_lines_of_ones_own(tmp_path):
     folder = prepared(Raw("jsonl", str(path)), tmp_path / "out", num_shards=2)
     same_samples(open_prepared(folder, num_vokens=4), JsonlSource(path, rules=RecordRules(num_vokens=4)))
     path.write_text(path.read_text() + '\n{"id": "x", "caption": "b", "image": "a"}')
-    with pytest.raises(DataError, match="id 'x' was used in line 3"):
-        Raw("jsonl", str(path)).open()
+    with pytest.raises(SampleError, match="id 'x' was used in line 3"):
+        JsonlSource(path, rules=RecordRules(num_vokens=4)).record(3)
 
 
 def test_the_folder_of_the_raw_files_leaves_no_trace(tmp_path):

@@ -13,15 +13,16 @@ from PIL import Image
 import tiny
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate
+from minigpt5_jax.data.batches.image_index import image_index
 from minigpt5_jax.data.batches.pipeline import StepReader, make_loader
 from minigpt5_jax.data.batches.plan import EMPTY_SLOT, Shape
 from minigpt5_jax.data.batches.stories import TreePlan, measure_stories
 from minigpt5_jax.data.batches.tree import plant
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.data.prepare.feature_writer import write_features
+from minigpt5_jax.data.prepare.feature_writer import FeatureWriter, claim, write_missing
 from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import VistSource
-from minigpt5_jax.data.sources.features import FeatureSource, FeatureSpec, FeatureStore, image_fingerprint
+from minigpt5_jax.data.sources.features import FeatureSpec, FeatureStore, image_fingerprint
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
 from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.training.step import StepOptions, accumulate_gradients
@@ -160,15 +161,18 @@ def test_precomputed_features_stand_for_the_images_of_trees(source, config, inde
         image=(4, 3),
         target_size=16,
         image_size=28,
-        dtype="float32",
     )
-    write_features(tmp_path / "store", source, spec, {"target": target, "image": states})
-    whole = dataclasses.replace(config, flip_mode="off")
+    images = image_index(source, config, seed=3, trees=True, folder=tmp_path / "index")
+    claim(tmp_path / "store", spec)
+    store = FeatureStore(tmp_path / "store", spec)
+    writer = FeatureWriter(store)
+    write_missing(source, images, store, writer, {"target": target, "image": states}, batch_size=3)
+    writer.close()
     kwargs = {"global_batch": ROWS * PLACES, "stories": index, "prefetch": 0, "seed": 3}
-    ready = dataclasses.replace(SPEC, target_moments=(2, 2, 3), image_states=(4, 3), feature_dtype="float32")
-    features = FeatureSource(source, FeatureStore(tmp_path / "store"))
-    got = next(make_loader(features, whole, ready, **kwargs))
-    want = next(make_loader(source, whole, SPEC, **kwargs))
+    ready = dataclasses.replace(SPEC, target_moments=(2, 2, 3), image_states=(4, 3))
+    stored = dataclasses.replace(config, features=FeatureStore(tmp_path / "store"))
+    got = next(make_loader(source, stored, ready, **kwargs))
+    want = next(make_loader(source, config, SPEC, **kwargs))
     items, places = want.item_mask, np.unique(want.image_index[want.image_mask])
     np.testing.assert_array_equal(got.target_moments[items], target(want.target[items]))
     np.testing.assert_array_equal(got.image_states[places], states(want.images[places]))
