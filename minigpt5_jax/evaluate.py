@@ -72,6 +72,11 @@ def define_flags() -> tuple[flags.FlagHolder, ...]:
             [],
             "KEY=VALUE in place of the run's data.KEY, for example validation=FILE: other data than its own.",
         ),
+        flags.DEFINE_boolean(
+            "allow_outside_images",
+            False,
+            "Image paths of --predictions and --references may lead out of their folders.",
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 from minigpt5_jax import evaluate
 from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.evaluation.suite import references
+from minigpt5_jax.data.samples.example import Example
+from minigpt5_jax.evaluation.suite import evaluate as suite
+from minigpt5_jax.evaluation.suite import predict, references
 from minigpt5_jax.evaluation.suite.evaluate import Request
 from minigpt5_jax.evaluation.suite.samples import read_references
-from minigpt5_jax.inference.session import Generation
+from minigpt5_jax.inference.session import Generation, Prompt
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.provenance import describe_run, hash_parameters
 from minigpt5_jax.training.tuning import FROZEN
@@ -108,6 +111,31 @@ def test_a_run_is_evaluated_and_goes_on_where_it_was(checkpoint, tmp_path, capsy
     ):
         command(capsys, count=9, **given)
 
+    # The run was trained again in its folder, or its data were edited: answers of before are not scored.
+    made = tmp_path / "eval/predictions/made.json"
+    assert set(json.loads(made.read_text())["prompts"]) == {"cc3m_0", "cc3m_1"}
+    description = checkpoint / "checkpoints/00000007/meta/metadata"
+    kept = description.read_text()
+    other = json.loads(kept)
+    other["checksums"]["trainable"] = dict.fromkeys(other["checksums"]["trainable"], "other weights")
+    description.write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match=r"made otherwise: step_hash \(was '.*choose another --output"):
+        command(capsys, count=2, **given)
+    description.write_text(kept)
+    collected = references.questions
+
+    def edited(*values):
+        asked = collected(*values)
+        asked.prompts["cc3m_0"] = dataclasses.replace(asked.prompts["cc3m_0"], source="another text")
+        return asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "questions", edited)
+        with pytest.raises(
+            ConfigError, match="otherwise: texts or images of the prompts cc3m_0: the data were"
+        ):
+            command(capsys, count=2, **given)
+
     # What was written is a file of references for any predictions.
     other = {
         "predictions": str(tmp_path / "eval/predictions"),
@@ -177,3 +205,25 @@ def test_data_that_do_not_fit_are_refused(checkpoint, tmp_path):
     jsonl = references.with_data(run, {"format": "jsonl", "train": "a.jsonl", "validation": ""}, tmp_path)
     with pytest.raises(ConfigError, match=r"no validation data \(data.validation\); give --predictions"):
         references.questions(jsonl, "dialogs", "image+text", 1, 0)
+
+
+def test_prompts_are_told_apart_by_text_and_images(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(b"one")
+    seen = {predict._prompt_hash(Prompt(text, (image,), 0)) for text in ("a", "b")}
+    image.write_bytes(b"other image")
+    seen |= {predict._prompt_hash(Prompt("a", images, 0)) for images in ((image,), (b"one", b"one"), (b"x",))}
+    assert len(seen) == 5
+    assert predict._prompt_hash(Prompt("a", (str(image),), 0)) in seen, "not by the image's name"
+
+
+def test_samples_of_one_name_are_refused():
+    example = Example("", "", (), None, None, "dialog", "walk_1", "a.jsonl:1")
+    pair = references.Asked("walk_1", example, [], [], pair=True)
+    turn = references.Asked("walk", example, [{"role": "user", "content": "hi"}], [])
+    found = references._Collector(None, 0)
+    assert found.take(pair)
+    with pytest.raises(DataError, match="two samples .* are called walk_1 .*another id"):
+        found.take(turn)
+    with pytest.raises(DataError, match="are called walk_1"):
+        found.take(dataclasses.replace(turn, group="walk_1"))

@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation/metrics": {"models", "weights", "data", "data/text"},
     "evaluation/suite": {
-        "evaluation", "evaluation/metrics", "wiring", "config", "inference", "shapes", "weights",
+        "evaluation", "evaluation/metrics", "wiring", "config", "training", "inference", "shapes", "weights",
         "data", "data/text", "data/samples", "data/sources",
     },
     "evaluation/shapes": {

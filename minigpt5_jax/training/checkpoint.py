@@ -8,6 +8,7 @@ checksum of every array.  Frozen weights are not in it: they are read from their
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,6 +177,18 @@ class Checkpoints:
           CheckpointError: there is none.
         """
         return self._first_readable(step, lambda number: self._read_meta(number)["meta"])
+
+    def fingerprint(self, step: int) -> str:
+        """sha256 of what a step says of itself, the checksums of its arrays among it: no array is read.
+
+        Raises:
+          CheckpointError: there is no such step.
+        """
+
+        def hashed(number: int) -> str:
+            return hashlib.sha256(json.dumps(self._read_meta(number), sort_keys=True).encode()).hexdigest()
+
+        return self._first_readable(step, hashed)
 
     def restore(self, like: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], int, Meta]:
         """Read ``step``, or the newest one that can be read; an unreadable one is logged and passed over.

@@ -29,6 +29,7 @@ class Owner:
 
     Args:
       workdir: folder of the run; made where it is missing.
+      remedy: what the loser may do besides waiting.
 
     Raises:
       CheckpointError: another program trains there; names its process, host and start.  Or a loop of this
@@ -36,7 +37,8 @@ class Owner:
       OSError: the folder cannot be written.
     """
 
-    def __init__(self, workdir: str | Path):
+    def __init__(self, workdir: str | Path, remedy: str = "give this run another --workdir"):
+        self._remedy = remedy
         self._path = Path(workdir) / OWNER
         self._free_here()
         self._made = not self._path.parent.exists()
@@ -71,7 +73,7 @@ class Owner:
                 file.close()
                 raise CheckpointError(
                     f"{self._path.parent} is in use by {owner}; wait until it ends, stop it, or "
-                    "give this run another --workdir"
+                    f"{self._remedy}"
                 ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

@@ -10,23 +10,28 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.images import prepare_image
 from minigpt5_jax.evaluation.metrics.networks import ClipTexts, SetFeatures
 from minigpt5_jax.evaluation.metrics.relevance import Slot, mm_relevance_m5, mm_relevance_official
-from minigpt5_jax.evaluation.metrics.statistics import frechet_distance_of_few
-from minigpt5_jax.evaluation.metrics.text import bleu, rouge
+from minigpt5_jax.evaluation.metrics.statistics import Moments, frechet_distance_of_few
+from minigpt5_jax.evaluation.metrics.text import bleu, cleaned, rouge
 from minigpt5_jax.evaluation.suite import features as features_file
 from minigpt5_jax.evaluation.suite import protocols, scores
-from minigpt5_jax.evaluation.suite.evaluate import Request, evaluate, summary
-from minigpt5_jax.evaluation.suite.features import Cache
+from minigpt5_jax.evaluation.suite.evaluate import Request, check, evaluate, summary
+from minigpt5_jax.evaluation.suite.features import Cache, Features, Skipped
 from minigpt5_jax.evaluation.suite.paper import KEYS, OTHERS, OURS, beside
 from minigpt5_jax.evaluation.suite.progress import Progress, duration
 from minigpt5_jax.evaluation.suite.protocols import metrics_of, switches_of
 from minigpt5_jax.evaluation.suite.resampling import compare, interval
 from minigpt5_jax.evaluation.suite.samples import read_predictions, read_references
+from minigpt5_jax.training.owner import Owner
+from minigpt5_jax.training.provenance import CheckpointError
+from minigpt5_jax.weights.errors import WeightFileError
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "minigpt5_jax/evaluation/suite/results.schema.json").read_text())
@@ -217,10 +222,76 @@ def test_what_does_not_go_together_is_said_first(pairs, tmp_path):
         evaluate(Request(**pairs, weights={"sbert": "nowhere"}))
 
 
+def test_files_that_cannot_be_used_are_refused_before_anything_is_generated(pairs, weights, tmp_path):
+    (tmp_path / "empty").mkdir()
+    moments = {}
+    for name, width, n in (("narrow", 3, 5), ("one", 2048, 1)):
+        moments[name] = str(tmp_path / f"{name}.pt")
+        torch.save([torch.zeros(width), torch.zeros(width, width), torch.tensor(n)], moments[name])
+    Path(weights["inception"]).write_text("random weights")
+    for changed, error, message in (
+        ({"against": str(tmp_path)}, ConfigError, "holds no results of an evaluation"),
+        ({"real_images": str(tmp_path / "empty")}, FileNotFoundError, "holds no images; give a folder"),
+        ({"real_images": "nowhere"}, FileNotFoundError, "nowhere holds no images"),
+        ({"real_stats": moments["narrow"]}, WeightFileError, "of width 3, and those of FID have 2048"),
+        ({"real_stats": moments["one"]}, WeightFileError, "one.pt: FID needs at least 2 images"),
+        ({"real_stats": "nowhere.pt"}, FileNotFoundError, "nowhere.pt"),
+        ({"weights": {"inception": weights["inception"]}}, ConfigError, "is not the network of FID"),
+        ({"weights": {"wordnet": str(tmp_path / "empty")}}, FileNotFoundError, "is no WordNet"),
+    ):
+        with pytest.raises(error, match=message):
+            check(Request(str(tmp_path / "new"), checkpoint="runs/a", **changed))
+    with pytest.raises(Skipped, match="width 3 and of width 2048"):
+        scores.distance(np.eye(3), Moments(2, np.zeros(2048), np.zeros((1, 1))))
+
+
+def test_one_evaluation_at_a_time_has_a_folder(pairs):
+    owner = Owner(pairs["output"])
+    with pytest.raises(CheckpointError, match="is in use by"):
+        evaluate(Request(**pairs))
+    owner.release()
+    evaluate(Request(**pairs))
+    assert not (Path(pairs["output"]) / "owner.lock").exists()
+
+
+def test_images_outside_of_the_folder_are_read_when_allowed(pairs, tmp_path):
+    path = Path(pairs["references"])
+    (path.parent / "inner").mkdir()
+    path = path.rename(path.parent / "inner/references.jsonl")
+    path.write_text(path.read_text().replace("real/", "../real/"))
+    given = pairs | {"references": str(path)}
+    with pytest.raises(DataError, match="leads out of the image folder .*allow it: --allow_outside_images"):
+        evaluate(Request(**given))
+    assert evaluate(Request(**given, allow_outside_images=True))["data"]["n_wants_image"] == 4
+    answers = [answer(f"p{i}", image="../images/0.png") for i in range(4)]
+    given["predictions"] = str(write(tmp_path / "out/inner/conversations.jsonl", answers).parent)
+    assert evaluate(Request(**given, allow_outside_images=True))["data"]["n_with_image"] == 4
+
+
+def test_the_network_of_fid_is_known_in_its_folder(weights, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Path(weights["inception"]).rename(folder / "pt_inception-2015-12-05-6726825d.pth")
+    switches = switches_of("paper", "pairs")
+    assert Features({"inception": str(folder)}, tmp_path, switches, print).published_inception
+    words = tmp_path / "wordnet"
+    words.mkdir()
+    hashes = []
+    for content in ("one", "other"):
+        (words / "data.noun").write_text(content)
+        hashes.append(features_file.weights_hash(words))
+    assert hashes[0] != hashes[1]
+
+
 def test_generated_text_may_be_anything(tmp_path):
     write(tmp_path / "conversations.jsonl", [answer("a", "<s> ok [IMG0] ###"), answer("b", "")])
     found = read_predictions(tmp_path)
     assert found["a"].text == "<s> ok [IMG0] ###" and found["b"].text == "" and found["b"].image is None
+    picture(tmp_path / "1.png", 0)
+    drawn = answer("a", "ok", "1.png")
+    drawn["turns"].append({"role": "assistant", "content": "and then"})
+    write(tmp_path / "conversations.jsonl", [drawn])
+    assert cleaned(read_predictions(tmp_path)["a"].text) == "ok", "the original cuts at its image, too"
 
 
 def test_references_are_the_assistants_turns(tmp_path):
@@ -234,6 +305,10 @@ def test_references_are_the_assistants_turns(tmp_path):
         ("s_3", "s", 1, "We left.", "ok"),
     ]
     assert found[0].image == tmp_path / "1.png" and found[1].image is None
+    pair = {"id": "s_3", "caption": "a fox", "image": "1.png"}
+    write(tmp_path / "r.jsonl", [{"id": "s", "turns": [user, drawn, user, said]}, pair])
+    with pytest.raises(DataError, match="r.jsonl:2: two samples are called s_3; give this record another id"):
+        read_references(tmp_path / "r.jsonl")
 
 
 # -------------------------------------------------------------------------------------- images
@@ -314,7 +389,7 @@ def test_another_network_is_never_called_fid(pairs, weights):
     found = evaluate(Request(**pairs, weights=weights, switches=switches, protocol="paper"))
     names = entries(found).keys()
     assert "fid_other_network" in names and "inception_score_other_network" in names and "fid" not in names
-    assert {cell["metric"] for cell in found["paper"]} == {"clip_i", "clip_t"}
+    assert found["paper"] == [], "with another switch these are not the paper's scores"
 
 
 def test_features_are_kept_by_weights_and_content(pairs, weights, tmp_path):
@@ -378,6 +453,13 @@ def test_stories_have_fid_of_their_own(tmp_path, weights):
     )
     cells = {(c["table"], c["metric"], c["value"]) for c in found["paper"]}
     assert cells == {(1, "clip_i", 0.66), (1, "fid_per_story", 366.62)}
+    assert evaluate(dataclasses.replace(request, protocol="standard"))["paper"] == []
+    found = evaluate(dataclasses.replace(request, task="last_step", metrics=["clip_i"]))
+    ids = [line["id"] for line in lines(request.output, "per_sample.jsonl")]
+    assert ids == ["s0_5", "s1_5", "s2_1"] and {c["table"] for c in found["paper"]} == {6}
+    write(tmp_path / "out/conversations.jsonl", [*answers, answer("s0_7")])
+    with pytest.raises(DataError, match="1 predictions are of no reference: s0_7"):
+        evaluate(dataclasses.replace(request, task="last_step"))
 
 
 # --------------------------------------------------------------------------------------- texts
@@ -396,7 +478,7 @@ def dialogs(tmp_path):
         for turn, (want, text) in enumerate(zip(wanted, got), 1):
             content = [{"type": "text", "text": want}]
             if turn == len(wanted):
-                picture(tmp_path / f"data/{number}.png", number)
+                picture(tmp_path / f"data/{number}.png", number, size=(30, 20))
                 content.append({"type": "image", "path": f"{number}.png"})
             turns.append({"role": "assistant", "content": content})
             made = (number, turn) in ((0, 1), (1, 2))
@@ -443,13 +525,15 @@ def test_mm_relevance_in_both_forms(dialogs, weights):
     cos = lambda one, other: float(unit(one[None])[0] @ unit(other[None])[0])  # noqa: E731
     image = lambda path: of_image(Image.open(path))  # noqa: E731
     out, data = Path(dialogs["predictions"]), Path(dialogs["references"]).parent
-    seen = cos(image(out / "12.png"), image(data / "1.png"))
+    target = prepare_image(data / "1.png", 512, square=True, flip=False)  # as the original reads it
+    seen = cos(image(out / "12.png"), of_image(Image.fromarray(target)))
     request = Request(**dialogs, weights=weights, protocol="paper", metrics=["mm_relevance"])
     said = cos(of_text("<s> ok nice"), of_text("ok, nice."))
     one = [Slot(True, True, said), Slot(False, True), Slot(True, False), Slot(False, True), Slot(True, False)]
     two = [Slot(True, False), Slot(True, True, cos(of_text("look at that"), of_text("look at it")))]
     want = np.mean([mm_relevance_m5(one), mm_relevance_m5([*two, Slot(True, True, seen)])])
-    assert entries(evaluate(request))["mm_relevance"]["value"] == pytest.approx(want, abs=1e-5)
+    found = entries(evaluate(request))["mm_relevance"]
+    assert found["value"] == pytest.approx(want, abs=1e-5) and found["variant"].endswith("white_square")
     official = Request(**dialogs, weights=weights, metrics=["mm_relevance"])
     evaluate(official)
     values = [line["mm_relevance"] for line in lines(official.output, "per_sample.jsonl")]
@@ -508,8 +592,13 @@ def test_two_runs_are_compared_over_their_common_groups(pairs, weights, tmp_path
     squares = Request(**pairs | {"output": str(tmp_path / "c")}, weights=weights, against=request.output)
     squares = evaluate(dataclasses.replace(squares, protocol="paper"))
     assert "not comparable" in {r["metric"]: r for r in squares["comparisons"]}["clip_i"]["test"]
-    with pytest.raises(ConfigError, match="holds no results of an evaluation"):
-        evaluate(Request(**pairs, against=str(tmp_path / "out")))
+    path = Path(request.output) / "results.json"
+    written = json.loads(path.read_text())
+    written["data"]["ids_sha256"] = "other"
+    path.write_text(json.dumps(written))
+    found = {row["metric"]: row for row in evaluate(other)["comparisons"]}
+    assert found["fid"]["test"] == "not comparable: other samples" and found["fid"]["difference"] is None
+    assert found["clip_i"]["test"] == "paired bootstrap", "over the common groups"
 
 
 def test_intervals_draw_groups():

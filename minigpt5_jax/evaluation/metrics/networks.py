@@ -34,7 +34,17 @@ from minigpt5_jax.weights.view import Tensors
 
 CLEAN_UPS = ("none", "open_clip")
 CLIP_TOKENS, SENTENCE_TOKENS = 77, 256
+INCEPTION_FILES = (
+    "pt_inception-2015-12-05-6726825d.pth",
+    "weights-inception-2015-12-05-6726825d.pth",
+)
 OPEN_CLIP_FILE = "open_clip_model.safetensors"
+
+
+def file_in(path: str | Path, *names: str) -> Path:
+    """The first of ``names`` that a folder holds, else the path itself."""
+    path = Path(path).expanduser()
+    return next((path / name for name in names if (path / name).is_file()), path)
 
 
 def open_file(path: str | Path, *names: str, remedy: str) -> Tensors:
@@ -44,10 +54,8 @@ def open_file(path: str | Path, *names: str, remedy: str) -> Tensors:
       FileNotFoundError: there is no such file.
       WeightFileError: it cannot be read; the message ends with ``remedy``.
     """
-    path = Path(path).expanduser()
-    path = next((path / name for name in names if (path / name).is_file()), path)
     try:
-        return open_weights(path)
+        return open_weights(file_in(path, *names))
     except WeightFileError as error:
         raise WeightFileError(f"{error}\nfor this metric, give {remedy}") from None
 
@@ -99,8 +107,7 @@ class InceptionNetwork:
     """
 
     def __init__(self, path: str | Path, resize: str = "tf1", *, batch: int = 32, side: int = INCEPTION_SIDE):
-        name = "pt_inception-2015-12-05-6726825d.pth"
-        source = open_file(path, name, f"weights-{name[3:]}", remedy=f"{name} of pytorch-fid")
+        source = open_file(path, *INCEPTION_FILES, remedy=f"{INCEPTION_FILES[0]} of pytorch-fid")
 
         def call(module: Any, images: jax.Array) -> SetFeatures:
             out = module(inception_pixels(images, resize, side))

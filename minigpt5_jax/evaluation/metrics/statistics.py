@@ -67,7 +67,7 @@ def read_moments(path: str | Path) -> Moments:
     The file holds the sum of the features, the sum of their outer products, and their number.
 
     Raises:
-      WeightFileError: it is another file.
+      WeightFileError: it is another file, or of fewer than two images.
     """
     content = read_torch(Path(path))
     values = list(content.values()) if isinstance(content, dict) else content
@@ -78,7 +78,10 @@ def read_moments(path: str | Path) -> Moments:
         raise WeightFileError(f"{path} has shapes {total.shape}, {outer.shape}, {n.shape}: no sums for FID")
     sums = Sums(len(total))
     sums.n, sums.total, sums.outer = int(n.reshape(())), total, outer
-    return sums.moments()
+    try:
+        return sums.moments()
+    except ValueError as error:
+        raise WeightFileError(f"{path}: {error}") from None
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

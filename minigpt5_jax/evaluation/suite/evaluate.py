@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.config import ConfigError
+from minigpt5_jax.evaluation.metrics.text import MissingPackageError, open_wordnet
 from minigpt5_jax.evaluation.suite import results
 from minigpt5_jax.evaluation.suite.features import PUBLISHED, Features
 from minigpt5_jax.evaluation.suite.paper import beside
@@ -27,6 +29,7 @@ from minigpt5_jax.evaluation.suite.samples import (
     read_references,
 )
 from minigpt5_jax.evaluation.suite.scores import Real, Scorer
+from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.wiring.restore import open_run
 from minigpt5_jax.wiring.used_towers import readable
 
@@ -52,6 +55,7 @@ class Request:
       paper_row: the paper's row to print beside.
       step, seed, batch_size, inference: of the generation.
       data: in place of the run's ``data`` keys, for other data than its own.
+      allow_outside_images: of predictions and references, paths may lead out of their folders.
     """
 
     output: str
@@ -75,6 +79,17 @@ class Request:
     batch_size: int = 16
     inference: Mapping[str, str] = dataclasses.field(default_factory=dict)
     data: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    allow_outside_images: bool = False
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Those of ``weights`` that are of networks of metrics."""
+        return {name: path for name, path in self.weights.items() if name in PUBLISHED}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Those of ``weights`` that are of the run."""
+        return {name: path for name, path in self.weights.items() if name not in PUBLISHED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +109,11 @@ class Material:
 
 
 def check(request: Request) -> None:
-    """Whether a request goes together, before anything is read.
+    """Whether a request goes together and its files can be used, before hours of generation.
 
     Raises:
-      ConfigError: it does not, or has an unknown name.
+      ConfigError: it does not, has an unknown name, or names another file than is meant.
+      FileNotFoundError, WeightFileError: a file is missing, or cannot be read.
     """
     given = bool(request.predictions), bool(request.references)
     if request.checkpoint and any(given):
@@ -111,9 +127,20 @@ def check(request: Request) -> None:
     if request.real_images and request.real_stats:
         raise ConfigError("give --real_images or --real_stats, not both")
     task = request.task or "pairs"
-    switches_of(request.protocol, task, request.switches)
+    switches = switches_of(request.protocol, task, request.switches)
     metrics_of(request.protocol, task, request.metrics, oracle=False)
     beside(request.paper_row, task, request.context)
+    if request.sources and not request.checkpoint:
+        raise ConfigError(f"unknown weights {', '.join(request.sources)}; known: {', '.join(PUBLISHED)}")
+    features = Features(request.networks, Path(), switches, lambda line: None)
+    if "inception" in request.networks:
+        _ = features.published_inception
+    if folder := request.networks.get("wordnet"):
+        with contextlib.suppress(MissingPackageError):  # the score is skipped, and says so
+            open_wordnet(folder)
+    Real(request.real_images, request.real_stats).check()
+    if request.against:
+        results.check_against(request.against)
 
 
 def evaluate(request: Request, report: Report = lambda line: None) -> dict[str, Any]:
@@ -124,19 +151,21 @@ def evaluate(request: Request, report: Report = lambda line: None) -> dict[str, 
         say.  A metric that cannot be computed is no error, but ``skipped`` with the reason.
     """
     check(request)
-    networks = {name: path for name, path in request.weights.items() if name in PUBLISHED}
-    sources = {name: path for name, path in request.weights.items() if name not in PUBLISHED}
-    if sources and not request.checkpoint:
-        raise ConfigError(f"unknown weights {', '.join(sources)}; known: {', '.join(PUBLISHED)}")
-    task = request.task or "pairs"
-    Features(networks, Path(), switches_of(request.protocol, task), report)  # the paths are checked first
-    material = _generate(request, sources, report) if request.checkpoint else _read(request)
+    owner = Owner(request.output, remedy="choose another --output")
+    try:
+        return _evaluate(request, report)
+    finally:
+        owner.release()
+
+
+def _evaluate(request: Request, report: Report) -> dict[str, Any]:
+    """:func:`evaluate` of a request that was checked, in a folder that is its own."""
+    material = _generate(request, report) if request.checkpoint else _read(request)
     task, output = material.task, Path(request.output)
     switches = switches_of(request.protocol, task, request.switches)
     if task in DRAWN:
         check_missing(material.samples, switches.missing_image)
-    output.mkdir(parents=True, exist_ok=True)
-    features = Features(networks, Path(request.features or output / FEATURES), switches, report)
+    features = Features(request.networks, Path(request.features or output / FEATURES), switches, report)
     real = Real(request.real_images, request.real_stats)
     scorer = Scorer(task, material.samples, switches, features, real)
     metrics = []
@@ -144,7 +173,11 @@ def evaluate(request: Request, report: Report = lambda line: None) -> dict[str, 
         metrics.append(results.measure(name, scorer, task))
         report(line_of(metrics[-1].entry))
     groups = results.by_group(material.samples, metrics)
-    compared = results.against(request.against, task, metrics, groups) if request.against else []
+    compared = (
+        results.against(request.against, task, material.samples, metrics, groups) if request.against else []
+    )
+    papers = request.protocol == "paper" and switches == switches_of("paper", task)
+    rows = beside(request.paper_row, task, request.context) if papers else []
     found = results.assemble(
         protocol=request.protocol,
         task=task,
@@ -158,7 +191,7 @@ def evaluate(request: Request, report: Report = lambda line: None) -> dict[str, 
         seed=request.seed,
         metrics=metrics,
         comparisons=compared,
-        paper=results.paper_values(beside(request.paper_row, task, request.context), metrics),
+        paper=results.paper_values(rows, metrics),
     )
     lines = {results.BY_SAMPLE: results.by_sample(material.samples, metrics), results.BY_GROUP: groups}
     results.write(output, found, lines)
@@ -187,11 +220,17 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(request: Request) -> Material:
     """Predictions and references that are given."""
-    references = read_references(str(request.references))
+    outside = request.allow_outside_images
+    references = every = read_references(str(request.references), outside)
     pairs = all(reference.id == reference.group for reference in references)
     task = request.task or ("pairs" if pairs else "dialogs")
+    if task == "last_step":  # references of all steps do, as do predictions of all
+        references = list({r.group: r for r in sorted(every, key=lambda r: r.step)}.values())
     _check_task(task, references)
-    samples = join(references, read_predictions(str(request.predictions)))
+    answers = read_predictions(str(request.predictions), outside)
+    for name in {r.id for r in every} - {r.id for r in references}:
+        answers.pop(name, None)
+    samples = join(references, answers)
     return Material(
         task, samples, {"predictions": str(request.predictions), "references": str(request.references)}
     )
@@ -207,11 +246,14 @@ def _check_task(task: str, references: Sequence[Reference]) -> None:
         )
 
 
-def _generate(request: Request, sources: Mapping[str, str], report: Report) -> Material:
+def _generate(request: Request, report: Report) -> Material:
     """References of a run's validation data, and the run's answers."""
     report(f"opening {request.checkpoint}")
     run = open_run(
-        str(request.checkpoint), step=request.step, weights=dict(sources), inference=dict(request.inference)
+        str(request.checkpoint),
+        step=request.step,
+        weights=request.sources,
+        inference=dict(request.inference),
     )
     run = with_data(run, request.data, request.output)
     task, output = task_of(run.config, request.task), Path(request.output)

@@ -16,8 +16,14 @@ from PIL import Image
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError, SampleError
-from minigpt5_jax.data.images import load_image, prepare_image, resize_shorter
-from minigpt5_jax.evaluation.metrics.networks import ClipNetwork, InceptionNetwork, SentenceNetwork
+from minigpt5_jax.data.images import ImageSource, load_image, prepare_image, resize_shorter
+from minigpt5_jax.evaluation.metrics.networks import (
+    INCEPTION_FILES,
+    ClipNetwork,
+    InceptionNetwork,
+    SentenceNetwork,
+    file_in,
+)
 from minigpt5_jax.evaluation.suite.progress import Progress, Report
 from minigpt5_jax.evaluation.suite.protocols import Switches
 
@@ -43,9 +49,9 @@ class Skipped(Exception):
 
 
 def weights_hash(path: str | Path) -> str:
-    """sha256 of a file, or of all weight and JSON files of a folder."""
+    """sha256 of a file, or of all weight, JSON and WordNet files of a folder."""
     path, digest = Path(path), hashlib.sha256()
-    ends = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt")
+    ends = (".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".noun", ".verb", ".adj", ".adv", ".exc")
     for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in ends):
         with file.open("rb") as content:
             if path.is_file():
@@ -157,7 +163,9 @@ class Features:
     def hash(self, name: str) -> str:
         """Of the weights of a network, sha256."""
         if name not in self._hashes:
-            self._hashes[name] = weights_hash(self.require(name))
+            path = self.require(name)
+            names = INCEPTION_FILES if name == "inception" else ()
+            self._hashes[name] = weights_hash(file_in(path, *names))
         return self._hashes[name]
 
     @property
@@ -254,6 +262,15 @@ class Features:
             self._caches[name, how] = Cache(self._folder, name, self.hash(name), how)
         progress = Progress(f"features by {name} ({how})", self._report, time.monotonic)
         return self._caches[name, how].rows(keys, compute, progress)
+
+
+def content_hash(image: ImageSource) -> str:
+    """sha256 of an image as it is stored.
+
+    Raises:
+      SampleError: its file cannot be read.
+    """
+    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else _file_hash(Path(image))
 
 
 def _file_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import zlib
@@ -14,23 +15,37 @@ from PIL import Image
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.lines import TextLines
+from minigpt5_jax.evaluation.suite.features import content_hash
 from minigpt5_jax.evaluation.suite.progress import Progress, Report
 from minigpt5_jax.evaluation.suite.samples import FILE
 from minigpt5_jax.inference.session import Generation, Prompt
 from minigpt5_jax.wiring.restore import OpenedRun
 
 MADE = "made.json"
+SHOWN = 5
 
 
-def made_by(run: OpenedRun, **settings: Any) -> dict[str, Any]:
-    """What the answers of a run depend on, as plain JSON."""
+def made_by(run: OpenedRun, prompts: Mapping[str, Prompt], **settings: Any) -> dict[str, Any]:
+    """What the answers of a run depend on, as plain JSON.
+
+    The hash of the step tells a run from another one that was trained in its folder; those of the prompts
+    tell edited data.
+    """
     return {
         "checkpoint": str(run.checkpoints.resolve()),
         "step": run.step,
+        "step_hash": run.reader.fingerprint(run.step),
         "frozen": dict(run.meta.get("frozen", {})),
         "inference": json.loads(json.dumps(run.config.inference.to_dict())),
         **settings,
+        "prompts": {name: _prompt_hash(prompt) for name, prompt in prompts.items()},
     }
+
+
+def _prompt_hash(prompt: Prompt) -> str:
+    """sha256 of a prompt's text, images and seed."""
+    parts = [prompt.source, *map(content_hash, prompt.images), str(prompt.seed)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def predict(
@@ -48,10 +63,10 @@ def predict(
       settings: of the evaluation, that answers depend on besides the run.
 
     Raises:
-      ConfigError: the folder holds answers of another run or of other settings.
+      ConfigError: the folder holds answers of another run, of other settings, or to other prompts.
       DataError, CheckpointError, WeightFileError: as for generation.
     """
-    made = made_by(run, **settings)
+    made = made_by(run, prompts, **settings)
     _claim(folder, made)
     path = folder / FILE
     done = _answered(path)
@@ -79,22 +94,40 @@ def predict(
 
 
 def _claim(folder: Path, made: dict[str, Any]) -> None:
-    """Makes the folder, or checks that its answers were made in the same way."""
-    path = folder / MADE
+    """Makes the folder, or checks that its answers were made in the same way; notes the prompts."""
+    path, prompts = folder / MADE, made["prompts"]
     if path.is_file():
         before = json.loads(path.read_text())
-        names = sorted(name for name in made.keys() | before.keys() if made.get(name) != before.get(name))
-        if names:
-            told = ", ".join(f"{name} (was {before.get(name)!r}, is {made.get(name)!r})" for name in names)
+        if told := _differences(before, made):
             raise ConfigError(
                 f"{folder} holds predictions that were made otherwise: {told[:600]}; choose another "
                 "--output, or delete that folder"
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / FILE).exists():
+        prompts = before["prompts"] | prompts
+    elif (folder / FILE).exists():
         raise ConfigError(f"{folder} holds predictions of another program; choose another --output")
-    path.write_text(json.dumps(made, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**made, "prompts": prompts}, indent=1))
+    partial.replace(path)
+
+
+def _differences(before: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+    """What answers were made by before and what they would be now, where they differ; '' for nothing.
+
+    Prompts are compared where both have them: a larger ``--count`` asks more of them.
+    """
+    names = sorted((made.keys() | before.keys()) - {"prompts"})
+    told = [
+        f"{name} (was {before.get(name)!r}, is {made.get(name)!r})"
+        for name in names
+        if made.get(name) != before.get(name)
+    ]
+    then, now = before.get("prompts", {}), made["prompts"]
+    if other := [name for name in now if name in then and then[name] != now[name]]:
+        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        told.append(f"texts or images of the prompts {', '.join(other[:SHOWN])}{more}: the data were changed")
+    return ", ".join(told)
 
 
 def _answered(path: Path) -> set[str]:

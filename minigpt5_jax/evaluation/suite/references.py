@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,7 +175,11 @@ class _Collector:
         self._count, self._seed = count, seed
 
     def take(self, asked: Asked) -> bool:
-        """False where there is no more room."""
+        """False where there is no more room.
+
+        Raises:
+          DataError: another sample has its name.
+        """
         if self._count is not None and len(self.prompts) >= self._count:
             return False
         try:
@@ -187,14 +191,25 @@ class _Collector:
             return True
         if asked.pair:
             name, image = asked.group, asked.example.target_image
+            self._unused(name, self.records)
             self.records[name] = {"id": name, "caption": asked.example.caption, "image": image}
         else:
             record = self.records.setdefault(asked.group, {"id": asked.group, "turns": []})
+            self._unused(asked.group, () if "turns" in record else self.records)
             record["turns"] += [*asked.before, {"role": "assistant", "content": asked.answer}]
             name = f"{asked.group}_{len(record['turns']) - 1}"
+        self._unused(name, self.prompts)
         example = asked.example
         self.prompts[name] = Prompt(example.source, example.images, seed_of(name, self._seed))
         return True
+
+    @staticmethod
+    def _unused(name: str, used: Collection[str]) -> None:
+        if name in used:
+            raise DataError(
+                f"two samples of the data are called {name} (an answer of a dialogue has the id of "
+                "its record, _ and the number of its turn); give one of the records another id"
+            )
 
 
 def _text(text: str) -> Content:

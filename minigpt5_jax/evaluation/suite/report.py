@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minigpt5_jax.evaluation.suite.results import Metric
-from minigpt5_jax.evaluation.suite.samples import Sample
+from minigpt5_jax.evaluation.suite.samples import IMAGE, Sample
 
 SHOWN = 8
 BINS = 20
@@ -178,7 +178,7 @@ def _figure(sample: Sample, name: str, value: float | None, folder: Path) -> str
     said = {
         "caption": reference.caption if reference.image else "",
         "wanted": reference.text,
-        "got": sample.text,
+        "got": sample.text.removesuffix(IMAGE),
     }
     lines = "".join(
         f"<br>{key}: {html.escape(text[:300])}" for key, text in said.items() if text and "<Image" not in text

@@ -65,12 +65,15 @@ def measure(name: str, score: Callable[[str], Found], task: str) -> Metric:
 
 
 def paper_values(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """The paper's values of the metrics that were computed, by FID's own network alone."""
+    """The paper's values of the metrics that were computed under their own names.
+
+    Scores of another network, or METEOR without synonyms, are no such scores.
+    """
     found = []
     for row in rows:
         for metric, value in row.values.items():
-            ours = next((m for m in metrics if m.entry["metric"] == metric), None)
-            if ours is not None and not ours.name.endswith("_other_network"):
+            ours = next((m for m in metrics if m.name == metric), None)
+            if ours is not None:
                 cell = {"row": row.model, "context": row.context, "metric": metric, "value": value}
                 found.append({"table": row.table, **cell, "ours": ours.entry["value"]})
     return found
@@ -85,6 +88,11 @@ def software() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hash_of_ids(samples: Sequence[Sample]) -> str:
+    """sha256 of the names of samples, in order."""
+    return hashlib.sha256("\n".join(sample.id for sample in samples).encode()).hexdigest()
 
 
 def assemble(
@@ -104,7 +112,6 @@ def assemble(
     paper: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The content of ``results.json``."""
-    ids = "\n".join(sample.id for sample in samples)
     left_out = [{"id": name, "why": why} for name, why in skipped]
     return {
         "schema_version": VERSION,
@@ -122,7 +129,7 @@ def assemble(
             "n_groups": len({sample.group for sample in samples}),
             "n_wants_image": sum(sample.wants_image for sample in samples),
             "n_with_image": sum(sample.image is not None for sample in samples),
-            "ids_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+            "ids_sha256": hash_of_ids(samples),
             "skipped": left_out,
             "without_image": [{"id": s.id, "why": s.why} for s in samples if s.why],
         },
@@ -173,23 +180,39 @@ def write(folder: Path, results: Mapping[str, Any], lines: Mapping[str, Sequence
     (folder / RESULTS).write_text(text + "\n", "utf-8")
 
 
-def against(
-    folder: str | Path, task: str, metrics: Sequence[Metric], groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Every score minus that of another evaluation, over the groups that both have with the same samples.
-
-    Only scores of the same name and variant are compared, and of scores of sets only those of as many images.
+def check_against(folder: str | Path) -> None:
+    """Whether a folder is of another evaluation.
 
     Raises:
-      ConfigError: the folder is of no evaluation, or of one of other samples.
+      ConfigError: it is not.
     """
-    folder = Path(folder)
-    if not (folder / RESULTS).is_file() or not (folder / BY_GROUP).is_file():
+    if not all((Path(folder) / name).is_file() for name in (RESULTS, BY_GROUP)):
         raise ConfigError(
             f"--against={folder} holds no results of an evaluation ({RESULTS}, {BY_GROUP}); evaluate that "
             "run first and give the folder of its --output"
         )
-    theirs = {entry["name"]: entry for entry in json.loads((folder / RESULTS).read_text())["metrics"]}
+
+
+def against(
+    folder: str | Path,
+    task: str,
+    samples: Sequence[Sample],
+    metrics: Sequence[Metric],
+    groups: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Every score minus that of another evaluation, over the groups that both have with the same samples.
+
+    Only scores of the same name and variant are compared, and scores of sets only where all samples are the
+    same, and as many images.
+
+    Raises:
+      ConfigError: the folder is of no evaluation, or of one of other samples.
+    """
+    check_against(folder)
+    folder = Path(folder)
+    results = json.loads((folder / RESULTS).read_text("utf-8"))
+    theirs = {entry["name"]: entry for entry in results["metrics"]}
+    same = results["data"]["ids_sha256"] == hash_of_ids(samples)
     lines = [json.loads(line) for line in (folder / BY_GROUP).read_text("utf-8").splitlines()]
     other = {line["group"]: line for line in lines}
     common = [g for g in groups if other.get(g["group"], {}).get("samples") == g["samples"]]
@@ -214,6 +237,8 @@ def against(
             if difference := compare(mine, others, unit_of(task)):
                 row |= {"difference": difference.value, "ci": difference.ci, "p": difference.p}
                 found.append(row | {"test": "paired bootstrap", "n_groups": difference.groups})
+        elif not same:
+            found.append(row | {"test": "not comparable: other samples"})
         elif (entry["n"], entry["n_real"]) != (their["n"], their["n_real"]):
             found.append(row | {"test": f"not comparable: {their['n']} images there, {entry['n']} here"})
         else:

@@ -16,11 +16,14 @@ from pathlib import Path
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.lines import TextLines, check_jsonl
-from minigpt5_jax.data.paths import image_folder
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.data.samples.records import Record, RecordImage, parse_record
+from minigpt5_jax.inference.prompts import OUTSIDE
 
 FILE = "conversations.jsonl"
 NO_IMAGE = "no image was written"
+IMAGE = "[IMG0]"
+"""Stands in a text where an image was written: scores of texts end there, as in the original."""
 SHOWN = 5
 
 
@@ -48,7 +51,7 @@ class Sample:
     """A reference with its answer.
 
     Attributes:
-      text: that was written.  image: that was drawn and can be read, or None.
+      text: that was written, :data:`IMAGE` for each image.  image: that was drawn and can be read, or None.
       why: why there is no image, where one is wanted; '' otherwise.
     """
 
@@ -75,7 +78,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was predicted for one sample: its text, the first image, and why there is none."""
+    """What was predicted for one sample: its text (with :data:`IMAGE`), the first image, why none."""
 
     text: str
     image: Path | None
@@ -97,22 +100,34 @@ def _records(path: str | Path, *, generated: bool) -> list[tuple[str, Record]]:
     return list(found.values())
 
 
-def read_references(path: str | Path) -> list[Reference]:
+def _images(path: Path, allow_outside: bool) -> ImageFolder:
+    return ImageFolder(path.parent, allow_outside, remedy=OUTSIDE)
+
+
+def read_references(path: str | Path, allow_outside_images: bool = False) -> list[Reference]:
     """The samples of a file of references, in its order.
+
+    Args:
+      path: the file.  allow_outside_images: whether image paths may lead out of its folder.
 
     Raises:
       DataError: no such file, a line that breaks the schema, an id used twice, a path outside of the file's
-        folder, or no sample.
+        folder, two samples of one name, or no sample.
     """
-    folder, found = image_folder(Path(path).expanduser(), None), []
+    folder, found = _images(Path(path).expanduser(), allow_outside_images), []
+    names: set[str] = set()
     for where, record in _records(path, generated=True):
         for step, number in enumerate(record.answers()):
             turn, before = record.turns[number], record.turns[number - 1 : number]
             image = next(iter(turn.images()), None)
             caption = (image.caption if image else None) or (before[0].text() if before else "")
+            name = str(record.id) if record.pair else f"{record.id}_{number}"
+            if name in names:
+                raise DataError(f"{where}: two samples are called {name}; give this record another id")
+            names.add(name)
             found.append(
                 Reference(
-                    id=str(record.id) if record.pair else f"{record.id}_{number}",
+                    id=name,
                     group=str(record.id),
                     step=step,
                     text=turn.text(),
@@ -125,22 +140,25 @@ def read_references(path: str | Path) -> list[Reference]:
     return found
 
 
-def read_predictions(folder: str | Path) -> dict[str, Answer]:
+def read_predictions(folder: str | Path, allow_outside_images: bool = False) -> dict[str, Answer]:
     """Sample -> answer, of a folder with ``conversations.jsonl`` and the images that it names.
 
     An image that is not there or cannot be read is as one that was not drawn, and the answer says why.
 
+    Args:
+      folder: the folder.  allow_outside_images: whether image paths may lead out of it.
+
     Raises:
-      DataError: no such file, or a line that breaks the schema.
+      DataError: no such file, a line that breaks the schema, or a path outside of the folder.
     """
     path = Path(folder).expanduser() / FILE
     if not path.is_file():
         raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
-    images, found = image_folder(path, None), {}
+    images, found = _images(path, allow_outside_images), {}
     for where, record in _records(path, generated=True):
         turns = [turn for turn in record.turns if turn.role == "assistant"]
         parts = [part for turn in turns for part in turn.parts]
-        text = " ".join(part for part in parts if isinstance(part, str) and part)
+        text = " ".join(part if isinstance(part, str) else IMAGE for part in parts if part)
         drawn = next((part for part in parts if isinstance(part, RecordImage)), None)
         answer = Answer(text, None, NO_IMAGE)
         if drawn is not None:

@@ -30,6 +30,7 @@ from minigpt5_jax.evaluation.suite.resampling import Terms
 from minigpt5_jax.evaluation.suite.samples import Sample
 from minigpt5_jax.shapes import oracle
 from minigpt5_jax.shapes.render import IMAGE_SIZE
+from minigpt5_jax.weights.errors import WeightFileError
 
 POOL3 = 2048
 FEW = 2048
@@ -87,8 +88,24 @@ class Real:
         ends = {f".{name.lower()}" for name in FORMATS} | {".jpg", ".tif"}
         found = sorted(p for p in Path(str(self.images)).rglob("*") if p.suffix.lower() in ends)
         if not found:
-            raise FileNotFoundError(f"--real_images={self.images} holds no images")
+            raise FileNotFoundError(
+                f"--real_images={self.images} holds no images; give a folder with images in it or below it"
+            )
         return found
+
+    def check(self) -> None:
+        """Whether what is given can be used.
+
+        Raises:
+          FileNotFoundError, WeightFileError: it cannot.
+        """
+        if self.images:
+            self.paths()
+        if self.stats and (width := len(read_moments(self.stats).mean)) != POOL3:
+            raise WeightFileError(
+                f"--real_stats={self.stats} is of features of width {width}, and those of FID have {POOL3}; "
+                "give MiniGPT-5's fid_real_feaures.pt, or --real_images"
+            )
 
 
 class Scorer:
@@ -185,7 +202,8 @@ class Scorer:
         """METEOR, under the name that says whether it had synonyms."""
         folder = self.features.weights.get("wordnet")
         reader = texts.open_wordnet(folder) if folder else None
-        found = self.text_score(lambda got, want: texts.meteor(got, want, reader), "nltk")
+        variant = f"nltk, wordnet {self.features.hash('wordnet')[:8]}" if folder else "nltk"
+        found = self.text_score(lambda got, want: texts.meteor(got, want, reader), variant)
         found.name = "meteor" if folder else "meteor_no_synonyms"
         return found
 
@@ -441,7 +459,8 @@ class Scorer:
         if form == "official":
             return self.mean(dict(self._responses(name)), variant)
         similar = self.similar_texts(lambda some: self.features.clip_texts(name, some))
-        alike = self.similar_images(name, "stored") if self.drawn else {}
+        target = self.switches.clip_target
+        alike = self.similar_images(name, target) if self.drawn else {}
         dialogs: dict[str, list[Slot]] = {}
         for s in self.samples:
             got, want = self.texts[s.id]
@@ -449,7 +468,7 @@ class Scorer:
             slots.append(Slot(bool(want), bool(got), similar.get(s.id)))
             slots.append(Slot(s.wants_image, s.image is not None, alike.get(s.id)))
         terms = {group: (mm_relevance_m5(slots), 1.0) for group, slots in dialogs.items()}
-        return self.ratio(terms, variant, len(terms))
+        return self.ratio(terms, f"{variant}, target {target}", len(terms))
 
     def _responses(self, name: str) -> dict[str, float]:
         """MMDialog's score of each response: its elements from the left, text before image."""
@@ -475,10 +494,17 @@ class Scorer:
 
 
 def distance(made: np.ndarray, true: np.ndarray | Moments) -> float:
-    """FID in its quicker exact form."""
-    if isinstance(true, Moments) or max(len(made), len(true)) > FEW:
-        return frechet_distance(moments(made), true if isinstance(true, Moments) else moments(true))
-    return frechet_distance_of_few(made, true)
+    """FID in its quicker exact form.
+
+    Raises:
+      Skipped: the sets do not compare.
+    """
+    try:
+        if isinstance(true, Moments) or max(len(made), len(true)) > FEW:
+            return frechet_distance(moments(made), true if isinstance(true, Moments) else moments(true))
+        return frechet_distance_of_few(made, true)
+    except ValueError as error:
+        raise Skipped(str(error)) from None
 
 
 COMPUTE: dict[str, Callable[[Scorer], Found]] = {
