@@ -20,7 +20,7 @@ STORY_SAMPLES, STORY_ITEMS, STORY_IMAGES, STORY_PLACES = 13, 9, 5, 8
 STORY_LENGTH, STORY_LABELS = 984, 195
 """A story of VIST as a tree: its samples, those that draw, images, places where one is read, positions and
 labels, as the loader of ``configs/stage2_vist.py`` has them for the longest quarter of 96 drawn stories
-(``benchmarks/lengths.py``; the shortest quarter has 848 and 127): ``python -m benchmarks.story_sizes``."""
+(the shortest quarter has 848 and 127): ``python -m benchmarks.story_sizes``."""
 
 
 def planned_shapes(

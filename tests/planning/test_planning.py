@@ -227,6 +227,18 @@ def test_a_plan_that_does_not_fit_names_what_would(step, config):
     assert "does not fit: 0.00 GB too much" in text and ways[0][0] in text
 
 
+def test_remedies_keep_stories_whole(step, monkeypatch):
+    monkeypatch.setattr("minigpt5_jax.planning.remedies.residual_bytes", lambda *_: 26 * 10**8)
+    config = step.counted[0].copy_and_resolve_references()
+    config.data.update(global_batch=26, accumulation=1)
+    given = dataclasses.replace(step, config=config, counted=(config, step.spec))
+    ways = dict(remedies(given, 2_700_000_000))
+    assert any("accumulation=13" in flags for flags in ways)
+    assert any("backbone.llm_quantization=int8" in flags for flags in ways)
+    config.data.packing = "tree"  # 13 micro-batches would be two samples each
+    assert not remedies(given, 2_700_000_000)
+
+
 def test_batches_are_those_of_the_loader(step, config):
     assert (step.shapes.rows, step.shapes.split, step.shapes.pack) == (8, True, 1)
     assert planned_shapes(config, step.spec, step.topology.devices, 20).length == 20
