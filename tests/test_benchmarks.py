@@ -116,7 +116,8 @@ def test_the_cases_of_the_scaling_page(monkeypatch):
     pod, chip = scaling.CASES[:2]  # those with goals
     assert pod.command[2:] == ["--config", "configs/stage1.py:int8", "--topology", "v5e:4x4"]
     assert chip.command[3:6] == ["configs/stage1.py:int8", "--topology", "v5e:1x1"]
-    assert "--config.data.global_batch=1" in chip.command and not any("tensor" in part for part in chip.command)
+    assert "--config.data.global_batch=1" in chip.command
+    assert not any("tensor" in part for part in chip.command)
     silent = subprocess.CompletedProcess([], returncode=-9, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
     assert scaling.run_case(chip) == {"error": "ended with status -9 and no message"}

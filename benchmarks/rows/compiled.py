@@ -109,7 +109,7 @@ def _step(config: ConfigDict, limit: int | None, topology: Topology) -> dict[str
 
 
 def _generation(topology: Topology) -> dict[str, Any]:
-    """One answer to a prompt with an image, with everything that a session loads: its text, then its image."""
+    """One answer to a prompt with an image, and all that a session loads: its text, then its image."""
     config = read_run_file("stage2_vist", "int8")
     config.model.attention = topology.attention
     spec = build(config)
@@ -122,11 +122,11 @@ def _generation(topology: Topology) -> dict[str, Any]:
     one, seed = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.uint32)
     tokens = jax.ShapeDtypeStruct((1, config.data.max_length), jnp.int32)
     images = jax.ShapeDtypeStruct((1, sizes.image_size, sizes.image_size, 3), jnp.uint8)
-    asked = _here(topology, params, tokens, one, images, one, one, seed)
+    asked = (params, tokens, one, images, one, one, seed)
     states = jax.eval_shape(session._write, *asked).voken_states
     vokens = jax.ShapeDtypeStruct((1, *states.shape[2:]), states.dtype)
     programs = {
-        "text": compile_for(topology, session._write, *asked),
+        "text": compile_for(topology, session._write, *_here(topology, *asked)),
         "image": compile_for(topology, session._draw, *_here(topology, params, vokens, seed, one)),
     }
     resident = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))

@@ -188,8 +188,8 @@ def collectives(program: Program, chips: int) -> dict[str, Traffic]:
 def _collectives_of(name: str, program: Program, fused: set[str]) -> Iterator[tuple[str, float, str]]:
     """(kind, bytes of the result, text with the groups) of each collective of a computation.
 
-    A TPU's compiler fuses them.  One that runs beside others stands in the fusion that starts it, in those that
-    go on with it and in the one that ends it, always on the same channel.
+    A TPU's compiler fuses them.  One that runs beside other work stands in the fusion that starts it, in
+    those that go on with it and in the one that ends it, always on the same channel.
 
     Args:
       fused: channels of fusions that were met; added to.
