@@ -27,12 +27,15 @@ LIMIT_S = 1500
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: a stage on a topology, ``batch`` samples a chip."""
+    """One row: a run file or a variant of it (``stage1:int8``) on a topology, ``batch`` samples a chip.
+
+    ``flags``: None takes the run file as it stands, with the batch it has.
+    """
 
     run_file: str
     topology: str
     batch: int
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] | None = ()
 
     @property
     def command(self) -> list[str]:
@@ -40,16 +43,14 @@ class Case:
         chips = 1
         for size in self.topology.partition(":")[2].split("x"):
             chips *= int(size)
-        given = [
-            f"--config.data.global_batch={self.batch * chips}",
-            "--config.data.accumulation=1",
-            *self.flags,
-        ]
+        batch = [f"--config.data.global_batch={self.batch * chips}", "--config.data.accumulation=1"]
+        given = [] if self.flags is None else [*batch, *self.flags]
+        name, colon, variant = self.run_file.partition(":")
         return [
             "-m",
             "minigpt5_jax.plan",
             "--config",
-            f"configs/{self.run_file}.py",
+            f"configs/{name}.py{colon}{variant}",
             "--topology",
             self.topology,
             *given,
@@ -59,6 +60,8 @@ class Case:
 TENSOR = ("--config.mesh.tensor=4",)
 USUAL = ("--length=60",)  # half of the steps of stage 1 have rows of at most so many positions
 CASES = (
+    Case("stage1:int8", "v5e:4x4", 3, None),  # the goals of issue 22
+    Case("stage1:int8", "v5e:1x1", 1),
     Case("stage1", "v5e:4x4", 3, (*TENSOR, *USUAL)),
     Case("stage1", "v5e:1x1", 1, ("--length=20",)),
     Case("stage1", "h100:1", 8, USUAL),
@@ -97,7 +100,8 @@ def run_case(case: Case) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"not compiled in {LIMIT_S} s"}
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode} and no message"]
+        return {"error": said[-1]}
     return json.loads(done.stdout)
 
 

@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import lengths, report, run, timing
+from benchmarks import lengths, report, run, scaling, timing
 from benchmarks.goals import GOALS, P1_TFLOP, Goal
 from benchmarks.peers import count, towers
 from benchmarks.peers.p1 import P1
 from benchmarks.peers.p2 import P2
 from benchmarks.peers.samples import Sample
-from benchmarks.rows import flops, startup
+from benchmarks.rows import compiled, flops, startup
 from benchmarks.rows.step import worst_leaf
 from benchmarks.run_files import on_drawn_samples, read_run_file
 from benchmarks.samples import WORDS, Captions, Stories
 from minigpt5_jax.data.batches.lengths import longest
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
+from minigpt5_jax.planning.step import Compiled
+from minigpt5_jax.planning.topology import PlanError
 from minigpt5_jax.shapes.files import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +98,29 @@ def test_flags():
         run.rows("3,7")
     with pytest.raises(argparse.ArgumentTypeError, match="at least 5"):
         run.blocks("3")
+
+
+def test_rows_compiled_for_other_chips_come_last_on_any_device(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "function_of", lambda row: lambda options: seen.append(row) or iter(()))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert run.main(["--rows", "7b,12,6,3", "--device", "tpu"]) == 0 and seen == [3, "7b", 6]
+
+
+def test_a_program_that_does_not_fit_is_told():
+    with pytest.raises(PlanError, match="does not fit: 20.12 GB"):
+        compiled._program(Compiled(None, 20_120_000_000, 1.0, "", 0.0))
+
+
+def test_the_cases_of_the_scaling_page(monkeypatch):
+    pod, chip = scaling.CASES[:2]  # those with goals
+    assert pod.command[2:] == ["--config", "configs/stage1.py:int8", "--topology", "v5e:4x4"]
+    assert chip.command[3:6] == ["configs/stage1.py:int8", "--topology", "v5e:1x1"]
+    assert "--config.data.global_batch=1" in chip.command
+    assert not any("tensor" in part for part in chip.command)
+    silent = subprocess.CompletedProcess([], returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
+    assert scaling.run_case(chip) == {"error": "ended with status -9 and no message"}
 
 
 def test_a_started_command_is_timed_and_its_failure_told(tmp_path):

@@ -174,23 +174,44 @@ def _array_bytes(dtype: str, dims: str) -> float:
 # Collectives
 
 
-def collectives(program: Program) -> dict[str, Traffic]:
-    """Kind -> what it moves in one run of the program."""
+def collectives(program: Program, chips: int) -> dict[str, Traffic]:
+    """Kind -> what it moves in one run of the program on so many chips."""
     found: dict[str, Traffic] = {}
-    for instruction, times in program.executed():
-        kind = instruction.op.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        result = _result_bytes(instruction, kind)
-        wire = _wire(kind, _group_size(kind, instruction.rest)) * result
-        old = found.get(kind, Traffic())
-        found[kind] = Traffic(old.count + times, old.result + times * result, old.wire + times * wire)
+    for name, times in program.runs.items():
+        for kind, result, groups in _collectives_of(name, program, set()):
+            wire = _wire(kind, _group_size(groups, chips)) * result
+            old = found.get(kind, Traffic())
+            found[kind] = Traffic(old.count + times, old.result + times * result, old.wire + times * wire)
     return found
+
+
+def _collectives_of(name: str, program: Program, fused: set[str]) -> Iterator[tuple[str, float, str]]:
+    """(kind, bytes of the result, text with the groups) of each collective of a computation.
+
+    A TPU's compiler fuses them.  One that runs beside other work stands in the fusion that starts it, in
+    those that go on with it and in the one that ends it, always on the same channel.
+
+    Args:
+      fused: channels of fusions that were met; added to.
+    """
+    for instruction in program.computations.get(name, ()):
+        kind = instruction.op.removesuffix("-start")
+        if kind in COLLECTIVES:
+            yield kind, _result_bytes(instruction, kind), instruction.rest
+        elif kind == "fusion" and (called := re.search(r"calls=%([\w.\-]+)", instruction.rest)):
+            for inner, result, rest in _collectives_of(called[1], program, fused):
+                channel = re.search(r"channel_id=(\d+)", rest)
+                if channel and channel[1] in fused:
+                    continue
+                fused |= {channel[1]} if channel else set()
+                if called[1].startswith("all-reduce-scatter"):  # each chip keeps its part of the sum
+                    inner, result = "reduce-scatter", type_bytes(instruction.type)
+                yield inner, result, rest
 
 
 def _result_bytes(instruction: Instruction, kind: str) -> float:
     parts = [_array_bytes(*part) for part in _TYPE.findall(instruction.type)]
-    if instruction.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
+    if instruction.op.endswith("-start") and kind != "all-reduce":
         # (operands, results, counters): the results are the second half of what is no counter.
         parts = [size for size in parts if size > 8]
         parts = parts[len(parts) // 2 :]
@@ -208,8 +229,8 @@ def _wire(kind: str, chips: int) -> float:
     )
 
 
-def _group_size(kind: str, rest: str) -> int:
-    """Chips of a group, of any of the spellings of ``replica_groups``."""
+def _group_size(rest: str, chips: int) -> int:
+    """Chips of a group, of any of the spellings of ``replica_groups``; all where none is named."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
@@ -217,7 +238,7 @@ def _group_size(kind: str, rest: str) -> int:
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\)+)? \{([^}]*)\}", rest):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(axes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    return 1
+    return chips
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,22 +17,18 @@ from minigpt5_jax.training.flops import count_flops
 
 UTILISATION = 0.55
 """Share of the matrix peak that work is expected to reach."""
-PASSES = 2
-"""How often a micro-batch reads the frozen weights: forward and backward."""
 OPTIMIZER_BYTES = 28
 """Bytes that AdamW reads and writes for each fp32 parameter: value, gradient and two moments."""
 EPOCH_SAMPLES = {"cc3m": 2_222_400, "cc3m_tar": 2_222_400, "vist": 34_428 * 13}
 """``data.format`` -> samples of the published data set, as the run files count them."""
-ASSUMPTIONS = (
-    f"work at {UTILISATION:.0%} of the matrix peak, or the frozen weights read {PASSES} times a micro-batch "
-    "where that is longer, backbone and generator apart; the optimizer's bytes; collectives on rings at the "
-    "links' full rate; nothing overlaps"
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs of a step on all chips, and bytes of frozen weights on each, of the backbone and of the rest."""
+    """FLOPs of a step on all chips, and bytes of frozen weights on each, of the backbone and of the rest.
+
+    ``*_passes``: how often a micro-batch reads those weights.
+    """
 
     backbone_flops: int
     other_flops: int
@@ -40,6 +36,8 @@ class Work:
     other_bytes: int
     trainable_bytes: int
     micro_batches: int
+    backbone_passes: int = 2
+    other_passes: int = 2
 
     @property
     def flops(self) -> int:
@@ -48,11 +46,12 @@ class Work:
     def seconds(self, chip: Chip, chips: int) -> float:
         """Of one step without collectives."""
 
-        def part(flops: int, size: int) -> float:
-            reads = PASSES * self.micro_batches * size / chip.bandwidth
+        def part(flops: int, size: int, passes: int) -> float:
+            reads = passes * self.micro_batches * size / chip.bandwidth
             return max(flops / chips / (UTILISATION * chip.peak_flops), reads)
 
-        work = part(self.backbone_flops, self.backbone_bytes) + part(self.other_flops, self.other_bytes)
+        work = part(self.backbone_flops, self.backbone_bytes, self.backbone_passes)
+        work += part(self.other_flops, self.other_bytes, self.other_passes)
         return work + self.trainable_bytes / 4 * OPTIMIZER_BYTES / chip.bandwidth
 
 
@@ -73,7 +72,30 @@ def count_work(step: Step) -> Work:
         for own in (True, False)
     }
     trainable, micro = bytes_per_chip(state.trainable), step.config.data.accumulation
-    return Work(backbone, total - backbone, sizes[True], sizes[False], trainable, micro)
+    passes = weight_passes(step.remat, step.shapes.split)
+    return Work(backbone, total - backbone, sizes[True], sizes[False], trainable, micro, *passes)
+
+
+def weight_passes(remat: str, split: bool) -> tuple[int, int]:
+    """How often a micro-batch reads the frozen weights of (the backbone, the rest).
+
+    Forward and backward, and forward once more where layers are computed again.  Where prompts are split off
+    (``model.continuations``), the forward pass of the backbone is two.
+    """
+    backbone = 2 + split + (remat in ("all", "backbone"))
+    return backbone, 2 + (remat in ("all", "generator"))
+
+
+def assumptions(work: Work, chip: Chip) -> str:
+    """What a prediction rests on, in words."""
+    told = (
+        f"work at {UTILISATION:.0%} of the matrix peak, or the frozen weights read {work.backbone_passes} "
+        f"(backbone) and {work.other_passes} times (generator) a micro-batch where that is longer; the "
+        "optimizer's bytes; collectives on rings at the links' full rate; nothing overlaps"
+    )
+    if chip.platform == "cuda":
+        told += "; compiled without autotuning and without Triton's matrix products, which need a card"
+    return told
 
 
 def wire_seconds(chip: Chip, traffic: Mapping[str, Traffic]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from minigpt5_jax.planning import hlo
-from minigpt5_jax.planning.predict import ASSUMPTIONS, count_work, run_steps, wire_seconds
+from minigpt5_jax.planning.predict import Work, assumptions, count_work, run_steps, wire_seconds
 from minigpt5_jax.planning.remedies import remedies
 from minigpt5_jax.planning.step import Compiled, Step, bytes_per_chip, plan_step
 from minigpt5_jax.planning.topology import Topology
@@ -47,7 +47,7 @@ def describe(step: Step, compiled: Compiled) -> dict[str, Any]:
         "flops_backbone": work.backbone_flops,
         "compile_seconds": compiled.seconds,
     }
-    plan |= _moved(step, compiled, work.seconds(chip, chips))
+    plan |= _moved(step, compiled, work)
     if not fits:
         plan["would_fit"] = [
             {"flags": flags, "gb": size / GIGA} for flags, size in remedies(step, compiled.needed)
@@ -65,7 +65,7 @@ def _memory(step: Step, compiled: Compiled) -> dict[str, float]:
     return {name: size / GIGA for name, size in parts.items()}
 
 
-def _moved(step: Step, compiled: Compiled, work: float) -> dict[str, Any]:
+def _moved(step: Step, compiled: Compiled, counted: Work) -> dict[str, Any]:
     """Collectives and kernels of the program, and the time that follows."""
     names = (
         "collectives",
@@ -77,11 +77,14 @@ def _moved(step: Step, compiled: Compiled, work: float) -> dict[str, Any]:
         "hours",
         "chip_hours",
     )
-    told: dict[str, Any] = {"work_seconds": work, "assumptions": ASSUMPTIONS, **dict.fromkeys(names)}
+    chip, chips = step.topology.chip, len(step.topology.devices)
+    work = counted.seconds(chip, chips)
+    told: dict[str, Any] = {"work_seconds": work, "assumptions": assumptions(counted, chip)}
+    told |= dict.fromkeys(names)
     if not compiled.text:
         return told
-    program, chip = compiled.program(), step.topology.chip
-    traffic = hlo.collectives(program)
+    program = compiled.program()
+    traffic = hlo.collectives(program, chips)
     seconds = work + (wire := wire_seconds(chip, traffic))
     fusions, calls = hlo.kernels(program)
     told |= {
@@ -97,7 +100,7 @@ def _moved(step: Step, compiled: Compiled, work: float) -> dict[str, Any]:
     }
     if steps := run_steps(step.config):
         hours = steps * seconds / 3600
-        told |= {"steps": steps, "hours": hours, "chip_hours": hours * len(step.topology.devices)}
+        told |= {"steps": steps, "hours": hours, "chip_hours": hours * chips}
     return told
 
 

@@ -10,16 +10,17 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax.data.batches.collate import BatchSpec, TreeSpec
 from minigpt5_jax.planning.topology import PlanError
-from minigpt5_jax.wiring.features import with_planned_features
+from minigpt5_jax.wiring.features import plans_features, with_planned_features
 from minigpt5_jax.wiring.inputs import batch_spec, samples_a_row, splits_prompts
 from minigpt5_jax.wiring.model import ModelSpec
 
 CAPTIONS = ("cc3m", "cc3m_tar", "shapes")
 """``data.format`` of samples that are words, then vokens."""
-STORY_SAMPLES, STORY_ITEMS, STORY_IMAGES, STORY_PLACES = 13, 9, 5, 9
-STORY_LENGTH, STORY_LABELS = 960, 136
+STORY_SAMPLES, STORY_ITEMS, STORY_IMAGES, STORY_PLACES = 13, 9, 5, 8
+STORY_LENGTH, STORY_LABELS = 984, 195
 """A story of VIST as a tree: its samples, those that draw, images, places where one is read, positions and
-labels.  Positions and labels are of a long one; the mean has 877 (docs/performance.md, row 3)."""
+labels, as the loader of ``configs/stage2_vist.py`` has them for the longest quarter of 96 drawn stories
+(the shortest quarter has 848 and 127): ``python -m benchmarks.story_sizes``."""
 
 
 def planned_shapes(
@@ -36,7 +37,7 @@ def planned_shapes(
     data = config.data
     samples = data.global_batch // data.accumulation
     if data.packing == "tree":
-        return with_planned_features(config, spec, _trees(config, spec, samples, length))
+        return _with_features(config, spec, _trees(config, spec, samples, length))
     split = splits_prompts(config, spec, ends_in_vokens=data.format in CAPTIONS)
     pack = samples_a_row(config, split, devices)
     shapes = batch_spec(config, spec, samples, pack, split)
@@ -47,7 +48,12 @@ def planned_shapes(
         longest -= shapes.apart
     if length > longest:
         raise PlanError(f"--length={length}: rows of this run have at most {longest} positions")
-    return with_planned_features(config, spec, shapes.bucket(length or longest, data.max_images))
+    return _with_features(config, spec, shapes.bucket(length or longest, data.max_images))
+
+
+def _with_features(config: ConfigDict, spec: ModelSpec, shapes: BatchSpec) -> BatchSpec:
+    """The shapes with features in the place of images, where the run reads such."""
+    return with_planned_features(config, spec, shapes) if plans_features(config) else shapes
 
 
 def _trees(config: ConfigDict, spec: ModelSpec, samples: int, length: int) -> BatchSpec:

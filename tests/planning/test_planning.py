@@ -16,7 +16,7 @@ import pytest
 
 from minigpt5_jax.config import get_config, use_shapes_backbones, validate
 from minigpt5_jax.planning import hlo, report, topology
-from minigpt5_jax.planning.predict import UTILISATION, Work, run_steps, wire_seconds
+from minigpt5_jax.planning.predict import UTILISATION, Work, run_steps, weight_passes, wire_seconds
 from minigpt5_jax.planning.remedies import remedies
 from minigpt5_jax.planning.shapes import planned_shapes
 from minigpt5_jax.planning.step import Compiled, Memory, _refused, plan_step
@@ -65,7 +65,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_collectives_count_as_often_as_their_loop_runs():
     program = hlo.read(LOOP)
     assert program.runs == {"main": 1, "body": 32} and program.unknown == ()
-    assert hlo.collectives(program) == {
+    assert hlo.collectives(program, 8) == {
         "all-reduce": hlo.Traffic(32, 1024.0, 32 * 32 * 2 * 3 / 4),
         "all-gather": hlo.Traffic(1, 128.0, 96.0),
         "reduce-scatter": hlo.Traffic(1, 8.0, 24.0),
@@ -74,6 +74,54 @@ def test_collectives_count_as_often_as_their_loop_runs():
     told = hlo.count_bytes(program, compiler=1000.0)
     assert told == hlo.Bytes(1000.0, 64.0, 31 * 32.0) and told.total == 1064 + 31 * 32
     assert hlo.loop_bytes(program, "body") == 32  # its result stays inside the chip
+
+
+FUSED = """HloModule fused
+
+%start.1 (p: f32[4]) -> (f32[4], f32[16]) {
+  %p = f32[4]{0} parameter(0)
+  %all-gather.1 = f32[16]{0} all-gather(%p), channel_id=56, replica_groups={}, dimensions={0}
+  ROOT %pair = (f32[4]{0}, f32[16]{0}) tuple(%p, %all-gather.1)
+}
+
+%async_collective_fusion (q: f32[4]) -> f32[16] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %all-gather.2 = f32[16]{0} all-gather(%q), channel_id=56, replica_groups={}, dimensions={0}
+}
+
+%all-reduce-scatter.3 (input: f32[16]) -> f32[4] {
+  %input = f32[16]{0} parameter(0)
+  %all-reduce = f32[16]{0} all-reduce(%input), channel_id=50, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[4]{0} dynamic-slice(%all-reduce, %place), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %begun = (f32[4]{0}, f32[16]{0}) fusion(%a), kind=kCustom, calls=%start.1
+  %whole = f32[16]{0} fusion(%a), kind=kCustom, calls=%async_collective_fusion
+  ROOT %sum = f32[4]{0} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def test_collectives_inside_fusions_count_once():
+    assert hlo.collectives(hlo.read(FUSED), 4) == {
+        "all-gather": hlo.Traffic(1, 64.0, 48.0),
+        "reduce-scatter": hlo.Traffic(1, 16.0, 48.0),
+    }
+
+
+@pytest.mark.parametrize(
+    "line, kind, result, wire",
+    [
+        ("((f32[16]{0}), f32[4]{0}) reduce-scatter-start(%a)", "reduce-scatter", 16.0, 48.0),
+        ("((f32[8]{0}, f32[8]{0}), (f32[8]{0}, f32[8]{0})) all-to-all-start(%a)", "all-to-all", 64.0, 48.0),
+        ("f32[16]{0} all-reduce-start(%a)", "all-reduce", 64.0, 96.0),
+    ],
+)
+def test_the_result_of_a_collective_that_is_begun(line, kind, result, wire):
+    text = f"ENTRY %main (a: f32[16]) -> f32[4] {{\n  %begun = {line}, replica_groups={{{{0,1,2,3}}}}\n}}\n"
+    assert hlo.collectives(hlo.read(text), 16) == {kind: hlo.Traffic(1, result, wire)}
 
 
 def test_a_loop_of_unknown_length_is_told():
@@ -114,6 +162,9 @@ def test_work_takes_its_flops_or_the_reading_of_its_weights():
     assert work.seconds(CHIP, 4) == pytest.approx(2 / 4 / UTILISATION)
     heavy = dataclasses.replace(work, backbone_bytes=10**9, micro_batches=3, trainable_bytes=4 * 10**7)
     assert heavy.seconds(CHIP, 4) == pytest.approx(1 / 4 / UTILISATION + 2 * 3 * 1.0 + 28 * 10**7 / 1e9)
+    again = dataclasses.replace(heavy, backbone_passes=4)
+    assert again.seconds(CHIP, 4) - heavy.seconds(CHIP, 4) == pytest.approx(2 * 3 * 1.0)
+    assert weight_passes("none", False) == (2, 2) and weight_passes("all", True) == (4, 3)
     assert wire_seconds(CHIP, {"all-reduce": hlo.Traffic(1, 1.0, 1e9)}) == pytest.approx(1.0)
 
 
@@ -176,11 +227,31 @@ def test_a_plan_that_does_not_fit_names_what_would(step, config):
     assert "does not fit: 0.00 GB too much" in text and ways[0][0] in text
 
 
+def test_remedies_keep_stories_whole(step, monkeypatch):
+    monkeypatch.setattr("minigpt5_jax.planning.remedies.residual_bytes", lambda *_: 26 * 10**8)
+    config = step.counted[0].copy_and_resolve_references()
+    config.data.update(global_batch=26, accumulation=1)
+    given = dataclasses.replace(step, config=config, counted=(config, step.spec))
+    ways = dict(remedies(given, 2_700_000_000))
+    assert any("accumulation=13" in flags for flags in ways)
+    assert any("backbone.llm_quantization=int8" in flags for flags in ways)
+    config.data.packing = "tree"  # 13 micro-batches would be two samples each
+    assert not remedies(given, 2_700_000_000)
+
+
 def test_batches_are_those_of_the_loader(step, config):
     assert (step.shapes.rows, step.shapes.split, step.shapes.pack) == (8, True, 1)
     assert planned_shapes(config, step.spec, step.topology.devices, 20).length == 20
     with pytest.raises(PlanError, match=r"--length=4000: rows of this run have at most \d+ positions"):
         planned_shapes(config, step.spec, step.topology.devices, 4000)
+
+
+def test_features_are_planned_where_the_run_reads_them(step, config):
+    config = config.copy_and_resolve_references()
+    for cache, planned in (("on", True), ("off", False)):
+        config.data.cache = cache
+        shapes = planned_shapes(config, step.spec, step.topology.devices)
+        assert (shapes.target_moments is not None) is planned
 
 
 def test_accumulation_follows_the_devices(config):
