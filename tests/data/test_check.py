@@ -251,7 +251,7 @@ def test_dialogues(tmp_path):
     problems = listed(found)
     wanted = [
         (2, "8.jpg: image cannot be read"),
-        (3, f"conversation_id 1 is that of {path}:1 too"),
+        (3, "conversation_id was used in line 1 already"),
         (4, "turn 1: no text; the dialogue ends before it"),
         (6, "turn 0: the dialogue has 1 turns"),
         (7, "turn 0: has 2 texts"),
@@ -261,6 +261,7 @@ def test_dialogues(tmp_path):
     assert len(problems) == len(wanted)
     for problem, (line, words) in zip(problems, wanted):
         assert problem.startswith(f"train.jsonl:{line}: ") and words in problem
+    assert found.samples == 3, "of lines 1, 2 and 5: training leaves the repeated line out too"
     assert found.notes["turns: further images of a turn"][0] == 1
     assert found.notes["turns: over 50 tokens"][0] == 1
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from minigpt5_jax.config import get_config, validate
+from minigpt5_jax.data.batches import pipeline
 from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.pipeline import make_loader
@@ -327,6 +330,20 @@ def test_an_error_in_a_worker_is_the_same_error(source, config):
         with pytest.raises(DataError, match="8 positions are left for a target"):
             next(loader)
         loader.close()
+
+
+def test_a_loader_that_is_interrupted_while_it_opens_ends_its_workers(source, config, monkeypatch):
+    @contextlib.contextmanager
+    def interrupted():  # as by a signal that was held back
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_signals_held", interrupted)
+    loader, before = make_loader(source, config, spec(4), global_batch=4, worker_count=1), active_children()
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    loader.close()
+    assert set(active_children()) <= set(before) and loader.state == 0
 
 
 # ------------------------------------------------------------------------------- buckets and packing

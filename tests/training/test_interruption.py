@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -83,23 +84,37 @@ def test_a_second_ctrl_c_ends_at_once(ctrl_c):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(
-    ("sent", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_a_run_that_waits_for_data_saves_what_was_done(tmp_path, sent, status):
-    """The signal reaches the worker process too, as Ctrl-C in a terminal and SIGTERM to a job do."""
+@pytest.fixture
+def waiting(tmp_path):
+    """A run that waits for its fourth batch, in a session of its own."""
     command = [sys.executable, str(Path(__file__).with_name("waiting_worker.py")), str(tmp_path)]
     run = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
     try:
         assert run.stdout.readline() == "waiting\n", run.communicate()[1][-3000:]
-        time.sleep(0.5)  # until the third batch is used, and the fourth waited for
-        os.killpg(run.pid, sent)
-        _, said = run.communicate(timeout=100)
+        yield run
     finally:
-        if run.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_a_run_that_waits_for_data_saves_what_was_done(tmp_path, waiting, sent, status):
+    """The signal reaches the worker processes too, as Ctrl-C in a terminal and SIGTERM to a job do."""
+    run = waiting
+    time.sleep(0.5)  # until the third batch is used, and the fourth waited for
+    os.killpg(run.pid, sent)
+    _, said = run.communicate(timeout=100)
     assert run.returncode == status, said[-3000:]
     assert "Traceback" not in said and f"{sent.name}: stopping; the last whole step is saved first" in said
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.steps == [3]
     assert checkpoints.restore({"step": jnp.asarray(0)})[1] == 3, "the fourth batch is read again"
+
+
+def test_workers_end_with_a_killed_trainer(waiting):
+    """Its output, which they hold too, ends with the last of them; those that sleep in a reader as well."""
+    waiting.kill()
+    waiting.communicate(timeout=10)

@@ -1,4 +1,4 @@
-"""A run whose next batch never comes: a worker process makes three and then waits for ever.
+"""A run whose next batch never comes: its two worker processes make three and then wait for ever.
 
 Usage: python waiting_worker.py WORKDIR; prints ``waiting`` when the fourth batch is asked for.
 """
@@ -32,7 +32,8 @@ class Reader:
         if step >= GIVEN:
             time.sleep(600)
         names = [field.name for field in dataclasses.fields(Batch) if field.default is dataclasses.MISSING]
-        return {"batch": {name: np.zeros(1, np.int32) for name in names}, "report": Report((), 0)}
+        arrays = {name: np.zeros(1, np.int32) for name in names}
+        return {"batch": arrays, "uncached": {}, "report": Report((), 0)}
 
 
 if __name__ == "__main__":
@@ -55,7 +56,7 @@ if __name__ == "__main__":
         return state.__class__(state.step + 1, state.trainable, state.opt_state, state.rng), {"loss": 1.0}
 
     state = TrainState(jnp.asarray(0), {"a": jnp.zeros(2)}, {"m": jnp.zeros(1)}, jnp.zeros(2, jnp.uint32))
-    data = DevicePrefetch(Loader(Reader(), budget=0, worker_count=1, prefetch=1), lambda batch: batch, 0)
+    data = DevicePrefetch(Loader(Reader(), budget=0, worker_count=2, prefetch=1), lambda batch: batch, 0)
     checkpoints, metrics = Checkpoints(folder / "checkpoints"), Metrics(folder, 9, first_step=0, active=False)
     mesh = make_mesh(devices=jax.devices()[:1])
     Loop(state, {}, train_step, mesh, data, metrics, checkpoints, {}, 0, 9, 0, 100, 0).run()

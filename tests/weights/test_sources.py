@@ -263,9 +263,16 @@ def test_a_tokenizer_model_is_made_of_tokenizer_json(files, llama_folder, tmp_pa
     shutil.copy(tmp_path / "new/tokenizer.json", llama_folder)
     with pytest.raises(DataError, match="convert llm .*vicuna --output NEW` make it of tokenizer.json"):
         LlamaTokenizer(llama_folder / "tokenizer.model")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "new/tokenizer.json", alone)
+    copied = "copy tokenizer.json to .* FOLDER, .* llm FOLDER .*, and copy NEW/tokenizer.model to .*alone$"
+    with pytest.raises(DataError, match=copied):
+        LlamaTokenizer(alone / "tokenizer.model")
     coverage = rewrite.write_llm(with_pad_row(files["llm"]), llama_folder, tmp_path / "out")
     assert coverage.notes == ("rows 1000 to 1000 are left out: the tokenizer has 1000 entries",)
-    ours, theirs = LlamaTokenizer(tmp_path / "out/tokenizer.model"), LlamaTokenizer(theirs)
+    shutil.copy(tmp_path / "out/tokenizer.model", alone)
+    ours, theirs = LlamaTokenizer(alone / "tokenizer.model"), LlamaTokenizer(theirs)
     for text in [*ODD, *Path(rewrite.__file__).read_text().splitlines(), Path(__file__).read_text()]:
         assert ours.encode(text) == theirs.encode(text), text
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text)), text

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -183,7 +184,7 @@ class Loader:
         self.truncated = 0
         self.complete: Callable[[int, dict[str, np.ndarray], dict[str, UncachedImages]], None] | None = None
         self._step = 0
-        self._batches = None
+        self._batches: grain.DatasetIterator | None = None
         self._others: list[BaseProcess] = []
 
     @property
@@ -221,7 +222,8 @@ class Loader:
             closing.join(CLOSING_SECONDS)
         self._batches = None
 
-    def _open(self) -> grain.DatasetIterator:
+    def _open(self) -> None:
+        """Makes ``_batches``, set before any process starts: a signal may come out of this, and close() ends them."""
         stop = sys.maxsize if self.num_steps is None else self.num_steps
         steps = grain.MapDataset.range(self._step, stop).map(self._reader)
         if self._worker_count:
@@ -234,14 +236,14 @@ class Loader:
             workers = grain.MultiprocessingOptions(self._worker_count, per_worker_buffer_size=buffer)
             options = grain.experimental.DatasetOptions(min_shm_size=SHARED_MEMORY_BYTES)
             read = grain.experimental.WithOptionsIterDataset(steps.to_iter_dataset(here), options)
-            batches = iter(read.mp_prefetch(workers))
-            batches.get_state()  # makes the iterators of the workers, which are started here
+            self._batches = iter(read.mp_prefetch(workers, worker_init_fn=_end_with_parent))
+            self._batches.get_state()  # makes the iterators of the workers, which are started here
             self._others = multiprocessing.active_children()
             with _signals_held():
-                batches.start_prefetch()
-            return batches
+                self._batches.start_prefetch()
+            return
         threads = grain.ReadOptions(num_threads=min(1, self._prefetch), prefetch_buffer_size=self._prefetch)
-        return iter(steps.to_iter_dataset(threads))
+        self._batches = iter(steps.to_iter_dataset(threads))
 
     def __iter__(self) -> Loader:
         return self
@@ -252,7 +254,7 @@ class Loader:
             self.close()
             raise StopIteration
         if self._batches is None:
-            self._batches = self._open()
+            self._open()
         element = next(self._batches)
         self._step += 1
         self._count(element["report"])
@@ -297,6 +299,16 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(*_: int) -> None:
+    """Ends the worker process that calls it with the trainer, which may be killed before it can end it."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _kill_workers(others: Sequence[BaseProcess]) -> None:

@@ -119,9 +119,7 @@ class MMDialogSource(Source):
         """A conversation as it is written; SampleError for one that breaks the form."""
         where = self.lines.where(row)
         if row in self._repeats:
-            raise SampleError(
-                where, f"conversation_id was used in line {self.lines.number(self._repeats[row])} already"
-            )
+            raise repeated_dialog(where, self.lines.number(self._repeats[row]))
         return parse_dialog(self.lines[row], where, self._root)
 
     def _find(self, index: int) -> tuple[Dialog, int]:
@@ -152,6 +150,11 @@ class MMDialogSource(Source):
             f"MMDialog {kind} ({self._rules.loader}): {len(self):,} samples of {self.rows:,} dialogues in "
             f"{self.lines.path}{notes}"
         )
+
+
+def repeated_dialog(where: str, first: int) -> SampleError:
+    """A line whose id line ``first`` has too."""
+    return SampleError(where, f"conversation_id was used in line {first} already")
 
 
 def parse_dialog(line: str, where: str, root: Path) -> Dialog:

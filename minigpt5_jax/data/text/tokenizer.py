@@ -90,6 +90,17 @@ class CaptionTokenizer(Protocol):
         """What a checkpoint stores, to refuse another tokenizer later."""
 
 
+def _remedy(folder: Path) -> str:
+    """How ``tokenizer.model`` is made of the ``tokenizer.json`` of a folder, with or without a model in it."""
+    convert = "python -m minigpt5_jax.convert llm"
+    if (folder / "config.json").is_file():
+        return f"let `{convert} {folder} --output NEW` make it of tokenizer.json"
+    return (
+        f"copy tokenizer.json to the weights of the language model, FOLDER, let `{convert} FOLDER --output "
+        f"NEW` make it there, and copy NEW/tokenizer.model to {folder}"
+    )
+
+
 class LlamaTokenizer:
     """LLaMA's sentencepiece model with ``num_vokens`` vokens and ``<ImageHere>`` behind its pieces.
 
@@ -117,8 +128,8 @@ class LlamaTokenizer:
         if not path.exists() and path.with_name("tokenizer.json").is_file():
             raise DataError(
                 f"{path} is not there, only tokenizer.json, which newer versions of transformers write and "
-                "whose rules give other ids (Q22): put tokenizer.model of the same model beside it, or let "
-                f"`python -m minigpt5_jax.convert llm {path.parent} --output NEW` make it of tokenizer.json"
+                "whose rules give other ids (Q22): put tokenizer.model of the same model beside it, or "
+                f"{_remedy(path.parent)}"
             )
         data = _read(path, "sentencepiece model")
         try:

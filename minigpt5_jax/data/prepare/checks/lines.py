@@ -13,7 +13,7 @@ from minigpt5_jax.data.samples.pairs import Pair, PairRules
 from minigpt5_jax.data.samples.records import RecordRules, parse_record
 from minigpt5_jax.data.sources.cc3m import header_hint, read_row, split_row
 from minigpt5_jax.data.sources.jsonl import repeated_id
-from minigpt5_jax.data.sources.mmdialog import parse_dialog
+from minigpt5_jax.data.sources.mmdialog import parse_dialog, repeated_dialog
 
 
 class Table:
@@ -98,8 +98,9 @@ class Dialogues:
 
     def __call__(self, line: str, entry: Entry) -> None:
         dialog = parse_dialog(line, entry.where, self._root)
-        if self._ids.setdefault(dialog.id, entry.where) != entry.where:
-            entry.problems.append(f"conversation_id {dialog.id} is that of {self._ids[dialog.id]} too")
+        number = int(entry.where.rpartition(":")[2])
+        if (first := self._ids.setdefault(dialog.id, number)) != number:
+            raise repeated_dialog(entry.where, first)
         usable, remarks = self._rules.usable(dialog, lambda image: True, self._count)
         for remark in remarks:
             if remark.kind.startswith(self.ACCEPTED):
