@@ -235,7 +235,6 @@ class FeatureCache:
             if not self._complete:
                 self._end_epoch()
         self._wait()
-        self._store.forget_recent()
         for field, images in uncached.items():
             values = self._features(FIELDS[field], images["keys"], images["pixels"])
             fields[field].reshape(-1, *values.shape[1:])[images["slots"]] = values

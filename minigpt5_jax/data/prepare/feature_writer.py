@@ -80,10 +80,9 @@ class FeatureWriter:
             nothing more can be written.
         """
         self.wait()
-        free, size = (
-            free_bytes(self._store.folder),
-            len(keys) * (self._store.spec.bytes_of(kind) + KEY.itemsize),
-        )
+        self._store.forget_recent()
+        free = free_bytes(self._store.folder)
+        size = len(keys) * (self._store.spec.bytes_of(kind) + KEY.itemsize)
         if self._reserve and free < self._reserve + size:
             raise OSError(
                 errno.ENOSPC,
