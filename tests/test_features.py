@@ -14,10 +14,10 @@ from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, v
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prepare import feature_writer
 from minigpt5_jax.data.sources.features import FeatureStore
-from minigpt5_jax.training.sharding import make_mesh
+from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.wiring import feature_cache, features
-from minigpt5_jax.wiring.feature_cache import FeatureCache, open_features
-from minigpt5_jax.wiring.features import make_encoder, prepare_features, with_planned_features
+from minigpt5_jax.wiring.feature_cache import FeatureCache, checkpoint_bytes, open_features
+from minigpt5_jax.wiring.features import load_towers, make_encoder, prepare_features, with_planned_features
 from minigpt5_jax.wiring.inputs import batch_spec, make_batch_sharder, open_loader, open_sources
 from minigpt5_jax.wiring.model import build, load_frozen
 
@@ -96,6 +96,7 @@ class Run:
                 self.loader,
                 epoch_steps=math.ceil(SAMPLES / BATCH),
                 tell=self.told.append,
+                load=lambda kind: load_towers(config, spec, kind)[0],
             )
 
     def take(self, steps):
@@ -151,6 +152,38 @@ def test_a_run_that_was_killed_goes_on_with_what_is_on_the_disk(config, spec, so
     assert len(FeatureStore(config.data.features)) == SAMPLES
 
 
+def test_an_image_that_can_be_read_again_does_not_end_the_run(config, spec, source, encoder, calls, caplog):
+    run = Run(config, spec, source)
+    run.take(4)
+    assert run.told and not calls.clear()
+    size = config.model.generator.image_size
+    pixels = np.full((2, size, size, 3), 7, np.uint8)
+    fields = {"target_moments": np.zeros((2, *run.cache._store.spec.target), np.float32)}
+    images = {"keys": np.array([2, 2], np.uint64), "pixels": pixels, "slots": np.arange(2)}
+    run.cache(4, fields, {"target_moments": images})
+    np.testing.assert_array_equal(fields["target_moments"], encoder(pixels))
+    run.cache(6, fields, {"target_moments": images})  # another epoch: the others wait for nobody
+    assert caplog.text.count("can be read now that could not when") == 1 and len(run.told) == 1
+
+
+def test_a_store_without_its_manifest_is_refused(config, spec, source, calls):
+    Run(config, spec, source).take(1)
+    os.remove(f"{config.data.features}/manifest.json")
+    for take in (open_features, lambda *_: prepare_features(config, source, config.data.features)):
+        with pytest.raises(
+            DataError, match="holds features without manifest.json; copy it whole or delete it"
+        ):
+            take(config, spec, source)
+
+
+def test_towers_that_the_step_does_not_hold_are_counted(config, spec, source, calls):
+    opened = open_features(config, spec, source)[0]
+    whole = parameter_shardings(spec.template.shapes, spec.template.axes, make_mesh(8, 1, 1), spec.sharding)
+    size = sum(value.nbytes for value in opened.towers["target"].values())
+    assert opened.extra_bytes(spec, whole) == 0 < size
+    assert opened.extra_bytes(spec.without({"vae"}), whole) == size
+
+
 def test_a_store_of_prepare_features_is_read(config, spec, source, encoder, calls):
     said = []
     store = config.data.features
@@ -180,6 +213,10 @@ def test_what_is_not_finished_and_shall_not_be_written_is_refused(config, spec, 
 
 
 def test_a_disk_that_is_too_small(config, spec, source, monkeypatch):
+    reserve = checkpoint_bytes(config, spec)
+    config.run.keep_latest += 1
+    assert checkpoint_bytes(config, spec) == reserve * 5 // 4, "two, the best, and one more"
+    config.run.keep_latest -= 1
     monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 41_000)
     opened, note = open_features(config, spec, source)
     assert opened is None and not os.path.exists(config.data.features)
@@ -189,8 +226,10 @@ def test_a_disk_that_is_too_small(config, spec, source, monkeypatch):
     assert "41.1 kB" in note and "where 41.0 kB are free" in note and note.endswith("data.features")
     with pytest.raises(DataError, match="the disk is too small for features of 20.*name a folder on another"):
         prepare_features(config, source, config.data.features)
-    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 42_000)
-    assert open_features(config, spec, source)[0] is not None
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 41_000 + reserve)
+    assert open_features(config, spec, source)[0] is None
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 42_000 + reserve)
+    assert open_features(config, spec, source)[0].reserve == reserve > 0
 
 
 def test_a_disk_that_fills_up_ends_the_writing_and_not_the_run(

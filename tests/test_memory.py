@@ -60,6 +60,9 @@ def test_as_little_as_the_device_allows_is_computed_again(run, kept, monkeypatch
     assert policy(kept["none"]) == "none"
     assert policy(0.999 * kept["none"]) in ("backbone", "generator")
     assert policy(0) == "all"
+    limit = int((resident + kept["none"]) / memory.USABLE) + 1
+    extra = int(0.001 * kept["none"]) + 2
+    assert memory.fit_memory(config, spec, batch, shardings, limit, extra=extra)[1] != "none"
     assert memory.fit_memory(config, spec, batch, shardings) == (spec, "none")  # a CPU tells no limit
 
 

@@ -20,6 +20,7 @@ from minigpt5_jax.training.provenance import CheckpointError, hash_parameters
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
+from minigpt5_jax.wiring.features import load_towers
 from minigpt5_jax.wiring.memory import resident_bytes
 from minigpt5_jax.wiring.model import build, load_frozen
 from minigpt5_jax.wiring.restore import open_run
@@ -63,6 +64,15 @@ def test_the_hash_of_a_quantised_tower_is_that_of_its_files(trained):
     hashes = hash_parameters(load_frozen(plain, build(plain), only=["llm", "unet"]))
     assert loop.frozen[KERNEL].dtype == np.int8 and len(hashes) == 2
     assert {tower: loop.meta["frozen"][tower] for tower in hashes} == hashes
+
+
+def test_features_of_a_quantised_tower_are_known_by_its_files_and_its_storage(trained):
+    config, _ = trained
+    plain = config.copy_and_resolve_references()
+    plain.model.backbone.vit_quantization = "none"
+    int8, whole = (load_towers(made, build(made), "image")[1] for made in (config, plain))
+    other = {name for name in whole if int8[name] != whole[name]}
+    assert other and {int8[name] for name in other} == {f"{whole[name]}+int8" for name in other}
 
 
 def test_it_is_opened_as_it_trained_or_otherwise(trained):

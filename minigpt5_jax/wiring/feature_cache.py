@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import ConfigError
@@ -33,8 +35,9 @@ from minigpt5_jax.data.prepare.feature_writer import (
     write_missing,
 )
 from minigpt5_jax.data.sources import Source
-from minigpt5_jax.data.sources.features import MANIFEST, FeatureStore, check_spec, read_spec
+from minigpt5_jax.data.sources.features import MANIFEST, FeatureStore, check_folder, read_spec
 from minigpt5_jax.models.common import Params
+from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.wiring.features import (
     KINDS,
@@ -64,11 +67,22 @@ class Opened:
       store: what the loader reads.
       index: which images the samples have.
       towers: kind -> parameters that make the features that are missing; empty where none are.
+      reserve: bytes of the disk that are left for the run's checkpoints.
     """
 
     store: FeatureStore
     index: ImageIndex
     towers: Mapping[str, Params]
+    reserve: int = 0
+
+    def extra_bytes(self, spec: ModelSpec, shardings: Mapping[str, Sharding]) -> int:
+        """Bytes of the towers on each device, without what the step holds there whole."""
+        return sum(
+            value.nbytes
+            for tower in self.towers.values()
+            for path, value in tower.items()
+            if path in spec.template.absent or not shardings[path].is_fully_replicated
+        )
 
 
 def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[Opened | None, str]:
@@ -92,9 +106,7 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[
     folder = Path(data.features or Path(config.run.workdir) / "features")
     towers, hashes, failure = _towers(config, spec, folder, kinds)
     wanted = feature_spec(config, spec, source, hashes)
-    if (folder / MANIFEST).is_file():
-        check_spec(folder, wanted)
-    elif data.cache == "off":
+    if not check_folder(folder, wanted) and data.cache == "off":
         read_spec(folder)  # says that it is missing
     index, store = images_of(config, spec, source), FeatureStore(folder, wanted)
     if not _agreed(any_readable(source, index, store)):
@@ -104,7 +116,8 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[
         return Opened(store, index, {}), f"images are not encoded: their features are in {folder}"
     if failure is not None:
         raise failure
-    fits, words = room_for(index, store)
+    reserve = checkpoint_bytes(config, spec)
+    fits, words = room_for(index, store, reserve)
     if data.cache == "off":
         raise DataError(
             f"feature store {folder} is not finished: {words.split(':')[0]} are missing; give the command "
@@ -115,7 +128,19 @@ def open_features(config: ConfigDict, spec: ModelSpec, source: Source) -> tuple[
             f"images are encoded in each step, as the disk is too small for {words}; to keep them, free "
             "some, or name a folder on another disk: data.features"
         )
-    return Opened(store, index, towers), f"{words}; the first epoch writes them"
+    return Opened(store, index, towers, reserve), f"{words}; the first epoch writes them"
+
+
+def checkpoint_bytes(config: ConfigDict, spec: ModelSpec) -> int:
+    """Bytes that a run's checkpoints take: trainables and AdamW's moments of those it keeps, and of one more.
+
+    Features may lie on the disk of the checkpoints, and one is written before the oldest is deleted.
+    """
+    shapes = spec.template.shapes.items()
+    state = sum(
+        3 * math.prod(x.shape) * x.dtype.itemsize for path, x in shapes if spec.labels[path] != FROZEN
+    )
+    return (config.run.keep_latest + config.run.keep_best + 1) * state
 
 
 def _towers(
@@ -167,6 +192,7 @@ class FeatureCache:
       loader: for which it is; its batches say how many images are encoded at a time.
       epoch_steps: steps of an epoch.
       tell: gets a line when all features are there.
+      load: reads the towers of a kind again, where an image can be read after they were let go of.
     """
 
     def __init__(
@@ -179,22 +205,26 @@ class FeatureCache:
         *,
         epoch_steps: int,
         tell: Callable[[str], None],
+        load: Callable[[str], Params],
     ):
         # Source and store are its own: the loader's are read by a thread or by other processes.
-        self._index, self._source, self._tell = opened.index, copy.copy(source), tell
+        self._index, self._source, self._tell, self._load = opened.index, copy.copy(source), tell, load
         self._store = FeatureStore(opened.store.folder, opened.store.spec, warn=False)
-        shared = {path: value for path, value in frozen.items() if value.is_fully_replicated}
-        self._encoders: dict[str, Encoder] = {
-            kind: make_encoder(spec.template, kind, {path: shared.get(path, x) for path, x in tower.items()})
-            for kind, tower in opened.towers.items()
-        }
+        self._template = spec.template
+        self._shared = {path: value for path, value in frozen.items() if value.is_fully_replicated}
+        self._encoders = {kind: self._encoder(kind, tower) for kind, tower in opened.towers.items()}
+        self._complete = not self._encoders
         sizes = {"target": loader.largest.items, "image": loader.largest.images}
         self._batch = {kind: max(1, min(LARGEST, size)) for kind, size in sizes.items()}
         self._epoch_steps = self._next_epoch = epoch_steps
         self._writer: FeatureWriter | None = None
         if self._encoders:
             claim(self._store.folder, self._store.spec)
-            self._writer = FeatureWriter(self._store)
+            self._writer = FeatureWriter(self._store, reserve=opened.reserve)
+
+    def _encoder(self, kind: str, tower: Params) -> Encoder:
+        params = {path: self._shared.get(path, value) for path, value in tower.items()}
+        return make_encoder(self._template, kind, params)
 
     def __call__(
         self, step: int, fields: dict[str, np.ndarray], uncached: Mapping[str, UncachedImages]
@@ -202,7 +232,7 @@ class FeatureCache:
         """Fills the features of a step's images that came as pixels."""
         if step >= self._next_epoch:
             self._next_epoch = step - step % self._epoch_steps + self._epoch_steps
-            if self._encoders:
+            if not self._complete:
                 self._end_epoch()
         self._wait()
         for field, images in uncached.items():
@@ -214,6 +244,10 @@ class FeatureCache:
         unique, first, which = np.unique(keys, return_index=True, return_inverse=True)
         found = [self._store.find(kind, int(key)) for key in unique]
         lacking = [place for place, values in enumerate(found) if values is None]
+        if lacking and self._complete:
+            self._store.refresh()
+            found = [self._store.find(kind, int(key)) for key in unique]
+            lacking = [place for place, values in enumerate(found) if values is None]
         if lacking:
             made = self._encode(kind, pixels[first[lacking]])
             self._append(kind, unique[lacking], made)
@@ -224,10 +258,12 @@ class FeatureCache:
     def _encode(self, kind: str, pixels: np.ndarray) -> np.ndarray:
         """Features as they are stored, in batches of one size."""
         if kind not in self._encoders:
-            raise DataError(
-                f"{len(pixels)} images can be read now that could not when the features in "
-                f"{self._store.folder} were made; start the run again, and theirs are added"
+            logging.warning(
+                "%d images can be read now that could not when the features in %s were made: they are "
+                "encoded in each step; start the run again, and theirs are added",
+                *(len(pixels), self._store.folder),
             )
+            self._encoders[kind] = self._encoder(kind, self._load(kind))
         size, made = self._batch[kind], []
         for start in range(0, len(pixels), size):
             part = pixels[start : start + size]
@@ -290,7 +326,7 @@ class FeatureCache:
         self._store.refresh()
         if done:
             self.close()
-            self._encoders = {}
+            self._encoders, self._complete = {}, True
             self._tell(f"the features of all images are in {self._store.folder}: they are encoded no more")
 
     def _encoders_of_any_size(self) -> dict[str, Encoder]:

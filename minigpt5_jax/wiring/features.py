@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -33,14 +34,19 @@ from minigpt5_jax.data.prepare.feature_writer import (
     write_missing,
 )
 from minigpt5_jax.data.sources import Source
-from minigpt5_jax.data.sources.features import FeatureSpec, FeatureStore, image_fingerprint
+from minigpt5_jax.data.sources.features import (
+    FeatureSpec,
+    FeatureStore,
+    check_folder,
+    image_fingerprint,
+)
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.parts.contracts import FROZEN
-from minigpt5_jax.training.provenance import hash_parameters
+from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.sharding import make_mesh, replicated
 from minigpt5_jax.wiring.inputs import encode_config
-from minigpt5_jax.wiring.model import ModelSpec, build, load_frozen
+from minigpt5_jax.wiring.model import ModelSpec, build, hash_frozen, load_frozen
 
 KINDS = {"target": "generator", "image": "backbone"}
 """Kind of feature -> the part whose frozen towers make it (``Part.features``)."""
@@ -85,8 +91,9 @@ def load_towers(config: ConfigDict, spec: ModelSpec, kind: str) -> tuple[Params,
     for tower, starts in part.features.items():
         prefixes = tuple(part.prefix + start for start in starts)
         leaves = {path: value for path, value in loaded.items() if path.startswith(prefixes)}
-        digests = hash_parameters(leaves)
-        hashes[tower] = "+".join(digests[name] for name in sorted(digests))
+        digests = hash_frozen(config, spec, leaves)  # of the files: int8 values differ between devices
+        methods = {spec.template.quantized[path].method for path in leaves if path in spec.template.quantized}
+        hashes[tower] = "+".join([digests[name] for name in sorted(digests)] + sorted(methods))
         params |= leaves
     return params, hashes
 
@@ -162,18 +169,33 @@ def feature_spec(
         pad_input_square=config.data.pad_input_square,
         images_as_shown=config.data.images_as_shown,
         target_dtype=config.model.dtype,
+        compute_dtype=config.model.dtype,
     )
 
 
 def images_of(config: ConfigDict, spec: ModelSpec, source: Source) -> ImageIndex:
-    """Which images the training samples have, mirrored as training mirrors them."""
-    return image_index(
-        source,
-        encode_config(config, spec.sizes, training=True),
-        seed=config.run.seed,
-        trees=config.data.packing == "tree",
-        folder=config.data.index_cache,
-    )
+    """Which images the training samples have, mirrored as training mirrors them.
+
+    The main process lists them and the others read its file: a listing may read every image.
+    """
+
+    def listed() -> ImageIndex:
+        return image_index(
+            source,
+            encode_config(config, spec.sizes, training=True),
+            seed=config.run.seed,
+            trees=config.data.packing == "tree",
+            folder=config.data.index_cache,
+        )
+
+    if jax.process_count() == 1:
+        return listed()
+    try:
+        if main_process():
+            listed()
+    finally:
+        multihost_utils.sync_global_devices("list of images")
+    return listed()
 
 
 def prepare_features(
@@ -209,6 +231,7 @@ def prepare_features(
         raise DataError("no loss of this configuration reads an image, so there are no features to prepare")
     hashes = {name: digest for _, digests in towers.values() for name, digest in digests.items()}
     wanted = feature_spec(config, spec, source, hashes)
+    check_folder(folder, wanted)
     index, store = images_of(config, spec, source), FeatureStore(folder, wanted)
     fits, words = room_for(index, store)
     if not fits:

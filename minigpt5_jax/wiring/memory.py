@@ -27,7 +27,13 @@ TRAINED_COPIES = 4
 
 
 def fit_memory(
-    config: ConfigDict, spec: ModelSpec, batch: Batch, shardings: Mapping[str, Any], limit: int | None = None
+    config: ConfigDict,
+    spec: ModelSpec,
+    batch: Batch,
+    shardings: Mapping[str, Any],
+    limit: int | None = None,
+    *,
+    extra: int = 0,
 ) -> tuple[ModelSpec, str]:
     """(model, policy) with as little computed again as fits into a device; ``model.remat`` where it is said.
 
@@ -36,6 +42,7 @@ def fit_memory(
       shardings: path -> how a parameter lies on the mesh.
       limit: bytes of a device; what JAX tells of the first one by default.  Without a number (CPU) nothing is
         computed again.
+      extra: bytes on each device of what lies there besides the model.
     """
     if config.model.remat != "auto":
         return spec, config.model.remat
@@ -45,7 +52,7 @@ def fit_memory(
     mesh = next(iter(shardings.values())).mesh.shape
     # Rows are whole on each device of the tensor axis.
     shares = max(1, mesh["data"] * mesh["fsdp"] // jax.process_count())
-    room = limit * USABLE - resident_bytes(spec, shardings)
+    room = limit * USABLE - resident_bytes(spec, shardings) - extra
     for policy in POLICIES[:-1]:
         tried = spec if policy == "none" else build(config, remat=policy).without(spec.unused)
         if residual_bytes(tried, batch) / shares <= room:

@@ -33,7 +33,7 @@ from minigpt5_jax.training.sharding import (
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.wiring.feature_cache import FeatureCache, open_features
-from minigpt5_jax.wiring.features import plans_features
+from minigpt5_jax.wiring.features import load_towers, plans_features
 from minigpt5_jax.wiring.inputs import (
     data_identity,
     epoch_samples,
@@ -299,7 +299,8 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     shard = make_batch_sharder(mesh, config.data.accumulation)
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
-    spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings)
+    extra = features.extra_bytes(spec, shardings) if features else 0
+    spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings, extra=extra)
     steps = num_steps(config, epoch_samples(config, source))
     check_end(config, steps, checkpoints)
     optimizer = open_optimizer(config, spec, steps)
@@ -347,7 +348,14 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     if features is not None:
         epoch_steps = math.ceil(epoch_samples(config, source) / config.data.global_batch)
         cache = loader.complete = FeatureCache(
-            features, source, spec, frozen, loader, epoch_steps=epoch_steps, tell=metrics.message
+            features,
+            source,
+            spec,
+            frozen,
+            loader,
+            epoch_steps=epoch_steps,
+            tell=metrics.message,
+            load=lambda kind: load_towers(config, spec, kind)[0],
         )
     step = jax.jit(
         make_train_step(spec.template, spec.labels, optimizer, spec.options),

@@ -33,6 +33,7 @@ from minigpt5_jax.data.prepare.feature_writer import (
 )
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource
+from minigpt5_jax.data.sources import features as stored
 from minigpt5_jax.data.sources.features import (
     FeatureSpec,
     FeatureStore,
@@ -272,6 +273,8 @@ def test_a_store_of_other_images_or_towers_is_refused_with_what_differs(folder, 
         DataError, match=f"(?s)delete that folder or name.*towers: stored.*{'v' * 64}.*, now.*{'w' * 64}"
     ):
         check_spec(folder / "store", spec_of(pairs, towers={"vae": "w" * 64}))
+    with pytest.raises(DataError, match="compute_dtype: stored 'float32', now 'bfloat16'"):
+        check_spec(folder / "store", spec_of(pairs, compute_dtype="bfloat16"))
     with pytest.raises(DataError, match="target_size: stored 8, now 16"):
         check_spec(folder / "store", spec_of(pairs, target_size=16))
     with pytest.raises(DataError, match="images_as_shown: stored True, now False"):
@@ -320,6 +323,49 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_byte(folder, pairs, 
     assert fits and words.startswith("features of 7 images to draw: 0.7 kB in ") and not store.folder.exists()
     monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 7 * (96 + 8))
     assert not room_for(index, store)[0]
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 7 * (96 + 8) + 1000)
+    assert room_for(index, store, 999)[0]
+    fits, words = room_for(index, store, 1000)
+    assert not fits and words.endswith("where 1.7 kB are free and 1.0 kB are for checkpoints")
+
+
+def test_writing_ends_where_it_would_take_the_place_of_checkpoints(folder, pairs, monkeypatch):
+    claim(folder / "store", spec_of(pairs))
+    writer = FeatureWriter(FeatureStore(folder / "store"), reserve=1000)
+    keys, values = np.array([2], np.uint64), np.zeros((1, 2, 2, 6), np.float32)
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 1104)
+    writer.append("target", keys, values)
+    monkeypatch.setattr(feature_writer, "free_bytes", lambda folder: 1103)
+    with pytest.raises(OSError, match="1.1 kB are free, and 1.0 kB are for checkpoints: .*store"):
+        writer.append("target", keys + np.uint64(2), values)
+    writer.close()
+    assert len(FeatureStore(folder / "store")) == 1
+
+
+def test_features_without_a_manifest_are_refused(folder, pairs):
+    write(folder, pairs, spec_of(pairs), {"target": pooled})
+    (folder / "store" / "manifest.json").unlink()
+    other = spec_of(pairs, towers={"vae": "w" * 64})
+    with pytest.raises(
+        DataError, match="store holds features without manifest.json; copy it whole or delete it"
+    ):
+        claim(folder / "store", other)
+    shutil.rmtree(folder / "store")  # the remedy
+    claim(folder / "store", other)
+    assert [path.name for path in (folder / "store").iterdir()] == ["manifest.json"]
+
+
+def test_a_store_does_not_remember_every_feature_one_by_one(folder, pairs, monkeypatch):
+    claim(folder / "store", spec_of(pairs))
+    store = FeatureStore(folder / "store")
+    writer = FeatureWriter(store)
+    monkeypatch.setattr(stored, "RECENT", 2)
+    for key, held in ((2, 1), (4, 2), (6, 3), (8, 1)):
+        writer.append("target", np.array([key], np.uint64), np.full((1, 2, 2, 6), key, np.float32))
+        writer.wait()
+        assert len(store._recent["target"]) == held and store.find("target", 2)[0, 0, 0] == 2
+    writer.close()
+    assert len(store) == 4
 
 
 @pytest.fixture

@@ -110,7 +110,10 @@ def test_fingerprint(tmp_path):
     assert StoryRules().settings() == dataclasses.astuple(StoryRules())[:-1], "runs of before go on"
     prints = [VistSource(path, rules=StoryRules(**one)).fingerprint() for one in settings]
     assert len(set(prints)) == len(settings) and VistSource(path).fingerprint() == prints[0]
+    images = [VistSource(path, rules=StoryRules(**one)).image_fingerprint() for one in settings]
+    assert images[0] == images[2] == images[3] == images[4] != images[1], "a test has the first task alone"
     write(tmp_path, {"7": steps(7)}, mapping=json.loads((tmp_path / "val_image_mapping.json").read_text()))
+    assert VistSource(path).image_fingerprint() not in images
     shrunk = VistSource(path).fingerprint()
     assert shrunk not in prints
     (tmp_path / "val_image_mapping.json").write_text('{"70": "a", "71": "b"}')

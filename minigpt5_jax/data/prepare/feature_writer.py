@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from minigpt5_jax.data.sources.features import (
     MANIFEST,
     FeatureSpec,
     FeatureStore,
-    check_spec,
+    check_folder,
     describe_size,
     readable_bytes,
 )
@@ -45,14 +47,14 @@ def claim(folder: Path, spec: FeatureSpec) -> None:
     """Writes the manifest, or checks that the one there says the same.
 
     Raises:
-      DataError: the folder holds features of other images or towers.
+      DataError: the folder holds features of other images or towers, or features without a manifest.
     """
-    file = folder / MANIFEST
-    if file.is_file():
-        check_spec(folder, spec)
+    if check_folder(folder, spec):
         return
+    file = folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    # Every process of a run writes it, and those of two machines may have equal ids.
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     part.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(spec)}, indent=1))
     os.replace(part, file)
 
@@ -62,10 +64,11 @@ class FeatureWriter:
 
     Args:
       store: where they belong; it knows of them at once, and can read them after :meth:`wait`.
+      reserve: bytes of the disk that are left for others.
     """
 
-    def __init__(self, store: FeatureStore):
-        self._store, self._files = store, {}
+    def __init__(self, store: FeatureStore, *, reserve: int = 0):
+        self._store, self._reserve, self._files = store, reserve, {}
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: concurrent.futures.Future | None = None
 
@@ -73,9 +76,19 @@ class FeatureWriter:
         """Writes features in the order of their keys.
 
         Raises:
-          OSError: what was appended before could not be written; nothing more can be.
+          OSError: what was appended before could not be written, or these would leave less than the reserve;
+            nothing more can be written.
         """
         self.wait()
+        self._store.forget_recent()
+        free = free_bytes(self._store.folder)
+        size = len(keys) * (self._store.spec.bytes_of(kind) + KEY.itemsize)
+        if self._reserve and free < self._reserve + size:
+            raise OSError(
+                errno.ENOSPC,
+                f"{readable_bytes(free)} are free, and {readable_bytes(self._reserve)} are for checkpoints",
+                str(self._store.folder),
+            )
         if kind not in self._files:
             self._files[kind] = [*self._open(kind), 0]
         number, files, first = self._files[kind]
@@ -222,9 +235,13 @@ def any_readable(source: Source, index: ImageIndex, store: FeatureStore) -> bool
     return False
 
 
-def room_for(index: ImageIndex, store: FeatureStore) -> tuple[bool, str]:
-    """(whether the disk holds what is missing, words with both sizes)."""
+def room_for(index: ImageIndex, store: FeatureStore, reserve: int = 0) -> tuple[bool, str]:
+    """(whether the disk holds what is missing and leaves ``reserve`` bytes, words with the sizes)."""
     counts = {kind: len(index.missing(kind, store)) for kind in store.spec.shapes()}
     size, words = describe_size(counts, store.spec)
     free = free_bytes(store.folder)
-    return size < free, f"features of {words} in {store.folder}, where {readable_bytes(free)} are free"
+    kept = f" and {readable_bytes(reserve)} are for checkpoints" if reserve else ""
+    return (
+        size + reserve < free,
+        f"features of {words} in {store.folder}, where {readable_bytes(free)} are free{kept}",
+    )

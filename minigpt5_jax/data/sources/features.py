@@ -35,7 +35,7 @@ from minigpt5_jax.data.sources.base import Source
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MANIFEST = "manifest.json"
 KEY = np.dtype("<u8")
@@ -76,6 +76,7 @@ class FeatureSpec:
       pad_input_square: whether input images were padded (quirk Q30).
       target_dtype, image_dtype: of the stored numbers, ``bfloat16`` or ``float32``.
       pixel_range: what the target's tower saw black and white as (quirk Q9).
+      compute_dtype: in which the towers computed.
     """
 
     image_fingerprint: str
@@ -90,6 +91,7 @@ class FeatureSpec:
     target_dtype: str = "float32"
     image_dtype: str = "float32"
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
+    compute_dtype: str = "float32"
 
     def __post_init__(self):
         for dtype in (self.target_dtype, self.image_dtype):
@@ -162,6 +164,22 @@ def check_spec(folder: str | Path, wanted: FeatureSpec) -> None:
             f"the features in {folder} do not belong to this run; delete that folder or name another one "
             f"(data.features), and they are made again:\n  {lines}"
         )
+
+
+def check_folder(folder: Path, wanted: FeatureSpec) -> bool:
+    """Whether a store is in ``folder``, checked as :func:`check_spec` does.
+
+    Raises:
+      DataError: it is of other images or towers, or there are features of which no manifest tells.
+    """
+    # In this order: another process writes its manifest before its first features.
+    features = any(folder.glob("*.keys"))
+    if (folder / MANIFEST).is_file():
+        check_spec(folder, wanted)
+        return True
+    if features:
+        raise DataError(f"{folder} holds features without {MANIFEST}; copy it whole or delete it")
+    return False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -250,6 +268,11 @@ class FeatureStore:
         """Remember rows that this process appends to a file; they are read when they are written."""
         recent = self._recent[kind]
         recent.update((int(key), (file, first + row)) for row, key in enumerate(keys))
+
+    def forget_recent(self) -> None:
+        """Reads the files again where more than ``RECENT`` features were added; all must be written."""
+        if sum(map(len, self._recent.values())) > RECENT:
+            self.refresh()
 
     def has(self, kind: str, keys: UInt64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which of the keys have features in the files, as they were last read."""

@@ -104,6 +104,10 @@ class JsonlSource(Source):
             where=self.lines.where(line),
         )
 
+    def image_fingerprint(self) -> str:
+        """Hash of which images each sample has, whatever stands for them in the text."""
+        return hashlib.sha256(f"jsonl images {self.lines.sha256}".encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """Hash of the file and of everything that changes the samples made of it."""
         return hashlib.sha256(f"jsonl {self.lines.sha256} {self._rules.num_vokens}".encode()).hexdigest()

@@ -113,6 +113,10 @@ class VistSource(Source):
         """As :meth:`OfStories.stories`; one that cannot be used is one sample."""
         return np.concatenate([np.zeros(1, np.int64), self._stops])
 
+    def image_fingerprint(self) -> str:
+        """Hash of which images each sample has, whatever its wording."""
+        return hashlib.sha256(f"vist images {self._hash} {self._rules.tasks}".encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """Hash of both files and of everything that changes the samples made of them."""
         settings = self._rules.settings()
