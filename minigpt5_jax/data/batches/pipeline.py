@@ -223,7 +223,7 @@ class Loader:
         self._batches = None
 
     def _open(self) -> None:
-        """Makes ``_batches``, set before any process starts: a signal may come out of this, and close() ends them."""
+        """Make ``_batches``, set before any process starts: a signal may end this, and close() ends them."""
         stop = sys.maxsize if self.num_steps is None else self.num_steps
         steps = grain.MapDataset.range(self._step, stop).map(self._reader)
         if self._worker_count:

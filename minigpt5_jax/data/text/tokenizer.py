@@ -91,7 +91,7 @@ class CaptionTokenizer(Protocol):
 
 
 def _remedy(folder: Path) -> str:
-    """How ``tokenizer.model`` is made of the ``tokenizer.json`` of a folder, with or without a model in it."""
+    """How ``tokenizer.model`` is made of the ``tokenizer.json`` of a folder, with a model in it or not."""
     convert = "python -m minigpt5_jax.convert llm"
     if (folder / "config.json").is_file():
         return f"let `{convert} {folder} --output NEW` make it of tokenizer.json"
