@@ -225,6 +225,7 @@ def test_a_story_goes_on_from_any_length_and_forgets_its_oldest(stage1, uneven, 
             "story",
             checkpoint=str(stage1),
             jsonl=str(tmp_path / "in.jsonl"),
+            allow_outside_images=True,
             scenes=2,
             output=str(tmp_path / "page"),
         ).read_text()
