@@ -103,7 +103,7 @@ def test_a_run_is_evaluated_and_goes_on_where_it_was(checkpoint, tmp_path, capsy
     assert status == 1 and line["skipped"].keys() == {"fid"}
     assert command(capsys, count=2, metrics=["fid"], allow_skips=True, **given)[0] == 0
     with pytest.raises(
-        ConfigError, match=r"made otherwise: seed \(was 0, is 1\); choose another --output, or"
+        ConfigError, match=r"made otherwise: seed \(was 0, is 1\).*; choose another --output, or"
     ):
         command(capsys, count=2, seed=1, **given)
     with pytest.raises(

@@ -261,7 +261,7 @@ def test_dialogues(tmp_path):
     assert len(problems) == len(wanted)
     for problem, (line, words) in zip(problems, wanted):
         assert problem.startswith(f"train.jsonl:{line}: ") and words in problem
-    assert found.samples == 3, "of lines 1, 2 and 5: training leaves the repeated line out too"
+    assert found.samples == 2, "of lines 1 and 5: line 2 lacks its image, line 3 repeats an id"
     assert found.notes["turns: further images of a turn"][0] == 1
     assert found.notes["turns: over 50 tokens"][0] == 1
 
