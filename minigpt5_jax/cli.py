@@ -35,7 +35,7 @@ WORKDIR = flags.DEFINE(
 )
 HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
 flags.disclaim_key_flags()  # what define_path defines belongs to the command that calls it
-LIST_KEYS = "--help_config lists every key"
+LIST_KEYS, LIST_FLAGS = "--help_config lists every key", "--help lists every flag"
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line break, separators, changes of direction, halves of surrogate pairs."""
 _CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
@@ -189,7 +189,8 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
             fail(f"unexpected arguments: {' '.join(rest[1 + words :])}")
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(f"{_explain(error)}\n{LIST_KEYS}")
+        lists = LIST_FLAGS if isinstance(error, flags.UnrecognizedFlagError) else LIST_KEYS
+        fail(f"{_explain(error)}\n{lists}")
         raise
 
 

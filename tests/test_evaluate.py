@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,8 +13,9 @@ import jsonschema
 import numpy as np
 import pytest
 
+import tiny
 from minigpt5_jax import evaluate
-from minigpt5_jax.config import ConfigError, validate
+from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.evaluation.suite import evaluate as suite
@@ -23,10 +23,6 @@ from minigpt5_jax.evaluation.suite import predict, references
 from minigpt5_jax.evaluation.suite.evaluate import Request
 from minigpt5_jax.evaluation.suite.samples import read_references
 from minigpt5_jax.inference.session import Generation, Prompt
-from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import describe_run, hash_parameters
-from minigpt5_jax.training.tuning import FROZEN
-from minigpt5_jax.wiring.model import build, initial_trainable, load_frozen, tokenizer_identity
 from minigpt5_jax.wiring.restore import OpenedRun, open_run
 
 ROOT = Path(__file__).parents[1]
@@ -37,27 +33,9 @@ QUICK = {"force_image": "first", "max_new_tokens": "3", "num_inference_steps": "
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A run of stage 1 in the small world, saved before its first step; it cannot see."""
-    spec = importlib.util.spec_from_file_location("shapes_stage1", ROOT / "configs/shapes_stage1.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    config.model.backbone.update(vit="none", qformer="none")
+    config = tiny.shapes_stage1()
     config.data.shapes_validation = 3
-    model = build(validate(config))
-    frozen = load_frozen(config, model)
-    fresh = initial_trainable(config, model, frozen)
-    kept = {path: value for path, value in fresh.items() if model.labels[path] == FROZEN}
-    meta = describe_run(
-        config.to_dict(),
-        tokenizer=tokenizer_identity(config, model.sizes),
-        frozen=hash_parameters({**frozen, **kept}),
-    )
-    state = {"trainable": {path: value for path, value in fresh.items() if path not in kept}}
-    folder = tmp_path_factory.mktemp("run")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(7, state | ({"inherited": kept} if kept else {}), 0, meta)
-    checkpoints.close()
-    return folder
+    return tiny.save_run(config, tmp_path_factory.mktemp("run"))
 
 
 def command(capsys, *, allow_skips=False, **values):

@@ -253,7 +253,7 @@ def test_images_of_another_form_in_each_epoch(config, spec, source):
     config.data.flip_each_epoch = True
     assert open_features(config, spec, source) == (
         None,
-        "images are encoded in each step, as data.flip_each_epoch=True draws mirrors anew each epoch",
+        "images are encoded in each step, as data.flip_each_epoch=True draws mirrors again each epoch",
     )
     config.data.update(flip_mode="off", context_dropout=0.2)
     assert "data.context_dropout=0.2 chooses other images" in open_features(config, spec, source)[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,18 +12,15 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
+import tiny
 from minigpt5_jax import generate
-from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones, validate
+from minigpt5_jax.config import ConfigError, get_config, use_shapes_backbones
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.inference.prompts import text_prompt
 from minigpt5_jax.inference.session import Generation
-from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import CheckpointError, describe_run, hash_parameters
-from minigpt5_jax.training.tuning import FROZEN
+from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.wiring import generation, restore
-from minigpt5_jax.wiring.inputs import encode_config
-from minigpt5_jax.wiring.model import build, initial_trainable, load_frozen
 
 CONFIG = Path(__file__).parents[1] / "configs" / "shapes_stage1.py"
 
@@ -44,29 +40,7 @@ def command(mode=None, **values):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Folder of a shapes run that saved itself before its first step; its model cannot see."""
-    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    config.model.backbone.update(vit="none", qformer="none")
-    validate(config)
-    model = build(config)
-    frozen = load_frozen(config, model)
-    fresh = initial_trainable(config, model, frozen)
-    trainable = {path: value for path, value in fresh.items() if model.labels[path] != FROZEN}
-    inherited = {path: value for path, value in fresh.items() if model.labels[path] == FROZEN}
-    encode = encode_config(config, model.sizes, training=True)
-    meta = describe_run(
-        config.to_dict(),
-        tokenizer={"llm": encode.tokenizer.identity(), "caption": encode.caption_tokenizer.identity()},
-        frozen=hash_parameters({**frozen, **inherited}),
-    )
-    folder = tmp_path_factory.mktemp("run")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    state = {"trainable": trainable, **({"inherited": inherited} if inherited else {})}
-    checkpoints.save(7, state, 0, meta)
-    checkpoints.close()
-    return folder
+    return tiny.save_run(tiny.shapes_stage1(), tmp_path_factory.mktemp("run"))
 
 
 def test_a_page_from_a_checkpoint(checkpoint, tmp_path, capsys):

@@ -12,11 +12,8 @@ import pytest
 from PIL import Image
 from test_imports import ALLOWED
 
-from minigpt5_jax.config import get_config, keys_of, validate
-from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import describe_run, hash_parameters
-from minigpt5_jax.training.tuning import FROZEN
-from minigpt5_jax.wiring.model import build, initial_trainable, load_frozen, tokenizer_identity
+import tiny
+from minigpt5_jax.config import get_config, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -45,27 +42,11 @@ PATH = re.compile(r"`((?:minigpt5_jax|configs|benchmarks|tests|docs)/[\w./-]+)`"
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
     """A folder with an untrained run of the small world at :data:`RUN`; it cannot see, and draws quickly."""
-    spec = importlib.util.spec_from_file_location("shapes_stage1", ROOT / "configs" / "shapes_stage1.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    config.model.backbone.update(vit="none", qformer="none")
+    config = tiny.shapes_stage1()
     # Untrained, it would hardly begin an image by itself.
     config.inference.update(num_inference_steps=1, max_new_tokens=12, force_image="after_text")
-    model = build(validate(config))
-    frozen = load_frozen(config, model)
-    fresh = initial_trainable(config, model, frozen)
-    kept = {path: value for path, value in fresh.items() if model.labels[path] == FROZEN}
-    meta = describe_run(
-        config.to_dict(),
-        tokenizer=tokenizer_identity(config, model.sizes),
-        frozen=hash_parameters({**frozen, **kept}),
-    )
-    state = {"trainable": {path: value for path, value in fresh.items() if path not in kept}}
     folder = tmp_path_factory.mktemp("readme")
-    checkpoints = Checkpoints(folder / RUN / "checkpoints")
-    checkpoints.save(1, state | ({"inherited": kept} if kept else {}), 0, meta)
-    checkpoints.close()
+    tiny.save_run(config, folder / RUN, step=1)
     return folder
 
 

@@ -15,11 +15,8 @@ import tiny
 from minigpt5_jax.config import validate
 from minigpt5_jax.export import export_torch
 from minigpt5_jax.inference.session import Prompt
-from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import describe_run, hash_parameters
-from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.weights.export.model import ExportError
-from minigpt5_jax.wiring.model import build, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -51,17 +48,7 @@ def saved(request, tmp_path_factory):
         for path, shape in spec.template.shapes.items()
         if not_pretrained(path, spec)
     }
-    parts: dict[str, dict] = {"trainable": {}, "inherited": {}}
-    for path, value in values.items():
-        parts["inherited" if spec.labels[path] == FROZEN else "trainable"][path] = jnp.asarray(value)
-    meta = describe_run(
-        config.to_dict(),
-        tokenizer=tokenizer_identity(config, spec.sizes),
-        frozen=hash_parameters({**load_frozen(config, spec), **parts["inherited"]}),
-    )
-    checkpoints = Checkpoints(folder / "run" / "checkpoints")
-    checkpoints.save(7, {name: part for name, part in parts.items() if part}, 0, meta)
-    checkpoints.close()
+    tiny.save_run(config, folder / "run", {path: jnp.asarray(value) for path, value in values.items()})
     return variant, count, folder / "run", values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import original
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.config import get_config
+from minigpt5_jax.config import get_config, validate
 from minigpt5_jax.diffusion.schedule import NoiseSchedule
 from minigpt5_jax.minigpt5 import make_template
 from minigpt5_jax.models.abstract import Template
@@ -28,9 +29,44 @@ from minigpt5_jax.models.qformer.model import QFormerConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
 from minigpt5_jax.parts.contracts import Part, find
+from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.provenance import describe_run, hash_parameters
 from minigpt5_jax.training.tuning import FROZEN, Rules, rules_of
+from minigpt5_jax.wiring.model import build, initial_trainable, load_frozen, tokenizer_identity
 
 ORACLE = Path(__file__).parent / "oracle"
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def shapes_stage1() -> ConfigDict:
+    """``configs/shapes_stage1.py`` for a model that does not see."""
+    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIGS / "shapes_stage1.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.model.backbone.update(vit="none", qformer="none")
+    return config
+
+
+def save_run(
+    config: ConfigDict, workdir: Path, values: Mapping[str, jax.Array] | None = None, step: int = 7
+) -> Path:
+    """``workdir``, with one checkpoint: ``values`` of what trains or is inherited, or where these start."""
+    spec = build(validate(config))
+    frozen = load_frozen(config, spec)
+    values = initial_trainable(config, spec, frozen) if values is None else values
+    parts: dict[str, dict[str, jax.Array]] = {"trainable": {}, "inherited": {}}
+    for path, value in values.items():
+        parts["inherited" if spec.labels[path] == FROZEN else "trainable"][path] = value
+    meta = describe_run(
+        config.to_dict(),
+        tokenizer=tokenizer_identity(config, spec.sizes),
+        frozen=hash_parameters({**frozen, **parts["inherited"]}),
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(step, {name: part for name, part in parts.items() if part}, 0, meta)
+    checkpoints.close()
+    return workdir
 
 
 def make_tiny_template(

@@ -143,7 +143,7 @@ KEYS: dict[str, Key] = {
         choices=("independent", "shared", "off"),
     ),
     "data.flip_each_epoch": Key(
-        False, "mirrors drawn anew in each epoch, as in the original, not once for each image (Q17)"
+        False, "mirrors drawn again in each epoch, as in the original, not once for each image (Q17)"
     ),
     "data.images_as_shown": Key(
         True, "images turned by EXIF, transparent ones on white; the original drops both (5.5)"

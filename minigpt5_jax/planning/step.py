@@ -200,6 +200,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def _refused(message: str) -> int | None:
-    """Bytes of a program that its compiler refused as too large; None where that was not the reason."""
+    """Bytes of a program that its compiler refused as too large; None where that was not the reason.
+
+    Some refusals tell of the temporaries alone, which do not fit without the arguments either.
+    """
     used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    used = used or re.search(r"HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM", message)
     return int(float(used[1]) * _UNITS[used[2]]) if used else None

@@ -61,7 +61,7 @@ def why_no_cache(config: ConfigDict) -> str:
     """What in a configuration gives its images another form in each epoch; empty where nothing does."""
     data = config.data
     if data.flip_each_epoch and data.flip_mode != "off":
-        return "data.flip_each_epoch=True draws mirrors anew"
+        return "data.flip_each_epoch=True draws mirrors again"
     if data.context_dropout:
         return f"data.context_dropout={data.context_dropout} chooses other images"
     return ""

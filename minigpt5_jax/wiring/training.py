@@ -271,12 +271,47 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
         raise
 
 
+def _fitting_notes(
+    config: ConfigDict, spec: ModelSpec, steps: int, accumulation: int, recomputed: str
+) -> list[str]:
+    """What a run does otherwise than its keys say by themselves, a line each.
+
+    Args:
+      steps: of the run.  accumulation: that was configured.  recomputed: what is computed again.
+    """
+    notes, warmup = [], warmup_steps(config, steps)
+    if config.model.remat == "auto" and recomputed != "none":
+        notes.append(f"layers computed again so that the step fits (model.remat): {recomputed}")
+    if warmup != config.optimizer.warmup_steps:
+        notes.append(
+            f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
+        )
+    if config.data.accumulation != accumulation:
+        notes.append(
+            f"{config.data.accumulation} micro-batches per update, not data.accumulation={accumulation}, "
+            "which the devices do not divide; the update is the same"
+        )
+    if spec.unused:
+        notes.append(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
+    return notes
+
+
+def _resuming_notes(config: ConfigDict, steps: int, first_step: int, changed: list[str]) -> list[str]:
+    """Where a run goes on, with which other settings, and that there is nothing left to do."""
+    notes = []
+    if first_step:
+        notes.append(f"continuing behind step {first_step} of {config.run.workdir}")
+    if changed:
+        notes.append("\n  ".join(["settings that differ from the checkpoint's:", *changed]))
+    if first_step >= steps:
+        notes.append(f"all {steps} steps are done; to go on, give more of them (run.num_steps)")
+    return notes
+
+
 def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
-    mesh, configured = (
-        make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
-        config.data.accumulation,
-    )
-    config = fit_accumulation(config, mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    configured, config = config.data.accumulation, fit_accumulation(config, mesh)
     spec = build(config)
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
     whole, watched = spec, watch is not None
@@ -322,28 +357,9 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         active=main_process(),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
     )
-    if config.model.remat == "auto" and recomputed != "none":
-        metrics.message(f"layers computed again so that the step fits (model.remat): {recomputed}")
-    if (warmup := warmup_steps(config, steps)) != config.optimizer.warmup_steps:
-        metrics.message(
-            f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
-        )
-    if note:
-        metrics.message(note)
-    if config.data.accumulation != configured:
-        metrics.message(
-            f"{config.data.accumulation} micro-batches per update, not data.accumulation={configured}, which "
-            f"{mesh.size} devices do not divide; the update is the same"
-        )
-    if spec.unused:
-        metrics.message(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
-    if first_step:
-        metrics.message(f"continuing behind step {first_step} of {config.run.workdir}")
-    if changed:
-        metrics.message("\n  ".join(["settings that differ from the checkpoint's:", *changed]))
-    if first_step >= steps:
-        metrics.message(f"all {steps} steps are done; to go on, give more of them (run.num_steps)")
+    fitted = [*_fitting_notes(config, spec, steps, configured, recomputed), note]
+    for line in filter(None, [*fitted, *_resuming_notes(config, steps, first_step, changed)]):
+        metrics.message(line)
     cache = None
     if features is not None:
         epoch_steps = math.ceil(epoch_samples(config, source) / config.data.global_batch)

@@ -313,6 +313,8 @@ def test_a_mesh_or_a_batch_that_does_not_divide(config):
 
 def test_the_compilers_refusal_is_read():
     assert _refused("RESOURCE_EXHAUSTED: Used 20.12G of 15.75G hbm. Exceeded") == int(20.12 * 2**30)
+    temporaries = "the total memory required for HLO temporaries (18.67G) exceeds available HBM (15.75G)"
+    assert _refused(temporaries) == int(18.67 * 2**30)
     assert _refused("INVALID_ARGUMENT: something else") is None
 
 

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from minigpt5_jax.config import use_prefix, use_stage2, validate
-from minigpt5_jax.training.checkpoint import Checkpoints
-from minigpt5_jax.training.provenance import describe_run, hash_parameters
-from minigpt5_jax.training.tuning import FROZEN
-from minigpt5_jax.wiring.model import ModelSpec, build, load_frozen, tokenizer_identity
+from minigpt5_jax.wiring.model import ModelSpec, build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained
 from minigpt5_jax.wiring.session import LoadedModel
 
@@ -56,20 +54,7 @@ def trained_values(spec: ModelSpec) -> dict[str, jnp.ndarray]:
 def make_run(folder: Path, kind: str) -> Path:
     """A workdir with one checkpoint, of step 7."""
     config = small_config(kind)
-    spec = build(config)
-    frozen = load_frozen(config, spec)
-    values = trained_values(spec)
-    trainable = {path: value for path, value in values.items() if spec.labels[path] != FROZEN}
-    inherited = {path: value for path, value in values.items() if spec.labels[path] == FROZEN}
-    meta = describe_run(
-        config.to_dict(),
-        tokenizer=tokenizer_identity(config, spec.sizes),
-        frozen=hash_parameters({**frozen, **inherited}),
-    )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(7, {"trainable": trainable, **({"inherited": inherited} if inherited else {})}, 0, meta)
-    checkpoints.close()
-    return folder
+    return tiny.save_run(config, folder, trained_values(build(config)))
 
 
 @pytest.fixture(scope="session")

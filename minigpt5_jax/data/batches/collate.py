@@ -146,7 +146,7 @@ class EncodeConfig:
       strict_image_count: a sample with more images than placeholders is unusable; else the surplus is
         ignored, as the original did (quirk Q31).  Fewer images than placeholders never pass.
       images_as_shown: images are turned by EXIF and on white where transparent; the original drops both.
-      flip_each_epoch: mirrors are drawn anew in each epoch, as the original's; else once for each image, or
+      flip_each_epoch: mirrors are drawn again in each epoch, as the original's; else once for each image, or
         for each sample where the mode is ``shared``.
       image_root: what the names of images begin with (``Source.image_root``).
       features: where the features of images are, if any are kept.
