@@ -11,7 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+
+import jax
+import jax.numpy as jnp
+
+from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.llama.model import Llama, LlamaConfig
+from minigpt5_jax.planning.step import compile_for
+from minigpt5_jax.planning.topology import open_topology
 
 
 def main() -> None:
@@ -24,20 +31,10 @@ def main() -> None:
 
 def measure(method: str, layers: int) -> dict[str, object]:
     """Bytes of arguments and temporaries of the compiled pass."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-
-    from minigpt5_jax.models.abstract import Template
-    from minigpt5_jax.models.llama.model import Llama, LlamaConfig
-
-    device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-    place = jax.sharding.SingleDeviceSharding(device)
-    sizes, dtypes = (
-        LlamaConfig(num_hidden_layers=layers),
-        {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16},
-    )
+    topology = open_topology("v5e:1x1")
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sizes = LlamaConfig(num_hidden_layers=layers)
+    dtypes = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     template = Template.of(lambda rngs: Llama(sizes, rngs=rngs, **dtypes), attention="plain")
     if method != "none":
         template = template.quantize(dict.fromkeys(template.kernels(), method))
@@ -53,14 +50,11 @@ def measure(method: str, layers: int) -> dict[str, object]:
         return jnp.square(states).mean()
 
     tokens = here(jax.ShapeDtypeStruct((1, 32), jnp.int32))
-    lowered = jax.jit(jax.grad(loss)).trace(trainable, frozen, tokens).lower(lowering_platforms=("tpu",))
-    memory = lowered.compile().memory_analysis()
-    return {
-        "method": method,
-        "layers": layers,
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
+    compiled = compile_for(topology, jax.jit(jax.grad(loss)), trainable, frozen, tokens)
+    told = {"method": method, "layers": layers, "needed": compiled.needed}
+    if compiled.memory is not None:
+        told |= {"arguments": compiled.memory.arguments, "temporaries": compiled.memory.temporary}
+    return told
 
 
 if __name__ == "__main__":
