@@ -1,4 +1,4 @@
-"""``launch/slurm.sbatch`` on a Slurm of one node: two tasks train as one process does, and errors end a job."""
+"""``launch/slurm.sbatch`` on a Slurm of one node: two tasks train as one process does; errors end a job."""
 
 from __future__ import annotations
 
