@@ -47,7 +47,6 @@ def test_the_status_that_starts_training_again_is_the_programs():
     for name in ("local.sh", "slurm.sbatch", "gcloud_tpu.sh"):
         assert re.findall(r"readonly SAVED=(\d+)", (LAUNCH / name).read_text()) == [str(saved)], name
     assert f"--restart-on-exit-codes={saved} " in (LAUNCH / "xpk.sh").read_text()
-    assert "128 + told" in (ROOT / "minigpt5_jax/training/loop.py").read_text()
 
 
 class Local:

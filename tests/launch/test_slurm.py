@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=PATH)]
-STEPS = 20
+STEPS = 12
 SETTINGS = {
     "loss.image": 0,  # no UNet to compile: the processes are the matter here, and not what they compute
     "run.num_steps": STEPS,
