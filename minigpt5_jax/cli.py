@@ -17,15 +17,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
+from minigpt5_jax.config.paths import local_path
 
 
 class _PathParser(flags.ArgumentParser):
-    """A path as it was given, with its ``~`` replaced: a shell leaves one behind ``=`` alone."""
+    """A path as it was given, with its ``~`` replaced; addresses of object storage are refused."""
 
     syntactic_help = "a path; ~ is the home folder"
 
     def parse(self, argument: str) -> str:
-        return os.path.expanduser(argument)
+        return local_path(argument)
 
 
 _PATH = (_PathParser(), flags.ArgumentSerializer())
@@ -207,7 +208,7 @@ def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
 
 def sources(given: Sequence[str]) -> dict[str, str]:
     """``--weights NAME=PATH`` as name -> path, ``~`` replaced; ConfigError for anything else."""
-    return {name: os.path.expanduser(path) for name, path in pairs(given, "weights").items()}
+    return {name: local_path(path) for name, path in pairs(given, "weights").items()}
 
 
 def check_writable(path: str, flag: str = "output") -> str:

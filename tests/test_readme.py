@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "minigpt5_jax/**/*.md", "tests/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "launch/*.md", "minigpt5_jax/**/*.md", "tests/**/*.md")
     for path in ROOT.glob(pattern)
 )
 RUN = "runs/demo"
@@ -33,7 +33,7 @@ COMMAND = re.compile(r"python -m ((?:minigpt5_jax|benchmarks)(?:\.\w+)+)")
 CONFIG_FILE = re.compile(r"--config[ =](\S+?\.py)\b")
 OVERRIDE = re.compile(r"--config\.((?:run|data|model|loss|optimizer|tuning|mesh|weights|inference)\.[\w.]+)")
 ROOM = re.compile(r"^\| `([\w/]+)` \| [^|]+ \| ?([^|]*)\|$", re.M)
-PATH = re.compile(r"`((?:minigpt5_jax|configs|benchmarks|tests|docs)/[\w./-]+)`")
+PATH = re.compile(r"`((?:minigpt5_jax|configs|benchmarks|launch|tests|docs)/[\w./-]+)`")
 
 
 # ------------------------------------------------------------------------------------- Python
