@@ -80,9 +80,9 @@ class Records:
         for image in (image for turn in record.turns for image in turn.images()):
             with entry.collect():
                 entry.images.append(self._folder.path(image.path, entry.where))
-        for turn in record.answers():
+        for turn, stretch in record.samples():
             example = self._rules.example(
-                record, turn, image_root=self._folder.root, name="", where=entry.where
+                record, turn, stretch, image_root=self._folder.root, name="", where=entry.where
             )
             entry.samples.append([example.words])
 
