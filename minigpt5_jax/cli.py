@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
 from minigpt5_jax.config.paths import local_path
+from minigpt5_jax.wiring.compile_cache import set_compile_cache  # noqa: F401 - commands call it from here
 
 
 class _PathParser(flags.ArgumentParser):
@@ -39,6 +40,9 @@ flags.disclaim_key_flags()  # what define_path defines belongs to the command th
 LIST_KEYS, LIST_FLAGS = "--help_config lists every key", "--help lists every flag"
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line break, separators, changes of direction, halves of surrogate pairs."""
+_HELP = {
+    dash + name for dash in ("-", "--") for name in ("help", "helpshort", "helpfull", "helpxml", "?")
+} | {"-h"}
 _CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
 
 
@@ -157,16 +161,6 @@ def tell(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def set_compile_cache(config: ConfigDict) -> None:
-    """Compiled programs are kept on disk, so that a restart is quick."""
-    import jax  # not needed to say what is wrong with a configuration
-
-    if config.run.compile_cache:
-        folder = Path(config.run.compile_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
 def fail(message: str) -> None:
     """Print what is wrong and end the program."""
     tell(f"error: {message}")
@@ -180,7 +174,8 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
       words: arguments besides flags that the command takes at most.
 
     Raises:
-      SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded.
+      SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded; with
+        status 0 behind ``--help``.
     """
     try:
         rest = flags.FLAGS(
@@ -189,6 +184,8 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
         if len(rest) > 1 + words:
             fail(f"unexpected arguments: {' '.join(rest[1 + words :])}")
         return rest
+    except SystemExit:  # absl ends with status 1 where help was asked for
+        sys.exit(0 if _HELP.intersection(argv) else 1)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         lists = LIST_FLAGS if isinstance(error, flags.UnrecognizedFlagError) else LIST_KEYS
         fail(f"{_explain(error)}\n{lists}")
