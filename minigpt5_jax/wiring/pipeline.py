@@ -21,7 +21,7 @@ from minigpt5_jax.inference.session import Generation, Prompt, Session, mixed_se
 from minigpt5_jax.training.provenance import Meta, stage_of
 from minigpt5_jax.wiring.compile_cache import set_compile_cache
 from minigpt5_jax.wiring.restore import describe, open_run
-from minigpt5_jax.wiring.saved import save_model, whole
+from minigpt5_jax.wiring.saved import as_stored, save_model
 from minigpt5_jax.wiring.session import LoadedModel, dialog_window, override
 
 Picture = Image.Image | np.ndarray | Path
@@ -149,10 +149,10 @@ class MiniGPT5:
         Raises:
           FileExistsError: the folder holds other things.
         """
-        params = {path: whole(value) for path, value in self.model.params.items()}
-        meta = describe(self.config, self.model.spec, params)
+        stored = as_stored(self.model, self._inherited, dtype)
+        meta = describe(self.config, stored.spec, stored.params)
         meta |= {name: self._meta[name] for name in FROM_RUN if name in self._meta}
-        folder = save_model(self.model, meta, save_directory, inherited=self._inherited, dtype=dtype)
+        folder = save_model(stored, meta, save_directory, inherited=self._inherited, dtype=dtype)
         if push_to_hub:
             _upload(folder, repo_id or folder.absolute().name, None)
         return folder

@@ -10,6 +10,7 @@ Frozen towers are not in it: they are read from their sources (``config.weights`
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -176,7 +177,7 @@ def save_model(
     """Write a model's trained part with all that describes it; an earlier one in the folder is replaced.
 
     Args:
-      model: with its weights.
+      model: :func:`as_stored` in ``dtype``.
       meta: its description (:func:`~minigpt5_jax.wiring.restore.describe`).
       folder: made if need be.
       inherited: pretrained parameters that the model has in a form of its own, to be written too.
@@ -188,15 +189,11 @@ def save_model(
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and (is_saved(folder) or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} holds other things than a saved model; choose another folder")
-    own = {
-        path: value
-        for path, value in sorted(model.params.items())
-        if not_pretrained(path, model.spec) or path in inherited
-    }
+    own = {path: model.params[path] for path in sorted(own_paths(model, inherited))}
     kind = None if dtype is None else jnp.dtype(dtype)
     files = save_sharded(
         folder,
-        {path: cast(np.asarray(whole(value)), kind) for path, value in own.items()},
+        {path: cast(np.asarray(value), kind) for path, value in own.items()},
         {"format": "flax"},
     )
     config = portable(model.config)
@@ -216,9 +213,26 @@ def save_model(
     return folder
 
 
-def whole(value: Any) -> Any:
-    """A parameter in one array, also where a session has taken its layers apart."""
-    return jnp.stack(value) if isinstance(value, tuple) else value
+def own_paths(model: LoadedModel, inherited: Collection[str]) -> list[str]:
+    """Paths of what a saved model holds: everything that no source of frozen weights has."""
+    return [path for path in model.params if not_pretrained(path, model.spec) or path in inherited]
+
+
+def as_stored(model: LoadedModel, inherited: Collection[str], dtype: str | None) -> LoadedModel:
+    """A model as it is once it was saved: what it holds rounded to ``dtype``, so that hashes are of that.
+
+    Layers that a session has taken apart are joined again.
+    """
+    params = {
+        path: jnp.stack(value) if isinstance(value, tuple) else value for path, value in model.params.items()
+    }
+    if dtype is not None:
+        params |= {
+            path: params[path].astype(dtype).astype(params[path].dtype)
+            for path in own_paths(model, inherited)
+            if jnp.issubdtype(params[path].dtype, jnp.floating)
+        }
+    return dataclasses.replace(model, params=params)
 
 
 def portable(config: ConfigDict) -> ConfigDict:
