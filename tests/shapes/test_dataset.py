@@ -149,7 +149,7 @@ def test_wishes_leave_attributes_open_and_get_an_image_that_has_the_others():
     short = 0
     for asked, answered, *_ in draw_dialogs("train", 30, seed=1, wishes=1.0):
         [item] = answered.scene.objects
-        words = re.search(r"an? (.*?)(?: in the (.*?))?[.?]$", asked.text)
+        words = re.search(r"\ba (.*?)(?: in the (.*?))?[.?]$", asked.text)
         place, said = words[2], words[1].split()
         known = {name: WORDS.get(value, (value,)) for name, value in item.names.items()}
         assert place is None or place in known["place"]
