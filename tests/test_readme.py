@@ -13,6 +13,7 @@ from PIL import Image
 from test_imports import ALLOWED
 
 import tiny
+from minigpt5_jax.__main__ import WORDS, commands
 from minigpt5_jax.config import get_config, keys_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.M)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(r"python -m ((?:minigpt5_jax|benchmarks)(?:\.\w+)+)")
+UNDER_ONE_NAME = re.compile(r"(?:^|`)minigpt5 ([a-z_]+)", re.M)
 CONFIG_FILE = re.compile(r"--config[ =](\S+?\.py)\b")
 OVERRIDE = re.compile(r"--config\.((?:run|data|model|loss|optimizer|tuning|mesh|weights|inference)\.[\w.]+)")
 ROOM = re.compile(r"^\| `([\w/]+)` \| [^|]+ \| ?([^|]*)\|$", re.M)
@@ -104,6 +106,12 @@ def test_commands_are_modules_that_can_be_run(document):
         if spec is None or '__name__ == "__main__"' not in Path(spec.origin).read_text(encoding="utf-8"):
             broken.append(name)
     assert not broken
+
+
+@by_document
+def test_commands_under_one_name_are_known(document):
+    named = set(UNDER_ONE_NAME.findall(document.read_text(encoding="utf-8")))
+    assert named <= commands().keys() | WORDS.keys()
 
 
 @by_document
