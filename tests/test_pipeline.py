@@ -160,6 +160,11 @@ def test_a_model_that_is_not_there(path, message):
         MiniGPT5.from_pretrained(path)
 
 
+def test_an_address_of_object_storage():
+    with pytest.raises(ConfigError, match="gs://bucket/run is an address.*mount the bucket"):
+        MiniGPT5.from_pretrained("gs://bucket/run")
+
+
 def test_a_hugging_face_id_in_the_cache(folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 

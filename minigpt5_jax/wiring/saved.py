@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from minigpt5_jax.config import PACKAGED, keys_of, parts_of
+from minigpt5_jax.config.paths import local_path
 from minigpt5_jax.shapes.files import TRAINED
 from minigpt5_jax.training.checkpoint import first_lines
 from minigpt5_jax.training.provenance import CheckpointError, Meta, plain, stage_of
@@ -58,6 +59,7 @@ def find_folder(path: str | Path) -> Path:
     Nothing is downloaded.
 
     Raises:
+      ConfigError: an address of object storage.
       CheckpointError: a Hugging Face id that is not in the local cache, and how to fetch it; the packaged run
         is not there.
     """
@@ -65,7 +67,7 @@ def find_folder(path: str | Path) -> Path:
         if not is_saved(TRAINED):
             raise CheckpointError(f"the packaged model {TRAINED} is missing; reinstall minigpt5_jax")
         return TRAINED
-    folder = Path(path).expanduser()
+    folder = Path(local_path(str(path)))
     if folder.exists():
         return folder
     try:
