@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation", "evaluation/metrics", "wiring", "config", "training", "inference", "shapes", "weights",
         "data", "data/text", "data/samples", "data/sources",
     },
+    "evaluation/human": {"evaluation/suite", "config", "data"},
     "evaluation/shapes": {
         "evaluation", "wiring", "config", "inference", "shapes", "shapes/backbones",
         "data", "data/text", "data/samples", "data/sources",
