@@ -8,8 +8,11 @@
         --output study
     python -m minigpt5_jax.evaluate human merge --study study --answers FOLDER
     python -m minigpt5_jax.evaluate human report --study study
+    python -m minigpt5_jax.evaluate benchmark prompts --benchmark geneval --references FILE --output p.jsonl
 
-The first two evaluate, the others are the study with people: a page for raters, their answers, what follows.
+The first two evaluate.  ``human`` is the study with people: a page for raters, their answers, what follows.
+``benchmark prompts | layout | requests | score`` speaks with benchmarks of others: geneval, dpg_bench,
+opening, isg_bench, mmie, comm_task1 to comm_task4.
 
 Evaluating writes results.json, per_sample.jsonl, per_group.jsonl and report.html, and prints one JSON line
 with ``metrics``, ``skipped`` and ``n``.  A stopped evaluation goes on with the same command.
@@ -43,6 +46,8 @@ from absl import app, flags
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError, get_config
 from minigpt5_jax.data.samples.stories import CONTEXTS
+from minigpt5_jax.evaluation.benchmarks import run as benchmarks
+from minigpt5_jax.evaluation.benchmarks.contract import NAMES
 from minigpt5_jax.evaluation.human.answers import merge
 from minigpt5_jax.evaluation.human.make import Plan, make
 from minigpt5_jax.evaluation.human.questions import QUESTIONS
@@ -50,8 +55,8 @@ from minigpt5_jax.evaluation.human.report import report
 from minigpt5_jax.evaluation.suite.evaluate import Request, evaluate, summary
 from minigpt5_jax.evaluation.suite.protocols import PROTOCOLS, TASKS
 
-STEPS = ("make", "merge", "report")
-"""Of the study with people."""
+STEPS = {"human": ("make", "merge", "report"), "benchmark": benchmarks.STEPS}
+"""Words that the command takes."""
 
 
 def define_flags() -> tuple[flags.FlagHolder, ...]:
@@ -123,7 +128,43 @@ def define_human_flags() -> None:
     flags.DEFINE_string("base_url", None, "human make: https address where the page will be, for exports.")
     flags.DEFINE_string("completion_code", "", "human make: shown to raters at the end.")
     cli.define_path("study", None, "human merge, report: --output of human make.")
-    cli.define_path("answers", None, "human merge: file or folder of answers; may be repeated.", multi=True)
+    cli.define_path(
+        "answers",
+        None,
+        "human merge: file or folder of answers; may be repeated.  benchmark score: replies of a judge, or "
+        "what the benchmark's program wrote.",
+        multi=True,
+    )
+
+
+def define_benchmark_flags() -> None:
+    """The flags of ``benchmark``; it shares --references, --predictions, --answers and --output."""
+    flags.DEFINE_enum("benchmark", None, list(NAMES), "benchmark: whose files --references are.")
+    flags.DEFINE_string("judge", "", "benchmark requests, score: the model that judges.")
+    cli.define_path("instructions", None, "benchmark requests, score: the benchmark's own to its judge.")
+
+
+def benchmark(step: str) -> dict[str, Any]:
+    """One step of a benchmark; what it prints.
+
+    Raises:
+      ConfigError, DataError, OSError: as their messages say.
+    """
+    flag = flags.FLAGS
+    if step != "score" and not flag["output"].present:
+        raise ConfigError("give where to write: --output PATH")
+    cli.check_writable(flag.output)
+    task = benchmarks.Task(
+        flag.benchmark,
+        flag.references,
+        flag.output,
+        flag.predictions,
+        flag.answers,
+        flag.judge,
+        flag.instructions,
+        flag.allow_outside_images,
+    )
+    return benchmarks.run(step, task)
 
 
 def human(step: str) -> dict[str, Any]:
@@ -156,6 +197,7 @@ def main() -> None:
     """Command line."""
     holders = define_flags()
     define_human_flags()
+    define_benchmark_flags()
 
     def run() -> None:
         values = {holder.name: holder.value for holder in holders}

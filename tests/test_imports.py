@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
         "data", "data/text", "data/samples", "data/sources",
     },
     "evaluation/human": {"evaluation/suite", "config", "data"},
+    "evaluation/benchmarks": {"evaluation/suite", "evaluation/metrics", "config", "data"},
     "evaluation/shapes": {
         "evaluation", "wiring", "config", "inference", "shapes", "shapes/backbones",
         "data", "data/text", "data/samples", "data/sources",

@@ -192,6 +192,26 @@ def read_predictions(folder: str | Path, allow_outside_images: bool = False) -> 
     return found
 
 
+def read_parts(folder: str | Path, allow_outside_images: bool = False) -> dict[str, Scene]:
+    """Record -> all texts and images of its assistant's turns in order, of a folder as for predictions.
+
+    Raises:
+      DataError: as :func:`read_predictions`.
+    """
+    path = Path(folder).expanduser() / FILE
+    if not path.is_file():
+        raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
+    images, found = _images(path, allow_outside_images), {}
+    for where, record in _records(path, generated=True):
+        parts = [part for turn in record.turns if turn.role == "assistant" for part in turn.parts]
+        found[str(record.id)] = tuple(
+            part.replace("###", "").strip() if isinstance(part, str) else Path(images.path(part.path, where))
+            for part in parts
+            if not isinstance(part, str) or part.replace("###", "").strip()
+        )
+    return found
+
+
 def _with_image(text: str, image: Path) -> Answer:
     try:
         load_image(image)
