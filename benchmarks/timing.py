@@ -47,12 +47,12 @@ class Times:
         }
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], blocks: int = BLOCKS) -> Times:
+def alternate(sides: Mapping[str, Callable[[], object]], blocks: int = BLOCKS, *, warm: bool = True) -> Times:
     """Run the sides in turn, A B A B; each must return only when its work is done.
 
-    They run once before, unmeasured.
+    With ``warm`` they run once before, unmeasured.
     """
-    for run in sides.values():
+    for run in sides.values() if warm else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}

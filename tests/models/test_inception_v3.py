@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peers import fidelity
+from minigpt5_jax.evaluation.metrics.networks import InceptionNetwork
 from minigpt5_jax.models.inception_v3.model import FID_INCEPTION, InceptionV3
 from minigpt5_jax.models.inception_v3.weights import TOWER, table
 from minigpt5_jax.weights.table import WeightTableError
@@ -136,3 +138,19 @@ def test_full_size_parameter_count():
     running = sum(math.prod(shape) for path, shape in SHAPES.items() if path.endswith(("/mean", "/var")))
     assert running == 34_432
     assert sum(map(math.prod, SHAPES.values())) - running == 23_850_960
+
+
+def test_features_are_those_of_torch_fidelity(source, tmp_path):
+    path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save({name: torch.tensor(value) for name, value in source.items()}, path)
+    threads = torch.get_num_threads()
+    try:
+        theirs = fidelity.load(path, threads, 2)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torch-fidelity cannot be loaded ({error}); {fidelity.INSTALL}")
+    ours = InceptionNetwork(path, "tf1", batch=2)
+    rng = np.random.default_rng(0)
+    for height, width in ((97, 131), (512, 300)):
+        images = list(rng.integers(0, 256, (2, height, width, 3), np.uint8))
+        for got, want in zip(ours(images), theirs(images), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())

@@ -105,7 +105,7 @@ def text_steps(text: str) -> list[str]:
 
 
 def _texts(items: Sequence[Item], answers: Answers) -> dict[str, float]:
-    """CIDEr-D of steps and of whole texts, 0 to 10; words are split as in our metric, not by a Java program."""
+    """CIDEr-D of steps and of whole texts, 0 to 10; words are split as in our metric, not by Java."""
     got, want, whole_got, whole_want = [], [], [], []
     for item in items:
         true = [" ".join(p for p in step if isinstance(p, str)) for step in item.data["wanted"]]

@@ -82,10 +82,12 @@ def task_of(name: str) -> str:
     return found
 
 
-def requests(
-    items: Sequence[Item], answers: Answers, instructions: Mapping[str, str]
-) -> dict[tuple[str, ...], Request]:
-    """(item,) -> request: instructions, question and answer as text with its images."""
+def requests(items: Sequence[Item], answers: Answers, instructions: Any) -> dict[tuple[str, ...], Request]:
+    """(item,) -> request: instructions, question and answer as text with its images.
+
+    Raises:
+      ConfigError: the instructions are no texts by task.
+    """
     if not isinstance(instructions, dict) or not set(TASKS) <= instructions.keys():
         raise ConfigError(f"--instructions of MMIE is a JSON object with the keys {', '.join(TASKS)}")
     found = {}

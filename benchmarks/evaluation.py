@@ -1,0 +1,140 @@
+"""Speed of the evaluation: Inception beside torch-fidelity, FID of stored features, memory; JSON lines.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.evaluation                # ten minutes on two cores
+    JAX_PLATFORMS=cpu python -m benchmarks.evaluation --only fid     # a minute
+
+Rows:
+
+* ``inception``: features of 200 images of 512 x 512, resized by the rule of the papers (``tf1``), ours and
+  those of torch-fidelity 0.4.0 in the same process on the same cores, in turns; their largest difference
+  beside the time.  Where torch-fidelity cannot be loaded, the row says why.  Random weights in the published
+  form.
+* ``fid``: FID of two sets of 30,000 stored features.
+* ``memory``: the process's peak after 32 and after 200 images: it is bounded by the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+GOALS = {"inception": 1.2, "fid": 60.0}
+"""Ours over torch-fidelity's time, at most; seconds, at most."""
+BATCH, SIDE, STORED = 32, 512, 30_000
+
+
+def make_images(count: int) -> list[np.ndarray]:
+    """Blurred random images u8[512 512 3]."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8))
+        found.append(np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
+    return found
+
+
+def make_weights(path: Path) -> None:
+    """Random weights under the published names, as PyTorch writes them."""
+    import torch
+
+    from minigpt5_jax.models.inception_v3.model import FID_INCEPTION
+    from minigpt5_jax.models.inception_v3.weights import TOWER, table
+
+    rng, params = np.random.default_rng(0), {}
+    for name, shape in TOWER.shapes(FID_INCEPTION).items():
+        values = rng.standard_normal(shape, np.float32)
+        if name.endswith("kernel"):
+            params[name] = values * math.sqrt(2 / math.prod(shape[:-1]))
+        else:
+            params[name] = 1 + 0.05 * values if name.endswith(("scale", "var")) else 0.1 * values
+    source = table(FID_INCEPTION).to_source(params)
+    torch.save({name: torch.tensor(value) for name, value in source.items()}, path)
+
+
+def peak() -> float:
+    """The most memory that this process had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def inception(count: int, blocks: int, threads: int) -> list[dict[str, object]]:
+    """The rows ``memory`` and ``inception``."""
+    from benchmarks import timing
+    from benchmarks.peers import fidelity
+    from minigpt5_jax.evaluation.metrics.networks import InceptionNetwork
+
+    images = make_images(count)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pt_inception-2015-12-05-6726825d.pth"
+        make_weights(path)
+        ours = InceptionNetwork(path, "tf1", batch=BATCH)
+        ours(images[:BATCH])
+        before = peak()
+        start = time.perf_counter()
+        found = ours(images)
+        alone = time.perf_counter() - start
+        memory = {"row": "memory", "after_32": before, "after_all": peak(), "images": count, "unit": "MiB"}
+        row = {"row": "inception", "images": count, "batch": BATCH, "threads": threads, "ours_alone": alone}
+        try:
+            theirs = fidelity.load(path, threads, BATCH)
+        except (ImportError, RuntimeError) as error:
+            return [memory, {**row, "skipped": f"{error}; {fidelity.INSTALL}"}]
+        pool3, logits = theirs(images[:BATCH])
+        differences = {
+            "pool3": float(np.abs(found.pool3[:BATCH] - pool3).max() / np.abs(pool3).max()),
+            "logits": float(np.abs(found.logits[:BATCH] - logits).max() / np.abs(logits).max()),
+        }
+        sides = {"ours": lambda: ours(images), "torch-fidelity": lambda: theirs(images)}
+        times = timing.alternate(sides, blocks, warm=False)
+    compared = times.compared("torch-fidelity")
+    ratio = times.median("ours") / times.median("torch-fidelity")
+    goal = {"ours_over_theirs": ratio, "goal": GOALS["inception"], "met": ratio <= GOALS["inception"]}
+    return [memory, {**row, **compared, **goal, "relative_difference": differences}]
+
+
+def fid() -> dict[str, object]:
+    """The row ``fid``."""
+    from minigpt5_jax.evaluation.metrics.statistics import frechet_distance, moments
+
+    rng = np.random.default_rng(0)
+    one, other = (rng.standard_normal((STORED, 2048), np.float32) * scale for scale in (1.0, 1.1))
+    start = time.perf_counter()
+    value = frechet_distance(moments(one), moments(other))
+    seconds = time.perf_counter() - start
+    met = seconds < GOALS["fid"]
+    return {
+        "row": "fid",
+        "features": STORED,
+        "value": value,
+        "seconds": seconds,
+        "goal": GOALS["fid"],
+        "met": met,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("inception", "fid"), help="one row")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--blocks", type=int, default=2, help="turns of each side")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="cores for both sides"
+    )
+    args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before JAX counts them
+    if args.only != "inception":
+        print(json.dumps(fid()), flush=True)
+    if args.only != "fid":
+        for row in inception(args.images, args.blocks, args.threads):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
