@@ -173,15 +173,12 @@ def _mturk_answers(row: Mapping[str, str]) -> dict[str, str | None]:
     return found
 
 
-def merge(study: str | Path, paths: Sequence[str | Path], output: str | Path | None = None) -> dict[str, Any]:
+def merge(study: str | Path, paths: Sequence[str | Path]) -> dict[str, Any]:
     """Writes a judgement a line, sides resolved, and returns counts.
 
     A judgement names the system that was chosen, or a tie.  Counts are ``judgements``, ``raters``,
     ``missing`` (questions without an answer, on screens of the raters that are there) and ``twice``: workers
     of platforms who judged an item again on another rater's screen, where only the first counts.
-
-    Args:
-      output: file; by default in the study's folder.
 
     Raises:
       ConfigError: no study.
@@ -202,15 +199,13 @@ def merge(study: str | Path, paths: Sequence[str | Path], output: str | Path | N
         seen.add(name)
         rows.append(_judgement(one, screen, rater, key))
     given = sum(value is not None for row in rows for value in row["answers"].values())
-    expected = len(key["questions"]) * len(
-        {(one.token, one.place) for one in answered} | _screens(answered, key)
-    )
-    path = Path(output or Path(study) / JUDGEMENTS)
+    unseen = _screens(answered, key) - {(one.token, one.place) for one in answered}
+    path = Path(study) / JUDGEMENTS
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return {
         "judgements": given,
         "raters": len({row["rater"] for row in rows}),
-        "missing": expected - given - twice * len(key["questions"]),
+        "missing": (len(rows) + len(unseen)) * len(key["questions"]) - given,
         "twice": twice,
         "written": str(path),
     }
