@@ -133,6 +133,10 @@ def test_the_command_line(run, tmp_path):
     given = ["--predictions", tmp_path, "--references", "none.jsonl", "--switch", "rouge=rouge"]
     done = run(*given, "--metrics", "fid,fidd", "--output", tmp_path / "out")
     assert done.returncode == 1 and done.stderr.startswith("error: unknown metric fidd; known: clip_i")
+    (tmp_path / "meta.jsonl").write_text('{"tag": "counting", "prompt": "two cows"}')
+    given = ["--benchmark=geneval", "--references", tmp_path / "meta.jsonl", "--output", tmp_path / "p.jsonl"]
+    done = run("benchmark", "prompts", *given)
+    assert json.loads(done.stdout)["items"] == 4 and done.returncode == 0
 
 
 def test_a_study_with_people_from_the_command_line(run, tmp_path):
