@@ -47,12 +47,12 @@ class Times:
         }
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], blocks: int = BLOCKS, *, warm: bool = True) -> Times:
+def alternate(sides: Mapping[str, Callable[[], object]], blocks: int = BLOCKS) -> Times:
     """Run the sides in turn, A B A B; each must return only when its work is done.
 
-    With ``warm`` they run once before, unmeasured.
+    They run once before, unmeasured.
     """
-    for run in sides.values() if warm else ():
+    for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     cpu: dict[str, list[float]] = {name: [] for name in sides}
