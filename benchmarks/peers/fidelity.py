@@ -26,7 +26,10 @@ def load(weights: Path, threads: int, batch: int) -> Callable[[Sequence[np.ndarr
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except RuntimeError as error:  # an operator of torchvision that is not known
+        raise ImportError(str(error)) from None
 
     torch.set_num_threads(threads)
     wanted = ["2048", "logits_unbiased"]

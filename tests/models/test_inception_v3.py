@@ -129,9 +129,9 @@ def test_table_takes_the_published_names(source):
     again = table(FID_INCEPTION).to_source(params)
     assert again.keys() == source.keys()
     assert all(np.array_equal(again[name], source[name]) for name in source)
-    del source["Mixed_7c.branch_pool.bn.running_var"]
+    lacking = {name: t for name, t in source.items() if name != "Mixed_7c.branch_pool.bn.running_var"}
     with pytest.raises(WeightTableError, match="mixed_7c/branch_pool/var"):
-        table(FID_INCEPTION).to_params(source, SHAPES)
+        table(FID_INCEPTION).to_params(lacking, SHAPES)
 
 
 def test_full_size_parameter_count():
@@ -146,7 +146,7 @@ def test_features_are_those_of_torch_fidelity(source, tmp_path):
     threads = torch.get_num_threads()
     try:
         theirs = fidelity.load(path, threads, 2)
-    except (ImportError, RuntimeError) as error:
+    except ImportError as error:
         pytest.skip(f"torch-fidelity cannot be loaded ({error}); {fidelity.INSTALL}")
     ours = InceptionNetwork(path, "tf1", batch=2)
     rng = np.random.default_rng(0)
