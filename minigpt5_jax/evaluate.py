@@ -214,11 +214,11 @@ def main() -> None:
         if len(argv) == 1:
             cli.guarded(run, "stopped; the same command goes on where this one was")
             sys.exit(statuses[0])
-        if len(argv) != 3 or argv[1] != "human" or argv[2] not in STEPS:
-            cli.fail(
-                f"usage: python -m minigpt5_jax.evaluate [human {{{'|'.join(STEPS)}}}]\n{cli.LIST_FLAGS}"
-            )
-        cli.guarded(lambda: print(json.dumps(human(argv[2]))))
+        if len(argv) != 3 or argv[2] not in STEPS.get(argv[1], ()):
+            words = " | ".join(f"{word} {{{'|'.join(steps)}}}" for word, steps in STEPS.items())
+            cli.fail(f"usage: python -m minigpt5_jax.evaluate [{words}]\n{cli.LIST_FLAGS}")
+        step = {"human": human, "benchmark": benchmark}[argv[1]]
+        cli.guarded(lambda: print(json.dumps(step(argv[2]))))
 
     statuses: list[int] = []
     app.run(start, flags_parser=functools.partial(cli.parse, words=2))
