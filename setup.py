@@ -25,7 +25,18 @@ EVALUATION = [
     "sacrebleu",
     "ftfy",
 ]  # METEOR, BLEU of corpora, open_clip's clean-up of texts
-TEST = [*RESULTS, "torch==2.13.0", "peft", "pytest", "pytest-xdist", "beartype", "ruff", "nltk", "jsonschema"]
+TEST = [
+    *RESULTS,
+    "torch==2.13.0",
+    "peft",
+    "pytest",
+    "pytest-xdist",
+    "beartype",
+    "ruff",
+    "nltk",
+    "jsonschema",
+    "selenium",  # drives the page of the human study, where a Chromium is installed
+]
 
 setup(
     name="minigpt5_jax",
@@ -43,6 +54,7 @@ setup(
             "shapes/assets/**/*",
             "shapes/trained/*",
             "evaluation/suite/*.json",
+            "evaluation/human/*.html",
             "planning/chips/*.toml",
         ],
     },

@@ -50,7 +50,7 @@ _CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
 def define_path(name: str, default: str | None, why: str, *, multi: bool = False, **options: Any) -> Any:
     """The holder of a flag whose value is a path (a list of them with ``multi``), ``~`` replaced.
 
-    Every path enters by such a flag, by :func:`sources`, by :func:`parse` (the run file) or by a key of the
+    Every path enters by such a flag, by :func:`folders`, by :func:`parse` (the run file) or by a key of the
     configuration (``Key.path``).
     """
     parser, serializer = _PATH
@@ -220,7 +220,12 @@ def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
 
 def sources(given: Sequence[str]) -> dict[str, str]:
     """``--weights NAME=PATH`` as name -> path, ``~`` replaced; ConfigError for anything else."""
-    return {name: local_path(path) for name, path in pairs(given, "weights").items()}
+    return folders(given, "weights")
+
+
+def folders(given: Sequence[str], flag: str) -> dict[str, str]:
+    """``--FLAG NAME=PATH`` as name -> path, ``~`` replaced; ConfigError for anything else."""
+    return {name: local_path(path) for name, path in pairs(given, flag).items()}
 
 
 def check_writable(path: str, flag: str = "output") -> str:

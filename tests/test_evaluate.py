@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +11,8 @@ import jsonschema
 import numpy as np
 import pytest
 
+import commands
+import human_study
 import tiny
 from minigpt5_jax import evaluate
 from minigpt5_jax.config import ConfigError
@@ -123,13 +123,41 @@ def test_a_run_is_evaluated_and_goes_on_where_it_was(checkpoint, tmp_path, capsy
     assert again[0] == 0 and again[1]["n"] == 2
 
 
-def test_the_command_line(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    yield from commands.serve(tmp_path_factory.mktemp("command"), "minigpt5_jax.evaluate")
+
+
+def test_the_command_line(run, tmp_path):
     """Flags become a request; what is wrong is one line and status 1."""
-    given = ["--predictions", str(tmp_path), "--references", "none.jsonl", "--switch", "rouge=rouge"]
-    given += ["--metrics", "fid,fidd", "--output", str(tmp_path / "out")]
-    run = [sys.executable, "-m", "minigpt5_jax.evaluate", *given]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    given = ["--predictions", tmp_path, "--references", "none.jsonl", "--switch", "rouge=rouge"]
+    done = run(*given, "--metrics", "fid,fidd", "--output", tmp_path / "out")
     assert done.returncode == 1 and done.stderr.startswith("error: unknown metric fidd; known: clip_i")
+    (tmp_path / "meta.jsonl").write_text('{"tag": "counting", "prompt": "two cows"}')
+    given = ["--benchmark=geneval", "--references", tmp_path / "meta.jsonl", "--output", tmp_path / "p.jsonl"]
+    done = run("benchmark", "prompts", *given)
+    assert json.loads(done.stdout)["items"] == 4 and done.returncode == 0
+
+
+def test_a_study_with_people_from_the_command_line(run, tmp_path):
+    given = human_study.materials(tmp_path, 4)
+    study = tmp_path / "study"
+    systems = [f"--system={name}={folder}" for name, folder in given["systems"].items()]
+    make = ["human", "make", "--references", given["references"], *systems]
+    done = run(*make, "--output", study, "--judgements=1")
+    assert done.returncode == 0 and json.loads(done.stdout)["raters"] == 1, done.stderr
+    key = json.loads((study / "key.json").read_text())
+    [token] = key["raters"]
+    answers = human_study.answer_file(tmp_path / "in", key, token, human_study.honest)
+    assert json.loads(run("human", "merge", "--study", study, "--answers", answers).stdout)["missing"] == 0
+    done = run("human", "report", "--study", study)
+    assert json.loads(done.stdout) == {
+        "win_rate": {"continuity": 1.0, "quality": 1.0, "coherence": 1.0},
+        "n_items": 4,
+        "n_raters": 1,
+    }
+    done = run("human", "meke")
+    assert done.returncode == 1 and "usage: python -m minigpt5_jax.evaluate [human {make|merge" in done.stderr
 
 
 @pytest.mark.parametrize(

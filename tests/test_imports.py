@@ -66,6 +66,8 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation", "evaluation/metrics", "wiring", "config", "training", "inference", "shapes", "weights",
         "data", "data/text", "data/samples", "data/sources",
     },
+    "evaluation/human": {"evaluation/suite", "config", "data"},
+    "evaluation/benchmarks": {"evaluation/suite", "evaluation/metrics", "config", "data"},
     "evaluation/shapes": {
         "evaluation", "wiring", "config", "inference", "shapes", "shapes/backbones",
         "data", "data/text", "data/samples", "data/sources",

@@ -18,9 +18,9 @@ from minigpt5_jax.parts.contracts import Key
 ROOT = Path(__file__).parents[1]
 FREE_TEXT = {
     "prompt", "message", "inference", "weights", "to", "beam_runner", "beam_options", "data", "switch",
-    "paper_row", "profile_steps",
+    "paper_row", "profile_steps", "system", "base_url", "completion_code", "judge",
 }  # fmt: skip
-"""Flags of the commands that are no paths; ``weights`` goes through :func:`cli.sources`."""
+"""Flags of the commands that are no paths; ``weights`` and ``system`` go through :func:`cli.folders`."""
 NO_PATHS = {"run.name", "run.tracker", "run.compile_cache", "data.index_cache", "run.best_metric"}
 """Keys of free text: names, and folders of caches, which are in the home of whoever runs the program."""
 

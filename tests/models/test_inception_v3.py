@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peers import fidelity
+from minigpt5_jax.evaluation.metrics.networks import InceptionNetwork
 from minigpt5_jax.models.inception_v3.model import FID_INCEPTION, InceptionV3
 from minigpt5_jax.models.inception_v3.weights import TOWER, table
 from minigpt5_jax.weights.table import WeightTableError
@@ -127,12 +129,28 @@ def test_table_takes_the_published_names(source):
     again = table(FID_INCEPTION).to_source(params)
     assert again.keys() == source.keys()
     assert all(np.array_equal(again[name], source[name]) for name in source)
-    del source["Mixed_7c.branch_pool.bn.running_var"]
+    lacking = {name: t for name, t in source.items() if name != "Mixed_7c.branch_pool.bn.running_var"}
     with pytest.raises(WeightTableError, match="mixed_7c/branch_pool/var"):
-        table(FID_INCEPTION).to_params(source, SHAPES)
+        table(FID_INCEPTION).to_params(lacking, SHAPES)
 
 
 def test_full_size_parameter_count():
     running = sum(math.prod(shape) for path, shape in SHAPES.items() if path.endswith(("/mean", "/var")))
     assert running == 34_432
     assert sum(map(math.prod, SHAPES.values())) - running == 23_850_960
+
+
+def test_features_are_those_of_torch_fidelity(source, tmp_path):
+    path = tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save({name: torch.tensor(value) for name, value in source.items()}, path)
+    threads = torch.get_num_threads()
+    try:
+        theirs = fidelity.load(path, threads, 2)
+    except ImportError as error:
+        pytest.skip(f"torch-fidelity cannot be loaded ({error}); {fidelity.INSTALL}")
+    ours = InceptionNetwork(path, "tf1", batch=2)
+    rng = np.random.default_rng(0)
+    for height, width in ((97, 131), (512, 300)):
+        images = list(rng.integers(0, 256, (2, height, width, 3), np.uint8))
+        for got, want in zip(ours(images), theirs(images), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())

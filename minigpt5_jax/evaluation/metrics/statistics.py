@@ -13,7 +13,7 @@ from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.formats.torch import read_torch
 
 IS_CHUNKS = ("torchmetrics", "fidelity")
-BLOCK = 2048  # rows of a kernel matrix at a time
+BLOCK = 2048  # rows that are worked on at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Sums:
         self.n, self.total, self.outer = 0, np.zeros(width), np.zeros((width, width))
 
     def add(self, features: Float[np.ndarray, "n d"]) -> None:
-        """Take a batch."""
-        features = features.astype(np.float64)
+        """Take any number, a block at a time in memory."""
         self.n += len(features)
-        self.total += features.sum(0)
-        self.outer += features.T @ features
+        for start in range(0, len(features), BLOCK):
+            block = features[start : start + BLOCK].astype(np.float64)
+            self.total += block.sum(0)
+            self.outer += block.T @ block
 
     def moments(self) -> Moments:
         """Mean and covariance of everything that was taken.

@@ -17,7 +17,7 @@ SHOWN = 8
 BINS = 20
 RANKED = ("clip_i", "oracle_all", "clip_t", "s_bert", "rouge_l", "bleu_1")
 """What best and worst samples are chosen by: the first of these that was computed."""
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: #2f6fdb; }
 body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 64rem; font: 16px/1.5 system-ui, sans-serif; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: 0 0 1.5rem; }
@@ -41,7 +41,7 @@ def write_report(
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(protocol['what'])}. {_coverage(results['data'])}</p>",
         "<h2>Scores</h2>",
-        _table(["metric", "value", "interval", "n", "variant and notes"], map(_score, results["metrics"])),
+        table(["metric", "value", "interval", "n", "variant and notes"], map(_score, results["metrics"])),
         *_section(
             "Beside the paper", ["table", "row", "metric", "paper", "here"], map(_beside, results["paper"])
         ),
@@ -61,7 +61,7 @@ def write_report(
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{html.escape(title)}</title>\n"
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
     path.write_text(page, "utf-8")
     return path
@@ -109,7 +109,9 @@ def _difference(row: Mapping[str, Any]) -> Sequence[str]:
     return row["metric"], number(row["difference"]), range_of(row["ci"]), p, row["test"]
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
+def table(head: Sequence[str], rows: Any) -> str:
+    """An HTML table of plain texts."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
@@ -119,7 +121,7 @@ def _table(head: Sequence[str], rows: Any) -> str:
 def _section(title: str, head: Sequence[str], rows: Any) -> list[str]:
     """A heading and a table; nothing without rows."""
     rows = list(rows)
-    return [f"<h2>{title}</h2>", _table(head, rows)] if rows else []
+    return [f"<h2>{title}</h2>", table(head, rows)] if rows else []
 
 
 def _graphs(metrics: Sequence[Metric]) -> list[str]:

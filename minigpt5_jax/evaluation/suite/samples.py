@@ -25,6 +25,8 @@ NO_IMAGE = "no image was written"
 IMAGE = "[IMG0]"
 """Stands in a text where an image was written: scores of texts end there, as in the original."""
 SHOWN = 5
+Scene = tuple[str | Path, ...]
+"""Texts and images of a turn or two, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,29 @@ def read_references(path: str | Path, allow_outside_images: bool = False) -> lis
     return found
 
 
+def read_scenes(path: str | Path, allow_outside_images: bool = False) -> dict[str, list[Scene]]:
+    """Sample -> what comes before its answer: a scene is a user's turn and the assistant's turn behind it.
+
+    Args:
+      path: a file of references.  allow_outside_images: whether image paths may lead out of its folder.
+
+    Raises:
+      DataError: as :func:`read_references`.
+    """
+    folder, found = _images(Path(path).expanduser(), allow_outside_images), {}
+    for where, record in _records(path, generated=True):
+        scenes: list[Scene] = []
+        for number, turn in enumerate(record.turns):
+            if turn.role == "assistant":
+                name = str(record.id) if record.pair else f"{record.id}_{number}"
+                found[name] = list(scenes)
+            if turn.role == "user" or not scenes:
+                scenes.append(())
+            parts = [p if isinstance(p, str) else Path(folder.path(p.path, where)) for p in turn.parts]
+            scenes[-1] += tuple(part for part in parts if part)
+    return found
+
+
 def read_predictions(folder: str | Path, allow_outside_images: bool = False) -> dict[str, Answer]:
     """Sample -> answer, of a folder with ``conversations.jsonl`` and the images that it names.
 
@@ -164,6 +189,26 @@ def read_predictions(folder: str | Path, allow_outside_images: bool = False) -> 
         if drawn is not None:
             answer = _with_image(text, Path(images.path(drawn.path, where)))
         found[str(record.id)] = answer
+    return found
+
+
+def read_parts(folder: str | Path, allow_outside_images: bool = False) -> dict[str, Scene]:
+    """Record -> all texts and images of its assistant's turns in order, of a folder as for predictions.
+
+    Raises:
+      DataError: as :func:`read_predictions`.
+    """
+    path = Path(folder).expanduser() / FILE
+    if not path.is_file():
+        raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
+    images, found = _images(path, allow_outside_images), {}
+    for where, record in _records(path, generated=True):
+        parts = [part for turn in record.turns if turn.role == "assistant" for part in turn.parts]
+        found[str(record.id)] = tuple(
+            part.replace("###", "").strip() if isinstance(part, str) else Path(images.path(part.path, where))
+            for part in parts
+            if not isinstance(part, str) or part.replace("###", "").strip()
+        )
     return found
 
 
