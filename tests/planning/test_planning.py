@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,16 +14,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.config import get_config, use_shapes_backbones, validate
-from minigpt5_jax.planning import hlo, report, topology
+from minigpt5_jax.planning import generation, hlo, report, topology
 from minigpt5_jax.planning.predict import UTILISATION, Work, run_steps, weight_passes, wire_seconds
 from minigpt5_jax.planning.remedies import remedies
 from minigpt5_jax.planning.shapes import planned_shapes
 from minigpt5_jax.planning.step import Compiled, Memory, _refused, plan_step
 from minigpt5_jax.planning.topology import Chip, PlanError, Topology, open_topology, read_chip
 from minigpt5_jax.training.sharding import ShardingError, make_mesh
-from minigpt5_jax.wiring.inputs import fit_accumulation
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.wiring.memory import USABLE, resident_bytes, residual_bytes
+from minigpt5_jax.wiring.model import parameter_layout
+from minigpt5_jax.wiring.placement import (
+    RESIDENT,
+    fewest_that_fit,
+    fit_accumulation,
+    open_mesh,
+    with_accumulation,
+)
+from minigpt5_jax.wiring.used_towers import abstract_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP = Chip("tpu", "Toy", 1e12, 1e9, 10**9, 2, 5e8)
@@ -263,6 +275,73 @@ def test_accumulation_follows_the_devices(config):
     assert config.data.accumulation == 12
     config.data.global_batch = 12
     assert fit_accumulation(config, make_mesh(devices=jax.devices()[:8])) is config  # its error comes later
+    config.data.update(global_batch=4 * 26, packing="tree", accumulation=3)
+    four = make_mesh(tensor=2, devices=jax.devices()[:8])
+    assert fit_accumulation(config, four, story=13).data.accumulation == 2  # stories stay whole
+    config.data.accumulation = None
+    assert fit_accumulation(config, four, story=13, fewest=max).data.accumulation == 2
+
+
+def test_what_is_left_open_follows_the_memory(step, config, monkeypatch):
+    # In this world the mapper, which is spread over fewer chips then, is larger than the language model.
+    monkeypatch.setattr("minigpt5_jax.training.sharding.LARGE", 10**9)
+    spec, devices, config = step.spec, jax.devices()[:4], with_accumulation(config, 1)
+    config.mesh.tensor = None
+    sizes = {}
+    for tensor in (1, 2, 4):
+        layout = parameter_layout(config, spec, make_mesh(tensor=tensor, devices=devices))
+        sizes[tensor] = resident_bytes(spec, layout.stored)
+    for tensor, size in sizes.items():
+        settled, mesh = open_mesh(config, spec, devices, int(size / RESIDENT) + 1)
+        assert settled.mesh.tensor == mesh.shape["tensor"] == tensor
+    assert open_mesh(config, spec, devices, 1)[1].shape["tensor"] == 4  # nothing fits: the least
+    assert open_mesh(config, spec, devices)[1].shape["tensor"] == 1  # a CPU tells no limit
+    assert config.mesh.tensor is None
+
+    batch, places = abstract_batch(step.shapes), parameter_layout(config, spec, step.mesh).stored
+    kept, there = residual_bytes(spec, batch), resident_bytes(spec, places)
+    for count in (1, 2, 4):
+        limit = int((there + kept / count) / USABLE) + 1
+        assert fewest_that_fit(spec, batch, places, limit)([1, 2, 4]) == count
+    assert fewest_that_fit(spec, batch, places, there)([1, 2, 4]) == 4
+    assert fewest_that_fit(spec, batch, places)([1, 2, 4]) == 1
+
+
+def test_what_writes_features_is_counted(step, config):
+    config = config.copy_and_resolve_references()
+    config.data.cache = "on"
+    topology = Topology("toy:1", CHIP, tuple(jax.devices()[:1]))
+    writing = plan_step(config, topology)
+    encoder = sum(
+        4 * math.prod(shape.shape)
+        for path, shape in writing.spec.template.shapes.items()
+        if path.startswith(("generator/vae/encoder/", "generator/vae/quant_conv/"))
+    )
+    assert writing.encoders == encoder > 0 == step.encoders
+    plan = report.describe(writing, compiled(writing, CHIP.memory))
+    assert not plan["fits"] and plan["memory_gb"]["encoders"] == encoder / 1e9
+    assert plan["gb_per_chip"] == pytest.approx(1.0 + encoder / 1e9)
+
+
+def test_a_session_is_planned_on_the_mesh(config, monkeypatch):
+    four = Topology("toy:4", CHIP, tuple(jax.devices()[:4]))
+    seen = []
+
+    def compile_for(topology, jitted, *arguments):
+        seen.append(arguments)
+        return Compiled(Memory(10, 0, 10, 0), 500_000_000, 2.0, LOOP, 0.0)
+
+    monkeypatch.setattr(generation, "compile_for", compile_for)
+    plan = generation.make_generation_plan(config, four, batch=8)
+    (params, tokens, *_), (again, vokens, *_) = seen
+    assert tokens.sharding.spec == vokens.sharding.spec == P(("data", "fsdp")) and tokens.shape[0] == 8
+    assert params is again and all(x.sharding.mesh.size == 4 for x in jax.tree.leaves(params))
+    assert any(isinstance(x, tuple) for x in params.values()), "a TPU's session takes layers apart"
+    assert plan["fits"] and plan["gb_per_chip"] == 0.5 and json.loads(json.dumps(plan)) == plan
+    assert plan["seconds_of_images"] > 0 and plan["seconds_a_token"] > 0 and plan["compile_seconds"] == 4.0
+    assert "texts: 0.50 of 1.00 GB of a chip" in generation.as_text(plan, four)
+    with pytest.raises(ShardingError, match=r"3 prompts at once .* 4 chips .* --batch_size=4"):
+        generation.plan_programs(config, four, batch=3)
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -309,6 +388,15 @@ def test_a_mesh_or_a_batch_that_does_not_divide(config):
     config.mesh.tensor, config.data.global_batch = 1, 6
     with pytest.raises(ShardingError, match=r"6 entries per micro-batch, which 4 devices .* a multiple of 4"):
         plan_step(config, four)
+
+
+def test_weights_that_are_quantised_already(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.model.backbone.update(llm="source", llm_quantization="int8")
+    config.weights.llm = str(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    with pytest.raises(WeightFileError, match=r"these weights are quantised already \(gptq\)"):
+        plan_step(config, Topology("toy:1", CHIP, tuple(jax.devices()[:1])))
 
 
 def test_the_compilers_refusal_is_read():
