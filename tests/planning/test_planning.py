@@ -416,14 +416,29 @@ def test_the_compilers_refusal_is_read():
     ],
 )
 def test_the_command(name, module, extra):
-    pytest.importorskip(module, reason=f"{module} is not installed; pip install '.[{extra}]'")
-    code = [sys.executable, "-m", "minigpt5_jax.plan", "--config", "configs/shapes_stage1.py", "--json"]
-    code += ["--topology", name, "--config.data.global_batch=8"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run(code, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    plan = json.loads(done.stdout)
+    plan = command(name, module, extra)
     assert plan["fits"] and plan["chips"] == (4 if name.endswith("2x2") else 1)
     assert 0 < plan["gb_per_chip"] < 1 and plan["compile_seconds"] > 1
     assert plan["loops_of_unknown_length"] == 0
     assert (plan["wire_gb"] > 0) == (plan["chips"] > 1) and (plan["efficiency"] < 1) == (plan["chips"] > 1)
+
+
+@pytest.mark.slow  # the same
+def test_the_command_of_a_session():
+    plan = command("v5e:2x2", "libtpu", "plan", "--generation", "--config.inference.layers=stacked")
+    assert plan["fits"] and plan["batch"] == 4 and plan["mesh"]["data"] == 4
+    for program in (plan["texts"], plan["images"]):
+        assert 0 < program["weights_gb"] < program["gb_per_chip"] < 1
+    assert plan["texts"]["loops_of_unknown_length"] == 1, "as many turns as a text takes"
+    assert plan["images"]["loops_of_unknown_length"] == 0
+
+
+def command(name: str, module: str, extra: str, *flags: str) -> dict:
+    """What ``plan --json`` prints for the small world; a skip where its compiler is not installed."""
+    pytest.importorskip(module, reason=f"{module} is not installed; pip install '.[{extra}]'")
+    code = [sys.executable, "-m", "minigpt5_jax.plan", "--config", "configs/shapes_stage1.py", "--json"]
+    code += ["--topology", name, "--config.data.global_batch=8", *flags]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
