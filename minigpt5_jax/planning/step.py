@@ -26,6 +26,7 @@ from minigpt5_jax.wiring.model import ModelSpec, build, parameter_layout, with_m
 from minigpt5_jax.wiring.placement import fewest_that_fit, fit_accumulation, open_mesh, with_accumulation
 from minigpt5_jax.wiring.training import open_optimizer
 from minigpt5_jax.wiring.used_towers import abstract_batch, unused_towers
+from minigpt5_jax.wiring.weight_paths import check_given
 
 STEPS = 100_000
 """Updates that the rates are made for, which change nothing that is compiled."""
@@ -126,7 +127,9 @@ def plan_step(
 
     Raises:
       ConfigError, ShardingError, PlanError: what does not go together, before anything is compiled.
+      WeightFileError: weights that are given, though none are needed, are quantised already.
     """
+    check_given(config)
     config, attention = config.copy_and_resolve_references(), config.model.attention
     # Blocks of queries are traced anywhere; they keep and multiply what the fused kernels do.
     config.model.attention = "blockwise" if attention == "auto" else attention

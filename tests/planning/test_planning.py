@@ -25,6 +25,7 @@ from minigpt5_jax.planning.step import Compiled, Memory, _refused, plan_step
 from minigpt5_jax.planning.topology import Chip, PlanError, Topology, open_topology, read_chip
 from minigpt5_jax.training.sharding import ShardingError, make_mesh
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.wiring.features import encoder_bytes
 from minigpt5_jax.wiring.memory import USABLE, resident_bytes, residual_bytes
 from minigpt5_jax.wiring.model import parameter_layout
 from minigpt5_jax.wiring.placement import (
@@ -308,19 +309,16 @@ def test_what_is_left_open_follows_the_memory(step, config, monkeypatch):
 
 
 def test_what_writes_features_is_counted(step, config):
-    config = config.copy_and_resolve_references()
-    config.data.cache = "on"
-    topology = Topology("toy:1", CHIP, tuple(jax.devices()[:1]))
-    writing = plan_step(config, topology)
-    encoder = sum(
-        4 * math.prod(shape.shape)
-        for path, shape in writing.spec.template.shapes.items()
-        if path.startswith(("generator/vae/encoder/", "generator/vae/quant_conv/"))
-    )
-    assert writing.encoders == encoder > 0 == step.encoders
+    starts = ("generator/vae/encoder/", "generator/vae/quant_conv/")
+    shapes, places = step.spec.template.shapes, parameter_layout(config, step.spec, step.mesh).stored
+    size = sum(4 * math.prod(shape.shape) for path, shape in shapes.items() if path.startswith(starts))
+    loaded = step.spec.without(())
+    assert encoder_bytes(config, loaded, places) == 0, "the step has them"
+    assert encoder_bytes(config, loaded.without({"vae"}), places) == size > 0
+    writing = dataclasses.replace(step, encoders=size)
     plan = report.describe(writing, compiled(writing, CHIP.memory))
-    assert not plan["fits"] and plan["memory_gb"]["encoders"] == encoder / 1e9
-    assert plan["gb_per_chip"] == pytest.approx(1.0 + encoder / 1e9)
+    assert not plan["fits"] and plan["memory_gb"]["encoders"] == size / 1e9
+    assert plan["gb_per_chip"] == pytest.approx(1.0 + size / 1e9)
 
 
 def test_a_session_is_planned_on_the_mesh(config, monkeypatch):
@@ -392,7 +390,7 @@ def test_a_mesh_or_a_batch_that_does_not_divide(config):
 
 def test_weights_that_are_quantised_already(config, tmp_path):
     config = config.copy_and_resolve_references()
-    config.model.backbone.update(llm="source", llm_quantization="int8")
+    config.model.backbone.llm_quantization = "int8"
     config.weights.llm = str(tmp_path)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
     with pytest.raises(WeightFileError, match=r"these weights are quantised already \(gptq\)"):
