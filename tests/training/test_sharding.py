@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -219,6 +220,9 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(stage, mesh, monkeypa
     assert bytes_on_a_device(after.trainable) == size
     moments = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim]
     assert bytes_on_a_device(moments) == 2 * size
+    # Eight items, and images that are read, of a micro-batch: a device has one in every convolution.
+    rows = re.findall(r"= f32\[(\d+),\d+,\d+,\d+\]\S* convolution\(", compiled.as_text())
+    assert rows and (expected.frozen == "fsdp" or set(rows) == {"1"})
     check_collectives(hlo.collectives(hlo.read(compiled.as_text()), 8), layout, after.trainable)
 
 
