@@ -49,7 +49,7 @@ def place(array, sharding):
 
 params = {p: place(value, layout.stored[p]) for p, value in tiny.make_tiny_params(template).items()}
 frozen = {path: value for path, value in params.items() if labels[path] == FROZEN}
-batch = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), tiny.make_tiny_batch(8))
+batch = jax.tree.map(lambda x: x.reshape(2, x.shape[0] // 2, *x.shape[1:]), tiny.make_tiny_batch(8))
 batch = dataclasses.replace(batch, voken_row=batch.voken_row % 4)
 batch = jax.tree.map(place, batch, batch_shardings(batch, mesh, 2))
 optimizer = make_optimizer(
