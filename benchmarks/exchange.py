@@ -52,7 +52,7 @@ def measure(config: ConfigDict, topology: Topology) -> dict[str, Any]:
     }
 
     def exchange(stored: Any, gradients: Any) -> Any:
-        used = {path: value.astype(jnp.bfloat16) for path, value in layout.gather(stored).items()}
+        used = {path: value.astype(layout.dtype) for path, value in layout.gather(stored).items()}
         return used, layout.reduce(gradients)
 
     with jax.set_mesh(mesh):
