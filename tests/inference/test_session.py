@@ -207,9 +207,9 @@ def test_rows_and_images_are_spread_over_a_mesh(session, seeing, make, monkeypat
     write, draw = programs
     assert write.output_shardings.tokens.spec[0] == ("data", "fsdp")
     assert draw.output_shardings.spec[0] == ("data", "fsdp", "tensor")
-    # A cache is [layers, rows, slots, heads, width]: of 8 rows and 4 heads a device has 2 and 2 at most.
+    # A cache is [layers, rows, heads, slots, width]: of 8 rows and 4 heads a device has 2 and 2 at most.
     slots = 32 + spread.sampling.max_new_tokens + 7 * spread.sampling.max_images
-    caches = re.findall(rf"f32\[2,(\d+),{slots},(\d+),8\]", write.as_text())
+    caches = re.findall(rf"f32\[2,(\d+),(\d+),{slots},8\]", write.as_text())
     assert ("2", "2") in caches and {rows for rows, _ in caches} == {"2"}
 
 
