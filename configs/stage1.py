@@ -30,5 +30,5 @@ def get_config(variant: str | None = None):
     config.run.eval_every = 5000
     config.run.save_every = 1000
     config.run.grid_every = 5000
-    config.data.update(cache="on", accumulation=6, max_length=128, max_targets=3, buckets=(32, 128))
+    config.data.update(cache="on", max_length=128, max_targets=3, buckets=(32, 128))
     return apply_variant(config, variant)

@@ -31,10 +31,10 @@ def get_config(variant: str | None = None):
     config = use_stage2(base())
     config.run.name = "stage2_vist"
     config.data.update(format="vist", cache="on", max_images=5, max_length=384)
-    config.data.update(packing="tree", global_batch=3 * 13, accumulation=3)
+    config.data.update(packing="tree", global_batch=3 * 13)
     return apply_variant(config, variant, {"prefix": use_prefix, "shuffled": use_shuffled})
 
 
 def use_shuffled(config):
     """Shuffled samples, 32 a step, as the original trained."""
-    config.data.update(packing="shuffled", global_batch=32, accumulation=4, buckets=(128, 224, 384))
+    config.data.update(packing="shuffled", global_batch=32, buckets=(128, 224, 384))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.mesh import spread
 from minigpt5_jax.parts.contracts import KINDS, Generator, find
 
 IGNORE = -100
@@ -166,7 +167,10 @@ class Composite(nnx.Module):
         """Mapper output; dropped items are mapped from zeros, so biases still act (fidelity 3.2)."""
         if drop is not None:
             vokens = jnp.where(drop[:, None, None], 0.0, vokens)
-        return self.mapper(vokens).astype(jnp.float32)
+        # The mapper follows the rows and only the generator, which costs most, is spread over the tensor axis
+        # too: the mapper's gradients would have to be summed over it in each micro-batch.
+        condition = self.mapper(spread(vokens, "rows")).astype(jnp.float32)
+        return spread(spread(condition, "rows"), "items")
 
     def unconditional(self) -> Float[Array, "1 q c"]:
         """T(0), the negative condition of voken guidance (fidelity 3.5)."""
@@ -178,7 +182,7 @@ class Composite(nnx.Module):
         """Latents of the images to draw, from pixels or from precomputed moments with the same draws."""
         moments = batch.target_moments
         if moments is None:
-            moments = self.generator.moments(batch.target)
+            moments = self.generator.moments(spread(batch.target, "items"))
         return self.generator.latents(moments, draws.posterior_noise)
 
     def outputs(self, batch: Batch, draws: StepRandomness) -> Outputs:

@@ -104,7 +104,7 @@ def test_options_of_the_step_come_from_the_configuration():
     assert stage1.loss.weights == {"text": 0.01, "image": 1.0, "caption": 0.1}
     assert stage2.loss.weights == {"text": 0.01, "image": 1.0}
     assert (stage1.lora_dropout, stage2.lora_dropout) == (False, True)
-    assert (stage1.accumulation, stage1.cfg_dropout) == (6, 0.1)
+    assert (stage1.accumulation, stage1.cfg_dropout) == (1, 0.1)
 
 
 def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):

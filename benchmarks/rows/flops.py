@@ -31,9 +31,10 @@ from minigpt5_jax.planning.step import abstract_step
 from minigpt5_jax.training.flops import count_flops, product_shapes
 from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
 from minigpt5_jax.wiring.features import plans_features
-from minigpt5_jax.wiring.inputs import epoch_samples
+from minigpt5_jax.wiring.inputs import epoch_samples, samples_of_a_story
 from minigpt5_jax.wiring.memory import fit_memory
-from minigpt5_jax.wiring.model import ModelSpec, build
+from minigpt5_jax.wiring.model import ModelSpec, build, with_micro_batches
+from minigpt5_jax.wiring.placement import fewest_that_fit, fit_accumulation
 from minigpt5_jax.wiring.used_towers import abstract_batch
 
 TERA = 1e12
@@ -120,10 +121,14 @@ def _input_images(batch: Batch) -> int:
 
 def measure(config: ConfigDict, source: Source) -> Work:
     """One epoch of the configured training, counted."""
-    spec = build(config)
-    loader = loader_of(config, spec, source)
-    mesh = make_mesh(devices=jax.devices()[:1])
+    spec, mesh = build(config), make_mesh(devices=jax.devices()[:1])
     shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+    whole = abstract_batch(loader_of(config, spec, source).largest)
+    story = samples_of_a_story(config, source) if config.data.packing == "tree" else 1
+    fewest = fewest_that_fit(spec, whole, shardings, DEVICE_BYTES)
+    config = fit_accumulation(config, mesh, story=story, fewest=fewest)
+    spec = with_micro_batches(spec, config)
+    loader = loader_of(config, spec, source)
     spec, remat = fit_memory(config, spec, abstract_batch(loader.largest), shardings, limit=DEVICE_BYTES)
     steps = num_steps(_one_epoch(config), epoch_samples(config, source))
     batches: Counter[str] = Counter()

@@ -81,7 +81,11 @@ KEYS: dict[str, Key] = {
         False, "image paths may lead out of data.image_root (absolute ones, ..), to any file of the machine"
     ),
     "data.global_batch": Key(48, "samples per update over all devices (paper, stage 1)", low=1),
-    "data.accumulation": Key(1, "micro-batches per update; the update equals the large batch's", low=1),
+    "data.accumulation": unset(
+        int,
+        "micro-batches per update, which equals the large batch's; not set: as few as fit the devices",
+        low=1,
+    ),
     "data.worker_count": Key(4, "reader processes; 0 reads in the main one", low=0),
     "data.prefetch": Key(2, "batches each reader holds ready", low=1),
     "data.buckets": Key(
@@ -232,8 +236,23 @@ KEYS: dict[str, Key] = {
     ),
     # -- mesh -----------------------------------------------------------------------------------
     "mesh.data": Key(-1, "devices over samples; -1 takes what is left", low=-1),
-    "mesh.fsdp": Key(1, "devices the mapper and its moments are spread over", low=-1),
-    "mesh.tensor": Key(1, "devices the language model's heads and MLP are split over", low=-1),
+    "mesh.fsdp": Key(1, "devices over samples that frozen towers may be spread over (mesh.frozen)", low=-1),
+    "mesh.tensor": unset(
+        int,
+        "devices the language model's heads and MLP are split over; not set: as few as memory allows",
+        low=-1,
+    ),
+    "mesh.frozen": Key(
+        "tensor",
+        "frozen towers: the language model split over mesh.tensor and the others whole on each device; all "
+        "whole; or all spread over mesh.fsdp besides and gathered in each pass (docs/training.md)",
+        choices=("tensor", "replicated", "fsdp"),
+    ),
+    "mesh.exchange": Key(
+        "model",
+        "dtype in which trained matrices and their gradients travel between devices: model.dtype, or float32",
+        choices=("model", "float32"),
+    ),
     # -- inference ------------------------------------------------------------------------------
     "inference.sampler": Key(
         "pndm",

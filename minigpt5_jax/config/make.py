@@ -171,7 +171,7 @@ def use_shapes_backbones(config: ConfigDict) -> ConfigDict:
 def use_stage2(config: ConfigDict) -> ConfigDict:
     """The paper's stage 2: LoRA, one rate of 2e-5, batch 32, four epochs, no caption loss (fidelity 4.1)."""
     config.run.update(epochs=4.0, eval_every=2000, grid_every=2000)
-    config.data.update(global_batch=32, accumulation=4, max_length=512, max_targets=128)
+    config.data.update(global_batch=32, max_length=512, max_targets=128)
     config.loss.caption = 0.0
     config.optimizer.update(lr_llm=2e-5, lr_mapper=2e-5)
     config.tuning.stage = "stage2"
@@ -188,7 +188,7 @@ def use_shapes_stage2(config: ConfigDict) -> ConfigDict:
     config.run.update(
         num_steps=600, log_every=20, eval_every=300, eval_batches=4, save_every=300, grid_every=300
     )
-    config.data.update(global_batch=16, accumulation=1, worker_count=0, flip_mode="off")
+    config.data.update(global_batch=16, worker_count=0, flip_mode="off")
     config.loss.text = 0.1
     config.optimizer.update(lr_llm=2e-3, lr_mapper=5e-4, warmup_steps=50)
     config.inference.guidance_scale = 7.5

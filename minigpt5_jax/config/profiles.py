@@ -26,6 +26,7 @@ _ORIGINAL: Mapping[str, Any] = {
     "data.flip_mode": "independent",  # Q17
     "data.flip_each_epoch": True,
     "optimizer.grad_clip": None,  # Q19
+    "mesh.exchange": "float32",  # 4.1
     "data.truncation": "right",  # Q23
     "data.resample_prompts": False,  # Q24
     "data.bad_media_ids": ("-3872362534310063124", "3713630103994725971"),  # Q28

@@ -45,12 +45,13 @@ def _bad_values(config: ConfigDict) -> Iterator[str]:
 
 def _conflicts(config: ConfigDict) -> Iterator[str]:
     data, run = config.data, config.run
-    if data.global_batch % data.accumulation:
+    micro = data.accumulation or 1
+    if data.global_batch % micro:
         yield (
             f"data.global_batch={data.global_batch} does not divide into data.accumulation="
-            f"{data.accumulation} micro-batches; choose {_near(data.global_batch, data.accumulation)}"
+            f"{micro} micro-batches; choose {_near(data.global_batch, micro)}"
         )
-    samples = data.global_batch // data.accumulation
+    samples = data.global_batch // micro
     if data.pack and samples % data.pack:
         yield (
             f"data.pack={data.pack} does not divide the {samples} samples of a micro-batch; choose "
@@ -71,8 +72,9 @@ def _conflicts(config: ConfigDict) -> Iterator[str]:
         )
     if run.num_steps is None and run.epochs <= 0:
         yield "give run.num_steps, or run.epochs more than 0"
-    if list(config.mesh.values()).count(-1) > 1 or 0 in config.mesh.values():
-        yield f"mesh {config.mesh.to_dict()}: sizes are at least 1, and one may be -1 (what is left)"
+    sizes = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor") if config.mesh[axis] is not None}
+    if list(sizes.values()).count(-1) > 1 or 0 in sizes.values():
+        yield f"mesh {sizes}: sizes are at least 1, and one may be -1 (what is left)"
     settings, parts = part_settings(config), parts_of(config)
     own = [settings[kind][f"loss_{name}"] for kind, part in parts.items() for name in part.losses]
     if not any((config.loss.text, config.loss.image, config.loss.caption, *own)):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import ImageSource, prepare_image
@@ -20,6 +22,7 @@ from minigpt5_jax.inference.decode import DecodeResult, decode
 from minigpt5_jax.inference.images import initial_latents, negative_condition, sample_images
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.models.abstract import Template
+from minigpt5_jax.models.mesh import SHARD_AXES, spread
 
 LENGTH_BUCKET = 32  # prompts are padded to a multiple of it, so that few programs are compiled
 CFG_NEGATIVES = ("voken_zero", "empty_prompt")
@@ -95,11 +98,66 @@ class _Row:
     images: list[np.ndarray]  # those left after truncation
 
 
+def mesh_of(params: Mapping[str, Any]) -> jax.sharding.Mesh | None:
+    """The mesh of several devices that parameters lie on; None for one device."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(dict(params)))
+    found = next((p.mesh for p in places if isinstance(p, jax.sharding.NamedSharding)), None)
+    return found if found is not None and found.size > 1 else None
+
+
+def write_rows(
+    template: Template,
+    sampling: SamplingConfig,
+    params: Mapping[str, Any],
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, " b"],
+    images: UInt8[Array, "i H W 3"],
+    image_row: Int[Array, " i"],
+    image_start: Int[Array, " i"],
+    seeds: UInt32[Array, " b"],
+) -> DecodeResult:
+    """Answers to prompts, padded on the right; ``image_row`` b is no row.  Compile it with ``jax.jit``."""
+    model = template.bind(params)
+    embeds = model.backbone.prompt(tokens, images, image_row, image_start)
+    keys = jax.vmap(lambda seed: _keys(seed)[0])(seeds)
+    result = decode(
+        model.backbone.decoder,
+        spread(embeds, "rows"),
+        lengths,
+        keys,
+        sampling,
+        first_voken_id=model.first_voken_id,
+        num_vokens=model.backbone.num_vokens,
+    )
+    return jax.tree.map(lambda x: spread(x, "rows"), result)
+
+
+def draw_images(
+    template: Template,
+    sampler: Sampler,
+    guidance_scale: float,
+    cfg_negative: str,
+    params: Mapping[str, Any],
+    vokens: Float[Array, "m n d"],
+    seeds: UInt32[Array, " m"],
+    numbers: Int[Array, " m"],
+) -> UInt8[Array, "m H W 3"]:
+    """Images of voken states, by their answers' seeds and numbers in these.  Compile it with ``jax.jit``."""
+    model = template.bind(params)
+    negative = negative_condition(model, cfg_negative)
+    keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
+    latents = spread(initial_latents(keys, model.generator.latent_shape), "items")
+    condition = model.condition(vokens)
+    images = sample_images(model.generator, sampler, condition, negative, latents, guidance_scale)
+    return spread(images, "items")
+
+
 class Session:
     """A model ready to answer.
 
     The two compiled functions (text; images) are kept, one per padded prompt length, so a second
-    call costs no compilation.  ``params`` may be sharded over any mesh; rows are not spread.
+    call costs no compilation.  Where ``params`` lie on a mesh, rows are spread over its ``data`` and ``fsdp``
+    axes and images over all of it; answers are the same.
 
     Args:
       template: abstract composite.  params: all of its parameters.
@@ -110,7 +168,8 @@ class Session:
       guidance_scale: of images.
       cfg_negative: what images are guided away from, ``voken_zero`` for T(0) or ``empty_prompt`` (Q38).
       max_length: positions of a prompt at most; of a longer one the oldest are dropped, with a warning.
-      batch_size: answers, and images, made together; a smaller rest is padded to it.
+      batch_size: answers, and images, made together; a smaller rest is padded to it.  On a mesh it is raised
+        to a multiple of the places that rows are spread over.
       pad_input_square: pad input images to a square instead of cropping them.
       images_as_shown: turn input images by EXIF and put transparent ones on white; False as the original.
 
@@ -140,7 +199,10 @@ class Session:
             raise ValueError(f"cfg_negative={cfg_negative!r} is none of {', '.join(CFG_NEGATIVES)}")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self.tokenizer, self.max_length, self.batch_size = tokenizer, max_length, batch_size
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self._mesh = mesh_of(params)
+        shards = 1 if self._mesh is None else math.prod(self._mesh.shape[axis] for axis in SHARD_AXES)
+        self.batch_size = -(-batch_size // shards) * shards
         self.style = style
         self.sampling = sampling or SamplingConfig(stop_sequences=stop_sequences(tokenizer, style.end))
         self.pad_input_square, self.images_as_shown = pad_input_square, images_as_shown
@@ -211,34 +273,27 @@ class Session:
         images: list[np.ndarray] = []
         for some in self._batches(list(zip(vokens, seeds, numbers))):
             states, seed, number = zip(*self._padded(some))
-            made = self._draw(self._params, np.stack(states), np.uint32(seed), np.int32(number))
+            made = self._run(self._draw, np.stack(states), np.uint32(seed), np.int32(number))
             images.extend(np.asarray(made)[: len(some)])
             report(f"images: {len(images)} of {len(vokens)}")
         return images
 
     # -- compiled -------------------------------------------------------------------------------
 
-    def _write_rows(self, params, tokens, lengths, images, image_row, image_start, seeds) -> DecodeResult:
-        model = self._template.bind(params)
-        embeds = model.backbone.prompt(tokens, images, image_row, image_start)
-        keys = jax.vmap(lambda seed: _keys(seed)[0])(seeds)
-        return decode(
-            model.backbone.decoder,
-            embeds,
-            lengths,
-            keys,
-            self.sampling,
-            first_voken_id=model.first_voken_id,
-            num_vokens=model.backbone.num_vokens,
-        )
+    def _write_rows(self, params, *inputs) -> DecodeResult:
+        return write_rows(self._template, self.sampling, params, *inputs)
 
-    def _draw_images(self, params, vokens, seeds, numbers) -> jax.Array:
-        model = self._template.bind(params)
-        negative = negative_condition(model, self._negative)
-        keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
-        latents = initial_latents(keys, model.generator.latent_shape)
-        condition = model.condition(vokens)
-        return sample_images(model.generator, self._sampler, condition, negative, latents, self._guidance)
+    def _draw_images(self, params, *inputs) -> jax.Array:
+        settings = (self._sampler, self._guidance, self._negative)
+        return draw_images(self._template, *settings, params, *inputs)
+
+    def _run(self, compiled: Callable[..., Any], *arrays: np.ndarray) -> Any:
+        """``compiled(params, *arrays)``, the arrays' rows spread over the mesh if there is one."""
+        if self._mesh is None:
+            return compiled(self._params, *arrays)
+        place = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(SHARD_AXES))
+        with jax.set_mesh(self._mesh):
+            return compiled(self._params, *(jax.device_put(array, place) for array in arrays))
 
     # -- on the host ----------------------------------------------------------------------------
 
@@ -290,7 +345,7 @@ class Session:
             tokens[place, : len(row.expanded.tokens)] = row.expanded.tokens
         lengths = np.int32([len(row.expanded.tokens) for row in batch])
         seeds = np.uint32([row.prompt.seed for row in batch])
-        result = self._write(self._params, tokens, lengths, *self._place_input_images(batch), seeds)
+        result = self._run(self._write, tokens, lengths, *self._place_input_images(batch), seeds)
         result = jax.tree.map(np.asarray, result)
         return [
             (

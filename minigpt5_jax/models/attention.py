@@ -23,6 +23,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from minigpt5_jax.models.mesh import LAYOUTS, batch_axes
+
 IMPLEMENTATIONS = ("auto", "cudnn", "splash", "blockwise", "plain")
 BLOCK = 128
 """Queries of a block: their logits over all keys stay in a core's cache."""
@@ -30,9 +32,6 @@ BLOCK = 128
 MAX_TILE = 512  # queries and keys of a splash tile
 LANES = 128  # of a TPU's vector unit: splash takes lengths in multiples of them
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: a row without any allowed key stays finite
-LAYOUTS = {"rows": (("data", "fsdp"), "tensor"), "items": (("data", "fsdp", "tensor"), None)}
-"""What is attended to -> mesh axes of its batch and of its heads (:mod:`minigpt5_jax.training.sharding`)."""
-
 INTERPRET = False  # tests run the Pallas kernels on a CPU
 
 
@@ -42,7 +41,7 @@ class AttentionModule(nnx.Module):
     Attributes:
       implementation: one of :data:`IMPLEMENTATIONS`; ``Template.of(..., implementation=...)`` sets it in
         every module of a model.
-      layout: key of :data:`LAYOUTS`.
+      layout: key of :data:`minigpt5_jax.models.mesh.LAYOUTS`.
     """
 
     implementation, layout = "auto", "items"
@@ -99,7 +98,7 @@ def attention(
         layers); ``splash`` knows no masks that come with the data, and ``blockwise`` stands in for it.
       scale: of the logits; ``d ** -0.5`` by default.
       implementation: one of :data:`IMPLEMENTATIONS`.
-      layout: key of :data:`LAYOUTS`; where a kernel must be told which part a device has.
+      layout: key of :data:`minigpt5_jax.models.mesh.LAYOUTS`; where a kernel must be told what a device has.
 
     Raises:
       ValueError: an unknown implementation.
@@ -391,7 +390,7 @@ def _whole_lanes(x: jax.Array) -> jax.Array:
 
 def _shard_specs(batch: int, heads: int, mesh: dict[str, int], layout: str) -> tuple[P, P]:
     """How ``[b, h, ...]`` and ``[b, ...]`` lie on a mesh; what does not divide is on every device."""
-    batch_axes, head_axis = LAYOUTS[layout]
-    rows = batch_axes if batch % math.prod(mesh[axis] for axis in batch_axes) == 0 else None
+    axes, head_axis = batch_axes(layout), LAYOUTS[layout][1]
+    rows = axes if axes and batch % math.prod(mesh[axis] for axis in axes) == 0 else None
     split = head_axis is not None and heads % mesh[head_axis] == 0
     return P(rows, head_axis if split else None), P(rows)

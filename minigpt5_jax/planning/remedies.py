@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from minigpt5_jax.config import ConfigError, use_int8
 from minigpt5_jax.planning.shapes import STORY_SAMPLES
 from minigpt5_jax.planning.step import Step
-from minigpt5_jax.training.sharding import ShardingError, make_mesh, parameter_shardings
+from minigpt5_jax.training.sharding import ShardingError, make_mesh
 from minigpt5_jax.wiring.memory import POLICIES, resident_bytes, residual_bytes
-from minigpt5_jax.wiring.model import ModelSpec, build
+from minigpt5_jax.wiring.model import ModelSpec, build, parameter_layout
 from minigpt5_jax.wiring.used_towers import abstract_batch
 
 SHOWN = 3
@@ -74,7 +74,7 @@ def _parts(step: Step, spec: ModelSpec, tensor: int) -> tuple[int, int] | None:
     """(bytes of weights and moments on a chip, chips that share the rows); None where it does not divide."""
     try:
         mesh = make_mesh(-1, step.config.mesh.fsdp, tensor, step.topology.devices)
-        shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+        shardings = parameter_layout(step.config, spec, mesh).stored
     except ShardingError:
         return None
     return resident_bytes(spec, shardings), mesh.shape["data"] * mesh.shape["fsdp"]

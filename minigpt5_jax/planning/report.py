@@ -29,7 +29,8 @@ def make_plan(config: ConfigDict, topology: Topology, *, length: int = 0) -> dic
 def describe(step: Step, compiled: Compiled) -> dict[str, Any]:
     """The plan of a step that was compiled."""
     chip, chips, work = step.topology.chip, len(step.topology.devices), count_work(step)
-    fits = compiled.memory is not None and compiled.needed <= chip.memory
+    needed = compiled.needed + step.encoders
+    fits = compiled.memory is not None and needed <= chip.memory
     plan: dict[str, Any] = {
         "topology": step.topology.name,
         "chips": chips,
@@ -40,7 +41,7 @@ def describe(step: Step, compiled: Compiled) -> dict[str, Any]:
         "remat": step.remat,
         "attention": step.config.model.attention,
         "fits": fits,
-        "gb_per_chip": compiled.needed / GIGA,
+        "gb_per_chip": needed / GIGA,
         "hbm_gb": chip.memory / GIGA,
         "memory_gb": _memory(step, compiled),
         "flops_per_step": work.flops,
@@ -49,9 +50,7 @@ def describe(step: Step, compiled: Compiled) -> dict[str, Any]:
     }
     plan |= _moved(step, compiled, work)
     if not fits:
-        plan["would_fit"] = [
-            {"flags": flags, "gb": size / GIGA} for flags, size in remedies(step, compiled.needed)
-        ]
+        plan["would_fit"] = [{"flags": flags, "gb": size / GIGA} for flags, size in remedies(step, needed)]
     return plan
 
 
@@ -62,6 +61,7 @@ def _memory(step: Step, compiled: Compiled) -> dict[str, float]:
     if compiled.memory is not None:
         parts |= {"activations": compiled.memory.temporary, "code": compiled.memory.code}
         parts["padding"] = compiled.memory.total - sum(parts.values())
+    parts["encoders"] = step.encoders
     return {name: size / GIGA for name, size in parts.items()}
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax.data.batches.collate import BatchSpec, TreeSpec
 from minigpt5_jax.planning.topology import PlanError
 from minigpt5_jax.wiring.features import plans_features, with_planned_features
-from minigpt5_jax.wiring.inputs import batch_spec, samples_a_row, splits_prompts
+from minigpt5_jax.wiring.inputs import batch_spec, micro_batch, samples_a_row, splits_prompts
 from minigpt5_jax.wiring.model import ModelSpec
 
 CAPTIONS = ("cc3m", "cc3m_tar", "parquet", "shapes")
@@ -35,7 +35,7 @@ def planned_shapes(
       PlanError: rows cannot be so long, or micro-batches are not whole stories.
     """
     data = config.data
-    samples = data.global_batch // data.accumulation
+    samples = micro_batch(config)
     if data.packing == "tree":
         return _with_features(config, spec, _trees(config, spec, samples, length))
     split = splits_prompts(config, spec, ends_in_vokens=data.format in CAPTIONS)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,16 +15,18 @@ from ml_collections import ConfigDict
 from minigpt5_jax.data.batches.collate import BatchSpec
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.planning import hlo
-from minigpt5_jax.planning.shapes import planned_shapes
+from minigpt5_jax.planning.shapes import STORY_SAMPLES, planned_shapes
 from minigpt5_jax.planning.topology import OPTIONS, Topology
-from minigpt5_jax.training.sharding import batch_shardings, make_mesh, parameter_shardings, state_shardings
+from minigpt5_jax.training.sharding import Layout, batch_shardings, state_shardings
 from minigpt5_jax.training.state import init_state
 from minigpt5_jax.training.step import make_train_step
-from minigpt5_jax.wiring.inputs import fit_accumulation
+from minigpt5_jax.wiring.features import encoder_bytes, plans_features
 from minigpt5_jax.wiring.memory import fit_memory
-from minigpt5_jax.wiring.model import ModelSpec, build
+from minigpt5_jax.wiring.model import ModelSpec, build, parameter_layout, with_micro_batches
+from minigpt5_jax.wiring.placement import fewest_that_fit, fit_accumulation, open_mesh, with_accumulation
 from minigpt5_jax.wiring.training import open_optimizer
 from minigpt5_jax.wiring.used_towers import abstract_batch, unused_towers
+from minigpt5_jax.wiring.weight_paths import check_given
 
 STEPS = 100_000
 """Updates that the rates are made for, which change nothing that is compiled."""
@@ -80,6 +82,7 @@ class Step:
       config: as the topology settles it.  spec: without the towers that the run does not read.
       remat: what is computed again.  mesh: of the topology.  shapes: of a micro-batch.
       function, arguments: ``function(state, frozen, batch)``.  places: of the state that it returns.
+      encoders: bytes of a chip that hold what writes features in the first epoch, besides the step.
       counted: configuration and model that can be traced anywhere, with the same matrix products.
     """
 
@@ -92,6 +95,7 @@ class Step:
     function: Any
     arguments: tuple[Any, Any, Any]
     places: Any
+    encoders: int
     counted: tuple[ConfigDict, ModelSpec]
 
     def compile(self) -> Compiled:
@@ -101,14 +105,15 @@ class Step:
             return compile_for(self.topology, jitted, *self.arguments)
 
 
-def abstract_step(config: ConfigDict, spec: ModelSpec) -> tuple[Any, Any, Any]:
+def abstract_step(config: ConfigDict, spec: ModelSpec, layout: Layout | None = None) -> tuple[Any, Any, Any]:
     """(train step, its state, frozen weights) of a configuration, shapes only."""
     optimizer = open_optimizer(config, spec, STEPS)
     shapes = {path: shape for path, shape in spec.template.shapes.items() if path not in spec.template.absent}
     trainable = {path: shape for path, shape in shapes.items() if spec.labels[path] != FROZEN}
     frozen = {path: shape for path, shape in shapes.items() if spec.labels[path] == FROZEN}
     state = jax.eval_shape(lambda values: init_state(values, spec.labels, optimizer, 0), trainable)
-    return make_train_step(spec.template, spec.labels, optimizer, spec.options), state, frozen
+    step = make_train_step(spec.template, spec.labels, optimizer, spec.options, layout=layout)
+    return step, state, frozen
 
 
 def plan_step(
@@ -122,30 +127,64 @@ def plan_step(
 
     Raises:
       ConfigError, ShardingError, PlanError: what does not go together, before anything is compiled.
+      WeightFileError: weights that are given, though none are needed, are quantised already.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.devices)
-    config = fit_accumulation(config.copy_and_resolve_references(), mesh)
-    attention = config.model.attention
+    check_given(config)
+    config, attention = config.copy_and_resolve_references(), config.model.attention
     # Blocks of queries are traced anywhere; they keep and multiply what the fused kernels do.
     config.model.attention = "blockwise" if attention == "auto" else attention
     spec = build(config)
-    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
-    shapes = shapes or planned_shapes(config, spec, topology.devices, length)
-    batch = place_batch(shapes, mesh, config.data.accumulation)
     spec = spec.without(unused_towers(config, spec, watched=False))
-    spec, remat = fit_memory(config, spec, abstract_batch(shapes), shardings, topology.chip.memory)
+    config, mesh = open_mesh(config, spec, topology.devices, topology.chip.memory)
+    layout = parameter_layout(config, spec, mesh)
+    shardings = layout.stored
+    config, shapes = _settle_batch(config, spec, layout, topology, length, shapes)
+    spec = with_micro_batches(spec, config)
+    batch = place_batch(shapes, mesh, config.data.accumulation)
+    encoders = _encoders(config, spec, layout)
+    spec, remat = fit_memory(
+        config, spec, abstract_batch(shapes), shardings, topology.chip.memory, extra=encoders
+    )
     counted = config.copy_and_resolve_references(), spec
     if attention == "auto":
         config.model.attention = topology.attention
         spec = build(config, remat=remat).without(spec.unused)
-    function, state, frozen = abstract_step(config, spec)
+    function, state, frozen = abstract_step(config, spec, layout)
     places = state_shardings(state, shardings, mesh)
     arguments = (
         placed(state, places),
         placed(frozen, {path: shardings[path] for path in frozen}),
         batch,
     )
-    return Step(topology, config, spec, remat, mesh, shapes, function, arguments, places, counted)
+    return Step(topology, config, spec, remat, mesh, shapes, function, arguments, places, encoders, counted)
+
+
+def _settle_batch(
+    config: ConfigDict,
+    spec: ModelSpec,
+    layout: Layout,
+    topology: Topology,
+    length: int,
+    shapes: BatchSpec | None,
+) -> tuple[ConfigDict, BatchSpec]:
+    """(configuration with its micro-batches settled, shapes of one), as a run settles them."""
+    chip, story = topology.chip, STORY_SAMPLES
+    if shapes is not None:
+        return fit_accumulation(config, layout.mesh, story=story), shapes
+
+    def fewest(counts: Sequence[int]) -> int:
+        whole = planned_shapes(with_accumulation(config, 1), spec, topology.devices, length)
+        extra = _encoders(config, spec, layout)
+        fits = fewest_that_fit(spec, abstract_batch(whole), layout.stored, chip.memory, extra=extra)
+        return fits(counts)
+
+    config = fit_accumulation(config, layout.mesh, story=story, fewest=fewest)
+    return config, planned_shapes(config, spec, topology.devices, length)
+
+
+def _encoders(config: ConfigDict, spec: ModelSpec, layout: Layout) -> int:
+    writes = config.data.cache == "on" and plans_features(config)
+    return encoder_bytes(config, spec, layout.stored) if writes else 0
 
 
 def place_batch(shapes: BatchSpec, mesh: jax.sharding.Mesh, accumulation: int) -> Any:

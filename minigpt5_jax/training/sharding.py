@@ -6,20 +6,26 @@ that carries the numbers, never a silent replication.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.models.common import Axis
+from minigpt5_jax.models.mesh import LAYOUTS, SHARD_AXES
 
 MESH_AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-ITEMS = ("data", "fsdp", "tensor")  # images cost most and need no model axis: spread over all
+ROWS = SHARD_AXES
+ITEMS = LAYOUTS["items"][0]  # images cost most and need no model axis: spread over all
+LARGE = 2**17
+"""Elements from which on a parameter is spread: matrices, which towers cast to the compute dtype anyway."""
 
 Rules = Sequence[tuple[str, Mapping[str, str]]]
 """(Start of a path, logical axis -> mesh axis): the first match decides; what none matches is replicated.
@@ -94,6 +100,126 @@ def parameter_shardings(
         path: NamedSharding(mesh, partition_spec(path, s.shape, axes[path], mesh, rules))
         for path, s in shapes.items()
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where parameters lie between the steps, and where a step has those that train.
+
+    Attributes:
+      stored: path -> place of a parameter; that of a trainable is its master weights' and moments'.
+      used: path -> place of a trainable while a step computes with it.
+      dtype: of trainables on their way to the devices, and of their gradients on the way back.
+    """
+
+    mesh: Mesh
+    stored: dict[str, NamedSharding]
+    used: dict[str, NamedSharding]
+    dtype: Any = jnp.float32
+
+    @property
+    def shards(self) -> int:
+        """Places of the mesh that have rows of their own."""
+        return math.prod(self.mesh.shape[axis] for axis in ROWS)
+
+    def gather(self, trainable: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Trainables from where they are stored to where they are used."""
+
+        def gathered(parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {
+                path: part
+                if (dim := self._spread_dim(path)) is None
+                else jax.lax.all_gather(part.astype(self.dtype), ROWS, axis=dim, tiled=True).astype(
+                    part.dtype
+                )
+                for path, part in parts.items()
+            }
+
+        return self._mapped(
+            gathered, {p: self.stored[p].spec for p in trainable}, self._used_specs(trainable)
+        )(dict(trainable))
+
+    def reduce(self, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Gradients ``[shards ...]`` summed over the shards, each part where it is stored."""
+
+        def reduced(parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {
+                path: jax.lax.psum(part[0], ROWS)
+                if (dim := self._spread_dim(path)) is None
+                else jax.lax.psum_scatter(
+                    part[0].astype(self.dtype), ROWS, scatter_dimension=dim, tiled=True
+                ).astype(part.dtype)
+                for path, part in parts.items()
+            }
+
+        specs = {path: P(ROWS, *spec) for path, spec in self._used_specs(gradients).items()}
+        return self._mapped(reduced, specs, {path: self.stored[path].spec for path in gradients})(
+            dict(gradients)
+        )
+
+    def _mapped(self, function: Any, inputs: dict[str, P], results: dict[str, P]) -> Any:
+        return jax.shard_map(function, mesh=self.mesh, in_specs=(inputs,), out_specs=results, check_vma=False)
+
+    def _used_specs(self, paths: Iterable[str]) -> dict[str, P]:
+        return {path: self.used[path].spec for path in paths}
+
+    def _spread_dim(self, path: str) -> int | None:
+        """The dimension that is spread while a parameter is stored, and whole while it is used."""
+        pairs = zip(self.stored[path].spec, self.used[path].spec)
+        return next((dim for dim, (stored, used) in enumerate(pairs) if stored != used), None)
+
+
+def lay_out(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    axes: Mapping[str, Sequence[Axis]],
+    trainable: Collection[str],
+    mesh: Mesh,
+    rules: Rules = (),
+    *,
+    frozen: str = "tensor",
+    dtype: Any = jnp.float32,
+) -> Layout:
+    """The layout of a template's parameters.
+
+    Trainables are spread over all devices with rows of their own (ZeRO): each keeps and updates its part of
+    the master weights and moments.  A parameter none of whose dimensions divides stays whole.
+
+    Args:
+      trainable: paths that train.
+      frozen: ``tensor``: towers by ``rules``; ``replicated``: whole on every device; ``fsdp``: by ``rules``,
+        and frozen ones spread over ``fsdp`` besides, so that they are gathered whenever they are used.
+      dtype: as of :class:`Layout`.
+
+    Raises:
+      ShardingError: as :func:`partition_spec`.
+    """
+    stored, used = {}, {}
+    rules = () if frozen == "replicated" else rules
+    for path, place in parameter_shardings(shapes, axes, mesh, rules).items():
+        over: tuple[str, ...] = ("fsdp",) if frozen == "fsdp" else ()
+        if path in trainable:
+            place = used[path] = NamedSharding(mesh, P(*(None if a in ROWS else a for a in place.spec)))
+            over = ROWS
+        stored[path] = _spread(place, shapes[path].shape, axes[path], over)
+    return Layout(mesh, stored, used, dtype)
+
+
+def _spread(
+    place: NamedSharding, shape: Sequence[int], axes: Sequence[Axis], over: tuple[str, ...]
+) -> NamedSharding:
+    """``place`` with its largest free dimension spread over mesh axes; the layers of a scan stay together."""
+    over = tuple(axis for axis in over if place.mesh.shape[axis] > 1)
+    count = math.prod(place.mesh.shape[axis] for axis in over)
+    spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    free = [
+        dim
+        for dim, size in enumerate(shape)
+        if spec[dim] is None and axes[dim] != "layers" and size % count == 0
+    ]
+    if count == 1 or not free or math.prod(shape) < LARGE:
+        return place
+    spec[max(free, key=lambda dim: shape[dim])] = over if len(over) > 1 else over[0]
+    return NamedSharding(place.mesh, P(*spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

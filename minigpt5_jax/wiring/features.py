@@ -11,6 +11,7 @@ Format and checks: :mod:`minigpt5_jax.data.sources.features`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -81,6 +82,22 @@ def _trains(spec: ModelSpec, kind: str) -> bool:
     part = spec.parts[KINDS[kind]]
     starts = tuple(part.prefix + start for starts in part.features.values() for start in starts)
     return any(path.startswith(starts) for path, group in spec.labels.items() if group != FROZEN)
+
+
+def encoder_bytes(config: ConfigDict, spec: ModelSpec, shardings: Mapping[str, Sharding]) -> int:
+    """Bytes of a device for towers that write features in the first epoch, without what a step has whole."""
+    starts = tuple(
+        part.prefix + start
+        for part in (spec.parts[KINDS[kind]] for kind in feature_kinds(config, spec))
+        for starts in part.features.values()
+        for start in starts
+    )
+    return sum(
+        math.prod(shape.shape) * shape.dtype.itemsize
+        for path, shape in spec.template.shapes.items()
+        if path.startswith(starts)
+        and (path in spec.template.absent or not shardings[path].is_fully_replicated)
+    )
 
 
 def load_towers(config: ConfigDict, spec: ModelSpec, kind: str) -> tuple[Params, dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -189,22 +188,9 @@ def splits_prompts(config: ConfigDict, spec: ModelSpec, *, ends_in_vokens: bool)
     return bool(fits and backbone.frozen_prompts(own, spec.keys["backbone"]))
 
 
-def fit_accumulation(config: ConfigDict, mesh: jax.sharding.Mesh) -> ConfigDict:
-    """The configuration with fewer micro-batches, where the devices do not divide ``data.accumulation``.
-
-    The update is the same, for it is a sum over all samples.  Where no number of micro-batches divides, and
-    with trees (whole stories), nothing changes: the batch's own error has the numbers.
-    """
-    data, places = (
-        config.data,
-        math.lcm(mesh.size, max(1, config.data.pack) * mesh.shape["data"] * mesh.shape["fsdp"]),
-    )
-    fitting = [n for n in range(data.accumulation, 0, -1) if data.global_batch % (n * places) == 0]
-    if not fitting or fitting[0] == data.accumulation or data.packing == "tree":
-        return config
-    config = config.copy_and_resolve_references()
-    config.data.accumulation = fitting[0]
-    return config
+def micro_batch(config: ConfigDict) -> int:
+    """Samples of a micro-batch; of a whole update where ``data.accumulation`` is not settled yet."""
+    return config.data.global_batch // (config.data.accumulation or 1)
 
 
 def samples_a_row(config: ConfigDict, split: bool, devices: Sequence[jax.Device] | None = None) -> int:
@@ -218,8 +204,8 @@ def samples_a_row(config: ConfigDict, split: bool, devices: Sequence[jax.Device]
         return 1
     if data.pack or not (split and data.buckets):
         return data.pack or 1
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices).shape
-    samples, places = data.global_batch // data.accumulation, mesh["data"] * mesh["fsdp"]
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor or 1, devices).shape
+    samples, places = micro_batch(config), mesh["data"] * mesh["fsdp"]
     return next(pack for pack in (4, 3, 2, 1) if pack == 1 or samples % (pack * places) == 0)
 
 
@@ -273,15 +259,13 @@ def samples_of_a_story(config: ConfigDict, source: Source) -> int:
         raise ConfigError(
             f"data.packing=tree is for stories, and {source.describe()} are none; set data.packing=shuffled"
         )
-    data, count = config.data, longest_story(starts)
-    samples = data.global_batch // data.accumulation
+    data, count, micro = config.data, longest_story(starts), config.data.accumulation or 1
+    samples = micro_batch(config)
     if samples % count:
-        lower, upper = (
-            n * data.accumulation for n in (samples // count * count, -(-samples // count) * count)
-        )
+        lower, upper = (n * micro for n in (samples // count * count, -(-samples // count) * count))
         raise ConfigError(
-            f"data.packing=tree: data.global_batch={data.global_batch} over data.accumulation="
-            f"{data.accumulation} is not whole stories of {count} samples; choose data.global_batch="
+            f"data.packing=tree: data.global_batch={data.global_batch} over data.accumulation={micro} "
+            f"is not whole stories of {count} samples; choose data.global_batch="
             f"{f'{lower} or ' if lower else ''}{upper}"
         )
     return count
@@ -317,8 +301,7 @@ def open_loader(
     Args:
       features: those of the samples' images, which batches hold in the place of pixels.
     """
-    data = config.data
-    samples = data.global_batch // data.accumulation
+    data, samples = config.data, micro_batch(config)
     trees = training and data.packing == "tree"
     split = training and not trees and splits_prompts(config, spec, ends_in_vokens=source.ends_in_vokens)
     if trees:
@@ -336,7 +319,7 @@ def open_loader(
         encoding,
         shapes,
         global_batch=data.global_batch if training else samples,
-        accumulation=data.accumulation if training else 1,
+        accumulation=data.accumulation or 1 if training else 1,
         seed=config.run.seed,
         shuffle=training,
         num_epochs=None if training else 1,

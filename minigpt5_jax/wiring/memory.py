@@ -22,8 +22,8 @@ POLICIES = ("none", "backbone", "generator", "all")
 """What is computed again in the backward pass, from the least work to the least memory."""
 USABLE = 0.85
 """Share of a device that is planned with; the rest is for what a layer needs while it runs, and fragments."""
-TRAINED_COPIES = 4
-"""fp32 arrays of each trainable: value, gradient and AdamW's two moments."""
+STORED_COPIES = 3
+"""fp32 arrays of each trainable that lie where it is stored: value and AdamW's two moments."""
 
 
 def fit_memory(
@@ -49,15 +49,26 @@ def fit_memory(
     limit = device_bytes() if limit is None else limit
     if limit is None:
         return spec, "none"
-    mesh = next(iter(shardings.values())).mesh.shape
-    # Rows are whole on each device of the tensor axis.
-    shares = max(1, mesh["data"] * mesh["fsdp"] // jax.process_count())
-    room = limit * USABLE - resident_bytes(spec, shardings) - extra
+    room, shares = kept_room(spec, shardings, limit, extra=extra)
     for policy in POLICIES[:-1]:
         tried = spec if policy == "none" else build(config, remat=policy).without(spec.unused)
         if residual_bytes(tried, batch) / shares <= room:
             return tried, policy
     return build(config, remat=POLICIES[-1]).without(spec.unused), POLICIES[-1]
+
+
+def kept_room(
+    spec: ModelSpec, shardings: Mapping[str, Any], limit: int, *, extra: int = 0
+) -> tuple[float, int]:
+    """(bytes of a device for what the forward pass keeps, devices that share a process's batch).
+
+    Args:
+      shardings, limit, extra: as of :func:`fit_memory`.
+    """
+    mesh = next(iter(shardings.values())).mesh.shape
+    # Rows are whole on each device of the tensor axis.
+    shares = max(1, mesh["data"] * mesh["fsdp"] // jax.process_count())
+    return limit * USABLE - resident_bytes(spec, shardings) - extra, shares
 
 
 def device_bytes() -> int | None:
@@ -76,8 +87,13 @@ def resident_bytes(spec: ModelSpec, shardings: Mapping[str, Any]) -> int:
     for path, shape in spec.template.shapes.items():
         if path in spec.template.absent:
             continue
-        copies = 1 if spec.labels[path] == FROZEN else TRAINED_COPIES
-        total += copies * math.prod(shardings[path].shard_shape(shape.shape)) * shape.dtype.itemsize
+        part = math.prod(shardings[path].shard_shape(shape.shape)) * shape.dtype.itemsize
+        if spec.labels[path] == FROZEN:
+            total += part
+            continue
+        whole = math.prod(shape.shape) * shape.dtype.itemsize
+        # A step has each gradient whole, and a copy of the value where only a part is stored.
+        total += STORED_COPIES * part + whole + (whole if part < whole else 0)
     return total
 
 

@@ -24,7 +24,7 @@ from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.tower import Tower
 from minigpt5_jax.parts.contracts import FROZEN, Context, Part, Use, shipped
 from minigpt5_jax.training.provenance import FileLeaf, hash_parameters
-from minigpt5_jax.training.sharding import Rules
+from minigpt5_jax.training.sharding import Layout, Rules, lay_out
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.training.tuning import TABLE_DECAY, label_parameters, rules_of
 from minigpt5_jax.weights.check import with_cause
@@ -184,6 +184,28 @@ def build(config: ConfigDict, remat: str = "") -> ModelSpec:
     return ModelSpec(parts, keys, sizes, made, template, labels, sharding, options).quantized()
 
 
+def parameter_layout(config: ConfigDict, spec: ModelSpec, mesh: jax.sharding.Mesh) -> Layout:
+    """Where the parameters lie on a mesh, as ``config.mesh`` says; ShardingError where they do not divide."""
+    template, settings = spec.template, config.mesh
+    trainable = {path for path, group in spec.labels.items() if group != FROZEN}
+    dtype = jnp.dtype(config.model.dtype if settings.exchange == "model" else settings.exchange)
+    return lay_out(
+        template.shapes,
+        template.axes,
+        trainable,
+        mesh,
+        spec.sharding,
+        frozen=settings.frozen,
+        dtype=dtype,
+    )
+
+
+def with_micro_batches(spec: ModelSpec, config: ConfigDict) -> ModelSpec:
+    """The same model with the number of micro-batches that a configuration was settled to."""
+    options = dataclasses.replace(spec.options, accumulation=config.data.accumulation or 1)
+    return dataclasses.replace(spec, options=options)
+
+
 def step_options(config: ConfigDict, parts: Mapping[str, Part], *, lora_dropout: bool) -> StepOptions:
     """Loss weights (those that are not 0; a part's own at its keys ``loss_<name>``) and rules of the step."""
     weights = {name: config.loss[name] for name in LOSSES}
@@ -196,7 +218,7 @@ def step_options(config: ConfigDict, parts: Mapping[str, Part], *, lora_dropout:
         LossOptions(given, config.loss.caption_target_on_drop, losses),
         cfg_dropout=config.loss.cfg_dropout,
         lora_dropout=lora_dropout,
-        accumulation=config.data.accumulation,
+        accumulation=config.data.accumulation or 1,
     )
 
 

@@ -17,6 +17,7 @@ from minigpt5_jax.wiring.restore import upgrade_meta
 
 FIXED = ("config.model", "config.optimizer.decay_frozen_rows")
 """Settings that decide which parameters there are."""
+SETTLED = ("data.accumulation", "mesh.tensor")
 LINE = "{}: checkpoint {!r}, this run {!r}"
 
 
@@ -36,7 +37,11 @@ def compare_settings(config: ConfigDict, spec: ModelSpec, checkpoints: Checkpoin
     if label_parameters(shapes, rules) != {path: spec.labels[path] for path in shapes}:
         title = "other parameters trained than would now; start in another workdir, or change this back:"
         require_same(saved, here, ("config.tuning",), title, LINE)
-    return [LINE.format(key.removeprefix("config."), *pair) for key, pair in differences(saved, here).items()]
+    found = {key.removeprefix("config."): pair for key, pair in differences(saved, here).items()}
+    # What a run leaves to its devices is settled later.
+    return [
+        LINE.format(key, *pair) for key, pair in found.items() if key not in SETTLED or pair[1] is not None
+    ]
 
 
 def check_end(config: ConfigDict, steps: int, checkpoints: Checkpoints) -> None:

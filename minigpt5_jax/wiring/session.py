@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from minigpt5_jax.config.keys import KEYS
 from minigpt5_jax.data.text.prompts import PromptStyle
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.sampling import SamplingConfig
-from minigpt5_jax.inference.session import Session, stop_sequences
+from minigpt5_jax.inference.session import Session, draw_images, stop_sequences, write_rows
 from minigpt5_jax.models.abstract import Template, take_layers_apart
 from minigpt5_jax.wiring.model import ModelSpec
 
@@ -44,10 +45,7 @@ class LoadedModel:
         (:func:`~minigpt5_jax.models.abstract.take_layers_apart`), so that no weight is there twice.
         """
         inference, data = self.config.inference, self.config.data
-        apart = inference.layers == "apart" or (
-            inference.layers == "auto" and jax.default_backend() in ("gpu", "tpu")
-        )
-        if apart and self.params:
+        if takes_layers_apart(self.config, jax.default_backend()) and self.params:
             take_layers_apart(self.params, decoder_layers(self.spec.template))
         style = self.spec.parts["backbone"].prompts
         sampling = sampling_config(self.config, self.tokenizer, style)
@@ -91,11 +89,35 @@ def open_sampler(config: ConfigDict, spec: ModelSpec) -> Sampler:
         return spec.generator.make_sampler(config.inference.sampler, config.inference.num_inference_steps)
 
 
+def answering(
+    config: ConfigDict, spec: ModelSpec, stops: tuple[tuple[int, ...], ...]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a session compiles: ``write(params, tokens, ...)`` and ``draw(params, vokens, ...)``.
+
+    They are :func:`~minigpt5_jax.inference.session.write_rows` and ``draw_images`` with the settings of
+    ``config.inference``.  ``stops``: what ends a text, in the ids of the language model.
+    """
+    inference, sampler = config.inference, open_sampler(config, spec)
+    write = functools.partial(write_rows, spec.template, _rules(config, stops))
+    settings = (sampler, inference.guidance_scale, inference.cfg_negative)
+    return write, functools.partial(draw_images, spec.template, *settings)
+
+
+def takes_layers_apart(config: ConfigDict, platform: str) -> bool:
+    """Whether a session on this platform has an array for each layer of the language model."""
+    layers = config.inference.layers
+    return layers == "apart" or (layers == "auto" and platform in ("gpu", "cuda", "tpu"))
+
+
 def sampling_config(config: ConfigDict, tokenizer: Any, style: PromptStyle) -> SamplingConfig:
     """Rules for text from ``config.inference``; the end of a turn, as the tokenizer has it, ends one."""
+    return _rules(config, stop_sequences(tokenizer, style.end))
+
+
+def _rules(config: ConfigDict, stops: tuple[tuple[int, ...], ...]) -> SamplingConfig:
     known = {field.name for field in dataclasses.fields(SamplingConfig)}
     rules = {name: value for name, value in config.inference.items() if name in known}
-    rules |= {"eos_ids": tuple(rules["eos_ids"]), "stop_sequences": stop_sequences(tokenizer, style.end)}
+    rules |= {"eos_ids": tuple(rules["eos_ids"]), "stop_sequences": stops}
     try:
         return SamplingConfig(**rules)
     except ValueError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,7 @@ from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.prefetch import DevicePrefetch
 from minigpt5_jax.training.provenance import NOT_LOADED, CheckpointError, check_compatible, require_same
-from minigpt5_jax.training.sharding import (
-    make_mesh,
-    parameter_shardings,
-    state_shardings,
-)
+from minigpt5_jax.training.sharding import state_shardings
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.training.tracking import Tracker, check_tracker, open_tracker
@@ -39,13 +36,26 @@ from minigpt5_jax.wiring.features import load_towers, plans_features
 from minigpt5_jax.wiring.inputs import (
     data_identity,
     epoch_samples,
-    fit_accumulation,
     make_batch_sharder,
     open_loader,
     open_sources,
+    samples_of_a_story,
 )
-from minigpt5_jax.wiring.memory import fit_memory
-from minigpt5_jax.wiring.model import ModelSpec, build, initial_trainable, load_frozen
+from minigpt5_jax.wiring.memory import device_bytes, fit_memory
+from minigpt5_jax.wiring.model import (
+    ModelSpec,
+    build,
+    initial_trainable,
+    load_frozen,
+    parameter_layout,
+    with_micro_batches,
+)
+from minigpt5_jax.wiring.placement import (
+    fewest_that_fit,
+    fit_accumulation,
+    open_mesh,
+    with_accumulation,
+)
 from minigpt5_jax.wiring.restore import (
     describe,
     earlier_hashes,
@@ -278,12 +288,12 @@ def make_loop(
 
 
 def _fitting_notes(
-    config: ConfigDict, spec: ModelSpec, steps: int, accumulation: int, recomputed: str
+    config: ConfigDict, spec: ModelSpec, steps: int, configured: ConfigDict, recomputed: str
 ) -> list[str]:
     """What a run does otherwise than its keys say by themselves, a line each.
 
     Args:
-      steps: of the run.  accumulation: that was configured.  recomputed: what is computed again.
+      steps: of the run.  configured: before the devices settled it.  recomputed: what is computed again.
     """
     notes, warmup = [], warmup_steps(config, steps)
     if config.model.remat == "auto" and recomputed != "none":
@@ -293,10 +303,17 @@ def _fitting_notes(
             f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
         )
-    if config.data.accumulation != accumulation:
+    micro, given = config.data.accumulation, configured.data.accumulation
+    if given is None and micro > 1:
+        notes.append(f"{micro} micro-batches per update, so that each fits the devices (data.accumulation)")
+    elif given is not None and micro != given:
         notes.append(
-            f"{config.data.accumulation} micro-batches per update, not data.accumulation={accumulation}, "
-            "which the devices do not divide; the update is the same"
+            f"{micro} micro-batches per update, not data.accumulation={given}, which the devices do not "
+            "divide; the update is the same"
+        )
+    if configured.mesh.tensor is None and config.mesh.tensor > 1:
+        notes.append(
+            f"the language model is split over {config.mesh.tensor} devices, so that it fits (mesh.tensor)"
         )
     if spec.unused:
         notes.append(f"not loaded, as this run does not read them: {', '.join(sorted(spec.unused))}")
@@ -324,12 +341,11 @@ def _tracker(config: ConfigDict) -> Tracker | None:
 
 
 def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    configured, config = config.data.accumulation, fit_accumulation(config, mesh)
-    spec = build(config)
-    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
-    whole, watched = spec, watch is not None
+    configured, whole, watched = config, build(config), watch is not None
     spec = whole.without(unused_towers(config, whole, watched=watched))
+    config, mesh = open_mesh(config, spec)
+    layout = parameter_layout(config, spec, mesh)
+    shardings = layout.stored
     check_sources(config, spec.unused)
     checkpoints, changed = open_run_checkpoints(config, owner), []
     if checkpoints.latest_step is not None:
@@ -344,11 +360,21 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         spec = whole.without(unused_towers(config, whole, watched=watched, features=False))
         check_sources(config, spec.unused)
     store = features.store if features else None
+    extra = features.extra_bytes(spec, shardings) if features else 0
+    story = samples_of_a_story(with_accumulation(config, 1), source) if config.data.packing == "tree" else 1
+
+    def fewest(counts: Sequence[int]) -> int:
+        """Of an update in one piece, whose shapes the loader knows."""
+        with contextlib.closing(open_loader(config, spec, source, training=True, features=store)) as loader:
+            batch = abstract_batch(loader.largest)
+            return fewest_that_fit(spec, batch, shardings, extra=extra)(counts)
+
+    config = fit_accumulation(config, mesh, story=story, fewest=fewest if device_bytes() else min)
+    spec = with_micro_batches(spec, config)
     loader = open_loader(config, spec, source, training=True, features=store)
     shard = make_batch_sharder(mesh, config.data.accumulation)
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
-    extra = features.extra_bytes(spec, shardings) if features else 0
     spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings, extra=extra)
     steps = num_steps(config, epoch_samples(config, source))
     check_end(config, steps, checkpoints)
@@ -392,7 +418,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
             load=lambda kind: load_towers(config, spec, kind)[0],
         )
     step = jax.jit(
-        make_train_step(spec.template, spec.labels, optimizer, spec.options),
+        make_train_step(spec.template, spec.labels, optimizer, spec.options, layout=layout),
         donate_argnums=0,
         out_shardings=(places, None),
     )

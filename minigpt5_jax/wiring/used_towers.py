@@ -25,7 +25,7 @@ from minigpt5_jax.shapes.render import IMAGE_SIZE
 from minigpt5_jax.training.step import make_draw
 from minigpt5_jax.training.validation import make_validation_step
 from minigpt5_jax.wiring.features import plans_features, with_planned_features
-from minigpt5_jax.wiring.inputs import SHAPES, batch_spec
+from minigpt5_jax.wiring.inputs import SHAPES, batch_spec, micro_batch
 from minigpt5_jax.wiring.model import ModelSpec
 from minigpt5_jax.wiring.session import open_sampler
 
@@ -86,7 +86,7 @@ def _readers(config: ConfigDict, spec: ModelSpec, watched: bool, ready: bool) ->
     for part in spec.parts.values():
         if part.initial is not None:
             yield _start_values(spec, part), ()
-    samples = config.data.global_batch // config.data.accumulation
+    samples = micro_batch(config)
     shapes = batch_spec(config, spec, samples, max(config.data.pack, 1))
     yield _losses(spec), (abstract_batch(with_planned_features(config, spec, shapes) if ready else shapes),)
     if not (watched and holds_out(config)):

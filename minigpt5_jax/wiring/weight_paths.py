@@ -120,6 +120,12 @@ def check_sources(
     return paths
 
 
+def check_given(config: ConfigDict) -> None:
+    """Errors as :func:`check_preset`, of the sources that are there; those that are not given are none."""
+    for name, path in find_sources(config, needed_sources(config))[0].items():
+        check_preset(config, name, path)
+
+
 def sizes_file(use: Use, path: Path) -> Path:
     """The JSON file with the sizes of a source."""
     return (path if path.is_dir() else path.parent) / use.tower.config_file

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import re
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import tiny
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.text.templates import IMAGE
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
@@ -28,6 +30,7 @@ from minigpt5_jax.models.mapper.model import MapperConfig
 from minigpt5_jax.models.qformer.model import QFormerConfig
 from minigpt5_jax.models.unet.model import UNetConfig
 from minigpt5_jax.models.vae.model import VaeConfig
+from minigpt5_jax.training.sharding import lay_out, make_mesh
 
 IMG0 = 1000
 # Compiling is most of the time here: unoptimised code is ready sooner.
@@ -128,12 +131,12 @@ def seeing(oracle_configs):
 def make(seeing, tokenizer, oracle_configs):
     sampler = make_sampler("ddim", NoiseSchedule.from_hf(oracle_configs["scheduler"]), 2)
 
-    def make(force_image="after_text", max_new_tokens=6, **settings):
+    def make(force_image="after_text", max_new_tokens=6, params=seeing[1], **settings):
         sampling = SamplingConfig(
             force_image=force_image, max_new_tokens=max_new_tokens, stop_sequences=stop_sequences(tokenizer)
         )
         settings = {"batch_size": 2, "guidance_scale": 3.0, "max_length": 48, **settings}
-        session = Session(*seeing, tokenizer, sampler=sampler, sampling=sampling, **settings)
+        session = Session(seeing[0], params, tokenizer, sampler=sampler, sampling=sampling, **settings)
         session._write, session._draw = quick(session._write_rows), quick(session._draw_images)
         return session
 
@@ -178,6 +181,36 @@ def test_an_answer_is_a_function_of_prompt_and_seed(session):
     assert again.token_ids != answers[0].token_ids
     assert np.abs(again.images[0].astype(int) - answers[0].images[0]).max() > 5
     assert compiled(session) == (1, 1), "prompts of one bucket share the programs"
+
+
+def test_rows_and_images_are_spread_over_a_mesh(session, seeing, make, monkeypatch):
+    """The same tokens and images; each device has a row of the cache and an image of its own."""
+    template, params = seeing
+    monkeypatch.setattr("minigpt5_jax.training.sharding.LARGE", 512)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    layout = lay_out(template.shapes, template.axes, (), mesh, tiny.sharding(), frozen="fsdp")
+    placed = {path: jax.device_put(value, layout.stored[path]) for path, value in params.items()}
+    spread, programs = make(params=placed, batch_size=7), []
+    assert spread.batch_size == 8
+
+    def kept(jitted):
+        def call(*args):
+            programs.append(jitted.lower(*args).compile())
+            return programs[-1](*args)
+
+        return call
+
+    spread._write, spread._draw = kept(spread._write), kept(spread._draw)
+    prompts = [Prompt(f"a red lighthouse {IMAGE}", (png(n),), seed=n) for n in range(8)]
+    answers = spread.generate(prompts)
+    assert all(map(equal, answers, session.generate(prompts)))
+    write, draw = programs
+    assert write.output_shardings.tokens.spec[0] == ("data", "fsdp")
+    assert draw.output_shardings.spec[0] == ("data", "fsdp", "tensor")
+    # A cache is [layers, rows, heads, slots, width]: of 8 rows and 4 heads a device has 2 and 2 at most.
+    slots = 32 + spread.sampling.max_new_tokens + 7 * spread.sampling.max_images
+    caches = re.findall(rf"f32\[2,(\d+),(\d+),{slots},8\]", write.as_text())
+    assert ("2", "2") in caches and {rows for rows, _ in caches} == {"2"}
 
 
 def test_answers_without_their_images_sample_none(session, make):

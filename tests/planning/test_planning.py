@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,16 +14,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from minigpt5_jax.config import get_config, use_shapes_backbones, validate
-from minigpt5_jax.planning import hlo, report, topology
+from minigpt5_jax.planning import generation, hlo, report, topology
 from minigpt5_jax.planning.predict import UTILISATION, Work, run_steps, weight_passes, wire_seconds
 from minigpt5_jax.planning.remedies import remedies
 from minigpt5_jax.planning.shapes import planned_shapes
 from minigpt5_jax.planning.step import Compiled, Memory, _refused, plan_step
 from minigpt5_jax.planning.topology import Chip, PlanError, Topology, open_topology, read_chip
 from minigpt5_jax.training.sharding import ShardingError, make_mesh
-from minigpt5_jax.wiring.inputs import fit_accumulation
+from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.wiring.features import encoder_bytes
+from minigpt5_jax.wiring.memory import USABLE, resident_bytes, residual_bytes
+from minigpt5_jax.wiring.model import parameter_layout
+from minigpt5_jax.wiring.placement import (
+    RESIDENT,
+    fewest_that_fit,
+    fit_accumulation,
+    open_mesh,
+    with_accumulation,
+)
+from minigpt5_jax.wiring.used_towers import abstract_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 CHIP = Chip("tpu", "Toy", 1e12, 1e9, 10**9, 2, 5e8)
@@ -263,6 +276,70 @@ def test_accumulation_follows_the_devices(config):
     assert config.data.accumulation == 12
     config.data.global_batch = 12
     assert fit_accumulation(config, make_mesh(devices=jax.devices()[:8])) is config  # its error comes later
+    config.data.update(global_batch=4 * 26, packing="tree", accumulation=3)
+    four = make_mesh(tensor=2, devices=jax.devices()[:8])
+    assert fit_accumulation(config, four, story=13).data.accumulation == 2  # stories stay whole
+    config.data.accumulation = None
+    assert fit_accumulation(config, four, story=13, fewest=max).data.accumulation == 2
+
+
+def test_what_is_left_open_follows_the_memory(step, config, monkeypatch):
+    # In this world the mapper, which is spread over fewer chips then, is larger than the language model.
+    monkeypatch.setattr("minigpt5_jax.training.sharding.LARGE", 10**9)
+    spec, devices, config = step.spec, jax.devices()[:4], with_accumulation(config, 1)
+    config.mesh.tensor = None
+    sizes = {}
+    for tensor in (1, 2, 4):
+        layout = parameter_layout(config, spec, make_mesh(tensor=tensor, devices=devices))
+        sizes[tensor] = resident_bytes(spec, layout.stored)
+    for tensor, size in sizes.items():
+        settled, mesh = open_mesh(config, spec, devices, int(size / RESIDENT) + 1)
+        assert settled.mesh.tensor == mesh.shape["tensor"] == tensor
+    assert open_mesh(config, spec, devices, 1)[1].shape["tensor"] == 4  # nothing fits: the least
+    assert open_mesh(config, spec, devices)[1].shape["tensor"] == 1  # a CPU tells no limit
+    assert config.mesh.tensor is None
+
+    batch, places = abstract_batch(step.shapes), parameter_layout(config, spec, step.mesh).stored
+    kept, there = residual_bytes(spec, batch), resident_bytes(spec, places)
+    for count in (1, 2, 4):
+        limit = int((there + kept / count) / USABLE) + 1
+        assert fewest_that_fit(spec, batch, places, limit)([1, 2, 4]) == count
+    assert fewest_that_fit(spec, batch, places, there)([1, 2, 4]) == 4
+    assert fewest_that_fit(spec, batch, places)([1, 2, 4]) == 1
+
+
+def test_what_writes_features_is_counted(step, config):
+    starts = ("generator/vae/encoder/", "generator/vae/quant_conv/")
+    shapes, places = step.spec.template.shapes, parameter_layout(config, step.spec, step.mesh).stored
+    size = sum(4 * math.prod(shape.shape) for path, shape in shapes.items() if path.startswith(starts))
+    loaded = step.spec.without(())
+    assert encoder_bytes(config, loaded, places) == 0, "the step has them"
+    assert encoder_bytes(config, loaded.without({"vae"}), places) == size > 0
+    writing = dataclasses.replace(step, encoders=size)
+    plan = report.describe(writing, compiled(writing, CHIP.memory))
+    assert not plan["fits"] and plan["memory_gb"]["encoders"] == size / 1e9
+    assert plan["gb_per_chip"] == pytest.approx(1.0 + size / 1e9)
+
+
+def test_a_session_is_planned_on_the_mesh(config, monkeypatch):
+    four = Topology("toy:4", CHIP, tuple(jax.devices()[:4]))
+    seen = []
+
+    def compile_for(topology, jitted, *arguments):
+        seen.append(arguments)
+        return Compiled(Memory(10, 0, 10, 0), 500_000_000, 2.0, LOOP, 0.0)
+
+    monkeypatch.setattr(generation, "compile_for", compile_for)
+    plan = generation.make_generation_plan(config, four, batch=8)
+    (params, tokens, *_), (again, vokens, *_) = seen
+    assert tokens.sharding.spec == vokens.sharding.spec == P(("data", "fsdp")) and tokens.shape[0] == 8
+    assert params is again and all(x.sharding.mesh.size == 4 for x in jax.tree.leaves(params))
+    assert any(isinstance(x, tuple) for x in params.values()), "a TPU's session takes layers apart"
+    assert plan["fits"] and plan["gb_per_chip"] == 0.5 and json.loads(json.dumps(plan)) == plan
+    assert plan["seconds_of_images"] > 0 and plan["seconds_a_token"] > 0 and plan["compile_seconds"] == 4.0
+    assert "texts: 0.50 of 1.00 GB of a chip" in generation.as_text(plan, four)
+    with pytest.raises(ShardingError, match=r"3 prompts at once .* 4 chips .* --batch_size=4"):
+        generation.plan_programs(config, four, batch=3)
 
 
 # ------------------------------------------------------------------------------------------ bad input
@@ -311,6 +388,15 @@ def test_a_mesh_or_a_batch_that_does_not_divide(config):
         plan_step(config, four)
 
 
+def test_weights_that_are_quantised_already(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.model.backbone.llm_quantization = "int8"
+    config.weights.llm = str(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+    with pytest.raises(WeightFileError, match=r"these weights are quantised already \(gptq\)"):
+        plan_step(config, Topology("toy:1", CHIP, tuple(jax.devices()[:1])))
+
+
 def test_the_compilers_refusal_is_read():
     assert _refused("RESOURCE_EXHAUSTED: Used 20.12G of 15.75G hbm. Exceeded") == int(20.12 * 2**30)
     temporaries = "the total memory required for HLO temporaries (18.67G) exceeds available HBM (15.75G)"
@@ -328,14 +414,29 @@ def test_the_compilers_refusal_is_read():
     ],
 )
 def test_the_command(name, module, extra):
-    pytest.importorskip(module, reason=f"{module} is not installed; pip install '.[{extra}]'")
-    code = [sys.executable, "-m", "minigpt5_jax.plan", "--config", "configs/shapes_stage1.py", "--json"]
-    code += ["--topology", name, "--config.data.global_batch=8"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run(code, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    plan = json.loads(done.stdout)
+    plan = command(name, module, extra)
     assert plan["fits"] and plan["chips"] == (4 if name.endswith("2x2") else 1)
     assert 0 < plan["gb_per_chip"] < 1 and plan["compile_seconds"] > 1
     assert plan["loops_of_unknown_length"] == 0
     assert (plan["wire_gb"] > 0) == (plan["chips"] > 1) and (plan["efficiency"] < 1) == (plan["chips"] > 1)
+
+
+@pytest.mark.slow  # the same
+def test_the_command_of_a_session():
+    plan = command("v5e:2x2", "libtpu", "plan", "--generation", "--config.inference.layers=stacked")
+    assert plan["fits"] and plan["batch"] == 4 and plan["mesh"]["data"] == 4
+    for program in (plan["texts"], plan["images"]):
+        assert 0 < program["weights_gb"] < program["gb_per_chip"] < 1
+    assert plan["texts"]["loops_of_unknown_length"] == 1, "as many turns as a text takes"
+    assert plan["images"]["loops_of_unknown_length"] == 0
+
+
+def command(name: str, module: str, extra: str, *flags: str) -> dict:
+    """What ``plan --json`` prints for the small world; a skip where its compiler is not installed."""
+    pytest.importorskip(module, reason=f"{module} is not installed; pip install '.[{extra}]'")
+    code = [sys.executable, "-m", "minigpt5_jax.plan", "--config", "configs/shapes_stage1.py", "--json"]
+    code += ["--topology", name, "--config.data.global_batch=8", *flags]
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(code, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Steps and held-out images on one process and on two, over localhost: the same."""
+"""Steps and held-out images on one process and on several, over localhost: the same."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def run(script: str, count: int, pattern: str) -> list[tuple[str, ...]]:
+def run(script: str, count: int, pattern: str, *arguments: str) -> list[tuple[str, ...]]:
     """What each of ``count`` processes printed, as the groups of ``pattern``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(HERE / script)]
     workers = [
-        subprocess.Popen([*command, str(rank), str(count), str(port)], stdout=-1, stderr=-1, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(count), str(port), *arguments], stdout=-1, stderr=-1, text=True
+        )
         for rank in range(count)
     ]
     results = []
@@ -39,15 +41,29 @@ def run(script: str, count: int, pattern: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_step_of_one():
-    def step(count):
-        found = run("multiprocess_worker.py", count, r"LOSS (\S+) GRAD (\S+)")
-        return [tuple(map(float, values)) for values in found]
+def test_two_and_four_processes_take_the_steps_of_one(tmp_path):
+    """The same draws for each item, bit for bit, the gradients of the first step, and both losses."""
 
-    (single,) = step(1)
-    first, second = step(2)
-    assert first == second
-    np.testing.assert_allclose(first, single, rtol=1e-5)
+    def steps(count: int) -> dict[str, np.ndarray]:
+        file = str(tmp_path / f"{count}.npz")
+        printed = run("multiprocess_worker.py", count, r"LOSS (\S+) GRAD (\S+)", file)
+        assert len(printed) == count and len(set(printed)) == 1, "all processes know the global numbers"
+        with np.load(file) as found:
+            return dict(found)
+
+    single = steps(1)
+    assert sum(name.startswith("draw") for name in single) == 4 and np.ptp(single["draw timesteps"]) > 0
+    for count in (2, 4):
+        several = steps(count)
+        assert several.keys() == single.keys()
+        largest = max(np.abs(value).max() for name, value in single.items() if name.startswith("gradient"))
+        for name, value in single.items():
+            if name.startswith("draw"):
+                assert (several[name] == value).all(), name
+                continue
+            # A key's bias has no gradient: what is there is rounding.
+            scale = largest if name.endswith("k_proj/bias") else np.abs(value).max()
+            assert np.abs(several[name] - value).max() <= 1e-5 * scale, (count, name)
 
 
 @pytest.mark.slow

@@ -74,8 +74,6 @@ class EvaAttention(AttentionModule):
     The checkpoint's fused qkv matrix is kept as three kernels, so that each shards over whole heads.
     """
 
-    layout = "rows"
-
     def __init__(self, config: EvaVitConfig, **kwargs: Any):
         self.num_heads = config.num_attention_heads
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)

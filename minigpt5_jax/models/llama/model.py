@@ -28,6 +28,7 @@ from minigpt5_jax.models.common import (
     zeros,
 )
 from minigpt5_jax.models.lora import LoraConfig, LoraLinear
+from minigpt5_jax.models.mesh import spread
 from minigpt5_jax.models.prefix import PrefixConfig, PrefixEncoder, prepend
 
 _IMPLEMENTED = {
@@ -397,7 +398,7 @@ class Llama(nnx.Module):
         config, dtype = self.config, self.lm_head.dtype if dtype is None else dtype
         slots, filled = max_length + self.num_prefix, self.num_prefix
         shape = (config.num_hidden_layers, batch, config.key_value_heads, slots, config.head_dim)
-        stored = [jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)]
+        stored = [spread(jnp.zeros(shape, dtype), "rows", dim=1, heads=2) for _ in range(2)]
         if filled:
             before = [p.swapaxes(1, 2)[:, None].astype(dtype) for p in self.prefix_encoder()]
             stored = [c.at[:, :, :, :filled].set(p) for c, p in zip(stored, before, strict=True)]

@@ -71,8 +71,6 @@ BLIP2_QFORMER = QFormerConfig()
 class QFormerAttention(AttentionModule):
     """Multi-head attention with its residual and post-norm; keys and values from ``context``."""
 
-    layout = "rows"
-
     def __init__(self, config: QFormerConfig, context_size: int, **kwargs: Any):
         self.num_heads = config.num_attention_heads
         width, heads = config.hidden_size, ("heads", config.num_attention_heads)

@@ -24,6 +24,7 @@ from minigpt5_jax.models.llama.weights import TOWER as LLAMA
 from minigpt5_jax.models.llama_proj.weights import TOWER as LLAMA_PROJ
 from minigpt5_jax.models.llama_proj.weights import ProjectionConfig
 from minigpt5_jax.models.lora import LoraConfig
+from minigpt5_jax.models.mesh import spread
 from minigpt5_jax.models.prefix import PrefixConfig
 from minigpt5_jax.models.qformer.model import QFormer, QFormerConfig
 from minigpt5_jax.models.qformer.weights import TOWER as QFORMER
@@ -117,9 +118,9 @@ class MiniGPT4(nnx.Module):
         if not self.image_tokens:
             raise ValueError("this backbone has no vision tower; it cannot read images")
         mean, std = jnp.asarray(IMAGE_MEAN), jnp.asarray(IMAGE_STD)
-        pixels = (images.astype(jnp.float32) / 255.0 - mean) / std
+        pixels = spread((images.astype(jnp.float32) / 255.0 - mean) / std, "items")
         patches = self.ln_vision(self.vit(pixels.astype(self.dtype)))
-        return self.qformer(patches)
+        return spread(self.qformer(patches), "rows")  # where their places in the rows are
 
     def project(self, states: Float[Array, "i q c"]) -> Float[Array, "i q d"]:
         """Features of input images in the language model's embedding space, fp32."""

@@ -35,8 +35,6 @@ def make_part(
         make=functools.partial(make, module.config_class),
         keys={**KEYS, **depths},
         trainable={"stage1": ((r".*", "mapper"),), "stage2": ((fixed, FROZEN), (r".*", "mapper"))},
-        # Mappers train, so their weights and moments are spread ZeRO-style.
-        sharding={"": {"mlp": "fsdp"}},
         conflicts=conflicts,
         settings={SMALL: {"d_model": 128, "dim_feedforward": 512}},
         exports={
