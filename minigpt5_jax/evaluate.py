@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import get_config
@@ -111,7 +111,7 @@ def main() -> None:
 
     statuses: list[int] = []
     stopped = "stopped; the same command goes on where this one was"
-    app.run(lambda _: (cli.guarded(run, stopped), sys.exit(statuses[0])), flags_parser=cli.parse)
+    cli.start(lambda _: (cli.guarded(run, stopped), sys.exit(statuses[0])))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def _load(name: str, data: bytes, as_shown: bool, notes: list[str]) -> Image.Ima
     except SampleError:
         raise
     except UnidentifiedImageError:
-        raise SampleError(name, f"no known image format ({len(data):,} bytes)") from None
+        known = ", ".join(_formats())
+        raise SampleError(name, f"no known image format ({len(data):,} bytes); known: {known}") from None
     except Image.DecompressionBombError:
         raise SampleError(name, f"image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise what they like, struct.error for one

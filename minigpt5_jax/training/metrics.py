@@ -23,6 +23,8 @@ import numpy as np
 from absl import logging
 from tqdm.auto import tqdm
 
+from minigpt5_jax.data.errors import printable
+
 SHOWN = ("loss", "text", "image", "caption")  # in the bar
 FINITE = ("loss", "grad_norm")  # others are NaN where a step had nothing to count
 
@@ -136,7 +138,7 @@ class Metrics:
     def message(self, text: str) -> None:
         """A line for the reader, above the bar."""
         if self._writer is not None:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

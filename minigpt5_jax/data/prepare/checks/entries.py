@@ -25,6 +25,7 @@ class Entry:
       notes: (kind, detail) of what is accepted but worth knowing; counted by kind.
       images: what it names, in order.
       samples: for each of its training samples, (source, target) in every wording.
+      of_file: it is about the file, and none of the data's own lines, rows, stories or records.
     """
 
     where: str
@@ -32,6 +33,7 @@ class Entry:
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     images: list[ImageSource] = dataclasses.field(default_factory=list)
     samples: list[Texts] = dataclasses.field(default_factory=list)
+    of_file: bool = False
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ class Table:
     def row(self, lines: Sequence[str], first: int, entry: Entry) -> int:
         """Reads the row that begins in a line; returns the number of its last line, 0 for that very one."""
         if self._header is None:
+            entry.of_file = True
             self._header = cells = split_row(lines[first]) or [lines[first]]
             missing = [name for name in ("caption", "image_path") if name not in cells]
             if missing:
@@ -155,7 +156,7 @@ class Lines:
                         self._read(text, entry)
             yield entry
         if isinstance(self._read, Table) and not self._read.rows:
-            yield Entry(str(self._path), ["a header and no rows"])
+            yield Entry(str(self._path), ["a header and no rows"], of_file=True)
 
 
 class _Decoded(Sequence):
