@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from minigpt5_jax.training.metrics import Metrics
 
 
 class Announced:
-    """A jitted function whose compilations are said, and do not count in the pace of training.
+    """A jitted function whose compilations are said.  Those behind the first do not count in the pace.
 
     It compiles when its last argument has arrays of shapes that it has not had before: the first batch, and
     in a run of several lengths the first one of each.
@@ -39,7 +40,7 @@ class Announced:
         kept = f"; later starts read it from {cache}" if cache else ""
         self._metrics.message(f"compiling {self._what}, {why}, which may take minutes{kept}")
         start = time.monotonic()
-        with self._metrics.paused():
+        with contextlib.nullcontext() if first else self._metrics.paused():
             result = self._function(*args)
         self._metrics.message(f"{self._what} is compiled ({time.monotonic() - start:.0f} s)")
         return result

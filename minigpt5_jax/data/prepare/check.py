@@ -46,9 +46,10 @@ class Findings:
       notes: kind -> (how often, the first place and detail).
       entries: lines, rows, stories or records read; ``bad`` of them have a problem.
       made: training samples of each entry, and of what is said of a file (none), by their ``index``;
-        ``samples`` are of entries without a problem, ``doubtful`` ones of the others.
+        ``doubtful`` ones are of entries ``without_image``, ``samples`` the others.
       images: named by entries; ``sizes`` counts the distinct ones that could be decoded.
       of_file: the ``index`` of what is said of a file, and is no entry.
+      without_image: the ``index`` of entries with an image that cannot be used.
       lengths: positions of each sample, empty without a tokenizer; ``longest`` is where the longest is.
     """
 
@@ -63,13 +64,11 @@ class Findings:
     lengths: list[int] = dataclasses.field(default_factory=list)
     longest: tuple[int, str] = (0, "")
     of_file: set[int] = dataclasses.field(default_factory=set)
-
-    def _bad(self) -> set[int]:
-        return {problem.index for problem in self.problems}
+    without_image: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def bad(self) -> int:
-        return len(self._bad() - self.of_file)
+        return len({problem.index for problem in self.problems} - self.of_file)
 
     @property
     def samples(self) -> int:
@@ -77,7 +76,7 @@ class Findings:
 
     @property
     def doubtful(self) -> int:
-        return sum(self.made[index] for index in self._bad())
+        return sum(self.made[index] for index in self.without_image)
 
     def note(self, notes: Iterable[tuple[str, str]]) -> None:
         """Counts (kind, place and detail) of what is worth knowing."""
@@ -93,7 +92,7 @@ class Findings:
         sizes = ", ".join(f"{size} {count:,}" for size, count in self.sizes.most_common(SHOWN_SIZES))
         more = f", {len(self.sizes) - SHOWN_SIZES:,} other sizes" if len(self.sizes) > SHOWN_SIZES else ""
         samples = f"{self.samples:,} training samples"
-        samples += f" (and {self.doubtful:,} of {name} with problems)" if self.doubtful else ""
+        samples += f" (and {self.doubtful:,} of {name} with an unusable image)" if self.doubtful else ""
         lines = [
             f"format: {self.format}{guessed}",
             f"read: {self.entries:,} {name}, {samples}, {self.images:,} images",
@@ -154,6 +153,7 @@ class Images:
     def _fail(self, order: int, where: str, image: ImageSource, reason: str) -> None:
         name = f"{image}: " if isinstance(image, str) else ""
         self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
+        self._findings.without_image.add(order)
 
     def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str, list[str]]]:
         if self._pool is None and (
@@ -248,6 +248,8 @@ def _enter(
 ) -> None:
     """Counts an entry, its problems, notes and lengths."""
     findings.made.append(len(entry.samples))
+    if entry.without_image:
+        findings.without_image.add(order)
     if entry.of_file:
         findings.of_file.add(order)
     else:

@@ -220,6 +220,6 @@ def guess_format(path: Path) -> tuple[str, str]:
         return "cc3m", "its name"
     if b"caption" in first and not first.lstrip().startswith((b"{", b"[")):
         return "cc3m", "its header"
-    if first.lstrip().startswith(b"{"):
+    if first.lstrip().startswith((b"{", b"[")):
         return ("mmdialog", "its first line") if b'"conversation"' in first else ("jsonl", "its first line")
     raise DataError(f"cannot tell what {path} is; give --format, one of {', '.join(READERS)}")

@@ -52,9 +52,8 @@ class Table:
     def _pair(self, caption: str, path: str, entry: Entry) -> None:
         if not path:
             entry.problems.append("empty image_path")
-        else:
-            with entry.collect():
-                entry.images.append(self._folder.path(path, entry.where))
+            return
+        entry.add_image(self._folder, path)
         first = self._seen.setdefault(hash((caption, path)), entry.where)
         if first != entry.where:
             entry.problems.append(f"the same caption and image as {first}")
@@ -79,8 +78,7 @@ class Records:
         if not record.answers():
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
         for image in (image for turn in record.turns for image in turn.images()):
-            with entry.collect():
-                entry.images.append(self._folder.path(image.path, entry.where))
+            entry.add_image(self._folder, image.path)
         for turn in record.answers():
             example = self._rules.example(
                 record, turn, image_root=self._folder.root, name="", where=entry.where
