@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate, empty_arrays, encode
+from minigpt5_jax.data.batches.collate import collate
+from minigpt5_jax.data.batches.encode import EncodeConfig, encode
+from minigpt5_jax.data.batches.spec import BatchSpec, empty_arrays
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import draw_flips, prepare_image
 from minigpt5_jax.data.samples.example import Example

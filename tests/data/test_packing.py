@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 import tiny
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer

@@ -12,10 +12,12 @@ from PIL import Image
 
 import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate
+from minigpt5_jax.data.batches.collate import collate
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.image_index import image_index
 from minigpt5_jax.data.batches.pipeline import StepReader, make_loader
 from minigpt5_jax.data.batches.plan import EMPTY_SLOT, Shape
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.batches.stories import TreePlan, measure_stories
 from minigpt5_jax.data.batches.tree import plant
 from minigpt5_jax.data.errors import DataError
