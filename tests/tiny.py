@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -38,12 +40,18 @@ ORACLE = Path(__file__).parent / "oracle"
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def shapes_stage1() -> ConfigDict:
-    """``configs/shapes_stage1.py`` for a model that does not see."""
-    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIGS / "shapes_stage1.py")
+@functools.cache
+def run_file(name: str) -> ModuleType:
+    """The module ``configs/NAME.py``."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    return module
+
+
+def shapes_stage1() -> ConfigDict:
+    """``configs/shapes_stage1.py`` for a model that does not see."""
+    config = run_file("shapes_stage1").get_config()
     config.model.backbone.update(vit="none", qformer="none")
     return config
 

@@ -25,13 +25,13 @@ class Announced:
     """
 
     def __init__(self, function: Callable[..., Any], what: str, metrics: Metrics):
-        self._function, self._what, self._metrics = function, what, metrics
+        self.function, self._what, self._metrics = function, what, metrics
         self._known: set[tuple[Any, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args[-1]))
         if shapes in self._known:
-            return self._function(*args)
+            return self.function(*args)
         first = not self._known
         self._known.add(shapes)
         self._metrics.flush()  # the step before is still being done
@@ -41,6 +41,6 @@ class Announced:
         self._metrics.message(f"compiling {self._what}, {why}, which may take minutes{kept}")
         start = time.monotonic()
         with contextlib.nullcontext() if first else self._metrics.paused():
-            result = self._function(*args)
+            result = self.function(*args)
         self._metrics.message(f"{self._what} is compiled ({time.monotonic() - start:.0f} s)")
         return result
