@@ -37,7 +37,7 @@ class Announced:
         self._metrics.flush()  # the step before is still being done
         why = "once before it first runs" if first else "anew for batches of another length"
         cache = jax.config.jax_compilation_cache_dir
-        kept = f"; later starts read it from {cache}" if cache else ""
+        kept = f"; the same run reads it from {cache} next time" if cache else ""
         self._metrics.message(f"compiling {self._what}, {why}, which may take minutes{kept}")
         start = time.monotonic()
         with contextlib.nullcontext() if first else self._metrics.paused():

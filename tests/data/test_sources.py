@@ -369,6 +369,7 @@ BROKEN = [
     (turns((["user"], "a")), r"turns\[0\].role: expected user or assistant, found \['user'\]"),
     ('{"caption": "a", "image": "b.jpg", "caption": "c"}', "key 'caption' occurs twice in one object"),
     ("[" * 100_000, "no valid JSON .nested too deeply"),
+    ('{"caption": "a", "image": "b.jpg", "id": ' + "9" * 5000 + "}", "a number with too many digits"),
     ({"caption": "a", "image": "b\0.jpg"}, "image: path of an image contains a null character"),
 ]
 
