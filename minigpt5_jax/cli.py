@@ -5,6 +5,7 @@ python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -38,6 +39,7 @@ WORKDIR = flags.DEFINE(
 )
 HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
 flags.disclaim_key_flags()  # what define_path defines belongs to the command that calls it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIST_KEYS, LIST_FLAGS = "--help_config lists every key", "--help lists every flag"
 _CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
 
@@ -99,9 +101,15 @@ def guarded(command: Callable[[], Any], stopped: str = "stopped") -> None:
 
 def _told(error: Exception) -> str:
     """The message; of the file system's own errors without their numbers."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if error.errno not in FULL:
+        return error.strerror
+    given = {name: flags.FLAGS[name].value for name in ("output", "workdir", "out") if name in flags.FLAGS}
+    places = " or ".join(f"--{name}={value}" for name, value in given.items() if value)
+    return f"{error.strerror}, while writing below {places}; make room and give the command again"
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -228,7 +236,8 @@ def check_writable(path: str, flag: str = "output") -> str:
         folder = folder.parent
     folder = folder.parent if folder == Path(path).absolute() and not folder.is_dir() else folder
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)  # a full disk lets files be made
     except OSError as error:
         raise type(error)(
             f"--{flag}={path} cannot be written: {folder}: {error.strerror}; choose another --{flag}"

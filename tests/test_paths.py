@@ -148,6 +148,22 @@ def test_an_error_of_the_file_system_is_one_line(capsys):
     assert said.splitlines() == ["error: secret.tsv: Permission denied"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is always full")
+def test_a_full_disk_is_told_before_the_work_and_with_its_place_afterwards(capsys, monkeypatch):
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+    with pytest.raises(OSError, match="--output=page cannot be written: .*No space left on device; choose"):
+        cli.check_writable("page")
+
+    def command() -> None:
+        with open("/dev/full", "wb") as file:
+            file.write(b"x")
+
+    with flagsaver.flagsaver(workdir="runs/a"), pytest.raises(SystemExit):
+        cli.guarded(command)
+    told = "error: No space left on device, while writing below --workdir=runs/a; make room and give"
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_a_terminal_does_not_obey_what_a_message_quotes(capsys):
     hostile = "caption \x1b[2J\x9b31m\u202e\ttab caf\u00e9 \u4e00\nline\r\ud800"
     cli.tell(hostile)
