@@ -84,11 +84,13 @@ def make_tiny_template(
     mapper: str = "encoder_decoder",
     attends: str = "",
     sees: bool = False,
+    remat: str = "none",
 ) -> Template:
     """Composite small enough for any test; 8 heads and widths that divide over 8 devices.
 
     ``attends``: this implementation of attention, in a bfloat16 UNet that attends over 1,024 pixels.
     ``sees``: with vision towers (28 pixels, 4 tokens an image), and LoRA without dropout.
+    ``remat``: what the backward pass computes again, as ``model.remat`` says it.
     """
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
@@ -140,7 +142,8 @@ def make_tiny_template(
     }
     if attends:
         generator["dtype"] = jax.numpy.bfloat16
-    backbone = {"llm": llm, "num_vokens": num_vokens}
+    generator["remat"] = remat in ("all", "generator")
+    backbone = {"llm": llm, "num_vokens": num_vokens, "remat": remat in ("all", "backbone")}
     if sees:
         vit = dataclasses.replace(original.eva_config(configs["eva_vit"]), image_size=28, num_hidden_layers=1)
         qformer = QFormerConfig.from_hf(

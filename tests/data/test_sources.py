@@ -384,6 +384,13 @@ def test_jsonl_lines_that_are_wrong(tmp_path, item, reason):
         source[1]
 
 
+def test_a_line_far_longer_than_a_record_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr("minigpt5_jax.data.samples.fields.MAX_LINE", 100)
+    source = JsonlSource(write_jsonl(tmp_path, [PAIR, {"caption": "a" * 100, "image": "b.jpg"}]))
+    with pytest.raises(SampleError, match=r"jsonl:2: a line of 1\d\d characters; one record has at most 100"):
+        source[1]
+
+
 def test_jsonl_files_that_are_wrong(tmp_path):
     with pytest.raises(DataError, match="not found"):
         JsonlSource(tmp_path / "none.jsonl")
