@@ -275,6 +275,8 @@ def _explain(error: Exception) -> str:
         )
     if missing := re.search(r"No such file or directory: (.+)", message):
         return not_found("run file", missing[1].strip("'"))
+    if unread := re.search(r"\[Errno \d+\] ([^:]+): '(.+)'$", message):
+        return f"run file {unread[2]}: {unread[1]}"
     if "Traceback" in message:  # the run file raised; the last line says what
         last = [line for line in message.splitlines() if line.strip()][-1].strip()
         return last.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")

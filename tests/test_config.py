@@ -178,6 +178,7 @@ STAGE1 = ("--config", "configs/stage1.py")
         ((*STAGE1, "--config.data.accumulation=7"), "does not divide into data.accumulation=7"),
         (("--config", "configs/stage1.py:foo"), "error: unknown variant 'foo'; known: "),
         (("--config", "configs/stage3.py"), "not found: configs/stage3.py; did you mean configs/"),
+        (("--config", "tests"), "error: run file tests: Is a directory"),
         ((), "give a run file"),
     ],
 )
