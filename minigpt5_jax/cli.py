@@ -192,7 +192,7 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
       SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded; and with
         status 0 where help was asked for.
     """
-    asked = any(re.match(r"--?(help(short|full|xml)?|\?)$", word) for word in argv[1:])
+    asked = any(re.match(r"--?(h|help(short|full|xml)?|\?)$", word) for word in argv[1:])
     try:
         rest = flags.FLAGS(
             [_CONFIG_HOME.sub(lambda at: at[1] + os.path.expanduser("~"), word) for word in argv]
