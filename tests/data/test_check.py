@@ -17,7 +17,7 @@ from minigpt5_jax.data.prepare.builders.run import prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import Raw
 from minigpt5_jax.data.prepare.check import Findings, check
-from minigpt5_jax.data.sources import Cc3mSource
+from minigpt5_jax.data.sources import Cc3mSource, Cc3mTarSource
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 ASSETS = Path(__file__).parents[2] / "minigpt5_jax/shapes/assets"
@@ -184,6 +184,26 @@ def test_shards(tmp_path):
         f"{tmp_path}/tars/00002.tar:20",
     ]
     assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == before  # nothing is written
+
+
+def test_a_shard_that_may_not_be_read_does_not_hide_the_others(tmp_path, monkeypatch):
+    image = draw(tmp_path / "a.jpg")
+    (tmp_path / "caption").write_text("A cat")
+    (tmp_path / "tars").mkdir()
+    for shard in "01":
+        with tarfile.open(tmp_path / f"tars/{shard}.tar", "w") as tar:
+            tar.add(image, f"{shard}.jpg")
+            tar.add(tmp_path / "caption", f"{shard}.txt")
+
+    def refuse(shards, **options):  # the tests may run as root, who may read everything
+        if shards == tmp_path / "tars/0.tar":
+            raise PermissionError(13, "Permission denied", str(shards))
+        return Cc3mTarSource(shards, **options)
+
+    monkeypatch.setattr("minigpt5_jax.data.prepare.checks.files.Cc3mTarSource", refuse)
+    found = check(tmp_path / "tars")
+    assert listed(found) == ["0.tar: tar shard cannot be read (Permission denied)"]
+    assert found.entries == 1 and found.samples == 2
 
 
 # -------------------------------------------------------------------------------------------- VIST

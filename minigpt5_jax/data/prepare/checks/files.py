@@ -125,6 +125,8 @@ class Shards:
                     Cc3mTarSource(shard, cache_dir=cache)
                 except DataError as error:
                     bad[shard] = str(error)
+                except OSError as error:
+                    bad[shard] = f"tar shard cannot be read ({error.strerror})"
             good = [shard for shard in self._shards if shard not in bad]
             source, row = Cc3mTarSource(good, cache_dir=cache) if good else None, 0
             for shard in self._shards:
