@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -32,13 +33,13 @@ def losses(tiny_template, tiny_params):
     generator = tiny_template.bind(tiny_template.shapes).generator
 
     @jax.jit
-    def run(batch, timesteps):
+    def run(params, batch, timesteps):
         draws = StepRandomness.from_key(jax.random.key(0), batch, generator)  # as validation draws
         draws = dataclasses.replace(draws, timesteps=timesteps)
-        found, more = tiny_template.bind(tiny_params).losses(batch, draws, IMAGE_ONLY)
+        found, more = tiny_template.bind(params).losses(batch, draws, IMAGE_ONLY)
         return {**found, **more}
 
-    return run
+    return functools.partial(run, tiny_params)
 
 
 def test_bins_of_the_image_loss_split_the_items(losses, tiny_batch):
