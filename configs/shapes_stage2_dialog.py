@@ -11,8 +11,13 @@ from minigpt5_jax.config import apply_variant, use_prefix, use_shapes_stage2
 from minigpt5_jax.config import get_config as base
 
 
+def wishes(config):
+    """Half of the dialogues begin with a request in few words: "please draw: a red circle."."""
+    config.data.shapes_wishes = 0.5
+
+
 def get_config(variant: str | None = None):
-    """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead."""
+    """Stage 2 with LoRA; ``:prefix`` tunes by a prefix instead, ``:wishes`` asks in few words too."""
     config = use_shapes_stage2(base())
     config.run.name = "shapes_stage2_dialog"
     config.data.update(
@@ -24,4 +29,4 @@ def get_config(variant: str | None = None):
         buckets=(104, 160),
         max_targets=40,
     )
-    return apply_variant(config, variant, {"prefix": use_prefix})
+    return apply_variant(config, variant, {"prefix": use_prefix, "wishes": wishes})

@@ -3,7 +3,7 @@
 Public names, imported when first used:
 
 - ``get_config``: the base configuration, every key at its default.
-- ``MiniGPT5``: the composite module; backbone, mapper and generator with their losses.
+- ``MiniGPT5``: a trained model to use: ``from_pretrained``, ``generate``, ``chat``, ``save_pretrained``.
 - ``Batch``: the contract between data and model.
 - ``TrainState``: what training changes.
 - ``open_run``: a trained run, weights not yet read; ``load_run``: the model of one, with its weights.
@@ -21,7 +21,7 @@ from typing import Any
 
 _PUBLIC = {
     "get_config": "minigpt5_jax.config",
-    "MiniGPT5": "minigpt5_jax.minigpt5",
+    "MiniGPT5": "minigpt5_jax.wiring.pipeline",
     "Batch": "minigpt5_jax.batch",
     "TrainState": "minigpt5_jax.training.state",
     "open_run": "minigpt5_jax.wiring.restore",

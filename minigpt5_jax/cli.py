@@ -19,17 +19,19 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
+from minigpt5_jax.config.paths import local_path
 from minigpt5_jax.data.errors import printable
 from minigpt5_jax.data.paths import not_found
+from minigpt5_jax.wiring.compile_cache import set_compile_cache  # noqa: F401 - commands call it from here
 
 
 class _PathParser(flags.ArgumentParser):
-    """A path as it was given, with its ``~`` replaced: a shell leaves one behind ``=`` alone."""
+    """A path as it was given, with its ``~`` replaced; addresses of object storage are refused."""
 
     syntactic_help = "a path; ~ is the home folder"
 
     def parse(self, argument: str) -> str:
-        return os.path.expanduser(argument)
+        return local_path(argument)
 
 
 _PATH = (_PathParser(), flags.ArgumentSerializer())
@@ -123,6 +125,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from minigpt5_jax.training.metrics import TrainingDiverged
     from minigpt5_jax.training.provenance import CheckpointError
     from minigpt5_jax.training.sharding import ShardingError
+    from minigpt5_jax.training.tracking import TrackerError
     from minigpt5_jax.weights.errors import WeightFileError
     from minigpt5_jax.weights.export.model import ExportError
     from minigpt5_jax.weights.table import WeightTableError
@@ -137,6 +140,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         TrainingDiverged,
         CheckpointError,
         ShardingError,
+        TrackerError,
         WeightFileError,
         ExportError,
         WeightTableError,
@@ -164,16 +168,6 @@ class _Printable(logging.PythonFormatter):
 def tell(line: str) -> None:
     """Say on stderr what a command is doing, as stdout is for results."""
     print(printable(line), file=sys.stderr, flush=True)
-
-
-def set_compile_cache(config: ConfigDict) -> None:
-    """Compiled programs are kept on disk, so that a restart is quick."""
-    import jax  # not needed to say what is wrong with a configuration
-
-    if config.run.compile_cache:
-        folder = Path(config.run.compile_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def fail(message: str) -> NoReturn:
@@ -222,7 +216,7 @@ def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
 
 def sources(given: Sequence[str]) -> dict[str, str]:
     """``--weights NAME=PATH`` as name -> path, ``~`` replaced; ConfigError for anything else."""
-    return {name: os.path.expanduser(path) for name, path in pairs(given, "weights").items()}
+    return {name: local_path(path) for name, path in pairs(given, "weights").items()}
 
 
 def check_writable(path: str, flag: str = "output") -> str:

@@ -149,8 +149,6 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Export, or say what is wrong in a line."""
     flag = flags.FLAGS
-    if len(argv) > 1:
-        cli.fail(f"unexpected arguments: {' '.join(argv[1:])}")
 
     def command() -> None:
         cli.check_writable(flag.output)

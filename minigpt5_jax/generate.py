@@ -5,6 +5,8 @@
     python -m minigpt5_jax.generate --checkpoint runs/mine --jsonl prompts.jsonl --num_samples 3
     python -m minigpt5_jax.generate story --checkpoint runs/stage2 --jsonl openings.jsonl --scenes 4
     python -m minigpt5_jax.generate chat --checkpoint runs/stage2 --jsonl script.jsonl
+    python -m minigpt5_jax.generate chat --checkpoint shapes --prompt "please draw: a large red circle." \\
+        --prompt "make it striped."
 
 ``--image`` belongs to the one ``--prompt``; its place in the text is ``<ImageHere>``, or before it.  A
 record of ``--jsonl`` (:mod:`minigpt5_jax.data.samples.records`) ends in a user turn, or is a pair, whose
@@ -12,9 +14,10 @@ caption is the prompt; its image paths stay in the file's folder.  A prompt long
 loses its oldest turns, with a warning.
 
 ``story`` continues the story that a record tells (its texts and images, in order) scene by scene, ``chat``
-answers each user turn of a record; every answer is read again before the next.  Both write, beside the
-page, ``conversations.jsonl`` in the schema they read.  A conversation's seed follows from ``--seed`` and
-its ``id``, so it goes the same way alone and among others.
+answers each user turn of a record; every answer is read again before the next.  Each ``--prompt`` of ``chat``
+is a turn of the user; those of ``story``, and its ``--image``, are how it begins.  Both write, beside the
+page, ``conversations.jsonl`` in the schema they read.  A conversation's seed follows from ``--seed`` and its
+``id``, so it goes the same way alone and among others.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from minigpt5_jax.config import ConfigError
 from minigpt5_jax.wiring.generation import MODES, Request, generate_page
 from minigpt5_jax.wiring.restore import open_run
 
-CHECKPOINT = cli.define_path("checkpoint", None, "A run's --workdir, or its checkpoints folder.")
+CHECKPOINT = cli.define_path(
+    "checkpoint", None, "A run's --workdir, a saved model, a Hugging Face id in the cache, or shapes."
+)
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to answer; may be given several times.")
 IMAGE = cli.define_path("image", None, "Input image of the one --prompt; several in order.", multi=True)

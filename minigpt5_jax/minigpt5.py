@@ -120,7 +120,7 @@ class Outputs:
     draws: StepRandomness
 
 
-class MiniGPT5(nnx.Module):
+class Composite(nnx.Module):
     """The composite.  Parameters live under ``backbone/``, ``mapper/`` and ``generator/``.
 
     Args:
@@ -218,7 +218,7 @@ def text_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax.
     return (batch.label_positions > 0) & (labels != IGNORE)
 
 
-def text_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
+def text_values(model: Composite, outputs: Outputs, batch: Batch) -> Values:
     """Next-token cross-entropy at label positions only (fidelity 2.2, 2.3).
 
     Logits are two blocks, frozen vocabulary and new rows, joined in the logsumexp: one array of all rows
@@ -251,7 +251,7 @@ def image_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> jax
     return batch.item_mask
 
 
-def image_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
+def image_values(model: Composite, outputs: Outputs, batch: Batch) -> Values:
     """Latent-diffusion loss of every target image (fidelity 3.4), also by signal-to-noise ratio.
 
     SNR falls with the timestep: ``image_t0_249`` is the mean over items whose timestep is 0 ... 249 and so on
@@ -275,7 +275,7 @@ def caption_mask(batch: Batch, draws: StepRandomness, options: LossOptions) -> j
     return mask if options.caption_target_on_drop == "empty" else mask & ~draws.cfg_drop
 
 
-def caption_values(model: MiniGPT5, outputs: Outputs, batch: Batch) -> Values:
+def caption_values(model: Composite, outputs: Outputs, batch: Batch) -> Values:
     """MSE between the condition and the caption's text features (fidelity 3.2, 3.3)."""
     target = model.generator.caption_features(batch.caption_ids, batch.caption_mask)
     drop = outputs.draws.cfg_drop[:, None, None]
@@ -292,7 +292,7 @@ LOSSES = {
 
 
 def loss_counts(batch: Batch, draws: StepRandomness, options: LossOptions) -> dict[str, jax.Array]:
-    """The counts that :meth:`MiniGPT5.losses` will return, known before any forward pass.
+    """The counts that :meth:`Composite.losses` will return, known before any forward pass.
 
     Accumulation needs them first: each micro-batch's sum is divided by the count of the whole batch.
     Leading (accumulation) axes are summed over.
@@ -305,7 +305,7 @@ def parts_with_gradient(sums: Mapping[str, SumCount], options: LossOptions) -> d
     """Kind of part -> bool[]: whether a loss whose gradients reach it counted anything in this update.
 
     Args:
-      sums: what :meth:`MiniGPT5.losses` returned, summed over the micro-batches.
+      sums: what :meth:`Composite.losses` returned, summed over the micro-batches.
     """
     counted = {
         kind: [sums[name][1] > 0 for name in options.weights if kind in options.losses[name].parts]
@@ -320,6 +320,6 @@ def make_template(backbone: Made, mapper: Made, generator: Made, *, attention: s
     ``attention`` is how all towers attend (:data:`minigpt5_jax.models.attention.IMPLEMENTATIONS`).
     """
     return Template.of(
-        lambda rngs: MiniGPT5(backbone=backbone, mapper=mapper, generator=generator, rngs=rngs),
+        lambda rngs: Composite(backbone=backbone, mapper=mapper, generator=generator, rngs=rngs),
         attention,
     )

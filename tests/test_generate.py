@@ -161,8 +161,10 @@ def test_a_dialogue_is_answered_turn_by_turn_and_can_be_read_again(checkpoint, t
     [
         ("story", {}, ConfigError, "no vision tower.*what it draws itself.*max_images=0"),
         ("tale", {}, ConfigError, "unknown word 'tale'; known: story, chat"),
-        ("chat", {"jsonl": None, "prompt": ["hello"]}, DataError, "chat reads records: give --jsonl"),
-        ("story", {"prompt": ["hello"]}, DataError, "neither --prompt nor --image"),
+        ("chat", {"prompt": ["hello"]}, DataError, "goes on from one thing: give --jsonl"),
+        ("chat", {"jsonl": None}, DataError, "or --prompt TEXT for each turn of the user"),
+        ("chat", {"jsonl": None, "prompt": [" "]}, DataError, "is empty"),
+        ("story", {"jsonl": None, "image": ["/no/such.png"]}, DataError, "/no/such.png"),
         ("chat", {"jsonl": "/no/such.jsonl"}, DataError, "data file not found"),
     ],
 )

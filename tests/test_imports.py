@@ -70,7 +70,9 @@ ALLOWED: dict[str, set[str]] = {
         "data", "data/text", "data/samples", "data/sources",
     },
 }  # fmt: skip
-VERBS = {"cli", "train", "plan", "generate", "prepare", "convert", "export", "evaluate", "demo"}
+VERBS = {
+    "__main__", "cli", "train", "plan", "generate", "chat", "prepare", "convert", "export", "evaluate", "demo"
+}  # fmt: skip
 """On the top floor, with what they share; they may import from any room, and no room from them."""
 COMMANDS = {
     "evaluation/shapes/__main__.py",

@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 
 import jax
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -64,9 +66,16 @@ def write_jsonl(folder: Path) -> Path:
     return folder / "own.jsonl"
 
 
+def write_parquet(folder: Path) -> Path:
+    rows = {"caption": ["a dog"], "image": [{"bytes": jpeg(), "path": None}]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
 CASES = {
     "cc3m": (write_cc3m, 2, ["cc3m_0"]),
     "cc3m_tar": (write_tar, 2, ["cc3m_0"]),
+    "parquet": (write_parquet, 2, ["cc3m_0"]),
     "vist": (write_vist, 4, ["1_0-gen", "1_1-gen", "1_1-multimodal", "1_1-understanding"]),
     "mmdialog": (write_mmdialog, 1, ["3_1-mm"]),
     "jsonl": (write_jsonl, 1, ["own_1"]),

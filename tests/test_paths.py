@@ -12,16 +12,17 @@ from absl import flags
 from absl.testing import flagsaver
 
 from minigpt5_jax import cli
-from minigpt5_jax.config import get_config, keys_of, validate, value_at
+from minigpt5_jax.config import ConfigError, get_config, keys_of, validate, value_at
 from minigpt5_jax.data.paths import not_found
 from minigpt5_jax.parts.contracts import Key
 
 ROOT = Path(__file__).parents[1]
 FREE_TEXT = {
-    "prompt", "inference", "weights", "to", "beam_runner", "beam_options", "data", "switch", "paper_row"
+    "prompt", "message", "inference", "weights", "to", "beam_runner", "beam_options", "data", "switch",
+    "paper_row",
 }  # fmt: skip
 """Flags of the commands that are no paths; ``weights`` goes through :func:`cli.sources`."""
-NO_PATHS = {"run.name", "run.compile_cache", "data.index_cache", "run.best_metric"}
+NO_PATHS = {"run.name", "run.tracker", "run.compile_cache", "data.index_cache", "run.best_metric"}
 """Keys of free text: names, and folders of caches, which are in the home of whoever runs the program."""
 
 
@@ -118,6 +119,27 @@ def test_a_run_file_below_home(home):
     with flagsaver.flagsaver():
         cli.parse(["train", "--config=~/mine.py"])
         assert cli.load().data.format == "shapes"
+
+
+def test_an_address_of_object_storage_is_refused_where_paths_enter(tmp_path, capsys, monkeypatch):
+    """It would be a folder named ``gs:`` here."""
+    address, run_file = "gs://bucket/run", f"--config={ROOT / 'configs/shapes_stage1.py'}"
+    refused = "gs://bucket/run is an address, and only folders are read and written here: mount the bucket"
+    with pytest.raises(ConfigError, match=f"^{refused}"):
+        cli.sources([f"llm={address}"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        cli.parse(["train", run_file, f"--workdir={address}"])
+    assert refused in capsys.readouterr().err
+    given = ["train", run_file, f"--config.data.train={address}"]
+    monkeypatch.setattr("sys.argv", given)
+    with flagsaver.flagsaver(), pytest.raises(ConfigError, match=f"^data.train: {refused}"):
+        cli.parse(given)
+        cli.load()
+    mounted = ["train", run_file, f"--workdir={tmp_path}/bucket/run"]
+    monkeypatch.setattr("sys.argv", mounted)
+    with flagsaver.flagsaver():
+        cli.parse(mounted)
+        assert cli.load().run.workdir == f"{tmp_path}/bucket/run", "the remedy"
 
 
 def test_an_output_that_cannot_be_made_is_refused_before_the_work(tmp_path):

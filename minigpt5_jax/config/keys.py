@@ -37,6 +37,9 @@ KEYS: dict[str, Key] = {
     "run.keep_latest": Key(2, "newest checkpoints kept", low=1),
     "run.keep_best": Key(1, "best checkpoints kept besides the newest", low=0),
     "run.best_metric": Key("image", "validation metric that decides the best checkpoint; the lowest wins"),
+    "run.tracker": Key(
+        "none", "also takes metrics and images: wandb, or a module with open_tracker(name, workdir, config)"
+    ),
     "run.init_from": path("checkpoint folder whose trained parameters this run starts from (stage 2)"),
     "run.resume": Key(True, "continue from the newest checkpoint in the workdir, if there is one"),
     "run.compile_cache": Key(
@@ -50,6 +53,7 @@ KEYS: dict[str, Key] = {
         choices=(
             "cc3m",
             "cc3m_tar",
+            "parquet",
             "vist",
             "mmdialog",
             "jsonl",
@@ -158,6 +162,12 @@ KEYS: dict[str, Key] = {
     "data.shapes_train": Key(4096, "training scenes, stories or dialogues that format=shapes* draws", low=1),
     "data.shapes_validation": Key(64, "held-out ones", low=1),
     "data.shapes_max_objects": Key(1, "objects of a scene at most, of format=shapes", low=1, high=3),
+    "data.shapes_wishes": Key(
+        0.0,
+        "share of training dialogues of format=shapes_dialogs whose first request leaves attributes open",
+        low=0.0,
+        high=1.0,
+    ),
     # -- model ----------------------------------------------------------------------------------
     "model.dtype": Key(
         "bfloat16",

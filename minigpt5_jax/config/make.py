@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax.config.errors import ConfigError, setting_errors
 from minigpt5_jax.config.keys import DEFAULT_PARTS, KEYS, Key
+from minigpt5_jax.config.paths import local_path
 from minigpt5_jax.config.profiles import PROFILES
 from minigpt5_jax.parts.contracts import (
     INT8,
@@ -252,11 +252,18 @@ def describe(config: ConfigDict | None = None) -> str:
 
 
 def expand_paths(config: ConfigDict) -> ConfigDict:
-    """``config`` with the ``~`` of every path replaced (``Key.path``), in place."""
+    """``config`` with the ``~`` of every path replaced (``Key.path``), in place.
+
+    Raises:
+      ConfigError: a path is an address of object storage.
+    """
     for name, key in keys_of(config).items():
         if key.path and (value := value_at(config, name)):
             section, _, last = name.rpartition(".")
-            value_at(config, section)[last] = os.path.expanduser(value)
+            try:
+                value_at(config, section)[last] = local_path(value)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
     return config
 
 

@@ -121,14 +121,36 @@ def _decode(name: str, data: bytes, as_shown: bool, notes: list[str]) -> Image.I
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         _refuse_huge(name, *image.size)
         image.load()
-        if as_shown and _orientation(image) in range(2, 9):
-            notes.append(TURNED)
-            image = ImageOps.exif_transpose(image)
-        if as_shown and image.has_transparency_data:
-            notes.append(ON_WHITE)
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return _to_rgb(name, image)
+        return _to_rgb(name, _as_viewers_show(image, notes) if as_shown else image)
+
+
+def _as_viewers_show(image: Image.Image, notes: list[str]) -> Image.Image:
+    """An image turned by its EXIF orientation and on white where it is transparent."""
+    if _orientation(image) in range(2, 9):
+        notes.append(TURNED)
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        notes.append(ON_WHITE)
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image
+
+
+def encode_image(image: Image.Image) -> bytes:
+    """An image in memory as the bytes of a file, 8-bit RGB as viewers show it; uncompressed, which is quick.
+
+    Raises:
+      SampleError: more than :data:`MAX_PIXELS`, pixels that have no 8-bit meaning, or a file that breaks off.
+    """
+    name = getattr(image, "filename", "") or "<image in memory>"
+    _refuse_huge(name, *image.size)
+    file = io.BytesIO()
+    try:
+        image.load()
+        _to_rgb(name, _as_viewers_show(image, [])).save(file, format="PPM")
+    except OSError as error:
+        raise SampleError(name, f"image is broken ({error})") from None
+    return file.getvalue()
 
 
 def _orientation(image: Image.Image) -> int:

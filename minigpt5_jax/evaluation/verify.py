@@ -20,7 +20,7 @@ import numpy as np
 from minigpt5_jax.inference.decode import decode
 from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import stop_sequences
-from minigpt5_jax.minigpt5 import MiniGPT5
+from minigpt5_jax.minigpt5 import Composite
 from minigpt5_jax.wiring.restore import load_run
 from minigpt5_jax.wiring.session import LoadedModel
 
@@ -202,7 +202,7 @@ def _logits(run: LoadedModel, ids: list[int], answer: list[int]) -> np.ndarray:
     return np.asarray(jax.jit(read)(run.params, np.asarray([[*ids, *shown]], np.int32)))
 
 
-def _conditions(model: MiniGPT5, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _conditions(model: Composite, states: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(|T(h) - T(0)| / |T(0)|, correlation of predicted and true noise where there is nothing but noise)."""
     condition, nothing = model.condition(states), model.unconditional()
     difference = jnp.linalg.norm(condition - nothing) / jnp.linalg.norm(nothing)

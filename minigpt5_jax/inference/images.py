@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.diffusion.samplers import Sampler, guided
-from minigpt5_jax.minigpt5 import MiniGPT5
+from minigpt5_jax.minigpt5 import Composite
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.parts.contracts import Generator
@@ -42,7 +42,7 @@ def sample_images(
     return generator.decode(sampler.sample(denoise, latents))
 
 
-def negative_condition(model: MiniGPT5, cfg_negative: str) -> Float[Array, "1 q c"]:
+def negative_condition(model: Composite, cfg_negative: str) -> Float[Array, "1 q c"]:
     """What images are guided away from: T(0), or the empty prompt (``CFG_NEGATIVES``, Q38)."""
     if cfg_negative == "empty_prompt":
         return model.generator.empty_prompt_features()[None]

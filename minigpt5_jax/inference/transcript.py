@@ -87,10 +87,7 @@ def entry_of(conversation: Conversation, given: int) -> Entry:
 
 
 def record_of(conversation: Conversation, given: int, number: int) -> dict[str, Any]:
-    """A conversation in the schema, its images where ``write_page`` puts those of entry ``number``.
-
-    An assistant's turn ends with its image there, so an answer that goes on after one becomes two turns.
-    """
+    """A conversation in the schema, its images where ``write_page`` puts those of entry ``number``."""
     turns = []
     for section, messages in (
         ("prompt", conversation.messages[:given]),
@@ -102,11 +99,7 @@ def record_of(conversation: Conversation, given: int, number: int) -> dict[str, 
             for part in turn.parts:
                 if isinstance(part, ImagePart):
                     images += 1
-                    name = f"images/{number:03d}-{section}-{images}.png"
-                    content.append({"type": "image", "path": name})
-                    if turn.role == "assistant":
-                        turns.append({"role": turn.role, "content": content})
-                        content = []
+                    content.append({"type": "image", "path": f"images/{number:03d}-{section}-{images}.png"})
                 else:
                     content.append({"type": "text", "text": part})
             if content:

@@ -400,6 +400,7 @@ def scan_layers(
     (:func:`~minigpt5_jax.models.abstract.take_layers_apart`), the layers are written out one after another.
     """
     graphdef, state = nnx.split(layers)
+    apart = _apart(state)
 
     def body(carry, inputs):
         block_state, layer_input = inputs
@@ -407,17 +408,29 @@ def scan_layers(
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    is_apart = lambda value: isinstance(value, tuple)  # noqa: E731
-    apart = [value for value in jax.tree.leaves(state, is_leaf=is_apart) if is_apart(value)]
     if not apart:
         return jax.lax.scan(body, x, (state, per_layer))
     outputs = []
     for number in range(len(apart[0])):
         take = operator.itemgetter(number)
-        own = jax.tree.map(take, state, is_leaf=is_apart), jax.tree.map(take, per_layer)
+        own = jax.tree.map(take, state, is_leaf=_is_apart), jax.tree.map(take, per_layer)
         x, output = body(x, own)
         outputs.append(output)
     return x, jax.tree.map(lambda *values: jnp.stack(values), *outputs)
+
+
+def layers_are_apart(layers: nnx.Module) -> bool:
+    """Whether the leaves of ``layers`` are tuples with an array for each layer."""
+    return bool(_apart(nnx.state(layers)))
+
+
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def _apart(state: Any) -> list[tuple[Any, ...]]:
+    """The leaves that are tuples with an array for each layer."""
+    return [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_apart) if _is_apart(leaf)]
 
 
 def run_layers(layers: nnx.Module, x: jax.Array, *context: Any, remat: bool) -> jax.Array:

@@ -14,7 +14,7 @@ from minigpt5_jax.wiring.features import plans_features, with_planned_features
 from minigpt5_jax.wiring.inputs import batch_spec, samples_a_row, splits_prompts
 from minigpt5_jax.wiring.model import ModelSpec
 
-CAPTIONS = ("cc3m", "cc3m_tar", "shapes")
+CAPTIONS = ("cc3m", "cc3m_tar", "parquet", "shapes")
 """``data.format`` of samples that are words, then vokens."""
 STORY_SAMPLES, STORY_ITEMS, STORY_IMAGES, STORY_PLACES = 13, 9, 5, 8
 STORY_LENGTH, STORY_LABELS = 984, 195

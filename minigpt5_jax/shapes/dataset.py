@@ -70,11 +70,11 @@ def draw_stories(split: str, count: int, seed: int) -> list[Story]:
     return [draw_story(_random(_STORIES, split, seed, i), held_out) for i in range(count)]
 
 
-def draw_dialogs(split: str, count: int, seed: int) -> list[tuple[Turn, ...]]:
-    """``count`` dialogues; a longer list starts with the shorter one."""
+def draw_dialogs(split: str, count: int, seed: int, wishes: float = 0.0) -> list[tuple[Turn, ...]]:
+    """``count`` dialogues, a share of them with ``wishes``; a longer list starts with the shorter one."""
     _check(split, count)
     held_out = split == "held_out"
-    return [draw_dialog(_random(_DIALOGS, split, seed, i), held_out) for i in range(count)]
+    return [draw_dialog(_random(_DIALOGS, split, seed, i), held_out, wishes) for i in range(count)]
 
 
 def write_pairs(
@@ -134,11 +134,13 @@ def write_stories(directory: str | os.PathLike[str], split: str, count: int, see
     )
 
 
-def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, seed: int) -> Path:
+def write_dialogs(
+    directory: str | os.PathLike[str], split: str, count: int, seed: int, wishes: float = 0.0
+) -> Path:
     """Write dialogues in MMDialog's files (fidelity 5.4), with their truth; returns the conversations."""
     directory = Path(directory)
     lines, truth, images = [], [], {}
-    for number, turns in enumerate(draw_dialogs(split, count, seed)):
+    for number, turns in enumerate(draw_dialogs(split, count, seed, wishes)):
         conversation, told = [], []
         for place, turn in enumerate(turns):
             pieces, file = [{"__TEXT__": turn.text}], None
@@ -158,7 +160,7 @@ def write_dialogs(directory: str | os.PathLike[str], split: str, count: int, see
         truth,
         directory / split,
         images,
-        f"dialogues, seed {seed}",
+        f"dialogues, seed {seed}" + (f", wishes {wishes}" if wishes else ""),
     )
 
 

@@ -41,6 +41,7 @@ SHOW = (
     "i want to see {caption}.",
     "can you draw {caption}?",
 )
+ADJECTIVES = ("size", "texture", "colour")
 SHOWN = ("here it is.", "here you are.", "this is it.")
 LOOK = ("look at my picture.", "here is a picture of mine.", "what do you see here?")
 SEEN = ("i see {caption}.", "it shows {caption}.")
@@ -122,6 +123,16 @@ class _Talk:
         asked = choose(SHOW, self.random).format(caption=caption(scene, self.random))
         return Turn(asked, None, "show"), Turn(choose(SHOWN, self.random), scene, "show")
 
+    def wish(self) -> tuple[Turn, Turn]:
+        """A request that leaves attributes open, which the image then has in some way."""
+        scene = draw_scene(self.random, self.held_out)
+        words = words_of(scene.objects[0], self.random)
+        said = [words[name] for name in ADJECTIVES if self.random.random() < 0.5]
+        where = f" in the {words['place']}" if self.random.random() < 0.25 else ""
+        wish = f"a {' '.join([*said, words['shape']])}{where}"
+        asked = choose(SHOW, self.random).format(caption=wish)
+        return Turn(asked, None, "show"), Turn(choose(SHOWN, self.random), scene, "show")
+
     def look(self) -> tuple[Turn, Turn]:
         scene = self.new_scene()
         told = choose(SEEN, self.random).format(caption=caption(scene, self.random))
@@ -189,10 +200,16 @@ class _Talk:
                 return new
 
 
-def draw_dialog(random: np.random.Generator, held_out: bool = False) -> tuple[Turn, ...]:
-    """Turns of a dialogue; images of a held-out one are asked for with held-out kinds."""
+def draw_dialog(random: np.random.Generator, held_out: bool = False, wishes: float = 0.0) -> tuple[Turn, ...]:
+    """Turns of a dialogue; images of a held-out one are asked for with held-out kinds.
+
+    ``wishes`` is the share of dialogues whose first request leaves attributes open ("a large red circle").
+    """
     talk = _Talk(random, held_out)
     for number in range(int(random.choice(EXCHANGES))):
+        if not number and wishes and random.random() < wishes:
+            talk.exchange("wish")
+            continue
         shares = STARTS if not number else AFTER_IMAGE if talk.scene else AFTER_WORDS
         talk.exchange(str(random.choice(list(shares), p=list(shares.values()))))
     return tuple(talk.turns)

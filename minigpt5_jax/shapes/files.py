@@ -29,6 +29,8 @@ from minigpt5_jax.weights.formats.save import save_safetensors, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 PROVENANCE = "PROVENANCE.json"
+TRAINED = Path(__file__).parent / "trained"
+"""The trained run that ships, as ``save_pretrained`` wrote it; it says and checks its own hashes."""
 STORED = np.float16
 
 MODEL_INDEX = {

@@ -9,6 +9,8 @@ import jax
 from absl import logging
 
 COORDINATOR, COUNT, NUMBER = "COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"
+AUTO = "auto"
+"""The address that leaves all three to JAX: no variable says that a Cloud TPU machine is one of several."""
 
 
 class DistributedError(RuntimeError):
@@ -18,8 +20,9 @@ class DistributedError(RuntimeError):
 def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300) -> bool:
     """Join the processes of a run if the environment asks for several; call before any other JAX call.
 
-    Either all of ``COORDINATOR_ADDRESS`` (host:port), ``NUM_PROCESSES`` and ``PROCESS_ID`` are set, or
-    a scheduler JAX knows has started more than one process; anything else is a single process.
+    Either all of ``COORDINATOR_ADDRESS`` (host:port), ``NUM_PROCESSES`` and ``PROCESS_ID`` are set, or the
+    first alone to ``auto``, or a scheduler JAX knows has started more than one process; anything else is a
+    single process.
 
     Returns:
       Whether processes were joined.
@@ -33,10 +36,16 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300)
     try:
         jax.distributed.initialize(**(arguments or {}), initialization_timeout=timeout_s)
     except (RuntimeError, ValueError) as error:
-        raise DistributedError(
-            f"cannot join the processes of this run ({error}); check that {COORDINATOR} is reachable from "
-            "every host and that as many processes as announced were started"
-        ) from error
+        remedy = (
+            f"check that {COORDINATOR} is reachable from every host and that as many processes as announced "
+            "were started"
+        )
+        if arguments == {}:
+            remedy = (
+                f"{COORDINATOR}={AUTO} is for Cloud TPU machines and schedulers that JAX knows; elsewhere "
+                f"set {COORDINATOR}, {COUNT} and {NUMBER}, or none of them for one process"
+            )
+        raise DistributedError(f"cannot join the processes of this run ({error}); {remedy}") from error
     logging.info(
         "process %d of %d, %d of %d devices",
         jax.process_index(),
@@ -57,6 +66,8 @@ def _explicit(environ: Mapping[str, str]) -> dict[str, object] | None:
     given = {name: environ.get(name, "") for name in (COORDINATOR, COUNT, NUMBER)}
     if not any(given.values()):
         return None
+    if given == {COORDINATOR: AUTO, COUNT: "", NUMBER: ""}:
+        return {}
     if missing := [name for name, value in given.items() if not value]:
         raise DistributedError(
             f"{', '.join(missing)} not set, but {COORDINATOR}, {COUNT}, {NUMBER} go together"

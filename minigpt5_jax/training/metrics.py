@@ -24,6 +24,7 @@ from absl import logging
 from tqdm.auto import tqdm
 
 from minigpt5_jax.data.errors import printable
+from minigpt5_jax.training.tracking import Tracker
 
 SHOWN = ("loss", "text", "image", "caption")  # in the bar
 FINITE = ("loss", "grad_norm")  # others are NaN where a step had nothing to count
@@ -49,6 +50,7 @@ class Metrics:
       log_every: steps between lines; the first step of a run has its own.
       last_checkpoint: says where to go on from, for the message when training diverges.
       active: False on all processes but the main one, which then write nothing (but do check).
+      tracker: takes everything too.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Metrics:
         log_every: int = 10,
         last_checkpoint: Callable[[], str | None] = lambda: None,
         active: bool = True,
+        tracker: Tracker | None = None,
     ):
         self.workdir = Path(workdir)
         self.samples_per_step, self.log_every = samples_per_step, log_every
@@ -69,7 +72,7 @@ class Metrics:
         self._window: list[dict[str, float]] = []
         self._seconds, self._since = 0.0, time.monotonic()
         self._num_steps, self._steady_steps, self._steady_seconds = num_steps, 0, 0.0
-        self._writer = _Writer(self.workdir, first_step) if active else None
+        self._writer = _Writer(self.workdir, first_step, tracker) if active else None
         self._first_step = first_step
         # Without a terminal each refresh is a line in a log: make them rare.
         self._bar = tqdm(
@@ -183,8 +186,8 @@ class Metrics:
 class _Writer:
     """The files of a run."""
 
-    def __init__(self, workdir: Path, first_step: int):
-        self.workdir = workdir
+    def __init__(self, workdir: Path, first_step: int, tracker: Tracker | None):
+        self.workdir, self._tracker = workdir, tracker
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "metrics.jsonl"
         _drop_lines_after(path, first_step)
@@ -197,6 +200,8 @@ class _Writer:
         self._lines.flush()
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, kept)
+        if self._tracker is not None:
+            self._tracker.scalars(step, kept)
 
     def image(self, step: int, name: str, image: np.ndarray) -> Path:
         from PIL import Image
@@ -206,12 +211,16 @@ class _Writer:
         Image.fromarray(image).save(path)
         if self._tensorboard is not None:
             self._tensorboard.write_images(step, {name: image[None]})
+        if self._tracker is not None:
+            self._tracker.image(step, name, image)
         return path
 
     def close(self) -> None:
         self._lines.close()
         if (opened := vars(self).get("_tensorboard")) is not None:
             opened.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     @functools.cached_property
     def _tensorboard(self) -> Any:

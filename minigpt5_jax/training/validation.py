@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.minigpt5 import LossOptions, MiniGPT5, StepRandomness, SumCount
+from minigpt5_jax.minigpt5 import Composite, LossOptions, StepRandomness, SumCount
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.models.common import Params
 from minigpt5_jax.training.step import means
@@ -55,7 +55,7 @@ def make_validation_step(
 
 
 def _image_losses(
-    model: MiniGPT5, batch: Batch, draws: StepRandomness, condition: jax.Array, levels: tuple[int, ...]
+    model: Composite, batch: Batch, draws: StepRandomness, condition: jax.Array, levels: tuple[int, ...]
 ) -> dict[str, SumCount]:
     latents = model.target_latents(batch, draws)
     mask = batch.item_mask

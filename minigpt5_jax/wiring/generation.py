@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax.config import PACKAGED, ConfigError
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM, VICUNA_V0
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, chat, continue_story
 from minigpt5_jax.inference.page import Entry, write_page
@@ -27,11 +28,10 @@ from minigpt5_jax.inference.transcript import (
     write_records,
 )
 from minigpt5_jax.wiring.restore import OpenedRun
+from minigpt5_jax.wiring.session import dialog_window
 
 MODES = ("story", "chat")
 NO_IMAGE = "no image was written; --inference force_image=first (or after_text) makes one certain"
-DIALOG_FORMATS = ("mmdialog", "shapes_dialogs")
-"""``data.format`` of dialogues, whose samples hold three turns at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Request:
 
     Attributes:
       mode: one of :data:`MODES`; None answers single prompts.
-      texts: single prompts.  images: input images of the one single prompt.
+      texts: single prompts; of ``chat`` the user's turns of one dialogue, of ``story`` the opening of one.
+      images: input images of the one single prompt, or of the opening.
       jsonl: file of records, each a prompt, or a story or dialogue of a mode.
       allow_outside_images: whether image paths in it may lead out of its folder.
       seed: of the first sample; the others count up from it.  num_samples: answers to each prompt.
@@ -173,24 +174,56 @@ def load_conversations(request: Request) -> list[tuple[Conversation, list[Messag
     """(conversation, its turns) of each record and sample; a story's turns are what was told before.
 
     Raises:
-      DataError: no file, a record that breaks the schema, an image that cannot be read, or single prompts
-        beside it.
+      DataError: nothing to go on from, or both a file and prompts; a record that breaks the schema, an image
+        that cannot be read.
     """
-    mode = request.mode
-    if not request.jsonl or request.texts or request.images:
-        raise DataError(f"{mode} reads records: give --jsonl FILE, and neither --prompt nor --image")
+    mode, typed = request.mode, bool(request.texts or request.images)
+    if typed == bool(request.jsonl):
+        raise DataError(
+            f"{mode} goes on from one thing: give --jsonl FILE with records, or --prompt TEXT"
+            + (" for each turn of the user" if mode == "chat" else " (and --image FILE) for how it begins")
+        )
     found = []
-    for name, record in read_records(request.jsonl, request.allow_outside_images):
-        turns = turns_of(record, Path(request.jsonl).expanduser().parent)
+    for name, system, turns in _typed_turns(request) if typed else _file_turns(request):
         if mode == "chat" and not any(turn.role == "user" for turn in turns):
             raise DataError(f"record {name!r} has no user turn to answer")
         for sample in range(request.num_samples):
             label = name if request.num_samples == 1 else f"{name}_{sample}"
             seed = seed_of(name, request.seed, sample)
-            system = record.system if mode == "chat" else ""
             messages = list(turns) if mode == "story" else []
-            found.append((Conversation(label, seed, messages, system=system), turns))
+            found.append(
+                (Conversation(label, seed, messages, system=system if mode == "chat" else ""), turns)
+            )
     return found
+
+
+def _file_turns(request: Request) -> Iterator[tuple[str, str, list[Message]]]:
+    """(name, system prompt, turns) of every record of the file."""
+    folder = Path(request.jsonl).expanduser().parent
+    for name, record in read_records(request.jsonl, request.allow_outside_images):
+        yield name, record.system, turns_of(record, folder)
+
+
+def _typed_turns(request: Request) -> Iterator[tuple[str, str, list[Message]]]:
+    """The same of what was typed: a message for each text of a dialogue, one for the whole opening."""
+    for text in request.texts:
+        if not text.strip():
+            raise DataError(f"prompt {text!r} is empty")
+        if VICUNA_V0.end in text:
+            raise DataError(f"prompt {text!r} contains {VICUNA_V0.end}, which ends a turn")
+    for image in request.images:
+        load_image(image)
+    images = tuple(map(ImagePart, request.images))
+    if request.mode == "story":
+        turns = [Message("user", (*request.texts, *images))]
+    else:
+        if images and not request.texts:
+            raise DataError("chat: --image goes with the first --prompt; give one")
+        turns = [
+            Message("user", (*(images if first else ()), text))
+            for first, text in zip([True, *[False] * len(request.texts)], request.texts)
+        ]
+    yield request.mode, DIALOG_SYSTEM, turns
 
 
 def check_conversations(run: OpenedRun, given: list[tuple[Conversation, list[Message]]]) -> None:
@@ -226,8 +259,8 @@ def _converse(
     if request.mode == "story":
         continue_story(session, conversations, request.scenes)
     else:
-        as_there = request.window is None and run.config.data.format in DIALOG_FORMATS
-        chat(session, conversations, [turns for _, turns in given], 3 if as_there else request.window)
+        window = dialog_window(run.config) if request.window is None else request.window
+        chat(session, conversations, [turns for _, turns in given], window)
     page = write_answers(run, [entry_of(c, first) for c, first in zip(conversations, shown)], output)
     records = [record_of(c, first, number) for number, (c, first) in enumerate(zip(conversations, shown), 1)]
     write_records(output, records)

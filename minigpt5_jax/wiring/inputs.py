@@ -27,6 +27,7 @@ from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import (
     Cc3mSource,
     Cc3mTarSource,
+    ColumnSource,
     JsonlSource,
     MMDialogSource,
     PreparedSource,
@@ -91,6 +92,12 @@ def _open_tar(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool
     return Cc3mTarSource(path, _rules(config, training, "cc3m"), cache_dir=cache)
 
 
+def _open_columns(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
+    outside = config.data.allow_outside_images
+    rules = _rules(config, training, "cc3m")
+    return ColumnSource(path, config.data.image_root, rules, allow_outside_images=outside)
+
+
 def _open_vist(config: ConfigDict, sizes: Sizes, path: str | Path, training: bool) -> Source:
     data = config.data
     mapping = data.train_mapping if training else data.validation_mapping
@@ -119,6 +126,7 @@ def _open_prepared(config: ConfigDict, sizes: Sizes, path: str | Path, training:
 OPENERS: dict[str, Callable[[ConfigDict, Sizes, str | Path, bool], Source]] = {
     "cc3m": _open_cc3m,
     "cc3m_tar": _open_tar,
+    "parquet": _open_columns,
     "vist": _open_vist,
     "mmdialog": _open_mmdialog,
     "jsonl": _open_jsonl,
@@ -142,10 +150,11 @@ def draw_shapes(config: ConfigDict) -> tuple[Path, Path]:
     """Training and held-out files of the small world, drawn into the workdir by one process."""
     folder, data, write = Path(config.run.workdir) / "data", config.data, SHAPES[config.data.format]
     more = {"max_objects": data.shapes_max_objects} if data.format == "shapes" else {}
+    wishes = {"wishes": data.shapes_wishes} if data.format == "shapes_dialogs" else {}
 
     def draw() -> tuple[Path, Path]:
         return (
-            write(folder, "train", data.shapes_train, config.run.seed, **more),
+            write(folder, "train", data.shapes_train, config.run.seed, **more, **wishes),
             write(folder, "held_out", data.shapes_validation, config.run.seed, **more),
         )
 

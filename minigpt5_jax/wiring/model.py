@@ -250,6 +250,11 @@ def open_tower(name: str, use: Use, path: Path, sizes: Any) -> tuple[Any, Any]:
     return use.tower.table(adapted, sizes), adapted
 
 
+def not_pretrained(path: str, spec: ModelSpec) -> bool:
+    """Whether a parameter comes from training (of this run or the one before) and from no source."""
+    return path not in spec.pretrained or spec.labels[path] != FROZEN
+
+
 def open_towers(
     spec: ModelSpec, paths: Mapping[str, Path], own: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[str, PretrainedTower]]:

@@ -46,8 +46,14 @@ from minigpt5_jax.weights.foreign.release import (
 )
 from minigpt5_jax.weights.formats.hub import PATTERNS, resolve
 from minigpt5_jax.weights.formats.load import is_torch, open_container, open_weights
-from minigpt5_jax.wiring.model import build, initial_trainable, language_tokenizer, load_frozen
-from minigpt5_jax.wiring.restore import describe, load_run, not_pretrained
+from minigpt5_jax.wiring.model import (
+    build,
+    initial_trainable,
+    language_tokenizer,
+    load_frozen,
+    not_pretrained,
+)
+from minigpt5_jax.wiring.restore import describe, load_run
 from minigpt5_jax.wiring.session import LoadedModel
 from minigpt5_jax.wiring.weight_paths import check_sources, uses_of
 

@@ -45,8 +45,10 @@ from minigpt5_jax.wiring.model import (
     hash_frozen,
     language_tokenizer,
     load_frozen,
+    not_pretrained,
     tokenizer_identity,
 )
+from minigpt5_jax.wiring.saved import SavedModel, find_folder, is_saved
 from minigpt5_jax.wiring.session import LoadedModel, override
 from minigpt5_jax.wiring.weight_paths import check_sources
 
@@ -60,7 +62,7 @@ class OpenedRun:
       config: the run's configuration, with changed sources and settings.
     """
 
-    reader: Checkpoints
+    reader: Checkpoints | SavedModel
     step: int
     meta: Mapping[str, Any]
     config: ConfigDict
@@ -133,7 +135,8 @@ def open_run(
     """A trained run: its configuration and abstract model, weights not yet read.
 
     Args:
-      path: a run's workdir or its ``checkpoints`` folder.
+      path: a run's workdir or its ``checkpoints`` folder, a saved model's folder, ``shapes`` (the packaged
+        run), or a Hugging Face id in the local cache.
       step: which checkpoint; by default the newest that can be read.
       weights: source paths that differ from those of the run, by their names under ``config.weights``.
       inference: settings in place of the run's, as Python spells them (``{"sampler": "ddim"}``).
@@ -164,19 +167,25 @@ def load_run(
     return open_run(path, step=step, weights=weights).load()
 
 
-def open_checkpoints(path: str | Path) -> Checkpoints:
-    """Checkpoints of a workdir, or of its ``checkpoints`` folder itself.
+def open_checkpoints(path: str | Path) -> Checkpoints | SavedModel:
+    """Checkpoints of a workdir, or of its ``checkpoints`` folder itself; or a saved model, which has one.
+
+    Args:
+      path: a folder, ``shapes`` for the packaged run, or a Hugging Face id in the local cache.
 
     Raises:
-      CheckpointError: the folder does not exist or holds no complete checkpoint.
+      CheckpointError: the folder does not exist or holds no complete checkpoint, the id is not in the cache,
+        or a newer version saved it.
     """
-    folder = Path(path).expanduser()
+    folder = find_folder(path)
+    if is_saved(folder):
+        return SavedModel(folder)
     inner = folder / "checkpoints"
     checkpoints = Checkpoints(inner if inner.is_dir() else folder, read_only=True)
     if checkpoints.latest_step is None:
         raise CheckpointError(
-            f"no complete checkpoint in {checkpoints.directory}; "
-            "give a run's --workdir or its checkpoints folder"
+            f"no complete checkpoint in {checkpoints.directory}; give a run's --workdir or its checkpoints "
+            "folder, a folder of save_pretrained, or a Hugging Face id in the local cache"
         )
     return checkpoints
 
@@ -253,7 +262,7 @@ def upgrade_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_parameters(
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | SavedModel,
     spec: ModelSpec,
     step: int | None = None,
     shardings: Mapping[str, Any] | None = None,
@@ -276,11 +285,6 @@ def trained_parameters(
                 part[name] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
         restored, _, _ = checkpoints.restore(like, step)
     return {name: value for part in restored.values() for name, value in part.items()}
-
-
-def not_pretrained(path: str, spec: ModelSpec) -> bool:
-    """Whether a parameter comes from training (of this run or the one before) and from no source."""
-    return path not in spec.pretrained or spec.labels[path] != FROZEN
 
 
 def open_parent_run(config: ConfigDict, spec: ModelSpec) -> tuple[Mapping[str, Any], ModelSpec]:

@@ -68,6 +68,15 @@ class LoadedModel:
             )
 
 
+DIALOG_FORMATS = ("mmdialog", "shapes_dialogs")
+"""``data.format`` of dialogues, whose samples hold three turns at most."""
+
+
+def dialog_window(config: ConfigDict) -> int | None:
+    """Turns of a dialogue that a model reads: 3 where it was trained on no more, else None for all."""
+    return 3 if config.data.format in DIALOG_FORMATS else None
+
+
 def decoder_layers(template: Template) -> list[str]:
     """Paths of the stacked parameters of the language model that decodes."""
     decoder = template.bind(template.shapes).backbone.decoder

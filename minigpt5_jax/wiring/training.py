@@ -33,6 +33,7 @@ from minigpt5_jax.training.sharding import (
 )
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
+from minigpt5_jax.training.tracking import Tracker, check_tracker, open_tracker
 from minigpt5_jax.wiring.feature_cache import FeatureCache, open_features
 from minigpt5_jax.wiring.features import load_towers, plans_features
 from minigpt5_jax.wiring.inputs import (
@@ -263,6 +264,7 @@ def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
     """
     if not config.run.workdir:
         raise ConfigError("give the folder of this run: --workdir DIR")
+    check_tracker(config.run.tracker)
     owner = claim(config.run.workdir)
     try:
         return _make_loop(config, watch, owner)
@@ -308,6 +310,14 @@ def _resuming_notes(config: ConfigDict, steps: int, first_step: int, changed: li
     if first_step >= steps:
         notes.append(f"all {steps} steps are done; to go on, give more of them (run.num_steps)")
     return notes
+
+
+def _tracker(config: ConfigDict) -> Tracker | None:
+    """Of the main process, as ``run.tracker`` says."""
+    run = config.run
+    return (
+        open_tracker(run.tracker, run.name, Path(run.workdir), config.to_dict()) if main_process() else None
+    )
 
 
 def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
@@ -356,6 +366,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         samples_per_step=config.data.global_batch,
         log_every=config.run.log_every,
         active=main_process(),
+        tracker=_tracker(config),
         last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
     )
     fitted = [*_fitting_notes(config, spec, steps, configured, recomputed), note]

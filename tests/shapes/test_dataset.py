@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from minigpt5_jax.data.sources import Cc3mSource, MMDialogSource, VistSource
 from minigpt5_jax.shapes import dataset
 from minigpt5_jax.shapes.dataset import (
     SPLITS,
+    draw_dialogs,
     draw_pairs,
     read_scenes,
     read_truth,
@@ -20,6 +23,7 @@ from minigpt5_jax.shapes.dataset import (
     write_stories,
 )
 from minigpt5_jax.shapes.oracle import right
+from minigpt5_jax.shapes.wording import WORDS
 
 
 @pytest.fixture(scope="module", params=[(split, most) for split in SPLITS for most in (1, 3)], ids=str)
@@ -137,6 +141,23 @@ def test_the_mmdialog_reader_reads_dialogues(split, tmp_path):
         images = [*example.images, *([example.target_image] if example.target_image else [])]
         if images:
             assert right(np.stack([look_at(p) for p in images]), [scenes[str(p)] for p in images]).all()
+
+
+def test_wishes_leave_attributes_open_and_get_an_image_that_has_the_others():
+    plain = draw_dialogs("train", 30, seed=1)
+    assert plain == draw_dialogs("train", 30, seed=1, wishes=0.0)
+    short = 0
+    for asked, answered, *_ in draw_dialogs("train", 30, seed=1, wishes=1.0):
+        [item] = answered.scene.objects
+        words = re.search(r"\ba (.*?)(?: in the (.*?))?[.?]$", asked.text)
+        place, said = words[2], words[1].split()
+        known = {name: WORDS.get(value, (value,)) for name, value in item.names.items()}
+        assert place is None or place in known["place"]
+        assert said[-1] in known["shape"] and "background" not in asked.text
+        for word in said[:-1]:
+            assert any(word in known[name] for name in ("size", "texture", "colour"))
+        short += len(said) < 4
+    assert short > 15
 
 
 def test_another_seed_gives_another_table(write, tmp_path):

@@ -40,10 +40,22 @@ def test_three_variables(calls):
     assert calls == [{**expected, "initialization_timeout": 300}]
 
 
+def test_auto_leaves_everything_to_jax(calls):
+    assert initialize({"COORDINATOR_ADDRESS": "auto"})
+    assert calls == [{"initialization_timeout": 300}]
+
+
+def test_auto_on_a_machine_without_neighbours():
+    with pytest.raises(DistributedError, match=r"COORDINATOR_ADDRESS=auto is for .* or none of them for one"):
+        initialize({"COORDINATOR_ADDRESS": "auto"})
+    assert not initialize({}), "the remedy"
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
         ({"COORDINATOR_ADDRESS": "host:1"}, "NUM_PROCESSES, PROCESS_ID not set"),
+        ({"COORDINATOR_ADDRESS": "auto", "NUM_PROCESSES": "2"}, "PROCESS_ID not set"),
         ({"COORDINATOR_ADDRESS": "h:1", "NUM_PROCESSES": "2", "PROCESS_ID": "2"}, "PROCESS_ID='2' must be"),
         ({"COORDINATOR_ADDRESS": "h:1", "NUM_PROCESSES": "two", "PROCESS_ID": "0"}, "NUM_PROCESSES='two'"),
     ],

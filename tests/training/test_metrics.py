@@ -7,15 +7,19 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from minigpt5_jax.config import get_config
 from minigpt5_jax.training import metrics as metrics_module
 from minigpt5_jax.training.compiling import Announced
 from minigpt5_jax.training.metrics import Metrics, TrainingDiverged, due
+from minigpt5_jax.training.tracking import TrackerError, check_tracker, open_tracker
+from minigpt5_jax.wiring.training import make_loop
 
 OPEN_TENSORBOARD = metrics_module._open_tensorboard
 
@@ -215,3 +219,63 @@ def test_tensorboard_files_hold_scalars_and_images(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[0.5] ['grid', 'loss', 'samples_per_s']"
+
+
+# ------------------------------------------------------------------------------------- trackers
+
+
+def test_a_tracker_takes_what_is_written(tmp_path, monkeypatch):
+    """W&B's calls, by a stand-in: offline and without its package."""
+    said = []
+
+    class Run:
+        def log(self, values, step):
+            said.append((step, values))
+
+        def finish(self):
+            said.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.Image = lambda image: image.shape
+    fake.init = lambda **given: said.append(given) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    check_tracker("wandb")
+    tracker = open_tracker("wandb", "mine", tmp_path, {"run": {"seed": 1}})
+    with Metrics(tmp_path, 2, log_every=1, tracker=tracker) as metrics:
+        metrics.push(1, step_metrics(5, image=float("nan")))
+        metrics.flush()
+        metrics.image(1, "held_out", np.zeros((2, 3, 3), np.uint8))
+    opened, (step, values), picture, end = said
+    assert (opened["name"], opened["config"]) == ("mine", {"run": {"seed": 1}})
+    assert step == 1 and values["loss"] == 5.0 and "image" not in values
+    assert picture == (1, {"held_out": (2, 3, 3)}) and end == "finished"
+
+
+def test_a_tracker_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_tracker.py").write_text(
+        "class Mine:\n"
+        "    scalars = image = close = print\n"
+        "def open_tracker(name, workdir, config):\n"
+        "    mine = Mine()\n"
+        "    mine.given = name, config\n"
+        "    return mine\n"
+    )
+    (tmp_path / "no_tracker.py").touch()
+    check_tracker("my_tracker")
+    assert open_tracker("my_tracker", "run", tmp_path, {}).given == ("run", {})
+    with pytest.raises(TrackerError, match=r"no function open_tracker\(name, workdir, config\)"):
+        check_tracker("no_tracker")
+
+
+def test_a_tracker_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    config = get_config()
+    config.run.update(tracker="wandb", workdir=str(tmp_path / "run"))
+    with pytest.raises(
+        TrackerError, match="needs the package wandb .*`pip install wandb`, or run.tracker=none"
+    ):
+        make_loop(config)
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
+    check_tracker("none")
+    assert open_tracker("none", "", tmp_path, {}) is None

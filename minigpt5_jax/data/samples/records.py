@@ -14,15 +14,17 @@ and anything longer (a story, a dialogue) is a list of turns::
                                         {"type": "image", "path": "photos/2.jpg"}]}]}
 
 ``content`` may be a plain string.  ``id`` is optional and unique in its file.  ``system`` is optional;
-without it the dialogues' prompt is used, and ``""`` is none.  An assistant turn has at most one image, at
-its end; a user turn any number, anywhere.  An image of an assistant turn may carry a ``caption``, which
-lets it take part in the caption loss.  Image paths are relative to the file's folder.  A record that
-ends in a user turn is a prompt to generate from.
+without it the dialogues' prompt is used, and ``""`` is none.  Turns have any number of images, anywhere.  An
+assistant turn is learnt in stretches, each up to its next image: a sample draws one image, and has what the
+turn says before it in its source, images there as the vokens that the model has written.  An image of an
+assistant turn may carry a ``caption``, which lets it take part in the caption loss.  Image paths are relative
+to the file's folder.  A record that ends in a user turn is a prompt to generate from.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,12 @@ class Turn:
         """Its texts and ``<Img><ImageHere></Img>`` for each image, single spaces between."""
         return " ".join(part if isinstance(part, str) else templates.IMAGE for part in self.parts)
 
+    def stretches(self) -> list[Turn]:
+        """It in pieces: up to and with each image, and what follows the last."""
+        ends = [number for number, part in enumerate(self.parts, 1) if isinstance(part, RecordImage)]
+        borders = sorted({0, *ends, len(self.parts)})
+        return [Turn(self.role, self.parts[a:b]) for a, b in itertools.pairwise(borders)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -70,8 +78,12 @@ class Record:
     pair: bool = False
 
     def answers(self) -> list[int]:
-        """Numbers of the assistant's turns, each of which is a sample."""
+        """Numbers of the assistant's turns."""
         return [number for number, turn in enumerate(self.turns) if turn.role == "assistant"]
+
+    def samples(self) -> list[tuple[int, int]]:
+        """(turn, stretch) of everything that is learnt."""
+        return [(turn, n) for turn in self.answers() for n in range(len(self.turns[turn].stretches()))]
 
 
 def parse_record(line: str, where: str, *, generated: bool = False) -> Record:
@@ -115,11 +127,7 @@ class _Checker(Fields):
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(content, list) or not content:
             raise self.fail(f"{place}.content", "expected text or a list of at least one part")
-        turn = Turn(role, tuple(self.part(p, f"{place}.content[{i}]") for i, p in enumerate(content)))
-        images = turn.images()
-        if role == "assistant" and (len(images) > 1 or (images and turn.parts[-1] is not images[0])):
-            raise self.fail(place, "an assistant turn has at most one image, as its last part")
-        return turn
+        return Turn(role, tuple(self.part(p, f"{place}.content[{i}]") for i, p in enumerate(content)))
 
     def part(self, value: Any, place: str) -> str | RecordImage:
         kind = value.get("type") if isinstance(value, dict) else None
@@ -168,23 +176,34 @@ class RecordRules:
         """What samples depend on, for fingerprints."""
         return (self.num_vokens,)
 
-    def example(self, record: Record, turn: int, *, image_root: Path, name: str, where: str) -> Example:
-        """The sample that reads the turns before ``turn`` and writes that (assistant) turn.
+    def example(
+        self, record: Record, turn: int, stretch: int = 0, *, image_root: Path, name: str, where: str
+    ) -> Example:
+        """The sample that reads the turns before ``turn`` and writes a stretch of that (assistant) turn.
 
         Args:
+          stretch: which of :meth:`Turn.stretches`; those before it stand in the source as they are written.
           name: name of the record where it has no id.
         """
         source, images = prompt_of(record, turn, image_root)
-        answer = record.turns[turn]
+        stretches = record.turns[turn].stretches()
+        written = [
+            templates.target_text(before.text(), draws=True, num_vokens=self.num_vokens, ends=False)
+            for before in stretches[:stretch]
+        ]
+        answer, last = stretches[stretch], stretch == len(stretches) - 1
         drawn = answer.images()
         base = record.id if record.id is not None else name
+        number = f"{turn}" if len(stretches) == 1 else f"{turn}.{stretch}"
         return Example(
-            source=source,
-            target=templates.target_text(answer.text(), draws=bool(drawn), num_vokens=self.num_vokens),
+            source=" ".join([source, *written]),
+            target=templates.target_text(
+                answer.text(), draws=bool(drawn), num_vokens=self.num_vokens, ends=last
+            ),
             images=images,
             target_image=str(image_root / drawn[0].path) if drawn else None,
             caption=drawn[0].caption if drawn else None,
             task="pair" if record.pair else "dialog",
-            item_id=base if record.pair else f"{base}_{turn}",
+            item_id=base if record.pair else f"{base}_{number}",
             where=where,
         )

@@ -23,7 +23,8 @@ def repeated_id(name: str, where: str, first: int) -> SampleError:
 class JsonlSource(Source):
     """Users' pairs, stories and dialogues, one JSON object a line (:mod:`minigpt5_jax.data.samples.records`).
 
-    Every assistant turn is a sample: the turns before it are read, it is written.  A line that breaks the
+    Every assistant turn is a sample (one for each of its images, if it has several): the turns before it are
+    read, it is written.  A line that breaks the
     schema, or that repeats an id, counts as one sample that cannot be fetched.
 
     Args:
@@ -51,7 +52,7 @@ class JsonlSource(Source):
         check_jsonl(self.lines.path, self.lines[0])
         self._images, self._rules = image_folder(path, image_root, allow_outside_images), rules
         self.image_root = str(self._images.root)
-        lines, turns, self._bad = [], [], 0
+        lines, places, self._bad = [], [], 0
         self._repeats: dict[int, int] = {}
         ids: dict[str, int] = {}
         for line in range(len(self.lines)):
@@ -61,13 +62,13 @@ class JsonlSource(Source):
                     self._repeats[line] = ids[record.id]
                     self.record(line)
             except SampleError:
-                answers = [-1]
+                samples = [(-1, 0)]
                 self._bad += 1
             else:
-                answers = record.answers()
-            lines.extend([line] * len(answers))
-            turns.extend(answers)
-        self._sample_line, self._sample_turn = np.asarray(lines, np.int64), np.asarray(turns, np.int32)
+                samples = record.samples()
+            lines.extend([line] * len(samples))
+            places.extend(samples)
+        self._sample_line, self._sample_place = np.asarray(lines, np.int64), np.asarray(places, np.int32)
 
     def __len__(self) -> int:
         return len(self._sample_line)
@@ -98,7 +99,7 @@ class JsonlSource(Source):
         line = int(self._sample_line[index])
         return self._rules.example(
             self.record(line),
-            int(self._sample_turn[index]),
+            *map(int, self._sample_place[index]),
             image_root=self._images.root,
             name=self.name(line),
             where=self.lines.where(line),

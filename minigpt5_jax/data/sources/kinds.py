@@ -156,7 +156,7 @@ class RecordKind(Kind):
     rules: RecordRules
 
     def counts(self, lines: Iterable[str], units: Numbers, count_tokens: CountTokens) -> Numbers:
-        return np.array([len(self._record(json.loads(line)).answers()) for line in lines], np.int64)
+        return np.array([len(self._record(json.loads(line)).samples()) for line in lines], np.int64)
 
     def example(self, fields: Fields, images: list[bytes], place: int, epoch: int) -> Example:
         record, example = self._record(fields), self._example(fields, place)
@@ -178,8 +178,9 @@ class RecordKind(Kind):
     def _example(self, fields: Fields, place: int) -> Example:
         """The sample with paths for images."""
         record = self._record(fields)
-        turn, name, where = record.answers()[place], fields["name"], fields["where"]
-        return self.rules.example(record, turn, image_root=Path(), name=name, where=where)
+        turn, stretch = record.samples()[place]
+        named = {"name": fields["name"], "where": fields["where"]}
+        return self.rules.example(record, turn, stretch, image_root=Path(), **named)
 
 
 RULES: dict[str, type[Rules]] = {

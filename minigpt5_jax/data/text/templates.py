@@ -39,9 +39,10 @@ def find_special(text: str) -> str | None:
     return found.group() if found else None
 
 
-def target_text(text: str, *, draws: bool, num_vokens: int = 8) -> str:
-    """What the model shall write: text, the vokens of an image where it ``draws``, and ``###``."""
-    return " ".join(part for part in (text, voken_text(num_vokens) if draws else "", END) if part)
+def target_text(text: str, *, draws: bool, num_vokens: int = 8, ends: bool = True) -> str:
+    """What the model shall write: text, the vokens of an image where it ``draws``, ``###`` where it ends."""
+    parts = (text, voken_text(num_vokens) if draws else "", END if ends else "")
+    return " ".join(part for part in parts if part)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

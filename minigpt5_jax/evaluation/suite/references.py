@@ -33,6 +33,7 @@ FILE = "references.jsonl"
 TASK_OF = {
     "cc3m": "pairs",
     "cc3m_tar": "pairs",
+    "parquet": "pairs",
     "shapes": "pairs",
     "vist": "stories",
     "shapes_stories": "stories",

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -19,6 +20,7 @@ from minigpt5_jax.models.common import (
     Params,
     PublishedSizes,
     RMSNorm,
+    layers_are_apart,
     normal,
     param,
     scan_layers,
@@ -97,10 +99,12 @@ VICUNA_7B = LlamaConfig()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of every layer.
+    """Keys (rotated) and values of every layer, in the order in which attention multiplies them.
 
     Attributes:
-      keys, values: [layers b s kv_heads head_dim].
+      keys, values: [layers b kv_heads s head_dim]; where the layers are apart, a tuple with an array for each
+        (:func:`~minigpt5_jax.models.abstract.take_layers_apart`): a slice of one array would be a copy of a
+        layer's whole cache for every token.
       lengths: i32[b], entries filled in each row; rows grow independently.
     """
 
@@ -122,6 +126,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def _store(cache: Any, number: Any, rows: jax.Array, slots: jax.Array, new: jax.Array) -> Any:
+    """Keys or values of all layers with ``new`` [b s kv_heads head_dim] of layer ``number`` at ``slots``."""
+    if isinstance(cache, tuple):
+        stored = cache[number].at[rows, :, slots].set(new.astype(cache[number].dtype), mode="drop")
+        return (*cache[:number], stored, *cache[number + 1 :])
+    return cache.at[number, rows, :, slots].set(new.astype(cache.dtype), mode="drop")
 
 
 def _fold_in(keys: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
@@ -384,12 +396,14 @@ class Llama(nnx.Module):
         """
         config, dtype = self.config, self.lm_head.dtype if dtype is None else dtype
         slots, filled = max_length + self.num_prefix, self.num_prefix
-        shape = (config.num_hidden_layers, batch, slots, config.key_value_heads, config.head_dim)
-        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        shape = (config.num_hidden_layers, batch, config.key_value_heads, slots, config.head_dim)
+        stored = [jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)]
         if filled:
-            before = [p[:, None].astype(dtype) for p in self.prefix_encoder()]
-            keys, values = (c.at[:, :, :filled].set(p) for c, p in zip((keys, values), before, strict=True))
-        return KVCache(keys, values, jnp.full(batch, filled, jnp.int32))
+            before = [p.swapaxes(1, 2)[:, None].astype(dtype) for p in self.prefix_encoder()]
+            stored = [c.at[:, :, :, :filled].set(p) for c, p in zip(stored, before, strict=True)]
+        if layers_are_apart(self.layers):
+            stored = [tuple(cache) for cache in stored]
+        return KVCache(*stored, jnp.full(batch, filled, jnp.int32))
 
     def decode(
         self,
@@ -407,23 +421,22 @@ class Llama(nnx.Module):
         """
         # The same offset as in training (Q27: the original's first call had none).
         cos, sin = rotary(positions + self.num_prefix, self.config.head_dim, self.config.rope_theta)
-        capacity = cache.keys.shape[2]
+        capacity = cache.keys[0].shape[2]
         slots = cache.lengths[:, None] + jnp.cumsum(valid, axis=1) - 1
         slots = jnp.where(valid, slots, capacity)  # out of range: dropped by the scatter
         rows = jnp.arange(slots.shape[0])[:, None]
         mask = (jnp.arange(capacity) <= slots[..., None])[:, None]
 
-        def block(layer: LlamaBlock, carry: tuple[jax.Array, jax.Array, jax.Array], number: jax.Array):
-            x, keys, values = carry  # the whole cache is carried, so that it is updated in place
-            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-            keys = keys.at[number, rows, slots].set(key.astype(keys.dtype), mode="drop")
-            values = values.at[number, rows, slots].set(value.astype(values.dtype), mode="drop")
-            seen = [stored[number].astype(query.dtype) for stored in (keys, values)]
+        def block(layer: LlamaBlock, carry: tuple[jax.Array, Any, Any], number: Any):
+            x, *stored = carry  # the whole cache is carried, so that it is updated in place
+            query, *new = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+            stored = [_store(c, number, rows, slots, own) for c, own in zip(stored, new, strict=True)]
+            seen = [c[number].swapaxes(1, 2).astype(query.dtype) for c in stored]
             attended = layer.self_attn.attention(query, *seen, mask=mask)
-            return (layer.finish(x, attended), keys, values), None
+            return (layer.finish(x, attended), *stored), None
 
         carry = (inputs_embeds.astype(jnp.float32), cache.keys, cache.values)
-        numbers = jnp.arange(self.config.num_hidden_layers)
+        numbers = np.arange(self.config.num_hidden_layers)  # known while tracing where layers are apart
         (x, keys, values), _ = scan_layers(self.layers, carry, block, per_layer=numbers)
         lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(keys, values, lengths)

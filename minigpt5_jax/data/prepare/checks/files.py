@@ -19,7 +19,9 @@ from minigpt5_jax.data.prepare.checks.entries import Entry, Options, Reader
 from minigpt5_jax.data.prepare.checks.lines import Dialogues, Lines, Records, Table
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.stories import StoryRules
-from minigpt5_jax.data.sources import Cc3mTarSource, PreparedSource
+from minigpt5_jax.data.sources import Cc3mTarSource, ColumnSource, PreparedSource
+from minigpt5_jax.data.sources.cc3m import PairSource
+from minigpt5_jax.data.sources.columns import ARROW, PARQUET
 from minigpt5_jax.data.sources.kinds import make_rules
 from minigpt5_jax.data.sources.tar import find_shards
 from minigpt5_jax.data.sources.vist import STEPS, from_published, mapping_path, parse_story, published
@@ -139,20 +141,36 @@ class Shards:
                     if file == shard
                 ]
                 while row < source.rows and source.shard(row) == shard:
-                    entry = self._entry(source, row)
+                    entry = _pair_entry(source, row, self._rules)
                     entry.notes, notes = entry.notes + notes, []
                     yield entry
                     row += 1
 
-    def _entry(self, source: Cc3mTarSource, row: int) -> Entry:
-        try:
-            pair = source.pair(row)
-        except SampleError as error:
-            return Entry(error.where, [error.reason])
-        entry = Entry(pair.where, images=[pair.image])
-        with entry.collect():
-            entry.samples += [self._rules.texts(pair, kind) for kind in self._rules.kinds(row)]
-        return entry
+
+def _pair_entry(source: PairSource, row: int, rules: PairRules) -> Entry:
+    try:
+        pair = source.pair(row)
+    except SampleError as error:
+        return Entry(error.where, [error.reason])
+    entry = Entry(pair.where, images=[pair.image])
+    with entry.collect():
+        entry.samples += [rules.texts(pair, kind) for kind in rules.kinds(row)]
+    return entry
+
+
+class Columns:
+    """Parquet files, or what ``datasets`` saved."""
+
+    def __init__(self, path: Path, options: Options):
+        self._rules = PairRules()
+        outside = options.allow_outside_images
+        self._source = ColumnSource(path, options.image_root, allow_outside_images=outside)
+
+    def __len__(self) -> int:
+        return self._source.rows
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (_pair_entry(self._source, row, self._rules) for row in range(len(self)))
 
 
 class Prepared:
@@ -188,6 +206,7 @@ def _lines(kind: type, path: Path, options: Options) -> Lines:
 READERS: dict[str, Callable[[Path, Options], Reader]] = {
     "cc3m": functools.partial(_lines, Table),
     "cc3m_tar": Shards,
+    "parquet": Columns,
     "vist": Stories,
     "mmdialog": functools.partial(_lines, Dialogues),
     "jsonl": functools.partial(_lines, Records),
@@ -203,7 +222,11 @@ def guess_format(path: Path) -> tuple[str, str]:
     """
     if "*" in str(path) or path.suffix == ".tar":
         return "cc3m_tar", "its name"
+    if path.suffix in (PARQUET, ARROW):
+        return "parquet", "its name"
     if path.is_dir():
+        if any(file for kind in (PARQUET, ARROW) for file in path.rglob(f"*{kind}")):
+            return "parquet", "the files in it"
         if any(path.glob("*.tar")):
             return "cc3m_tar", "the .tar files in it"
         names = sorted(file.name for file in path.iterdir())

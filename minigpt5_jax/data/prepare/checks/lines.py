@@ -79,9 +79,9 @@ class Records:
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
         for image in (image for turn in record.turns for image in turn.images()):
             entry.add_image(self._folder, image.path)
-        for turn in record.answers():
+        for turn, stretch in record.samples():
             example = self._rules.example(
-                record, turn, image_root=self._folder.root, name="", where=entry.where
+                record, turn, stretch, image_root=self._folder.root, name="", where=entry.where
             )
             entry.samples.append([example.words])
 
