@@ -19,7 +19,7 @@ need ZONE us-west4-a 'the zone of the cluster'
 need CLUSTER my-cluster 'as in xpk cluster create'
 need NAME stage1 'a name for the workload, of your choice'
 need TYPE v5litepod-16 'the slice, as xpk calls it'
-need IMAGE my-image:latest 'an image with the package: launch/Dockerfile'
+need IMAGE my-image:latest 'an image with the package: docker build --target tpu'
 
 # The program takes the place of the shell that xpk starts it in, so that it gets the signals itself.
 xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -101,6 +102,16 @@ def guarded(command: Callable[[], Any], stopped: str = "stopped") -> None:
         fail(_told(error))
 
 
+def report(error: BaseException) -> None:
+    """Print an error as :func:`guarded` does, for a process that ends on the spot."""
+    if isinstance(error, user_errors()):
+        tell(f"error: {_told(error)}")
+    elif isinstance(error, KeyboardInterrupt):
+        tell("error: stopped")
+    else:
+        traceback.print_exception(error)
+
+
 def _told(error: Exception) -> str:
     """The message; of the file system's own errors without their numbers."""
     if not (isinstance(error, OSError) and error.strerror):
@@ -123,6 +134,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from minigpt5_jax.shapes.backbones.fit import FitError
     from minigpt5_jax.training.distributed import DistributedError
     from minigpt5_jax.training.metrics import TrainingDiverged
+    from minigpt5_jax.training.profile import ProfileError
     from minigpt5_jax.training.provenance import CheckpointError
     from minigpt5_jax.training.sharding import ShardingError
     from minigpt5_jax.training.tracking import TrackerError
@@ -138,6 +150,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         DistributedError,
         PlanError,
         TrainingDiverged,
+        ProfileError,
         CheckpointError,
         ShardingError,
         TrackerError,

@@ -109,7 +109,7 @@ def run_features() -> None:
     cli.check_writable(flags.FLAGS.output)
     config = cli.load()
     cli.set_compile_cache(config)
-    initialize()
+    initialize(timeout_s=config.run.join_timeout)
     source, _ = open_sources(config, tower_sizes(config))
     print(prepare_features(config, source, flags.FLAGS.output))
 

@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
         "data", "data/text", "data/samples", "data/sources", "data/batches", "data/prepare",
     },
     "planning": {"wiring", "config", "parts", "training", "data/batches"},
+    "diagnosis": {"wiring", "config", "training", "data", "data/batches"},
     "evaluation": {
         "wiring", "config", "parts", "minigpt5", "models", "diffusion", "batch", "training", "inference",
         "shapes", "data", "data/text", "data/sources",
@@ -71,7 +72,8 @@ ALLOWED: dict[str, set[str]] = {
     },
 }  # fmt: skip
 VERBS = {
-    "__main__", "cli", "train", "plan", "generate", "chat", "prepare", "convert", "export", "evaluate", "demo"
+    "__main__", "cli", "train", "plan", "diagnose", "generate", "chat", "prepare", "convert", "export",
+    "evaluate", "demo",
 }  # fmt: skip
 """On the top floor, with what they share; they may import from any room, and no room from them."""
 COMMANDS = {

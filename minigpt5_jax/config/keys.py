@@ -45,6 +45,13 @@ KEYS: dict[str, Key] = {
     "run.compile_cache": Key(
         "~/.cache/minigpt5_jax/xla", "folder of compiled programs, so that a restart is quick; '' for none"
     ),
+    "run.join_timeout": Key(300, "seconds that processes wait for each other when a run starts", low=1),
+    "run.silence_timeout": Key(
+        60, "seconds after which a process of which nothing is heard ends the others; 0 for never", low=0
+    ),
+    "run.stall_timeout": Key(
+        600, "seconds after which a process that is behind the others ends them; 0 for never", low=0
+    ),
     # -- data -----------------------------------------------------------------------------------
     "data.format": Key(
         "cc3m",

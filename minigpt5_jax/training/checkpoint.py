@@ -8,9 +8,14 @@ checksum of every array.  Frozen weights are not in it: they are read from their
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging as python_logging
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -83,6 +88,7 @@ class Checkpoints:
                 logging.set_verbosity(logging.ERROR)
             self._opened = ocp.CheckpointManager(self.directory, options=self._options)
             logging.set_verbosity(verbosity)
+            _hush()
         return self._opened
 
     @property
@@ -224,6 +230,15 @@ class Checkpoints:
         leaves = self._first_readable(step, lambda number: self._read_meta(number)["leaves"])
         return tuple(name.removeprefix("['").removesuffix("']") for name in leaves.get(part, ()))
 
+    def check(self) -> None:
+        """Return at once; call after every step, so that a save that failed is said by the next one.
+
+        Raises:
+          CheckpointError: as :meth:`wait`.
+        """
+        if self._saving is not None and self._opened is not None and not self._opened.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Return when everything saved so far is on disk.
 
@@ -233,6 +248,7 @@ class Checkpoints:
         if self._opened is not None:
             with self._told():
                 self._opened.wait_until_finished()
+            self._saving = None
 
     def close(self) -> None:
         """Wait and let go of the folder.
@@ -255,7 +271,20 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot save step {self._saving} in {self.directory}: {error}") from error
+            step = self._saving
+            self._qualities.pop(step, None)
+            before = [number for number in self._on_disk() if number != step]
+            what = "close" if step is None else f"save step {step} in"
+            rest = f"from step {before[-1]}, which is whole" if before else "from its start"
+            raise CheckpointError(
+                f"cannot {what} {self.directory}: {_told(error)}; once this is mended, the same "
+                f"command goes on {rest}"
+            ) from error
+
+    def _on_disk(self) -> list[int]:
+        """Steps that have their final name: Orbax gives it to what is whole."""
+        names = (path.name for path in self.directory.glob("[0-9]*")) if self.directory.is_dir() else ()
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def quality(self, step: int) -> float | None:
         """What ranks a step, the lower the better; None where it was not measured, or cannot be read."""
@@ -408,6 +437,35 @@ class Checkpoints:
             raise CheckpointError(
                 f"step {step} in {self.directory} is of another model:\n" + first_lines(sorted(problems))
             )
+
+
+def _told(error: Exception) -> str:
+    """Why a save failed, in a line: of TensorStore's many words the file system's own."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{first[:300]}{'...' if len(first) > 300 else ''}"
+
+
+def _hush() -> None:
+    """Keep from stderr what is said again of a save that failed: by Orbax, and by TensorStore's threads.
+
+    Both print a traceback for every array; the error itself is raised by :meth:`Checkpoints.check`.
+    """
+    logging.get_absl_logger().addFilter(_not_of_orbax)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _not_of_orbax(record: python_logging.LogRecord) -> bool:
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _unraisable(before: Callable[[Any], Any], unraisable: Any) -> None:
+    if not (
+        isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    ):
+        before(unraisable)
 
 
 def _reason(error: Exception) -> str:

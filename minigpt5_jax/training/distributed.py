@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 
 import jax
 from absl import logging
 
-COORDINATOR, COUNT, NUMBER = "COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"
+from minigpt5_jax.training.meeting import COORDINATOR, COUNT, NUMBER, DistributedError, meet
+
 AUTO = "auto"
 """The address that leaves all three to JAX: no variable says that a Cloud TPU machine is one of several."""
 
-
-class DistributedError(RuntimeError):
-    """The processes of a run cannot be joined; the message says what is missing."""
+JOIN_SECONDS = 60  # that JAX has to join processes that are all there
 
 
 def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300) -> bool:
@@ -24,17 +24,24 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300)
     first alone to ``auto``, or a scheduler JAX knows has started more than one process; anything else is a
     single process.
 
+    Args:
+      timeout_s: to wait for each other.
+
     Returns:
       Whether processes were joined.
 
     Raises:
-      DistributedError: some of the three are missing or no numbers, or the coordinator does not answer.
+      DistributedError: some of the three are missing or no numbers, a process does not come, or two of them
+        have one number.  Of processes that a scheduler started JAX itself ends those that wait in vain.
     """
     arguments = _explicit(environ)
     if arguments is None and not _scheduled(environ):
         return False
+    if arguments:
+        meet(*arguments.values(), timeout_s=timeout_s)
     try:
-        jax.distributed.initialize(**(arguments or {}), initialization_timeout=timeout_s)
+        within = JOIN_SECONDS if arguments else timeout_s
+        jax.distributed.initialize(**(arguments or {}), initialization_timeout=within)
     except (RuntimeError, ValueError) as error:
         remedy = (
             f"check that {COORDINATOR} is reachable from every host and that as many processes as announced "
@@ -46,6 +53,8 @@ def initialize(environ: Mapping[str, str] = os.environ, *, timeout_s: int = 300)
                 f"set {COORDINATOR}, {COUNT} and {NUMBER}, or none of them for one process"
             )
         raise DistributedError(f"cannot join the processes of this run ({error}); {remedy}") from error
+    # What JAX says when it aborts is enough: Python's stacks of all threads are fifty lines more.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
     logging.info(
         "process %d of %d, %d of %d devices",
         jax.process_index(),

@@ -28,6 +28,7 @@ class Loop:
       mesh: of the devices; kernels that the compiler cannot split ask for it while the step is traced.
       data: batches on the devices.
       validate: ``trainable -> {name: value}``; ``grid``: ``trainable -> u8[H W 3]``; None for neither.
+      reached: told every step that is sent off.
       saved_parts: part name -> arrays saved beside the state (parameters inherited from another run).
       meta: description of the run that a checkpoint carries.
     """
@@ -48,6 +49,7 @@ class Loop:
     validate: Callable[[Params], dict[str, float]] | None = None
     grid: Callable[[Params], np.ndarray] | None = None
     saved_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reached: Callable[[int], Any] = lambda step: None
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last validation (empty without one).
@@ -67,6 +69,7 @@ class Loop:
                         break
                     step, position, validated = step + 1, self.data.state, None
                     self.state, values = self.train_step(self.state, self.frozen, batch)
+                    self.reached(step)
                     self.metrics.push(step, values)
                     last = step == self.num_steps
                     if self.validate and (due(step, self.eval_every) or (last and self.eval_every)):
@@ -74,6 +77,7 @@ class Loop:
                     if self.grid and (due(step, self.grid_every) or (last and self.grid_every)):
                         with self.metrics.paused():
                             self.metrics.image(step, "held_out", self.grid(self.state.trainable))
+                    self.checkpoints.check()
                     told = None if last else interruption.after(step)
                     if due(step, self.save_every) or last or told:
                         self._save(step, position, validated)

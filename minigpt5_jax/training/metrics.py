@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ FINITE = ("loss", "grad_norm")  # others are NaN where a step had nothing to cou
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss is not finite; the message has the step, the losses and the last checkpoint."""
+    """A loss is not finite; the message has the step, its losses and samples, and the last checkpoint."""
 
 
 def due(step: int, every: int) -> bool:
@@ -49,6 +49,7 @@ class Metrics:
       samples_per_step: global batch, for samples/s.
       log_every: steps between lines; the first step of a run has its own.
       last_checkpoint: says where to go on from, for the message when training diverges.
+      samples: step -> places of its samples in the training data, for the same message.
       active: False on all processes but the main one, which then write nothing (but do check).
       tracker: takes everything too.
     """
@@ -62,12 +63,13 @@ class Metrics:
         samples_per_step: int = 1,
         log_every: int = 10,
         last_checkpoint: Callable[[], str | None] = lambda: None,
+        samples: Callable[[int], Sequence[int]] = lambda step: (),
         active: bool = True,
         tracker: Tracker | None = None,
     ):
         self.workdir = Path(workdir)
         self.samples_per_step, self.log_every = samples_per_step, log_every
-        self._last_checkpoint = last_checkpoint
+        self._last_checkpoint, self._samples = last_checkpoint, samples
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._window: list[dict[str, float]] = []
         self._seconds, self._since = 0.0, time.monotonic()
@@ -177,8 +179,10 @@ class Metrics:
         where = self._last_checkpoint()
         remedy = f"the last good checkpoint is {where}" if where else "no checkpoint was saved yet"
         shown = ", ".join(f"{name}={value:.6g}" for name, value in values.items())
+        samples = " ".join(map(str, self._samples(step)))
+        batch = f"samples of this step, by their places in the training data from 0: {samples}; "
         raise TrainingDiverged(
-            f"step {step}: {' and '.join(bad)} not finite ({shown}); {remedy}; "
+            f"step {step}: {' and '.join(bad)} not finite ({shown}); {batch if samples else ''}{remedy}; "
             "lower optimizer.lr_llm / optimizer.lr_mapper or set optimizer.grad_clip"
         )
 
@@ -196,8 +200,9 @@ class _Writer:
     def scalars(self, step: int, values: Mapping[str, int | float]) -> None:
         # A value that is not finite was not counted in this step; JSON has no NaN.
         kept = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **kept}) + "\n")
-        self._lines.flush()
+        with _named(self._lines.name):
+            self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **kept}) + "\n")
+            self._lines.flush()
         if self._tensorboard is not None:
             self._tensorboard.write_scalars(step, kept)
         if self._tracker is not None:
@@ -207,8 +212,9 @@ class _Writer:
         from PIL import Image
 
         path = self.workdir / "images" / f"{name}_{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
         if self._tensorboard is not None:
             self._tensorboard.write_images(step, {name: image[None]})
         if self._tracker is not None:
@@ -216,7 +222,8 @@ class _Writer:
         return path
 
     def close(self) -> None:
-        self._lines.close()
+        with _named(self._lines.name):
+            self._lines.close()
         if (opened := vars(self).get("_tensorboard")) is not None:
             opened.close()
         if self._tracker is not None:
@@ -245,6 +252,17 @@ def _open_tensorboard(directory: Path) -> Any:
             error,
         )
         return None
+
+
+@contextlib.contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """An error of the file system inside says of which file it is: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not of the file system
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import shlex
 from collections.abc import Callable
@@ -256,18 +257,21 @@ def closing_words(config: ConfigDict) -> str:
     )
 
 
-def make_loop(config: ConfigDict, watch: Watch | None = None) -> Loop:
+def make_loop(
+    config: ConfigDict, watch: Watch | None = None, reached: Callable[[int], Any] = lambda step: None
+) -> Loop:
     """Everything up to the first step; what is wrong with the input is found here, before any compile.
 
     Args:
       watch: makes (validation, image grid) of held-out samples (:mod:`minigpt5_jax.evaluation.held_out`).
+      reached: told every step that is sent off (:func:`minigpt5_jax.training.peers.watched`).
     """
     if not config.run.workdir:
         raise ConfigError("give the folder of this run: --workdir DIR")
     check_tracker(config.run.tracker)
     owner = claim(config.run.workdir)
     try:
-        return _make_loop(config, watch, owner)
+        return dataclasses.replace(_make_loop(config, watch, owner), reached=reached)
     except BaseException:
         if owner is not None:
             owner.release()
@@ -367,7 +371,10 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         log_every=config.run.log_every,
         active=main_process(),
         tracker=_tracker(config),
-        last_checkpoint=lambda: str(checkpoints.directory) if checkpoints.latest_step else None,
+        last_checkpoint=lambda: (
+            f"step {at} in {checkpoints.directory}" if (at := checkpoints.latest_step) else None
+        ),
+        samples=lambda step: loader.samples(step - 1),
     )
     fitted = [*_fitting_notes(config, spec, steps, configured, recomputed), note]
     for line in filter(None, [*fitted, *_resuming_notes(config, steps, first_step, changed)]):

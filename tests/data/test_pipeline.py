@@ -132,6 +132,14 @@ def test_processes_read_contiguous_rows_of_the_same_batches(source, config, accu
             assert_equal(join([part[step] for part in parts]), whole[step])
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_samples_of_a_step_are_those_of_all_processes(source, config, process):
+    options = {"shuffle": False, "num_epochs": 1, "process_index": process, "process_count": 2}
+    loader = make_loader(source, config, spec(4), global_batch=4, **options)
+    assert loader.samples(0) == [0, 1, 2, 3]
+    assert loader.samples(2) == list(range(8, len(source))), "empty rows have none"
+
+
 def test_accumulation_splits_the_same_samples(source, config):
     large = run(source, config, steps=2, rows=4)
     small = run(source, config, steps=2, rows=2, accumulation=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import resource
 import shutil
 
 import jax
@@ -354,7 +356,6 @@ def test_the_best_step_stays_after_a_restart(tmp_path, version):
 def test_a_save_that_failed_is_said_of_its_own_step(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, weights(1), 1, meta())
-    checkpoints.wait()
 
     def full():
         raise OSError(28, "No space left on device")
@@ -365,6 +366,53 @@ def test_a_save_that_failed_is_said_of_its_own_step(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, "close", full)
     with pytest.raises(CheckpointError, match="cannot save step 1 in .*No space left"):
         checkpoints.close()
+
+
+@pytest.fixture
+def small_files():
+    """Files of this process end at 100 kB while it is entered: the system refuses the rest."""
+
+    @contextlib.contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+def large(step):
+    values = np.random.default_rng(step).standard_normal((256, 1024))
+    return {"trainable": {f"a{i}": jnp.asarray(values, jnp.float32) for i in range(3)}}
+
+
+@pytest.mark.parametrize("told_by", ["check", "close"])
+def test_a_disk_that_fails_is_told_in_a_line_and_leaves_the_step_before(
+    tmp_path, capfd, small_files, told_by
+):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, large(4), 4, meta())
+    checkpoints.wait()
+    checkpoints.check()
+    with small_files():
+        checkpoints.save(6, large(6), 6, meta())
+        with pytest.raises(CheckpointError) as error:
+            while told_by == "check":  # as every step does
+                checkpoints.check()
+            checkpoints.close()
+    assert str(error.value) == (
+        f"cannot save step 6 in {tmp_path}: File too large; once this is mended, the same command goes on "
+        "from step 4, which is whole"
+    )
+    assert "Traceback" not in capfd.readouterr().err
+    again = Checkpoints(tmp_path)
+    assert_same(again.restore(large(0))[0], large(4))
+    again.save(6, large(6), 6, meta())
+    again.close()
+    assert Checkpoints(tmp_path).steps == [4, 6]
 
 
 def test_other_shape_dtype_or_leaf_is_one_clear_error(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import jax
 import pytest
 
@@ -13,7 +15,10 @@ from minigpt5_jax.training.distributed import DistributedError, initialize, main
 def calls(monkeypatch):
     made = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: made.append(kwargs))
-    return made
+    monkeypatch.setattr(distributed, "meet", lambda *args, **kwargs: made.append((args, kwargs)))
+    before = signal.getsignal(signal.SIGABRT)
+    yield made
+    signal.signal(signal.SIGABRT, before)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,9 @@ def test_schedulers_are_left_to_jax(calls, environ):
 def test_three_variables(calls):
     assert initialize({"COORDINATOR_ADDRESS": "host:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "3"})
     expected = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
-    assert calls == [{**expected, "initialization_timeout": 300}]
+    met, joined = calls
+    assert met == (("host:1234", 4, 3), {"timeout_s": 300}), "who is missing is said before JAX waits"
+    assert joined == {**expected, "initialization_timeout": 60}
 
 
 def test_auto_leaves_everything_to_jax(calls):
@@ -66,7 +73,7 @@ def test_incomplete_environment(calls, environ, message):
     assert not calls
 
 
-def test_silent_coordinator(monkeypatch):
+def test_a_coordinator_that_jax_cannot_join(calls, monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("deadline exceeded")
 

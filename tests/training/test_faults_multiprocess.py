@@ -1,4 +1,4 @@
-"""Two processes that share a run: one owner, one stop, whole checkpoints, and which of them is read."""
+"""Two processes that share a run: one owner, one stop, whole checkpoints, and one that is gone is named."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,13 +91,25 @@ def test_a_run_of_two_processes_is_stopped_refused_and_resumed(tmp_path):
     for file in (workdir / f"checkpoints/{last:08d}/trainable").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    again = start(workdir, cache, run__num_steps=last + 1)
+    # Then one of them is killed: the other says which, and ends.
+    again = start(workdir, cache, run__silence_timeout=5)
     try:
-        ended = end(again)
+        lines = []
+        for line in iter(again[0].stderr.readline, ""):
+            lines.append(line)
+            if "loss" in line:
+                break
+        again[1].kill()
+        killed = time.monotonic()
+        (status, rest), (_, other) = end(again)
     finally:
         for worker in again:
             worker.kill()
-    assert [status for status, _ in ended] == [0, 0], ended[0][1][-3000:] + ended[1][1][-3000:]
-    for _, said in ended:
-        assert f"step {last} in" in said and f"step {before} is the newest that can" in said
-    assert f"continuing behind step {before} of" in ended[0][1] and steps(workdir)[-1] == last + 1
+    said = "".join(lines) + rest
+    assert status == 1, said[-3000:]
+    assert time.monotonic() - killed < 60, "not as late as JAX"
+    for text in (said, other):
+        assert f"step {last} in" in text and f"step {before} is the newest that can" in text
+    assert f"continuing behind step {before} of" in said and steps(workdir)[-1] >= before
+    gone = f"error: process 1 of 2 (host {socket.gethostname()}, pid {again[1].pid}) is silent"
+    assert gone in said and "stack trace" not in said, said[-3000:]

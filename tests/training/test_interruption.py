@@ -17,8 +17,9 @@ import pytest
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.interruption import Interruption
 from minigpt5_jax.training.loop import Loop
-from minigpt5_jax.training.metrics import Metrics
+from minigpt5_jax.training.metrics import Metrics, TrainingDiverged
 from minigpt5_jax.training.prefetch import DevicePrefetch
+from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.state import TrainState
 from tests.training.test_checkpoint import mesh
 
@@ -66,6 +67,41 @@ def test_a_run_that_is_told_to_stop_saves_its_step(tmp_path, capfd, sent, status
     restored, data_state, _ = checkpoints.restore({"step": jnp.asarray(0)})
     assert restored["step"] == 4 and data_state == 4
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def one_step(state):
+    return state.__class__(state.step + 1, state.trainable, state.opt_state, state.rng)
+
+
+def test_a_state_behind_a_loss_that_is_not_finite_is_never_saved(tmp_path):
+    def train_step(state, frozen, batch):
+        return one_step(state), {"loss": float("nan") if state.step == 3 else 1.0}
+
+    loop = make_loop(tmp_path, train_step)
+    loop.save_every = 2
+    with pytest.raises(TrainingDiverged, match="step 4: loss not finite"):
+        loop.run()
+    assert Checkpoints(tmp_path / "checkpoints").steps == [2]
+
+
+def test_a_save_that_fails_ends_the_run_with_the_next_step(tmp_path, monkeypatch):
+    steps = []
+
+    def train_step(state, frozen, batch):
+        steps.append(int(state.step) + 1)
+        return one_step(state), {"loss": 1.0}
+
+    loop = make_loop(tmp_path, train_step)
+    loop.save_every = 4
+
+    def check():
+        if steps[-1] == 5:
+            raise CheckpointError("cannot save step 4")
+
+    monkeypatch.setattr(loop.checkpoints, "check", check)
+    with pytest.raises(CheckpointError, match="cannot save step 4"):
+        loop.run()
+    assert steps == [1, 2, 3, 4, 5]
 
 
 @pytest.fixture

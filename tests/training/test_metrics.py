@@ -90,17 +90,37 @@ def test_values_are_read_one_step_late(tmp_path):
 
 @pytest.mark.parametrize("where", ["/runs/a/checkpoints/00000003", None])
 def test_divergence_names_step_losses_and_checkpoint(tmp_path, where):
-    metrics = Metrics(tmp_path, 9, last_checkpoint=lambda: where)
+    metrics = Metrics(
+        tmp_path, 9, last_checkpoint=lambda: where, samples=lambda step: [step, 17] if where else ()
+    )
     metrics.push(4, step_metrics(float("nan"), text=2.5))
     with pytest.raises(TrainingDiverged) as error:
         metrics.push(5, step_metrics(1.0))
     message = str(error.value)
     assert "step 4" in message and "loss=nan" in message and "text=2.5" in message
     assert (where or "no checkpoint was saved yet") in message
+    samples = "samples of this step, by their places in the training data from 0: 4 17; "
+    assert (samples in message) is bool(where)
     metrics.push(6, step_metrics(1.0, image=float("inf")))
     with pytest.raises(TrainingDiverged, match="image not finite"):
         metrics.close()
     assert not lines(tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, 9)
+
+    class Full:
+        name = str(tmp_path / "metrics.jsonl")
+
+        def write(self, line):
+            raise OSError(28, "No space left on device")
+
+        flush = close = write
+
+    metrics._writer._lines = Full()
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        metrics.write(1, {"loss": 1.0})
 
 
 def test_an_error_in_the_loop_is_not_replaced_by_the_pending_step(tmp_path):

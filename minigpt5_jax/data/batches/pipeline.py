@@ -195,6 +195,12 @@ class Loader:
     def skipped(self) -> list[Problem]:
         return list(self._skips.values())
 
+    def samples(self, step: int) -> list[int]:
+        """Places in the source of the samples of a step's whole batch, over all processes, row by row."""
+        plan = self._reader.plan
+        numbers = plan.step(step).numbers.ravel().tolist()
+        return [plan.find(number)[1] for number in numbers if number != EMPTY_SLOT]
+
     def restore(self, state: int) -> None:
         """Continues before step ``state``, whatever the process or worker count was."""
         if state < 0 or (self.num_steps is not None and state > self.num_steps):

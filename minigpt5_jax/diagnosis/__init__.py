@@ -1,0 +1,1 @@
+"""What this machine is, how fast it moves bytes, and what looks wrong."""
