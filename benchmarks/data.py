@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.image_index import image_index
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.prepare.feature_writer import FeatureWriter, claim, write_missing
 from minigpt5_jax.data.sources import Cc3mSource, JsonlSource, Source
 from minigpt5_jax.data.sources.features import FeatureSpec, FeatureStore, image_fingerprint

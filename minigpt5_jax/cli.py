@@ -5,6 +5,8 @@ python -m minigpt5_jax.train --config configs/stage1.py:variant --workdir runs/a
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import re
 import sys
@@ -12,13 +14,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from minigpt5_jax.config import ConfigError, describe, get_config, validate
 from minigpt5_jax.config.paths import local_path
+from minigpt5_jax.data.errors import printable
+from minigpt5_jax.data.paths import not_found
 from minigpt5_jax.wiring.compile_cache import set_compile_cache  # noqa: F401 - commands call it from here
 
 
@@ -38,12 +42,8 @@ WORKDIR = flags.DEFINE(
 )
 HELP_CONFIG = flags.DEFINE_boolean("help_config", False, "Print every configuration key and stop.")
 flags.disclaim_key_flags()  # what define_path defines belongs to the command that calls it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIST_KEYS, LIST_FLAGS = "--help_config lists every key", "--help lists every flag"
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and line break, separators, changes of direction, halves of surrogate pairs."""
-_HELP = {
-    dash + name for dash in ("-", "--") for name in ("help", "helpshort", "helpfull", "helpxml", "?")
-} | {"-h"}
 _CONFIG_HOME = re.compile(r"^(--?config=)~(?=/)")
 
 
@@ -71,7 +71,16 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
 
     for flag in (CONFIG, WORKDIR, HELP_CONFIG):  # of this module, so --help would leave them out
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    app.run(lambda _: guarded(command), flags_parser=parse)
+    start(lambda _: guarded(command))
+
+
+def start(main: Callable[[Sequence[str]], Any], words: int = 0) -> None:
+    """``main(argv)`` once the flags are parsed: how every command begins.
+
+    Args:
+      words: arguments besides flags that the command takes at most.
+    """
+    app.run(main, flags_parser=functools.partial(parse, words=words))
 
 
 def guarded(command: Callable[[], Any], stopped: str = "stopped") -> None:
@@ -105,9 +114,15 @@ def report(error: BaseException) -> None:
 
 def _told(error: Exception) -> str:
     """The message; of the file system's own errors without their numbers."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if error.errno not in FULL:
+        return error.strerror
+    given = {name: flags.FLAGS[name].value for name in ("output", "workdir", "out") if name in flags.FLAGS}
+    places = " or ".join(f"--{name}={value}" for name, value in given.items() if value)
+    return f"{error.strerror}, while writing below {places}; make room and give the command again"
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -163,20 +178,12 @@ class _Printable(logging.PythonFormatter):
         return printable(super().format(record))
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters written out (``\\x1b``), so that a terminal does not obey them.
-
-    Line breaks and tabs stay.  Captions and names of files may hold anything.
-    """
-    return "".join(char.encode("unicode_escape").decode() if _OBEYED.match(char) else char for char in text)
-
-
 def tell(line: str) -> None:
     """Say on stderr what a command is doing, as stdout is for results."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print what is wrong and end the program."""
     tell(f"error: {message}")
     sys.exit(1)
@@ -189,22 +196,24 @@ def parse(argv: Sequence[str], words: int = 0) -> list[str]:
       words: arguments besides flags that the command takes at most.
 
     Raises:
-      SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded; with
-        status 0 behind ``--help``.
+      SystemExit: unknown flag or key, a value of another type, or a run file that cannot be loaded; and with
+        status 0 where help was asked for.
     """
+    asked = any(re.match(r"--?(h|help(short|full|xml)?|\?)$", word) for word in argv[1:])
     try:
         rest = flags.FLAGS(
             [_CONFIG_HOME.sub(lambda at: at[1] + os.path.expanduser("~"), word) for word in argv]
         )
-        if len(rest) > 1 + words:
-            fail(f"unexpected arguments: {' '.join(rest[1 + words :])}")
-        return rest
-    except SystemExit:  # absl ends with status 1 where help was asked for
-        sys.exit(0 if _HELP.intersection(argv) else 1)
+    except SystemExit as stop:  # absl has printed its help, and would end with status 1
+        sys.exit(0 if asked else stop.code)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        lists = LIST_FLAGS if isinstance(error, flags.UnrecognizedFlagError) else LIST_KEYS
-        fail(f"{_explain(error)}\n{lists}")
-        raise
+        of_flag = isinstance(error, flags.UnrecognizedFlagError) or not any(
+            re.match("--?config", word) for word in argv[1:]
+        )
+        fail(f"{_explain(error)}\n{LIST_FLAGS if of_flag else LIST_KEYS}")
+    if len(rest) > 1 + words:
+        fail(f"unexpected arguments: {' '.join(rest[1 + words :])}\n{LIST_FLAGS}")
+    return rest
 
 
 def pairs(given: Sequence[str], flag: str) -> dict[str, str]:
@@ -239,7 +248,8 @@ def check_writable(path: str, flag: str = "output") -> str:
         folder = folder.parent
     folder = folder.parent if folder == Path(path).absolute() and not folder.is_dir() else folder
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)  # a full disk lets files be made
     except OSError as error:
         raise type(error)(
             f"--{flag}={path} cannot be written: {folder}: {error.strerror}; choose another --{flag}"
@@ -276,7 +286,9 @@ def _explain(error: Exception) -> str:
             f"unknown configuration key {name[1] if name else message!r}. {hint[0] if hint else ''}".strip()
         )
     if missing := re.search(r"No such file or directory: (.+)", message):
-        return f"run file not found: {missing[1]}"
+        return not_found("run file", missing[1].strip("'"))
+    if unread := re.search(r"\[Errno \d+\] ([^:]+): '(.+)'$", message):
+        return f"run file {unread[2]}: {unread[1]}"
     if "Traceback" in message:  # the run file raised; the last line says what
         last = [line for line in message.splitlines() if line.strip()][-1].strip()
         return last.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")

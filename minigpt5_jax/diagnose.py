@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import get_config, validate
@@ -37,7 +37,7 @@ def main() -> None:
     """Command line."""
     for flag in (cli.CONFIG, cli.WORKDIR):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    app.run(lambda _: cli.guarded(command), flags_parser=cli.parse)
+    cli.start(lambda _: cli.guarded(command))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,12 @@ Without --metrics everything is computed that can be, and the rest is skipped wi
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError, get_config
@@ -221,7 +220,7 @@ def main() -> None:
         cli.guarded(lambda: print(json.dumps(step(argv[2]))))
 
     statuses: list[int] = []
-    app.run(start, flags_parser=functools.partial(cli.parse, words=2))
+    cli.start(start, words=2)
 
 
 if __name__ == "__main__":

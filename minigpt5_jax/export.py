@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.parts.contracts import Export, shipped
@@ -170,4 +170,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.start(main)

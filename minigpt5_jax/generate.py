@@ -22,11 +22,10 @@ page, ``conversations.jsonl`` in the schema they read.  A conversation's seed fo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError
@@ -111,4 +110,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=functools.partial(cli.parse, words=1))
+    cli.start(main, words=1)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.data.errors import DataError, printable
@@ -149,4 +149,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=functools.partial(cli.parse, words=2))
+    cli.start(main, words=2)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -14,8 +12,8 @@ from minigpt5_jax.config import ConfigError, choose, get_config, validate
 from minigpt5_jax.training.step import StepOptions
 from minigpt5_jax.training.tuning import FROZEN
 from minigpt5_jax.wiring.model import ModelSpec, build, step_options
+from tiny import run_file
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = {
     ("stage1", ""): ("stage1", None),
     ("stage1", "shapes,"): ("shapes_stage1", "full"),
@@ -24,14 +22,7 @@ BASES = {
 }
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ABLATIONS = load("ablations")
+ABLATIONS = run_file("ablations")
 # What a row changes, by hand from the reference's table (9.1); the mapper's own keys are tested apart.
 CHANGES = {
     "no_cfg": {"loss.cfg_dropout": 0.0, "inference.cfg_negative": "empty_prompt"},
@@ -65,7 +56,7 @@ def flat(config: ConfigDict) -> dict[str, object]:
 def changed(variant: str, world: str) -> dict[str, object]:
     """Keys that a variant has in place of its base's, without run.name."""
     name, piece = BASES[ABLATIONS.ROWS[variant], world]
-    before, after = flat(load(name).get_config(piece)), flat(ABLATIONS.get_config(world + variant))
+    before, after = flat(run_file(name).get_config(piece)), flat(ABLATIONS.get_config(world + variant))
     keys = (before.keys() | after.keys()) - {"run.name"}
     return {key: after.get(key) for key in keys if before.get(key) != after.get(key)}
 

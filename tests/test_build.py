@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -52,15 +51,8 @@ TOWERS = {
 MAPPING, LORA = 117_575_680, 4_194_304
 
 
-def run_file(name: str) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def test_a_session_takes_the_layers_of_the_language_model_apart():
-    shapes = build(run_file("stage2_vist")).template
+    shapes = build(tiny.run_file("stage2_vist").get_config()).template
     layers = {path for path in shapes.shapes if path.startswith("backbone/llm/layers/")}
     assert set(decoder_layers(shapes)) == layers and len(layers) >= 9
 
@@ -79,7 +71,7 @@ def count(spec: ModelSpec, prefix: str, without: str = "/lora_") -> int:
 )
 def test_full_size_totals_are_the_references(name, lora, trainable):
     before = jax.live_arrays()  # held, so that none of another test's goes meanwhile
-    config = run_file(name)
+    config = tiny.run_file(name).get_config()
     spec = build(config)
     check_new_parameters(config, spec)  # a second stage's LoRA has its pattern
     made = {id(array) for array in jax.live_arrays()} - {id(array) for array in before}
@@ -100,7 +92,8 @@ def test_full_size_totals_are_the_references(name, lora, trainable):
 
 
 def test_options_of_the_step_come_from_the_configuration():
-    stage1, stage2 = (building.build(run_file(name)).options for name in ("stage1", "stage2_vist"))
+    configs = (tiny.run_file(name).get_config() for name in ("stage1", "stage2_vist"))
+    stage1, stage2 = (building.build(config).options for config in configs)
     assert stage1.loss.weights == {"text": 0.01, "image": 1.0, "caption": 0.1}
     assert stage2.loss.weights == {"text": 0.01, "image": 1.0}
     assert (stage1.lora_dropout, stage2.lora_dropout) == (False, True)
@@ -108,7 +101,7 @@ def test_options_of_the_step_come_from_the_configuration():
 
 
 def test_every_missing_source_is_named_with_how_to_get_it(tmp_path):
-    config = run_file("stage1")
+    config = tiny.run_file("stage1").get_config()
     config.weights.vit = str(tmp_path / "no_such.safetensors")
     with pytest.raises(ConfigError) as error:
         check_sources(config)
@@ -132,7 +125,7 @@ def test_hugging_face_ids_lie_in_the_local_cache(tmp_path, monkeypatch):
         (repository / "refs/main").write_text("0" * 40)
         for folder in folders:
             (repository / "snapshots" / ("0" * 40) / folder).mkdir(parents=True)
-    config = run_file("stage1")
+    config = tiny.run_file("stage1").get_config()
     config.model.backbone.update(vit="none", qformer="none")
     config.weights.update(llm="org/llm", stable_diffusion="org/sd")
     snapshot = "snapshots/" + "0" * 40
@@ -156,7 +149,7 @@ def test_hugging_face_ids_lie_in_the_local_cache(tmp_path, monkeypatch):
 
 
 def test_the_plan_does_not_call_fitting_what_it_did_not_compare(tmp_path):
-    config = run_file("stage1")
+    config = tiny.run_file("stage1").get_config()
     config.model.backbone.update(llm="source", vit="none", qformer="none")
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         (tmp_path / name).mkdir()
@@ -171,14 +164,14 @@ def test_the_plan_does_not_call_fitting_what_it_did_not_compare(tmp_path):
 
 @pytest.mark.parametrize("name", ["vit", "qformer"])
 def test_the_plan_gives_a_command_for_what_lies_in_blip2(name):
-    plan = make_plan(run_file("stage1"))
+    plan = make_plan(tiny.run_file("stage1").get_config())
     block = next(text for text in plan.split("\n\n") if f"weights.{name}: not given" in text)
     assert "or: hf download Salesforce/blip2-flan-t5-xxl" in block
 
 
 def test_the_768_pixel_model_is_refused_by_its_schedule(tmp_path):
     """Its tensors have the names and shapes of 2.1-base; the preset of the schedule must not hide it."""
-    config = run_file("stage1")
+    config = tiny.run_file("stage1").get_config()
     config.model.backbone.update(vit="none", qformer="none")
     config.weights.update(dict.fromkeys(("llm", "tokenizer", "stable_diffusion"), str(tmp_path)))
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -205,7 +198,7 @@ def test_the_768_pixel_model_is_refused_by_its_schedule(tmp_path):
 )
 def test_a_preset_is_compared_with_the_file_beside_the_source(tmp_path, name, file, values, told):
     """Such weights have the preset's names and shapes: nothing but this file tells them apart."""
-    config = run_file("stage1")
+    config = tiny.run_file("stage1").get_config()
     config.model.backbone.update(vit="none", qformer="none")
     config.weights.update(dict.fromkeys(("llm", "tokenizer"), str(tmp_path)), stable_diffusion=str(tmp_path))
     for folder in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):

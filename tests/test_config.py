@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,22 +27,16 @@ from minigpt5_jax.config.keys import KEYS
 from minigpt5_jax.diffusion.samplers import SAMPLERS
 from minigpt5_jax.inference.session import CFG_NEGATIVES
 from minigpt5_jax.parts.contracts import find, shipped
+from tiny import run_file
 
 ROOT = Path(__file__).parents[1]
 # shapes_backbones.py is no run of the model: pretrain has keys of its own (tests/shapes/test_parts.py).
 RUN_FILES = sorted(set((ROOT / "configs").glob("*.py")) - {ROOT / "configs/shapes_backbones.py"})
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda p: p.stem)
 def test_every_run_file_is_valid_locked_and_documented(path):
-    module = load(path)
+    module = run_file(path.stem)
     config = validate(module.get_config())
     assert config.is_locked
     assert config.run.name == path.stem
@@ -54,17 +47,17 @@ def test_every_run_file_is_valid_locked_and_documented(path):
 
 
 def test_the_papers_settings():
-    stage1 = load(ROOT / "configs/stage1.py").get_config()
+    stage1 = run_file("stage1").get_config()
     assert (stage1.data.global_batch, stage1.optimizer.lr_llm, stage1.optimizer.lr_mapper) == (48, 2e-5, 2e-4)
     assert stage1.loss.to_dict() | {"text": 0.01, "image": 1.0, "caption": 0.1} == stage1.loss.to_dict()
     assert num_steps(stage1, 2_222_000) == 92_584  # "about 92,600": 2.2M rows and 1% instructions, 2 epochs
     for name, variant in (("stage2_vist", "shuffled"), ("stage2_mmdialog", None)):
-        stage2 = load(ROOT / f"configs/{name}.py").get_config(variant)
+        stage2 = run_file(name).get_config(variant)
         assert (stage2.data.global_batch, stage2.run.epochs) == (32, 4.0)
         assert stage2.optimizer.lr_llm == stage2.optimizer.lr_mapper == 2e-5
         assert stage2.loss.caption == 0.0 and stage2.model.backbone.lora_rank == 8
     assert num_steps(stage2.copy_and_resolve_references(), 34_428 * 13) == 55_946
-    trees = load(ROOT / "configs/stage2_vist.py").get_config()  # whole stories by default
+    trees = run_file("stage2_vist").get_config()  # whole stories by default
     assert (trees.data.packing, trees.data.global_batch, trees.data.buckets) == ("tree", 3 * 13, ())
     assert num_steps(trees, 34_428 * 13) == 45_904
 
@@ -184,7 +177,8 @@ STAGE1 = ("--config", "configs/stage1.py")
         ((*STAGE1, "--wrokdir=x"), "'wrokdir'. Did you mean: workdir"),
         ((*STAGE1, "--config.data.accumulation=7"), "does not divide into data.accumulation=7"),
         (("--config", "configs/stage1.py:foo"), "error: unknown variant 'foo'; known: "),
-        (("--config", "configs/stage3.py"), "run file not found: 'configs/stage3.py'"),
+        (("--config", "configs/stage3.py"), "not found: configs/stage3.py; did you mean configs/"),
+        (("--config", "tests"), "error: run file tests: Is a directory"),
         ((), "give a run file"),
     ],
 )
@@ -196,8 +190,8 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(args, message, 
 def test_the_command_line_overrides_and_helps(command):
     done = command(*STAGE1, "--workdir=w", "--config.run.num_steps=5000")
     assert (done.returncode, done.stdout) == (0, "RUN w 5000\n")
-    out = command("--help").stdout
-    assert "--config:" in out and "--workdir:" in out
+    done = command("--help")
+    assert done.returncode == 0 and "--config:" in done.stdout and "--workdir:" in done.stdout
     done = command("--help_config")
     assert done.returncode == 0 and done.stdout == config_module.describe() + "\n"
 

@@ -13,6 +13,7 @@ from absl.testing import flagsaver
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError, get_config, keys_of, validate, value_at
+from minigpt5_jax.data.paths import not_found
 from minigpt5_jax.parts.contracts import Key
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,42 @@ def test_every_flag_with_free_text_is_a_path_or_named_here():
         for name in re.findall(r'DEFINE_(?:multi_)?string\(\s*"(\w+)"', file.read_text())
     }
     assert found == FREE_TEXT
+
+
+def test_every_command_begins_in_one_place():
+    """Where ``--help`` ends with status 0, and wrong flags with a line."""
+    starts = [file for file in (ROOT / "minigpt5_jax").rglob("*.py") if "app.run(" in file.read_text()]
+    assert starts == [ROOT / "minigpt5_jax/cli.py"]
+
+
+@pytest.mark.parametrize(
+    "given, advised",
+    [
+        (["--limit=abc"], cli.LIST_FLAGS),
+        (["--limut=1"], cli.LIST_FLAGS),
+        (["word"], cli.LIST_FLAGS),
+        ([f"--config={ROOT / 'configs/shapes_stage1.py'}", "--config.run.seed=abc"], cli.LIST_KEYS),
+    ],
+)
+def test_a_wrong_flag_is_told_with_the_list_that_it_is_missing_from(given, advised, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prepare", *given])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        flags.DEFINE_integer("limit", 1, "a number", allow_override=True)
+        cli.parse(["prepare", *given])
+    assert capsys.readouterr().err.endswith(f"{advised}\n")
+
+
+def test_what_is_not_there_is_told_with_what_is_probably_meant(tmp_path):
+    (tmp_path / "train.tsv").touch()
+    assert not_found("data file", tmp_path / "trian.tsv") == (
+        f"data file not found: {tmp_path}/trian.tsv; did you mean {tmp_path}/train.tsv?"
+    )
+    (tmp_path / "photos").mkdir()
+    assert not_found("data file", tmp_path / "photo/a/b.tsv").endswith(f"did you mean {tmp_path}/photos?")
+    assert not_found("data file", tmp_path / "x").endswith("/x")
+    (tmp_path / "dead").symlink_to("/nowhere")
+    dead = not_found("data file", tmp_path / "dead")
+    assert dead.endswith("dead, a link to /nowhere, where nothing is; fetch it again")
 
 
 def test_a_path_of_a_flag(home):
@@ -131,6 +168,22 @@ def test_an_error_of_the_file_system_is_one_line(capsys):
         cli.guarded(command)
     assert ended.value.code == 1 and "Traceback" not in (said := capsys.readouterr().err)
     assert said.splitlines() == ["error: secret.tsv: Permission denied"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's disk that is always full")
+def test_a_full_disk_is_told_before_the_work_and_with_its_place_afterwards(capsys, monkeypatch):
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+    with pytest.raises(OSError, match="--output=page cannot be written: .*No space left on device; choose"):
+        cli.check_writable("page")
+
+    def command() -> None:
+        with open("/dev/full", "wb") as file:
+            file.write(b"x")
+
+    with flagsaver.flagsaver(workdir="runs/a"), pytest.raises(SystemExit):
+        cli.guarded(command)
+    told = "error: No space left on device, while writing below --workdir=runs/a; make room and give"
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_a_terminal_does_not_obey_what_a_message_quotes(capsys):

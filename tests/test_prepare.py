@@ -104,7 +104,7 @@ def test_check_lists_and_fails(tmp_path, table, run):
     lines = found.stdout.splitlines()
     assert lines[0].startswith(f"{table}:7: {tmp_path}/raw/5.jpg: image cannot be read")
     assert lines[1].startswith("format: cc3m (guessed from its name")
-    assert lines[-1] == "1 problem in 1 of 7 lines"
+    assert lines[-1] == "1 problem in 1 of 6 rows"
     table.write_text(table.read_text() + "\nmore\nand more")
     found = run("check", table, "--limit", "1", "--tokenizer", TOKENIZER, "--max_length", "20", status=1)
     assert "... and 2 more (--limit=1)" in found.stdout and "over --max_length 20" in found.stdout
@@ -125,7 +125,7 @@ def test_check_lists_and_fails(tmp_path, table, run):
             "sentencepiece model not found: none",
         ),
         (("cc3m", "--input", "a", "--output", "b", "--error_budget", "few"), "--error_budget"),
-        (("check", "none.tsv"), "nothing to check: none.tsv is not there"),
+        (("check", "none.tsv"), "nothing to check: data not found: none.tsv"),
     ],
 )
 def test_arguments_that_are_wrong(arguments, message, run):

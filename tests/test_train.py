@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+import tiny
 from minigpt5_jax.config import ConfigError, validate
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.shapes.dataset import write_pairs
@@ -18,20 +18,11 @@ from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.run_settings import check_new_parameters
 from minigpt5_jax.wiring.training import make_loop, parameter_table
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
 
 @pytest.fixture
 def config(tmp_path):
     """The small world on CC3M files, eight samples a step."""
-    made = load("shapes_stage1")
+    made = tiny.run_file("shapes_stage1").get_config()
     tsv = write_pairs(tmp_path / "data", "train", 16, 0)
     made.data.update(format="cc3m", train=str(tsv), global_batch=8)
     made.run.update(workdir=str(tmp_path / "run"), num_steps=60)

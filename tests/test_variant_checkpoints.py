@@ -18,6 +18,7 @@ from minigpt5_jax.inference.session import Prompt
 from minigpt5_jax.weights.export.model import ExportError
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained
+from tiny import run_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,7 @@ def load(path: Path):
     return module
 
 
-ABLATIONS = load(ROOT / "configs" / "ablations.py")
+ABLATIONS = run_file("ablations")
 
 
 @pytest.fixture(scope="module", params=[("decoder_only", 16), ("fixed_queries", 2)], ids=str)

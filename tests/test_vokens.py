@@ -10,7 +10,9 @@ import pytest
 
 import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate, encode
+from minigpt5_jax.data.batches.collate import collate
+from minigpt5_jax.data.batches.encode import EncodeConfig, encode
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.text.templates import IGNORE, target_text
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -38,12 +40,18 @@ ORACLE = Path(__file__).parent / "oracle"
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def shapes_stage1() -> ConfigDict:
-    """``configs/shapes_stage1.py`` for a model that does not see."""
-    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIGS / "shapes_stage1.py")
+@functools.cache
+def run_file(name: str) -> ModuleType:
+    """The module ``configs/NAME.py``."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    return module
+
+
+def shapes_stage1() -> ConfigDict:
+    """``configs/shapes_stage1.py`` for a model that does not see."""
+    config = run_file("shapes_stage1").get_config()
     config.model.backbone.update(vit="none", qformer="none")
     return config
 
@@ -76,11 +84,13 @@ def make_tiny_template(
     mapper: str = "encoder_decoder",
     attends: str = "",
     sees: bool = False,
+    remat: str = "none",
 ) -> Template:
     """Composite small enough for any test; 8 heads and widths that divide over 8 devices.
 
     ``attends``: this implementation of attention, in a bfloat16 UNet that attends over 1,024 pixels.
     ``sees``: with vision towers (28 pixels, 4 tokens an image), and LoRA without dropout.
+    ``remat``: what the backward pass computes again, as ``model.remat`` says it.
     """
     configs = json.loads((ORACLE / "configs.json").read_text())
     llm = LlamaConfig.from_hf(
@@ -132,7 +142,8 @@ def make_tiny_template(
     }
     if attends:
         generator["dtype"] = jax.numpy.bfloat16
-    backbone = {"llm": llm, "num_vokens": num_vokens}
+    generator["remat"] = remat in ("all", "generator")
+    backbone = {"llm": llm, "num_vokens": num_vokens, "remat": remat in ("all", "backbone")}
     if sees:
         vit = dataclasses.replace(original.eva_config(configs["eva_vit"]), image_size=28, num_hidden_layers=1)
         qformer = QFormerConfig.from_hf(

@@ -6,10 +6,16 @@ import math
 import re
 from typing import NamedTuple
 
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and line break, separators, changes of direction, halves of surrogate pairs."""
+
 
 def printable(text: str) -> str:
-    """Text whose control characters are spelled out: those of a file must not steer a terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    """``text`` with control characters written out (``\\x1b``), so that a terminal does not obey them.
+
+    Line breaks and tabs stay.  Captions and names of files may hold anything.
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def allowed_errors(budget: int | float, length: int) -> int:

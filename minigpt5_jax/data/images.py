@@ -24,6 +24,7 @@ import hashlib
 import io
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ TURNED, ON_WHITE, TEXT_LEFT_OUT = (
 # Raster formats that PIL decodes itself.  Others may start programs (EPS) or draw text (PDF, SVG).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 BAND = 32  # rows worked on at a time, so that they stay in the processor's cache
+# Pillow would warn of images that are refused here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FLIP_MODES = ("independent", "shared", "off")
 
 ImageSource = str | Path | bytes
@@ -91,7 +94,8 @@ def _load(name: str, data: bytes, as_shown: bool, notes: list[str]) -> Image.Ima
     except SampleError:
         raise
     except UnidentifiedImageError:
-        raise SampleError(name, f"no known image format ({len(data):,} bytes)") from None
+        known = ", ".join(_formats())
+        raise SampleError(name, f"no known image format ({len(data):,} bytes); known: {known}") from None
     except Image.DecompressionBombError:
         raise SampleError(name, f"image has more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders of damaged files raise what they like, struct.error for one

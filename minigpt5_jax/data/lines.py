@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.paths import not_found
 
 BOM = b"\xef\xbb\xbf"
 
@@ -66,7 +67,7 @@ class TextLines(Sequence[str]):
                 "data.format=cc3m_tar or data.format=prepared"
             )
         if not self.path.is_file():
-            raise DataError(f"data file not found: {self.path}")
+            raise DataError(not_found("data file", self.path))
         data = self.path.read_bytes()
         self.quotes = b'"' in data
         self.sha256 = hashlib.sha256(data).hexdigest()

@@ -1,8 +1,11 @@
-"""Paths of images as files name them, and the folder that they stay in."""
+"""Paths of images as files name them, the folder that they stay in, and files that are not there."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -14,6 +17,24 @@ FETCH = (
     "caption --output_format webdataset), and read the folder of tar shards that it writes "
     "(data.format=cc3m_tar)"
 )
+
+
+LOOKED_AT = 10_000  # names of a folder at most, when one that is spelled alike is looked for
+
+
+def not_found(what: str, path: str | Path) -> str:
+    """``what not found: path``, and what is probably meant: names beside it, or where a dead link leads."""
+    path = Path(path)
+    message = f"{what} not found: {path}"
+    if path.is_symlink() and not path.exists():
+        return f"{message}, a link to {os.readlink(path)}, where nothing is; fetch it again"
+    while not path.parent.is_dir() and path.parent != path.parent.parent:  # the first folder that is missing
+        path = path.parent
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), LOOKED_AT)]
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
+    return f"{message}; did you mean {' or '.join(near)}?" if near else message
 
 
 def is_url(text: str) -> bool:
@@ -59,5 +80,5 @@ def image_folder(path: str | Path, image_root: str | Path | None, allow_outside:
     """Folder that a file's image paths are relative to, the file's own where None; DataError if missing."""
     root = Path(path).parent if image_root is None else Path(image_root)
     if not root.is_dir():
-        raise DataError(f"image folder not found: {root}")
+        raise DataError(not_found("image folder", root))
     return ImageFolder(root, allow_outside)

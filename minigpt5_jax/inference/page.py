@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minigpt5_jax.data.errors import printable
+
 Part = str | np.ndarray
 """One piece of an interleaved sequence: text, or an image u8[H W 3]."""
 
@@ -84,7 +86,7 @@ def write_page(
     metadata = {key: str(value) for key, value in (metadata or {}).items()}
     index = directory / "index.html"
     # First of all files: should the writing be interrupted, the directory is known to be ours.
-    index.write_text(_html(title, entries, metadata), encoding="utf-8")
+    index.write_text(printable(_html(title, entries, metadata)), encoding="utf-8")
     (directory / _IMAGES).mkdir(exist_ok=True)
     for number, entry in enumerate(entries, 1):
         for _, part, name in _named_parts(number, entry):

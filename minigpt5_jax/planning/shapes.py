@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from minigpt5_jax.data.batches.collate import BatchSpec, TreeSpec
+from minigpt5_jax.data.batches.spec import BatchSpec, TreeSpec
 from minigpt5_jax.planning.topology import PlanError
 from minigpt5_jax.wiring.features import plans_features, with_planned_features
 from minigpt5_jax.wiring.inputs import batch_spec, micro_batch, samples_a_row, splits_prompts

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from minigpt5_jax.data.batches.collate import BatchSpec
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.planning import hlo
 from minigpt5_jax.planning.shapes import STORY_SAMPLES, planned_shapes

@@ -275,7 +275,7 @@ def _replace(path: Path, content: str | bytes) -> None:
 
 def main() -> None:
     """Command line."""
-    from absl import app, flags
+    from absl import flags
 
     from minigpt5_jax import cli
 
@@ -295,7 +295,7 @@ def main() -> None:
                 write = write_stories if kind.value == "stories" else write_dialogs
                 print(write(folder, split, size, seed.value))
 
-    app.run(lambda _: cli.guarded(run), flags_parser=cli.parse)
+    cli.start(lambda _: cli.guarded(run))
 
 
 if __name__ == "__main__":

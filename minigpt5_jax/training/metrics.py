@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 from tqdm.auto import tqdm
 
+from minigpt5_jax.data.errors import printable
 from minigpt5_jax.training.tracking import Tracker
 
 SHOWN = ("loss", "text", "image", "caption")  # in the bar
@@ -142,7 +143,7 @@ class Metrics:
     def message(self, text: str) -> None:
         """A line for the reader, above the bar."""
         if self._writer is not None:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from minigpt5_jax.data.batches.collate import BatchSpec
 from minigpt5_jax.data.batches.image_index import ImageIndex, image_index
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.prepare.feature_writer import (
     Encoder,

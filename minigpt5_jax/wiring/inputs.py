@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import ConfigError
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex, length_index
 from minigpt5_jax.data.batches.pipeline import Loader, make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.batches.stories import longest_story, story_index
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.samples.pairs import PairRules

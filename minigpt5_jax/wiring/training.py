@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors, warmup_steps
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
+from minigpt5_jax.training.compiling import Announced
 from minigpt5_jax.training.distributed import main_process
 from minigpt5_jax.training.loop import Loop
 from minigpt5_jax.training.metrics import Metrics
@@ -426,7 +427,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
     return Loop(
         state,
         frozen,
-        step,
+        Announced(step, "the step", metrics),
         mesh,
         DevicePrefetch(loader, shard, closing=cache.close if cache else None),
         metrics,
@@ -437,7 +438,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         config.run.eval_every,
         config.run.save_every,
         config.run.grid_every,
-        validate,
-        grid,
+        validate and Announced(validate, "the validation", metrics),
+        grid and Announced(grid, "the sampler of held-out images", metrics),
         {"inherited": inherited} if inherited else {},
     )

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, empty_arrays
+from minigpt5_jax.data.batches.spec import BatchSpec, empty_arrays
 from minigpt5_jax.inference.images import make_batch_sampler
 from minigpt5_jax.parts.contracts import FROZEN, Part
 from minigpt5_jax.shapes.render import IMAGE_SIZE

@@ -12,16 +12,14 @@ import pytest
 from benchmarks.ablations import __main__ as command
 from benchmarks.ablations import page, paper, rows, work
 from benchmarks.ablations.rows import STAGE1, STAGE2, VARIANTS, Row, RowError, plan
+from tiny import run_file
 
 
 def test_rows_are_the_variants_of_the_configuration_file():
-    spec = importlib.util.spec_from_file_location("ablations_config", rows.ROOT / rows.CONFIG_FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     ours = {variant: "stage1" for variant in STAGE1} | {variant: "stage2" for variant in STAGE2}
     # eight vokens are the plain run
     assert {n: s for n, s in ours.items() if n != "plain"} == {
-        n: s for n, s in module.ROWS.items() if n != "vokens_8"
+        n: s for n, s in run_file("ablations").ROWS.items() if n != "vokens_8"
     }
     plain = rows.variant_config(Row("plain"), argparse.Namespace(steps=None, story_steps=None))
     assert plain.model.backbone.num_vokens == paper.VOKENS["plain"] == 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from minigpt5_jax.data.prepare.builders.run import prepare
 from minigpt5_jax.data.prepare.builders.shards import Job
 from minigpt5_jax.data.prepare.builders.units import Raw
 from minigpt5_jax.data.prepare.check import Findings, check
+from minigpt5_jax.data.sources import Cc3mSource, Cc3mTarSource
 from minigpt5_jax.data.text.tokenizer import LlamaTokenizer
 
 ASSETS = Path(__file__).parents[2] / "minigpt5_jax/shapes/assets"
@@ -77,7 +80,7 @@ def test_every_problem_of_a_table_is_listed(tmp_path):
     data = path.read_bytes().replace(b"good\t", "café\t".encode("latin-1"))
     path.write_bytes(data)
     found = check(path)
-    images = tmp_path
+    images, known = tmp_path, "JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF"
     assert listed(found) == [
         "cc3m.tsv:3: 1 tab-separated cells, the header has 2",
         "cc3m.tsv:4: empty caption",
@@ -88,11 +91,13 @@ def test_every_problem_of_a_table_is_listed(tmp_path):
         f"cc3m.tsv:10: {images}/nope.jpg: image cannot be read (No such file or directory)",
         listed(found)[7],  # PIL's own words
         f"cc3m.tsv:12: {images}/empty.jpg: image file is empty (0 bytes)",
-        f"cc3m.tsv:13: {images}/text.jpg: no known image format (8 bytes)",
+        f"cc3m.tsv:13: {images}/text.jpg: no known image format (8 bytes); known: {known}",
         "cc3m.tsv:14: not UTF-8 (byte 0xe9 at column 4)",
     ]
     assert listed(found)[7].startswith(f"cc3m.tsv:11: {images}/broken.jpg: image is broken (")
-    assert found.bad == 11 and "11 problems in 11 of 13 lines" in found.summary(256)
+    assert found.bad == 11 and "11 problems in 11 of 12 rows" in found.summary(256)
+    assert (found.entries, found.samples, found.doubtful) == (12, 3, 5)
+    assert "12 rows, 3 training samples (and 5 of rows with an unusable image)" in found.summary(256)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,24 @@ def test_a_table_without_its_columns(tmp_path, header, missing):
     path = table(tmp_path, "A cat\ta.jpg", header=header)
     (problem,) = listed(check(path))
     assert problem.startswith(f"cc3m.tsv:1: no column {missing}, found ")
+    assert check(path).summary(256).endswith("\n1 problem")
+
+
+@pytest.mark.parametrize("name", ["it's mine.csv", "table.txt"])
+def test_a_table_with_commas_is_told_how_it_becomes_one_with_tabs(tmp_path, name):
+    given = table(tmp_path, '"A ""cat"", sitting",a.jpg', "A dog,b.jpg", header="caption,image_path").rename(
+        tmp_path / name
+    )
+    with pytest.raises(DataError) as error:
+        Cc3mSource(given)
+    (problem,) = listed(check(given))
+    for message in (problem, str(error.value)):
+        command = message.partition("write it anew: ")[2].replace("python", sys.executable, 1)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert [Cc3mSource(tmp_path / "new.tsv").pair(row).caption for row in (0, 1)] == [
+            'A "cat", sitting', "A dog"
+        ]  # fmt: skip
+        (tmp_path / "new.tsv").unlink()
 
 
 def test_a_failed_image_is_named_wherever_it_is_used(tmp_path, monkeypatch):
@@ -161,6 +184,26 @@ def test_shards(tmp_path):
         f"{tmp_path}/tars/00002.tar:20",
     ]
     assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == before  # nothing is written
+
+
+def test_a_shard_that_may_not_be_read_does_not_hide_the_others(tmp_path, monkeypatch):
+    image = draw(tmp_path / "a.jpg")
+    (tmp_path / "caption").write_text("A cat")
+    (tmp_path / "tars").mkdir()
+    for shard in "01":
+        with tarfile.open(tmp_path / f"tars/{shard}.tar", "w") as tar:
+            tar.add(image, f"{shard}.jpg")
+            tar.add(tmp_path / "caption", f"{shard}.txt")
+
+    def refuse(shards, **options):  # the tests may run as root, who may read everything
+        if shards == tmp_path / "tars/0.tar":
+            raise PermissionError(13, "Permission denied", str(shards))
+        return Cc3mTarSource(shards, **options)
+
+    monkeypatch.setattr("minigpt5_jax.data.prepare.checks.files.Cc3mTarSource", refuse)
+    found = check(tmp_path / "tars")
+    assert listed(found) == ["0.tar: tar shard cannot be read (Permission denied)"]
+    assert found.entries == 1 and found.samples == 2
 
 
 # -------------------------------------------------------------------------------------------- VIST
@@ -261,7 +304,7 @@ def test_dialogues(tmp_path):
     assert len(problems) == len(wanted)
     for problem, (line, words) in zip(problems, wanted):
         assert problem.startswith(f"train.jsonl:{line}: ") and words in problem
-    assert found.samples == 2, "of lines 1 and 5: line 2 lacks its image, line 3 repeats an id"
+    assert (found.samples, found.doubtful) == (1, 1), "line 2 lacks its image, line 5 is over 50 tokens"
     assert found.notes["turns: further images of a turn"][0] == 1
     assert found.notes["turns: over 50 tokens"][0] == 1
 
@@ -281,7 +324,7 @@ def test_jsonl_of_ones_own(tmp_path):
     path.write_text("\n".join([*map(json.dumps, lines), '{"caption": "cut', "[1]"]))
     found = check(path)
     problems = listed(found)
-    assert found.format == "jsonl" and found.samples == 2
+    assert found.format == "jsonl" and (found.samples, found.doubtful) == (1, 1)
     wanted = [
         (2, "id 'one' was used in line 1 already"),
         (3, "lacks image"),

@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate, empty_arrays, encode
+from minigpt5_jax.data.batches import encode as encoding
+from minigpt5_jax.data.batches.collate import collate
+from minigpt5_jax.data.batches.encode import EncodeConfig, encode
+from minigpt5_jax.data.batches.spec import BatchSpec, empty_arrays
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.images import draw_flips, prepare_image
 from minigpt5_jax.data.samples.example import Example
@@ -147,6 +150,20 @@ def test_flips_follow_the_key(examples, config, images):
         for i in (0, 1):
             want = prepare_image(images[1 + i], 16, square=False, flip=flips.images[i])
             np.testing.assert_array_equal(sample.images[i], want)
+
+
+@pytest.mark.parametrize(
+    "mode, each_epoch, hashed", [("off", False, 0), ("independent", True, 0), ("independent", False, 3)]
+)
+def test_images_are_hashed_only_where_their_number_is_used(
+    examples, config, monkeypatch, mode, each_epoch, hashed
+):
+    asked = []
+    monkeypatch.setattr(encoding, "image_id", lambda image, root: asked.append(image) or 2)
+    encode(
+        examples[1], dataclasses.replace(config, flip_mode=mode, flip_each_epoch=each_epoch), SPEC, (0, 0, 1)
+    )
+    assert len(asked) == hashed
 
 
 def test_square_padding_of_input_images_on_request(examples, config, images):

@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 import original
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, feature_keys
+from minigpt5_jax.data.batches.encode import EncodeConfig, feature_keys
 from minigpt5_jax.data.batches.image_index import image_index
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import draw_flip, draw_flips, prepare_image
 from minigpt5_jax.data.prepare import feature_writer

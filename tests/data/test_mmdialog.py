@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.samples.dialogs import DialogRules
 from minigpt5_jax.data.sources import MMDialogSource, Source

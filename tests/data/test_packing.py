@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 import tiny
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.lengths import measure
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource
 from minigpt5_jax.data.text.tokenizer import ClipTokenizer, LlamaTokenizer
@@ -67,8 +68,9 @@ def batch(source, oracle_dir, pack, split=False):
     return made
 
 
-@pytest.mark.parametrize("pack, split", [(2, False), (3, False), (1, True), (3, True)])
-def test_every_layout_gives_equal_losses_and_gradients(template, source, oracle_dir, pack, split):
+@pytest.fixture(scope="module")
+def gradients(template):
+    """``gradients(batch) -> (gradients, loss, sums)``, compiled for each layout."""
     params = tiny.make_tiny_params(template)
     trainable = {p: v for p, v in params.items() if p.startswith("mapper/") or p.endswith("/voken")}
     frozen = {p: v for p, v in params.items() if p not in trainable}
@@ -76,13 +78,24 @@ def test_every_layout_gives_equal_losses_and_gradients(template, source, oracle_
     generator = template.bind(template.shapes).generator
 
     @jax.jit
-    def gradients(batch):
+    def compute(trainable, frozen, batch):
         def draw(micro):
             return StepRandomness.from_key(jax.random.key(5), micro, generator, cfg_dropout=0.3)
 
         return accumulate_gradients(template, trainable, frozen, batch, draw, options)
 
-    grads, loss, sums = gradients(batch(source, oracle_dir, 1))
+    return lambda batch: compute(trainable, frozen, batch)
+
+
+@pytest.fixture(scope="module")
+def apart(gradients, source, oracle_dir):
+    """Of one sample to a row."""
+    return gradients(batch(source, oracle_dir, 1))
+
+
+@pytest.mark.parametrize("pack, split", [(2, False), (3, False), (1, True), (3, True)])
+def test_every_layout_gives_equal_losses_and_gradients(gradients, apart, source, oracle_dir, pack, split):
+    grads, loss, sums = apart
     packed_grads, packed_loss, packed_sums = gradients(batch(source, oracle_dir, pack, split))
     np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for name in ("text", "image", "caption"):

@@ -13,9 +13,10 @@ from PIL import Image
 
 from minigpt5_jax.config import get_config, validate
 from minigpt5_jax.data.batches import pipeline
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.pipeline import make_loader
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.errors import DataError, Problem, SampleError, allowed_errors
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.sources import Cc3mSource

@@ -200,7 +200,7 @@ def test_a_table_with_quotes_is_read_by_the_rules_of_pandas(tmp_path):
     with pytest.raises(SampleError, match=r"tsv:8: opens a quote that it does not close; .*QUOTE_NONE"):
         source.pair(5)
     found = check(path)
-    assert found.samples == 6 + 1 and found.entries == 1 + 7, "the check reads the same rows"
+    assert found.doubtful == 6 + 1 and found.entries == 7, "the check reads the same rows"
     assert [p.where for p in found.problems if "opens a quote" in p.reason] == [f"{path}:8"]
 
 
@@ -406,6 +406,7 @@ BROKEN = [
     (turns((["user"], "a")), r"turns\[0\].role: expected user or assistant, found \['user'\]"),
     ('{"caption": "a", "image": "b.jpg", "caption": "c"}', "key 'caption' occurs twice in one object"),
     ("[" * 100_000, "no valid JSON .nested too deeply"),
+    ('{"caption": "a", "image": "b.jpg", "id": ' + "9" * 5000 + "}", "a number with too many digits"),
     ({"caption": "a", "image": "b\0.jpg"}, "image: path of an image contains a null character"),
 ]
 
@@ -417,6 +418,13 @@ def test_jsonl_lines_that_are_wrong(tmp_path, item, reason):
     assert len(source) == 2 and source[0].caption == "a red fox"
     assert "1 lines unusable" in source.describe()
     with pytest.raises(SampleError, match=rf"own\.jsonl:2: .*{reason}"):
+        source[1]
+
+
+def test_a_line_far_longer_than_a_record_is_not_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr("minigpt5_jax.data.samples.fields.MAX_LINE", 100)
+    source = JsonlSource(write_jsonl(tmp_path, [PAIR, {"caption": "a" * 100, "image": "b.jpg"}]))
+    with pytest.raises(SampleError, match=r"jsonl:2: a line of 1\d\d characters; one record has at most 100"):
         source[1]
 
 

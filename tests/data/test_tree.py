@@ -12,10 +12,12 @@ from PIL import Image
 
 import tiny
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, collate
+from minigpt5_jax.data.batches.collate import collate
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.image_index import image_index
 from minigpt5_jax.data.batches.pipeline import StepReader, make_loader
 from minigpt5_jax.data.batches.plan import EMPTY_SLOT, Shape
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.batches.stories import TreePlan, measure_stories
 from minigpt5_jax.data.batches.tree import plant
 from minigpt5_jax.data.errors import DataError
@@ -125,14 +127,14 @@ def test_a_tree_gives_the_losses_and_gradients_of_its_samples(source, config, in
     generator = template.bind(template.shapes).generator
 
     @jax.jit
-    def gradients(batch):
+    def gradients(trainable, frozen, batch):
         def draw(micro):
             return StepRandomness.from_key(jax.random.key(5), micro, generator, cfg_dropout=0.3)
 
         return accumulate_gradients(template, trainable, frozen, batch, draw, options)
 
-    want, loss, sums = gradients(plain)
-    got, tree_loss, tree_sums = gradients(tree)
+    want, loss, sums = gradients(trainable, frozen, plain)
+    got, tree_loss, tree_sums = gradients(trainable, frozen, tree)
     np.testing.assert_allclose(tree_loss, loss, rtol=1e-5)
     for name in ("text", "image"):
         np.testing.assert_allclose(tree_sums[name][0], sums[name][0], rtol=1e-5, err_msg=name)

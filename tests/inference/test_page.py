@@ -44,7 +44,7 @@ ENTRIES = [
         seed=7,
         notes="<i>held out</i>",
     ),
-    Entry(["# 1. *plain*"], ["- no [link](x) <script>alert(1)</script>"]),
+    Entry(["# 1. *plain*"], ["bell \x07 \x1b[31mred \u202eback", "- no [link](x) <script>alert(1)</script>"]),
 ]
 
 
@@ -61,6 +61,7 @@ def test_page_holds_every_text_and_image(tmp_path):
         "pndm & co",
         "50",
         "# 1. *plain*",
+        "bell \\x07 \\x1b[31mred \\u202eback",
         "<script>alert(1)</script>",
     ):
         assert expected in text

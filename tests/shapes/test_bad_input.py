@@ -17,7 +17,8 @@ from absl.testing import flagsaver
 import tiny
 from minigpt5_jax import generate
 from minigpt5_jax.config import ConfigError, get_config, use_prefix, validate
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, encode
+from minigpt5_jax.data.batches.encode import EncodeConfig, encode
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.samples.stories import StoryRules
 from minigpt5_jax.data.sources import VistSource

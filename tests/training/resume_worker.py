@@ -3,14 +3,13 @@
 Usage: python resume_worker.py DIR; prints ``EQUAL`` and what a foreign checkpoint is refused with.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"] = "cpu", ""  # one device
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import jax
 import numpy as np
@@ -19,15 +18,13 @@ from minigpt5_jax.cli import set_compile_cache
 from minigpt5_jax.config import validate
 from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.wiring.training import make_loop
+from tiny import run_file
 
 folder = Path(sys.argv[1])
-loaded = importlib.util.spec_from_file_location("run_file", ROOT / "configs" / "shapes_stage1.py")
-module = importlib.util.module_from_spec(loaded)
-loaded.loader.exec_module(module)
 
 
 def config(name: str):
-    made = module.get_config()
+    made = run_file("shapes_stage1").get_config()
     made.run.update(
         workdir=str(folder / name),
         num_steps=6,

@@ -3,29 +3,26 @@
 Usage: python stage2_worker.py DIR; asserts, and prints ``DONE``.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"] = "cpu", ""  # one device
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
 
 from minigpt5_jax.config import validate
 from minigpt5_jax.wiring.restore import load_run
 from minigpt5_jax.wiring.training import make_loop
+from tiny import run_file
 
 folder = Path(sys.argv[1])
-loaded = importlib.util.spec_from_file_location("run_file", ROOT / "configs" / "shapes_stage1.py")
-module = importlib.util.module_from_spec(loaded)
-loaded.loader.exec_module(module)
 
 
 def config(name: str, steps: int):
-    made = module.get_config()
+    made = run_file("shapes_stage1").get_config()
     made.run.update(workdir=str(folder / name), num_steps=steps, eval_every=0, grid_every=0, save_every=2)
     made.data.update(global_batch=4, max_length=40, shapes_train=24, shapes_validation=4)
     made.optimizer.warmup_steps = 1

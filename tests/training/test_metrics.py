@@ -16,6 +16,7 @@ from PIL import Image
 
 from minigpt5_jax.config import get_config
 from minigpt5_jax.training import metrics as metrics_module
+from minigpt5_jax.training.compiling import Announced
 from minigpt5_jax.training.metrics import Metrics, TrainingDiverged, due
 from minigpt5_jax.training.tracking import TrackerError, check_tracker, open_tracker
 from minigpt5_jax.wiring.training import make_loop
@@ -41,6 +42,31 @@ def test_a_line_every_few_steps_is_the_mean_since_the_last(tmp_path):
     assert "image" not in written[1]  # nothing was counted there: no NaN in the file, no zero either
     assert written[2]["image"] == 3.0
     assert all(line["samples_per_s"] > 0 for line in written)
+
+
+def test_compiling_is_said_and_is_no_part_of_the_pace(tmp_path, capfd, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+
+    def step(state, batch):
+        clock[0] += 100.0 if len(batch) not in compiled else 0.0
+        compiled.add(len(batch))
+        return state
+
+    compiled, metrics = set(), Metrics(tmp_path, 12, log_every=2)
+    announced = Announced(step, "the step", metrics)
+    for number, length in enumerate((4, 4, 4, 6, 6, 4), start=1):
+        announced(None, np.zeros(length))
+        clock[0] += 1.0
+        metrics.push(number, step_metrics(1.0))
+    clock[0] += 1.0
+    metrics.flush()
+    assert "00:06 left" in metrics._bar.postfix
+    metrics.close()
+    shown = capfd.readouterr().err
+    assert shown.count("compiling the step, once before it first runs") == 1
+    assert shown.count("compiling the step, anew for batches of another length") == 1
+    assert shown.count("the step is compiled (100 s)") == 2
 
 
 def test_values_are_read_one_step_late(tmp_path):

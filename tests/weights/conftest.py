@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +14,12 @@ from minigpt5_jax.config import use_prefix, use_stage2, validate
 from minigpt5_jax.wiring.model import ModelSpec, build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained
 from minigpt5_jax.wiring.session import LoadedModel
-
-CONFIG = Path(__file__).parents[2] / "configs" / "shapes_stage1.py"
+from tiny import run_file
 
 
 def small_config(kind: str):
     """Configuration of a run in the small world: ``stage1``, ``lora`` or ``prefix``."""
-    spec = importlib.util.spec_from_file_location("shapes_stage1", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = run_file("shapes_stage1").get_config()
     config.model.mapper.update(num_encoder_layers=2, num_decoder_layers=2)
     if kind != "stage1":
         data = config.data.to_dict()

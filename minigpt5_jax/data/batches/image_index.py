@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 from tqdm import tqdm
 
-from minigpt5_jax.data.batches.collate import EncodeConfig, feature_keys
+from minigpt5_jax.data.batches.encode import EncodeConfig, feature_keys
 from minigpt5_jax.data.batches.lengths import kept_index
 from minigpt5_jax.data.errors import SampleError
 from minigpt5_jax.data.images import ImageSource

@@ -24,15 +24,8 @@ import numpy as np
 from absl import flags
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.data.batches.collate import (
-    BatchSpec,
-    EncodeConfig,
-    Sample,
-    Shared,
-    Uncached,
-    collate,
-    encode,
-)
+from minigpt5_jax.data.batches.collate import collate
+from minigpt5_jax.data.batches.encode import EncodeConfig, Sample, Shared, Uncached, encode
 from minigpt5_jax.data.batches.lengths import LengthIndex
 from minigpt5_jax.data.batches.plan import (
     EMPTY_SLOT,
@@ -43,6 +36,7 @@ from minigpt5_jax.data.batches.plan import (
     StreamPlan,
     fullest_rows,
 )
+from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.data.batches.stories import StoryIndex, TreePlan
 from minigpt5_jax.data.errors import DataError, Problem, SampleError, allowed_errors
 from minigpt5_jax.data.sources import Source

@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from tqdm import tqdm
 
-from minigpt5_jax.data.batches.collate import BatchSpec, EncodeConfig, TreeSpec
+from minigpt5_jax.data.batches.encode import EncodeConfig
 from minigpt5_jax.data.batches.lengths import LengthIndex, kept_index
 from minigpt5_jax.data.batches.plan import EMPTY_SLOT, BucketPlan, Shape, StepPlan
+from minigpt5_jax.data.batches.spec import BatchSpec, TreeSpec
 from minigpt5_jax.data.batches.tree import common, count_images, image_keys, plant
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.sources import Source

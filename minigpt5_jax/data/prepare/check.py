@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minigpt5_jax.data.batches.lengths import longest
 from minigpt5_jax.data.errors import DataError, Problem, SampleError
 from minigpt5_jax.data.images import MAX_PIXELS, ImageSource, load_image
+from minigpt5_jax.data.paths import not_found
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options
 from minigpt5_jax.data.prepare.checks.files import READERS, guess_format
 from minigpt5_jax.data.text.tokenizer import LanguageTokenizer
@@ -28,6 +29,7 @@ BATCH = 512  # images handed to the processes at a time
 MANY = 1000  # images from which on processes are worth their start
 SHOWN_SIZES = 5
 NAMES = {
+    "cc3m": "rows",
     "cc3m_tar": "samples of tar shards",
     "vist": "stories",
     "prepared": "records",
@@ -42,9 +44,12 @@ class Findings:
       format: of the data, ``guessed`` by what (nothing where the user said it).
       problems: in the order of the file, which their ``index`` is.
       notes: kind -> (how often, the first place and detail).
-      entries: lines, stories or records read; ``bad`` of them have a problem.
-      samples: training samples.
+      entries: lines, rows, stories or records read; ``bad`` of them have a problem.
+      made: training samples of each entry, and of what is said of a file (none), by their ``index``;
+        ``doubtful`` ones are of entries ``without_image``, ``samples`` the others.
       images: named by entries; ``sizes`` counts the distinct ones that could be decoded.
+      of_file: the ``index`` of what is said of a file, and is no entry.
+      without_image: the ``index`` of entries with an image that cannot be used.
       lengths: positions of each sample, empty without a tokenizer; ``longest`` is where the longest is.
     """
 
@@ -53,15 +58,25 @@ class Findings:
     problems: list[Problem] = dataclasses.field(default_factory=list)
     notes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     entries: int = 0
-    samples: int = 0
+    made: list[int] = dataclasses.field(default_factory=list)
     images: int = 0
     sizes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     lengths: list[int] = dataclasses.field(default_factory=list)
     longest: tuple[int, str] = (0, "")
+    of_file: set[int] = dataclasses.field(default_factory=set)
+    without_image: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def bad(self) -> int:
-        return len({problem.index for problem in self.problems})
+        return len({problem.index for problem in self.problems} - self.of_file)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.made) - self.doubtful
+
+    @property
+    def doubtful(self) -> int:
+        return sum(self.made[index] for index in self.without_image)
 
     def note(self, notes: Iterable[tuple[str, str]]) -> None:
         """Counts (kind, place and detail) of what is worth knowing."""
@@ -76,9 +91,11 @@ class Findings:
         distinct = sum(self.sizes.values())
         sizes = ", ".join(f"{size} {count:,}" for size, count in self.sizes.most_common(SHOWN_SIZES))
         more = f", {len(self.sizes) - SHOWN_SIZES:,} other sizes" if len(self.sizes) > SHOWN_SIZES else ""
+        samples = f"{self.samples:,} training samples"
+        samples += f" (and {self.doubtful:,} of {name} with an unusable image)" if self.doubtful else ""
         lines = [
             f"format: {self.format}{guessed}",
-            f"read: {self.entries:,} {name}, {self.samples:,} training samples, {self.images:,} images",
+            f"read: {self.entries:,} {name}, {samples}, {self.images:,} images",
             f"images decoded: {distinct:,}{': ' * bool(sizes)}{sizes}{more}",
         ]
         if self.lengths:
@@ -93,7 +110,7 @@ class Findings:
         verdict = "nothing is wrong"
         if self.problems:
             problems = f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"
-            verdict = f"{problems} in {self.bad:,} of {self.entries:,} {name}"
+            verdict = f"{problems} in {self.bad:,} of {self.entries:,} {name}" if self.bad else problems
         return "\n".join([*lines, verdict])
 
 
@@ -136,6 +153,7 @@ class Images:
     def _fail(self, order: int, where: str, image: ImageSource, reason: str) -> None:
         name = f"{image}: " if isinstance(image, str) else ""
         self._findings.problems.append(Problem(order, where, f"{name}{reason}"))
+        self._findings.without_image.add(order)
 
     def _inspect(self, images: list[ImageSource]) -> Iterable[tuple[str, str, list[str]]]:
         if self._pool is None and (
@@ -199,10 +217,10 @@ def check(
     elif format not in READERS:
         raise DataError(f"unknown format {format!r}; known: {', '.join(READERS)}")
     elif "*" not in str(path) and not path.exists():
-        raise DataError(f"nothing to check: {path} is not there")
+        raise DataError(f"nothing to check: {not_found('data', path)}")
     root = None if image_root is None else Path(image_root)
     if root is not None and not root.is_dir():
-        raise DataError(f"image folder not found: {root}")
+        raise DataError(not_found("image folder", root))
     count = None if tokenizer is None else lambda text: len(tokenizer.encode(text))
     mapping = None if mapping is None else Path(mapping)
     reader = READERS[format](path, Options(root, mapping, count, allow_outside_images))
@@ -229,8 +247,13 @@ def _enter(
     image_tokens: int,
 ) -> None:
     """Counts an entry, its problems, notes and lengths."""
-    findings.entries += 1
-    findings.samples += len(entry.samples)
+    findings.made.append(len(entry.samples))
+    if entry.without_image:
+        findings.without_image.add(order)
+    if entry.of_file:
+        findings.of_file.add(order)
+    else:
+        findings.entries += 1
     findings.problems += [Problem(order, entry.where, reason) for reason in entry.problems]
     findings.note((kind, f"{entry.where}: {detail}") for kind, detail in entry.notes)
     if tokenizer is None:

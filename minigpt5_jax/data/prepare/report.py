@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minigpt5_jax.data.batches.lengths import measure
-from minigpt5_jax.data.errors import SampleError
+from minigpt5_jax.data.errors import SampleError, printable
 from minigpt5_jax.data.images import ImageSource, load_image
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.sources.prepared import PreparedSource
@@ -72,7 +72,7 @@ def write_report(
     (source.folder / "report.json").write_text(text, "utf-8")
     drawn = np.random.default_rng(seed).permutation(len(source))[:samples]
     page = source.folder / "report.html"
-    page.write_text(_page(facts, source, sorted(int(index) for index in drawn)), "utf-8")
+    page.write_text(printable(_page(facts, source, sorted(int(index) for index in drawn))), "utf-8")
     return page
 
 

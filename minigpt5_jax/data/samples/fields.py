@@ -49,8 +49,10 @@ class Fields:
             return json.loads(line, object_pairs_hook=unique_keys if unique else None)
         except RepeatedKeyError as error:
             raise self.fail("", str(error)) from None
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise self.fail("", f"no valid JSON ({error}); is the line cut off?") from None
+        except ValueError:  # Python reads integers of 4,300 digits at most
+            raise self.fail("", "no valid JSON (a number with too many digits)") from None
         except RecursionError:
             raise self.fail("", "no valid JSON (nested too deeply)") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -139,6 +140,11 @@ def header_hint(path: Path, header: Sequence[str]) -> str:
             command = f"(printf 'caption\\turl\\n'; cat {path.name}) > named.tsv"
             named = f"give it a header, with: {command}; then "
         return f"This is a table of URLs and not of images: {named}{FETCH}"
+    if len(header) == 1 and "," in header[0]:
+        tabs = "csv.writer(open('new.tsv', 'w', newline=''), 'excel-tab')"
+        code = f"import csv, sys; {tabs}.writerows(csv.reader(open(sys.argv[1], newline='')))"
+        command = f'python -c "{code}" {shlex.quote(path.name)}'
+        return f"This looks like a table with commas, and tabs are wanted; write it anew: {command}"
     return "The first line must name caption and image_path, separated by a tab"
 
 

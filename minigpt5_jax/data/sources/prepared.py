@@ -13,6 +13,7 @@ from jaxtyping import Int, Int64
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import TextLines
+from minigpt5_jax.data.paths import not_found
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.pairs import PairRules
 from minigpt5_jax.data.samples.stories import Story, StoryRules
@@ -180,7 +181,7 @@ def find_prepared(folder: str | Path, split: str | None = None) -> Path:
     """
     folder, wanted = Path(folder), split or "*"
     if not folder.is_dir():
-        raise DataError(f"prepared data set not found: {folder}")
+        raise DataError(not_found("prepared data set", folder))
     places = [folder, *(path for depth in ("", "*/", "*/*/") for path in folder.glob(depth + VERSION))]
     found = {path: _metadata(path)["split"] for path in sorted(places) if (path / UNITS_FILE).is_file()}
     fitting = [path for path, name in found.items() if split in (None, name)]

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import BOM, check_utf8
-from minigpt5_jax.data.paths import ImageFolder, image_folder
+from minigpt5_jax.data.paths import ImageFolder, image_folder, not_found
 from minigpt5_jax.data.samples.example import Example
 from minigpt5_jax.data.samples.fields import Fields, RepeatedKeyError, unique_keys
 from minigpt5_jax.data.samples.stories import Step, Story, StoryRules
@@ -183,7 +183,7 @@ def mapping_path(cleaned: Path) -> Path:
 def _read_object(path: Path, what: str) -> tuple[dict, str]:
     """The object a JSON file holds, and the hash of the file."""
     if not path.is_file():
-        raise DataError(f"file of {what} not found: {path}")
+        raise DataError(not_found(f"file of {what}", path))
     data = path.read_bytes()
     check_utf8(data, path)
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.paths import not_found
 
 IMAGE_TOKEN = "<ImageHere>"  # one input image
 WORDS_KEPT = 100_000  # of captions, with their ids
@@ -36,9 +36,7 @@ def voken_text(num_vokens: int) -> str:
 def _read(path: Path, what: str) -> bytes:
     """Content of a tokenizer file; DataError where it is missing or empty."""
     if not path.is_file():
-        link = os.readlink(path) if path.is_symlink() else ""
-        dead = f", a link to {link}, where nothing is; fetch it again" if link else ""
-        raise DataError(f"{what} not found: {path}{dead}")
+        raise DataError(not_found(what, path))
     data = path.read_bytes()
     if not data:
         raise DataError(f"{what} is empty: {path}; fetch it again")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import get_config
@@ -62,7 +62,7 @@ def main() -> None:
             Path(out.value).parent.mkdir(parents=True, exist_ok=True)
             Path(out.value).write_text(line + "\n")
 
-    app.run(lambda _: cli.guarded(command), flags_parser=cli.parse)
+    cli.start(lambda _: cli.guarded(command))
 
 
 if __name__ == "__main__":

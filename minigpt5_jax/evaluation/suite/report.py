@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minigpt5_jax.data.errors import printable
 from minigpt5_jax.evaluation.suite.results import Metric
 from minigpt5_jax.evaluation.suite.samples import IMAGE, Sample
 
@@ -63,7 +64,7 @@ def write_report(
         f"<title>{html.escape(title)}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
-    path.write_text(page, "utf-8")
+    path.write_text(printable(page), "utf-8")
     return path
 
 

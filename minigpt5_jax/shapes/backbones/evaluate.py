@@ -104,7 +104,7 @@ def reconstruction(assets: Path = files.ASSETS) -> dict[str, float]:
 
 def main() -> None:
     """Command line: prints JSON lines."""
-    from absl import app, flags
+    from absl import flags
 
     from minigpt5_jax import cli
 
@@ -131,7 +131,7 @@ def main() -> None:
             result = {"objects": number, **given, "native": whole, "padding positions only": padding}
             print(json.dumps(result), flush=True)
 
-    app.run(lambda words: cli.guarded(lambda: run(words)))
+    cli.start(lambda words: cli.guarded(lambda: run(words)))
 
 
 if __name__ == "__main__":

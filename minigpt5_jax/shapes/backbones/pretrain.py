@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from minigpt5_jax.data.errors import DataError
@@ -211,7 +211,7 @@ def main() -> None:
     from minigpt5_jax import cli  # defines flags, which who imports this module need not have
 
     flags.FLAGS.set_default("config", "configs/shapes_backbones.py")
-    app.run(lambda _: cli.guarded(lambda: train(cli.CONFIG.value)))
+    cli.start(lambda _: cli.guarded(lambda: train(cli.CONFIG.value)))
 
 
 if __name__ == "__main__":

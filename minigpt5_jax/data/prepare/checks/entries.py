@@ -25,6 +25,8 @@ class Entry:
       notes: (kind, detail) of what is accepted but worth knowing; counted by kind.
       images: what it names, in order.
       samples: for each of its training samples, (source, target) in every wording.
+      without_image: it lacks an image that its samples need.
+      of_file: it is about the file, and none of the data's own lines, rows, stories or records.
     """
 
     where: str
@@ -32,6 +34,16 @@ class Entry:
     notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     images: list[ImageSource] = dataclasses.field(default_factory=list)
     samples: list[Texts] = dataclasses.field(default_factory=list)
+    without_image: bool = False
+    of_file: bool = False
+
+    def add_image(self, folder: ImageFolder, name: str) -> None:
+        """Takes an image by the path that the file names it by, or the problem with that path."""
+        try:
+            self.images.append(folder.path(name, self.where))
+        except SampleError as error:
+            self.problems.append(error.reason)
+            self.without_image = True
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from minigpt5_jax.data.errors import DataError, SampleError
 from minigpt5_jax.data.lines import BOM
+from minigpt5_jax.data.paths import not_found
 from minigpt5_jax.data.prepare.checks.entries import Entry, Options, Reader
 from minigpt5_jax.data.prepare.checks.lines import Dialogues, Lines, Records, Table
 from minigpt5_jax.data.samples.pairs import PairRules
@@ -44,7 +45,7 @@ class Stories:
     def _read(self, path: Path) -> tuple[str, dict[str, Any]]:
         """The text of a JSON file and the object in it, empty where it cannot be read."""
         if not path.is_file():
-            raise DataError(f"data file not found: {path}")
+            raise DataError(not_found("data file", path))
         data, repeated = path.read_bytes().removeprefix(BOM), []
         text = data.decode("utf-8", "replace")
 
@@ -68,10 +69,11 @@ class Stories:
         else:
             lines = _line_finder(text)
             self._problems += [
-                Entry(f"{path}:{lines(name)}", [f"key {name!r} occurs twice"]) for name in repeated
+                Entry(f"{path}:{lines(name)}", [f"key {name!r} occurs twice"], of_file=True)
+                for name in repeated
             ]
             return text, value
-        self._problems.append(Entry(f"{path}:{line}", [problem]))
+        self._problems.append(Entry(f"{path}:{line}", [problem], of_file=True))
         return text, {}
 
     def __len__(self) -> int:
@@ -96,7 +98,7 @@ class Stories:
         idle = [name for name, path in self._mapping.items() if str(self._root.root / str(path)) not in used]
         if idle and self._stories:
             notes = [("images of the mapping that no usable story shows", name) for name in idle]
-            yield Entry(str(self._mapping_path), notes=notes)
+            yield Entry(str(self._mapping_path), notes=notes, of_file=True)
 
 
 def _line_finder(text: str) -> Callable[[str], int]:
@@ -125,11 +127,13 @@ class Shards:
                     Cc3mTarSource(shard, cache_dir=cache)
                 except DataError as error:
                     bad[shard] = str(error)
+                except OSError as error:
+                    bad[shard] = f"tar shard cannot be read ({error.strerror})"
             good = [shard for shard in self._shards if shard not in bad]
             source, row = Cc3mTarSource(good, cache_dir=cache) if good else None, 0
             for shard in self._shards:
                 if shard in bad:
-                    yield Entry(str(shard), [bad[shard]])
+                    yield Entry(str(shard), [bad[shard]], of_file=True)
                     continue
                 notes = [
                     ("members that belong to no sample", name)
@@ -231,14 +235,16 @@ def guess_format(path: Path) -> tuple[str, str]:
             raise DataError(f"{path} is a folder; name one of the files in it: {', '.join(files[:5])}")
         return "prepared", "what the folder holds"
     if not path.is_file():
-        raise DataError(f"nothing to check: {path} is not there")
+        raise DataError(f"nothing to check: {not_found('data', path)}")
     with path.open("rb") as file:
         start = file.read(2**16)
     first = next((line for line in start.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()), b"")
-    if path.suffix == ".tsv" or (b"\t" in first and b"caption" in first):
-        return "cc3m", "its name" if path.suffix == ".tsv" else "its header"
     if path.suffix == ".json":
         return "vist", "its name"
-    if first.lstrip().startswith(b"{"):
+    if path.suffix in (".tsv", ".csv"):  # of commas it then says how to write it with tabs
+        return "cc3m", "its name"
+    if b"caption" in first and not first.lstrip().startswith((b"{", b"[")):
+        return "cc3m", "its header"
+    if first.lstrip().startswith((b"{", b"[")):
         return ("mmdialog", "its first line") if b'"conversation"' in first else ("jsonl", "its first line")
     raise DataError(f"cannot tell what {path} is; give --format, one of {', '.join(READERS)}")

@@ -32,6 +32,7 @@ class Table:
     def row(self, lines: Sequence[str], first: int, entry: Entry) -> int:
         """Reads the row that begins in a line; returns the number of its last line, 0 for that very one."""
         if self._header is None:
+            entry.of_file = True
             self._header = cells = split_row(lines[first]) or [lines[first]]
             missing = [name for name in ("caption", "image_path") if name not in cells]
             if missing:
@@ -51,9 +52,8 @@ class Table:
     def _pair(self, caption: str, path: str, entry: Entry) -> None:
         if not path:
             entry.problems.append("empty image_path")
-        else:
-            with entry.collect():
-                entry.images.append(self._folder.path(path, entry.where))
+            return
+        entry.add_image(self._folder, path)
         first = self._seen.setdefault(hash((caption, path)), entry.where)
         if first != entry.where:
             entry.problems.append(f"the same caption and image as {first}")
@@ -78,8 +78,7 @@ class Records:
         if not record.answers():
             entry.problems.append("no assistant turn: a prompt to generate from, nothing to learn from")
         for image in (image for turn in record.turns for image in turn.images()):
-            with entry.collect():
-                entry.images.append(self._folder.path(image.path, entry.where))
+            entry.add_image(self._folder, image.path)
         for turn, stretch in record.samples():
             example = self._rules.example(
                 record, turn, stretch, image_root=self._folder.root, name="", where=entry.where
@@ -155,7 +154,7 @@ class Lines:
                         self._read(text, entry)
             yield entry
         if isinstance(self._read, Table) and not self._read.rows:
-            yield Entry(str(self._path), ["a header and no rows"])
+            yield Entry(str(self._path), ["a header and no rows"], of_file=True)
 
 
 class _Decoded(Sequence):
