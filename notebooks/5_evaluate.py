@@ -83,7 +83,7 @@ plt.show()
 
 # %%
 for row in results["comparisons"]:
-    if row["ci"]:
+    if row["ci"] and row["p"] is not None:
         low, high = row["ci"]["low"], row["ci"]["high"]
         print(f"{row['metric']:18} {row['difference']:+.3f}  [{low:+.3f}, {high:+.3f}]  p = {row['p']:.3f}")
 
