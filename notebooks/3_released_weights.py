@@ -35,7 +35,7 @@ shutil.rmtree(WORK, ignore_errors=True)
 # what is on disk fits. It ends with what to give to the next commands.
 
 # %%
-sh("python -m minigpt5_jax.convert plan --config configs/stage2_vist.py", lines=19)
+sh("python -m minigpt5_jax.convert plan --config configs/stage2_vist.py", lines=14)
 
 # %% [markdown]
 # ## Tiny files in the real formats
@@ -123,7 +123,7 @@ content = [
     {"type": "image", "path": "2.jpg"},
 ]
 story = {"id": "barbecue", "turns": [{"role": "user", "content": content}]}
-_ = (WORK / "story.jsonl").write_text(json.dumps(story) + "\n")
+(WORK / "story.jsonl").write_text(json.dumps(story) + "\n")
 
 # %% [markdown]
 # `generate story` continues it scene by scene; what the model wrote and drew is read again for the next
