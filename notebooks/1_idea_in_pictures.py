@@ -229,40 +229,38 @@ def decode(params, latents):
 
 
 def denoise(condition, scales, steps=20, seed=3):
-    """(timesteps, noisy latents before each step, what the model takes for the clean ones) of each scale."""
+    """For each step, what the model takes for the clean picture so far: latents of each scale."""
     scales = jnp.asarray(scales, jnp.float32)[:, None, None, None]
     noise = jax.random.normal(jax.random.key(seed), (1, *generator.latent_shape))
     latents = jnp.repeat(noise, len(scales), 0)
     conditions = jnp.concatenate([jnp.repeat(x, len(scales), 0) for x in (nothing, condition)])
     timesteps = np.linspace(981, 1, steps).astype(np.int32)
-    noisy, clean = [], []
+    seen = []
     for now, after in zip(timesteps, [*timesteps[1:], 0]):
         without, given = jnp.split(predict(run.params, jnp.tile(latents, (2, 1, 1, 1)), now, conditions), 2)
         epsilon = without + scales * (given - without)
-        noisy.append(latents)
-        clean.append((latents - np.sqrt(1 - abar[now]) * epsilon) / np.sqrt(abar[now]))
-        latents = np.sqrt(abar[after]) * clean[-1] + np.sqrt(1 - abar[after]) * epsilon
-    return timesteps, noisy, clean
+        clean = (latents - np.sqrt(1 - abar[now]) * epsilon) / np.sqrt(abar[now])
+        latents = np.sqrt(abar[after]) * clean + np.sqrt(1 - abar[after]) * epsilon
+        seen.append(clean)
+    return timesteps, seen
 
 
 # %%
 caption, scales = captions[0], [0, 1, 2, 4, 7.5, 15]
-_, _, clean = denoise(condition[:1], scales)
+timesteps, seen = denoise(condition[:1], scales)
 print(caption)
-show(decode(run.params, clean[-1]), [f"guidance {scale}" for scale in scales])
+show(decode(run.params, seen[-1]), [f"guidance {scale}" for scale in scales])
 
 # %% [markdown]
 # Scale 0 ignores the caption, 1 is the bare model; large scales exaggerate. The run's own setting is
-# `inference.guidance_scale`. And the same picture while it appears, at that setting: above, the latents as
-# they are, from noise to the end; below, what the model takes for the clean picture at that moment. In a
-# world this small the condition alone tells it nearly everything, so the guess is good long before the
-# noise is gone.
+# `inference.guidance_scale`. And the same picture while it appears, at that setting: what the model takes
+# for the clean picture, from almost pure noise to the end.
 
 # %%
 print("inference.guidance_scale", run.config.inference.guidance_scale)
 chosen = [0, 2, 4, 7, 10, 13, 16, 19]
-timesteps, noisy, clean = denoise(condition[:1], [run.config.inference.guidance_scale])
-pictures = decode(run.params, jnp.concatenate([some[step] for some in (noisy, clean) for step in chosen]))
+timesteps, seen = denoise(condition[:1], [run.config.inference.guidance_scale])
+pictures = decode(run.params, jnp.concatenate([seen[step] for step in chosen]))
 show(pictures, [f"timestep {timesteps[step]}" for step in chosen])
 
 # %% [markdown]
@@ -270,7 +268,7 @@ show(pictures, [f"timestep {timesteps[step]}" for step in chosen])
 
 # %%
 answer = model.generate("a large striped red circle in the top left on a white background", seed=3)
-show(answer.images)
+answer.images[0].resize((128, 128))
 
 # %% [markdown]
 # **Next:** your own data in notebook 2, numbers in notebook 5; how it is all put together is in
