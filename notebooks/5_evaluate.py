@@ -91,8 +91,8 @@ for row in results["comparisons"]:
 # ## One by one
 #
 # `per_sample.jsonl` has the scores of each caption, and `predictions/` what the model answered, in the
-# schema of all data. `report.html` shows the best and the worst of them. Here are some that are wrong in
-# something:
+# schema of all data. `report.html` shows the best and the worst of them. Here are the
+# worst:
 
 # %%
 scores = [json.loads(line) for line in (RUNS / "eval/per_sample.jsonl").read_text().splitlines()]
