@@ -276,21 +276,21 @@ def test_a_model_without_eyes_reads_no_images(model):
 
 def test_what_the_model_reads_of_texts_and_images(seeing):
     red = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
-    made, _ = seeing._prompt(["before", red, "behind", np.full((2, 2, 3), 9, np.uint8)], 5)
+    made, _ = seeing.prompt(["before", red, "behind", np.full((2, 2, 3), 9, np.uint8)], 5)
     assert (
         "###Human: before <Img><ImageHere></Img> behind <Img><ImageHere></Img> ###Assistant:" in made.source
     )
     assert made.seed == 5
     row = seeing._session({"max_new_tokens": 4})._read(0, made)
     assert [image.max() for image in row.images] == [255, 9] and row.images[0].min() == 255, "on white"
-    same, _ = seeing._prompt(
+    same, _ = seeing.prompt(
         [{"role": "system", "content": "S."}, user(["hi"]), HELLO, user([{"type": "text", "text": "so?"}])], 0
     )
     assert same.source == "S. ###Human: hi ###Assistant: hello. ###Human: so? ###Assistant:"
 
 
 def test_a_photo_of_50_megapixels_is_read(seeing):
-    made, _ = seeing._prompt([Image.new("RGB", (8_000, 6_250), "blue"), "what is it?"], 0)
+    made, _ = seeing.prompt([Image.new("RGB", (8_000, 6_250), "blue"), "what is it?"], 0)
     [image] = seeing._session({"max_new_tokens": 4})._read(0, made).images
     assert image.shape == (64, 64, 3) and (image[0, 0] == (0, 0, 255)).all()
 
@@ -303,7 +303,7 @@ def test_a_history_that_is_too_long_loses_its_oldest_turns_and_says_so(model):
     answer = holder.generate([{"role": "system", "content": ""}, *history, user("why?")], max_images=0)
     assert any("the oldest turns did not fit" in note for note in answer.notes)
     talk.config.data.format = "shapes_dialogs"
-    _, [note] = holder._prompt([*history, user("why?")], 0)
+    _, [note] = holder.prompt([*history, user("why?")], 0)
     assert note == "the last 3 of 17 messages were read, as in training"
 
 

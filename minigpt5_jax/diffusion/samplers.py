@@ -287,7 +287,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, num_inference_steps: int) -
     return SAMPLERS[name](schedule, num_inference_steps)
 
 
-def guided(denoise_pair: Denoise, guidance_scale: float) -> Denoise:
+def guided(denoise_pair: Denoise, guidance_scale: float | jax.Array) -> Denoise:
     """Classifier-free guidance (fidelity 3.5): ``e_u + guidance_scale * (e_c - e_u)``.
 
     ``denoise_pair`` sees the latents twice, [2m h w c], and returns epsilon without the condition

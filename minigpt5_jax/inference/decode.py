@@ -67,8 +67,8 @@ class DecodeResult:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
-    """The loop's carry."""
+class DecodeState:
+    """The loop's carry: answers so far, ``result``, and which of them are complete, ``done``."""
 
     step: jax.Array  # turns made
     hidden: jax.Array  # [b d], predicts the next id
@@ -99,14 +99,37 @@ def decode(
       config: rules, static.
       first_voken_id: id of ``[IMG0]``.  num_vokens: n, vokens of an image.
     """
-    state = _prefill(llm, inputs_embeds, lengths, config, num_vokens)
+    state = begin(llm, inputs_embeds, lengths, config, num_vokens=num_vokens)
+    return advance(llm, state, keys, config, first_voken_id=first_voken_id, num_vokens=num_vokens).result
 
-    def turn(state: _State) -> _State:
+
+def advance(
+    llm: CachedModel,
+    state: DecodeState,
+    keys: Key[Array, " b"],
+    config: SamplingConfig,
+    *,
+    first_voken_id: int,
+    num_vokens: int,
+    turns: int | None = None,
+) -> DecodeState:
+    """Answers that were begun, with ``turns`` more ids at most (None: to their ends).
+
+    Args:
+      llm, keys, config, first_voken_id, num_vokens: as for :func:`decode`.
+    """
+    last = None if turns is None else state.step + turns
+
+    def going_on(state: DecodeState) -> jax.Array:
+        unfinished = ~state.done.all()
+        return unfinished if last is None else unfinished & (state.step < last)
+
+    def turn(state: DecodeState) -> DecodeState:
         token = _next_token(llm, state, keys, config, first_voken_id)
         bursting = ~state.done & (token == first_voken_id)
         result, done = _record(state, token, config)
         hidden, cache, states = _feed(llm, state, token, bursting, ~done, first_voken_id, num_vokens)
-        return _State(
+        return DecodeState(
             step=state.step + 1,
             hidden=hidden,
             position=state.position + jnp.where(bursting, num_vokens, 1),
@@ -116,13 +139,18 @@ def decode(
             result=_record_image(result, states, bursting),
         )
 
-    return jax.lax.while_loop(lambda state: ~state.done.all(), turn, state).result
+    return jax.lax.while_loop(going_on, turn, state)
 
 
-def _prefill(
-    llm: CachedModel, inputs_embeds: jax.Array, lengths: jax.Array, config: SamplingConfig, num_vokens: int
-) -> _State:
-    """Feed the prompts; an empty answer."""
+def begin(
+    llm: CachedModel,
+    inputs_embeds: Float[Array, "b t d"],
+    lengths: Int[Array, " b"],
+    config: SamplingConfig,
+    *,
+    num_vokens: int,
+) -> DecodeState:
+    """Empty answers to prompts that are fed; arguments as for :func:`decode`."""
     batch, longest, width = inputs_embeds.shape
     # An image is one id but num_vokens entries; there is always room for its vokens.
     room = config.max_new_tokens + config.max_images * (num_vokens - 1)
@@ -149,11 +177,11 @@ def _prefill(
         num_images=none,
         finish_reason=none + _LENGTH,
     )
-    return _State(jnp.int32(0), hidden, lengths.astype(jnp.int32), seen, none > 0, cache, result)
+    return DecodeState(jnp.int32(0), hidden, lengths.astype(jnp.int32), seen, none > 0, cache, result)
 
 
 def _next_token(
-    llm: CachedModel, state: _State, keys: jax.Array, config: SamplingConfig, first_voken_id: int
+    llm: CachedModel, state: DecodeState, keys: jax.Array, config: SamplingConfig, first_voken_id: int
 ) -> jax.Array:
     """The id each row draws, i32[b]; rows that are done draw in vain."""
     generated = jnp.broadcast_to(state.step, state.done.shape)  # rows that are not done drew each turn
@@ -162,7 +190,7 @@ def _next_token(
     return force(draw(process(logits, state.seen, config), keys, state.step, config), *now)
 
 
-def _record(state: _State, token: jax.Array, config: SamplingConfig) -> tuple[DecodeResult, jax.Array]:
+def _record(state: DecodeState, token: jax.Array, config: SamplingConfig) -> tuple[DecodeResult, jax.Array]:
     """The answers with ``token`` at their ends, and which of them are complete."""
     rows = jnp.arange(token.shape[0])
     old = state.result
@@ -183,7 +211,7 @@ def _record(state: _State, token: jax.Array, config: SamplingConfig) -> tuple[De
 
 def _feed(
     llm: CachedModel,
-    state: _State,
+    state: DecodeState,
     token: jax.Array,
     bursting: jax.Array,
     running: jax.Array,

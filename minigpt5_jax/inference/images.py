@@ -27,16 +27,18 @@ def sample_images(
     condition: Float[Array, "m q c"],
     negative: Float[Array, "#m q c"],
     latents: Float[Array, "m h w l"],
-    guidance_scale: float,
+    guidance_scale: float | Float[Array, " m"],
 ) -> UInt8[Array, "m H W 3"]:
     """Denoise ``latents`` under ``condition`` and decode them.
 
     ``epsilon = e(negative) + guidance_scale * (e(condition) - e(negative))``; both run in one UNet
-    batch.  At ``guidance_scale=1`` the negative is not evaluated at all.
+    batch.  At ``guidance_scale=1`` the negative is not evaluated at all.  An array is a scale for each image.
     """
-    if guidance_scale == 1.0:
+    each = isinstance(guidance_scale, jax.Array)
+    if not each and guidance_scale == 1.0:
         denoise = generator.denoiser(condition)
     else:
+        guidance_scale = guidance_scale[:, None, None, None] if each else guidance_scale
         both = jnp.concatenate([jnp.broadcast_to(negative, condition.shape), condition])
         denoise = guided(generator.denoiser(both), guidance_scale)
     return generator.decode(sampler.sample(denoise, latents))

@@ -338,12 +338,7 @@ class Session:
         """(ids, voken states of each image) of at most ``batch_size`` prompts."""
         batch = self._padded(rows)
         longest = max(len(row.expanded.tokens) for row in batch)
-        tokens = np.full(
-            (len(batch), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), self.tokenizer.pad_id, np.int32
-        )
-        for place, row in enumerate(batch):
-            tokens[place, : len(row.expanded.tokens)] = row.expanded.tokens
-        lengths = np.int32([len(row.expanded.tokens) for row in batch])
+        tokens, lengths = self._place_tokens(batch, longest)
         seeds = np.uint32([row.prompt.seed for row in batch])
         result = self._run(self._write, tokens, lengths, *self._place_input_images(batch), seeds)
         result = jax.tree.map(np.asarray, result)
@@ -355,10 +350,21 @@ class Session:
             for i in range(len(rows))
         ]
 
-    def _place_input_images(self, batch: list[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(images, their rows, their first slots); as many as batch_size times the most of any row."""
+    def _place_tokens(self, batch: list[_Row], longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, padded to the bucket of ``longest``; how many each row has)."""
+        tokens = np.full(
+            (len(batch), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), self.tokenizer.pad_id, np.int32
+        )
+        for place, row in enumerate(batch):
+            tokens[place, : len(row.expanded.tokens)] = row.expanded.tokens
+        return tokens, np.int32([len(row.expanded.tokens) for row in batch])
+
+    def _place_input_images(
+        self, batch: list[_Row], each: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(images, their rows, their first slots); room for ``each`` a row, by default the most of any."""
         size = self._backbone.image_size
-        room = len(batch) * max(len(row.images) for row in batch)
+        room = len(batch) * (max(len(row.images) for row in batch) if each is None else each)
         images = np.zeros((room, size, size, 3), np.uint8)
         image_row, image_start = np.full(room, len(batch), np.int32), np.zeros(room, np.int32)
         every = [

@@ -15,7 +15,13 @@ from PIL import Image
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import encode_image, load_image
 from minigpt5_jax.data.text.templates import find_special
-from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, dialog_prompt
+from minigpt5_jax.inference.conversation import (
+    Conversation,
+    ImagePart,
+    Message,
+    dialog_prompt,
+    story_prompt,
+)
 from minigpt5_jax.inference.prompts import text_prompt
 from minigpt5_jax.inference.session import Generation, Prompt, Session, mixed_seed
 from minigpt5_jax.training.provenance import Meta, stage_of
@@ -24,7 +30,7 @@ from minigpt5_jax.wiring.restore import describe, open_run
 from minigpt5_jax.wiring.saved import as_stored, save_model
 from minigpt5_jax.wiring.session import LoadedModel, dialog_window, override
 
-Picture = Image.Image | np.ndarray | Path
+Picture = Image.Image | np.ndarray | Path | bytes
 Part = str | Picture
 Chat = Sequence[Mapping[str, Any]]
 ROLES = ("user", "assistant")
@@ -187,9 +193,10 @@ class MiniGPT5:
         The same prompt, seed and settings give the same answer.
 
         Args:
-          prompt: a text; a list of texts (``str``) and images (PIL, ``uint8[H W 3]``, or ``pathlib.Path``) in
-            order; or a chat, a list of messages ``{"role": "user" | "assistant", "content": ...}`` that ends
-            in a user's, where ``content`` is a text or a list of ``{"type": "text", "text": ...}`` and
+          prompt: a text; a list of texts (``str``) and images (PIL, ``uint8[H W 3]``, ``pathlib.Path`` or the
+            ``bytes`` of a file) in order; or a chat, a list of messages
+            ``{"role": "user" | "assistant", "content": ...}`` that ends in a user's, where ``content`` is a
+            text or a list of ``{"type": "text", "text": ...}`` and
             ``{"type": "image", "image": ...}``.  A first message of role ``system`` is the system prompt.
             A model of stage 1 takes a text as a caption.
           seed: of everything that is drawn, 0 ... 2**32 - 1.
@@ -214,7 +221,7 @@ class MiniGPT5:
             "max_images": max_images,
         }
         settings = {name: value for name, value in given.items() if value is not None} | inference
-        made, notes = self._prompt(prompt, seed)
+        made, notes = self.prompt(prompt, seed)
         [answer] = self._session(settings).generate([made])
         return _answer(answer, notes)
 
@@ -240,17 +247,29 @@ class MiniGPT5:
             self._sessions[key] = dataclasses.replace(self.model, config=config).session(batch_size=1)
         return self._sessions[key]
 
-    def _prompt(self, prompt: str | Sequence[Any], seed: int) -> tuple[Prompt, list[str]]:
-        """(what the model reads, what is to be said about it)."""
+    def prompt(
+        self, prompt: str | Sequence[Part] | Chat, seed: int = 0, *, story: bool = False
+    ) -> tuple[Prompt, list[str]]:
+        """(what the model reads, what is to be said about it).
+
+        Args:
+          prompt, seed: as for :meth:`generate`.
+          story: a chat is a story so far, whoever said what, and its next scene is asked for.
+
+        Raises:
+          DataError: as :meth:`generate`.
+        """
         style = self.model.spec.parts["backbone"].prompts
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            system, messages = _messages(prompt, style.end)
+            system, messages = _messages(prompt, style.end, story)
         else:
             parts = [prompt] if isinstance(prompt, str) else list(prompt)
             system, messages = None, [Message("user", _parts(parts, "the prompt", style.end))]
-            if self.stage == 1 and all(isinstance(part, str) for part in parts):
+            if self.stage == 1 and not story and all(isinstance(part, str) for part in parts):
                 return dataclasses.replace(text_prompt(" ".join(parts), [], dialog=False), seed=seed), []
         self._check_room(messages[-1])
+        if story:
+            return dataclasses.replace(story_prompt(Conversation("", 0, messages), "", style), seed=seed), []
         window, notes = dialog_window(self.config), []
         if window is not None and len(messages) > window:
             notes.append(f"the last {window} of {len(messages)} messages were read, as in training")
@@ -319,8 +338,11 @@ def _answer(answer: Generation, notes: Sequence[str]) -> Answer:
     return Answer(parts, answer.seed, (*notes, *[cut] * bool(answer.dropped)))
 
 
-def _messages(chat: Chat, end: str) -> tuple[str | None, list[Message]]:
-    """(system prompt or None, turns) of a chat; DataError for one that cannot be put to a model."""
+def _messages(chat: Chat, end: str, story: bool) -> tuple[str | None, list[Message]]:
+    """(system prompt or None, turns) of a chat; DataError for one that cannot be put to a model.
+
+    The turns of a ``story`` may come from anyone.
+    """
     system, turns = None, list(chat)
     if turns[0].get("role") == "system":
         system = str(turns.pop(0)["content"])
@@ -332,11 +354,11 @@ def _messages(chat: Chat, end: str) -> tuple[str | None, list[Message]]:
             raise DataError(
                 f"message {number} has role {role!r}; known: user, assistant, and system as the first"
             )
-        if messages and messages[-1].role == role == "assistant":
+        if messages and messages[-1].role == role == "assistant" and not story:
             raise DataError(f"messages {number - 1} and {number} are both the assistant's; join them in one")
         values = [content] if isinstance(content, str) else [_value(part, number) for part in content or ()]
         messages.append(Message(role, _parts(values, f"message {number}", end)))
-    if not messages or messages[-1].role != "user":
+    if not messages or (messages[-1].role != "user" and not story):
         raise DataError("a chat ends in a message of the user, which is answered; the last one is not")
     return system, messages
 
@@ -349,7 +371,7 @@ def _value(part: Any, number: int) -> Any:
             return part[kind]
         if kind == "image" and "path" in part:
             return Path(part["path"])
-    elif isinstance(part, str | Image.Image | np.ndarray | Path):
+    elif isinstance(part, str | Image.Image | np.ndarray | Path | bytes):
         return part
     raise DataError(
         f'message {number}: expected {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}, '
@@ -383,7 +405,7 @@ def _check_text(text: str, what: str, end: str) -> None:
 
 def _image(value: Any, what: str) -> bytes | Path:
     """An image as the model's readers take it."""
-    if isinstance(value, Path):
+    if isinstance(value, Path | bytes):
         load_image(value)
         return value
     if isinstance(value, np.ndarray):
@@ -392,7 +414,7 @@ def _image(value: Any, what: str) -> bytes | Path:
         value = Image.fromarray(value)
     if not isinstance(value, Image.Image):
         raise DataError(
-            f"{what}: expected texts and images (PIL, uint8[H W 3] or pathlib.Path), "
+            f"{what}: expected texts and images (PIL, uint8[H W 3], pathlib.Path or bytes), "
             f"found {type(value).__name__}"
         )
     return encode_image(value)

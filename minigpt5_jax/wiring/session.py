@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,6 +20,8 @@ from minigpt5_jax.inference.sampling import SamplingConfig
 from minigpt5_jax.inference.session import Session, draw_images, stop_sequences, write_rows
 from minigpt5_jax.models.abstract import Template, take_layers_apart
 from minigpt5_jax.wiring.model import ModelSpec
+
+S = TypeVar("S", bound=Session)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ class LoadedModel:
     tokenizer: Any
     step: int
 
-    def session(self, *, batch_size: int = 4) -> Session:
-        """A session that answers prompts; ConfigError where its settings do not go together.
+    def session(self, *, batch_size: int = 4, kind: type[S] = Session) -> S:
+        """A session (of a ``kind``) that answers prompts; ConfigError where its settings do not go together.
 
         It shares ``params``.  By ``inference.layers`` the language model's layers are taken apart in them
         (:func:`~minigpt5_jax.models.abstract.take_layers_apart`), so that no weight is there twice.
@@ -50,7 +52,7 @@ class LoadedModel:
         style = self.spec.parts["backbone"].prompts
         sampling = sampling_config(self.config, self.tokenizer, style)
         with setting_errors():
-            return Session(
+            return kind(
                 self.spec.template,
                 self.params,
                 self.tokenizer,
