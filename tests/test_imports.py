@@ -72,10 +72,11 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation", "wiring", "config", "inference", "shapes", "shapes/backbones",
         "data", "data/text", "data/samples", "data/sources",
     },
+    "serving": {"wiring", "config", "inference", "data"},
 }  # fmt: skip
 VERBS = {
-    "__main__", "cli", "train", "plan", "diagnose", "generate", "chat", "prepare", "convert", "export",
-    "evaluate", "demo",
+    "__main__", "cli", "train", "plan", "diagnose", "generate", "chat", "serve", "prepare", "convert",
+    "export", "evaluate", "demo",
 }  # fmt: skip
 """On the top floor, with what they share; they may import from any room, and no room from them."""
 COMMANDS = {

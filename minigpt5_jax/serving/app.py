@@ -61,8 +61,8 @@ class Service:
       key: that requests must bring; None for none.
       hosts: names under which a server without a key may be spoken to, so that no other site can make a
         browser do it (DNS rebinding); None for any.
-      reading: a thread for prompts.  One is enough, and decodes one image at a time: the largest take hundreds
-        of megabytes.
+      reading: a thread for prompts.  One is enough, and decodes one image at a time: the largest take
+        hundreds of megabytes.
     """
 
     engine: Engine
