@@ -267,6 +267,9 @@ class _Counted:
 
         try:
             await self.app(scope, receive, sending)
+        except Exception:
+            status = 500
+            raise
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, status).inc()

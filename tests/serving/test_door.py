@@ -8,18 +8,24 @@ import json
 import socket
 import types
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="no fastapi: pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx", reason="no httpx: pip install -e '.[test]'")
 
 from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.text.templates import TokenizedSample
+from minigpt5_jax.inference.session import Prompt, _Row
+from minigpt5_jax.inference.streaming import Asked
 from minigpt5_jax.serving.app import Service, make_app
+from minigpt5_jax.serving.engine import Engine
 from minigpt5_jax.serving.metrics import Metrics
 from minigpt5_jax.serving.refusal import Refusal
 from minigpt5_jax.serving.run import bind
 from minigpt5_jax.serving.schema import ChatRequest, Limits, chat_messages, parse, side_of
 
+IDS = np.int32([1, 2])
 URL = "data:image/png;base64," + base64.b64encode(b"no image").decode()
 
 
@@ -32,15 +38,15 @@ def shows(url: str, count: int = 1) -> list:
     return [{"role": "user", "content": [part] * count}]
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Answers nothing, or fails."""
 
     def __init__(self, fails: bool = False):
         self.metrics, self.inside, self.fails, self.jobs = Metrics(), 0, fails, []
-        self.model = types.SimpleNamespace(stage=2, prompt=lambda *given, **more: (Prompt(), []))
+        self.model = types.SimpleNamespace(stage=2, prompt=lambda *given, **more: (Prompt("hello"), []))
 
     def read(self, prompt, **how):
-        return Asked()
+        return Asked(_Row(prompt, TokenizedSample(IDS, IDS, (), (), None, 0), []), 7.5)
 
     def submit(self, *jobs):
         self.jobs += jobs
@@ -49,20 +55,6 @@ class FakeEngine:
 
     def patience(self) -> int:
         return 7
-
-
-def Prompt():
-    from minigpt5_jax.inference.session import Prompt
-
-    return Prompt("hello")
-
-
-def Asked():
-    from minigpt5_jax.inference.session import _Row
-    from minigpt5_jax.inference.streaming import Asked
-
-    expanded = types.SimpleNamespace(dropped=0, tokens=(1, 2))
-    return Asked(_Row(Prompt(), expanded, []), 7.5)
 
 
 def post(body, engine=None, path="/v1/chat/completions", headers=(), at_once=1, **service):
@@ -204,5 +196,5 @@ def test_where_a_server_listens():
         taken.listen()
         with pytest.raises(ConfigError, match="Address already in use; choose another --port"):
             bind("127.0.0.1", taken.getsockname()[1], None)
-    with pytest.raises(ConfigError, match="--host=no.such.host.invalid: "):
-        bind("no.such.host.invalid", 0, "key")
+    with pytest.raises(ConfigError, match="cannot listen at 192.0.2.1 port 0: "):
+        bind("192.0.2.1", 0, "key")  # an address that no machine has
