@@ -226,7 +226,7 @@ async def _chat(service: Service, request: Request) -> Response:
             )
         async for _, piece in events:
             if isinstance(piece, Finished):
-                return JSONResponse(answer.whole(piece))
+                return JSONResponse(await asyncio.to_thread(answer.whole, piece))
         raise AssertionError("answers end in Finished")
     finally:
         if visit is not None:
@@ -281,7 +281,8 @@ async def _stream(events: AsyncIterator, answer: ChatAnswer, usage: bool) -> Asy
     try:
         yield answer.first()
         async for _, piece in events:
-            yield answer.last(piece, usage) if isinstance(piece, Finished) else answer.piece(piece)
+            done = isinstance(piece, Finished)
+            yield answer.last(piece, usage) if done else await asyncio.to_thread(answer.piece, piece)
     except Refusal as error:
         yield event(error.body())
     except ClientLeft:
@@ -305,7 +306,7 @@ async def _images(service: Service, request: Request) -> Response:
         settings = {"force_image": "after_text", "max_images": 1}
         async for number, piece in visit.answers(asked, settings, asked_for.num_inference_steps):
             if isinstance(piece, Finished):
-                made[number] = png(piece.answer.images[0], side)
+                made[number] = await asyncio.to_thread(png, piece.answer.images[0], side)
         data = [{"b64_json": made[number], "seed": seed} for number, seed in enumerate(seeds)]
         return JSONResponse({"created": int(time.time()), "data": data})
     finally:

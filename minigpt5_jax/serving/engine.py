@@ -95,7 +95,11 @@ class Engine:
         return Asked(self.reader.read(prompt), **how)
 
     def submit(self, *jobs: Job) -> None:
-        """Put into the queue."""
+        """Put into the queue; what is the run's own setting anyway needs no program of its own."""
+        usual = self.model.config.inference
+        for job in jobs:
+            job.settings = {name: value for name, value in job.settings.items() if usual[name] != value}
+            job.steps = None if job.steps == usual.num_inference_steps else job.steps
         with self._changed:
             self._jobs.extend(jobs)
             self._changed.notify()

@@ -81,6 +81,7 @@ def serve_model(
     )
     # uvicorn raises the signal again when it has ended well; then there is nothing left to stop.
     earlier = {kind: signal.signal(kind, lambda *_: None) for kind in (signal.SIGTERM, signal.SIGINT)}
+    bound.listen(128)  # so that who reads the next line may come at once
     shown = f"[{host}]" if ":" in host else host
     tell(f"ready: http://{shown}:{port}/ (model {name!r}; Ctrl-C ends)")
     try:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from minigpt5_jax.inference.streaming import Asked, Finished, Piece
 from minigpt5_jax.serving.engine import Engine, Event, Job
@@ -68,6 +69,7 @@ class Visit:
 
         Raises:
           Refusal: no JSON by its type, more bytes than the limit, or too slow.
+          ClientLeft: the client went away.
         """
         kind = self.request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # also keeps other sites' forms out: a browser asks before JSON
@@ -84,6 +86,8 @@ class Visit:
                     data += chunk
                     if len(data) > most:
                         raise too_large
+        except ClientDisconnect:
+            raise ClientLeft from None
         except TimeoutError:
             raise Refusal(408, "the body did not arrive in time", code="timeout") from None
         return bytes(data)
