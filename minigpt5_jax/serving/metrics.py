@@ -24,8 +24,8 @@ class Metrics:
             registry=registry,
         )
         self.inside = Gauge(name("requests_inside"), "Requests answered or waiting.", registry=registry)
-        self.clients_left = Counter(
-            name("clients_left"), "Requests whose client went away.", registry=registry
+        self.given_up = Counter(
+            name("given_up"), "Requests whose client left or whose time was over.", registry=registry
         )
         self.tokens = Counter(name("tokens"), "Ids written.", registry=registry)
         self.images = Counter(name("images"), "Images drawn.", registry=registry)
