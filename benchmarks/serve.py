@@ -3,8 +3,8 @@
     python -m benchmarks.serve --checkpoint shapes
 
 Starts ``minigpt5_jax.serve`` for each step and prints a JSON line.  ``alone``: a server of batches of one,
-asked by one client.  ``together``: batches of eight, eight clients.  ``crowd``: 200 requests at once, of which
-every fourth client leaves after a second, at a server of 64 places: what they were told, whether answers are
+asked by one client.  ``together``: batches of eight, eight clients.  ``crowd``: 200 requests at once, where
+every fourth client leaves after a second, and a server of 64 places: what they were told, whether answers are
 those of ``together``, and the growth of the server's memory.
 """
 
