@@ -256,7 +256,8 @@ def test_a_chat_in_a_browser(server, browser, folder):
     wait(browser, f"{IDLE} === 1")
     assert find(browser, "article.user p")[0].text == hostile and not find(browser, "article b")
     assert len(find(browser, "article.assistant img")) == 1 and len(find(browser, "article.user img")) == 1
-    assert browser.execute_script(UNLABELLED) == []
+    unnamed = browser.execute_script(UNLABELLED)
+    assert not unnamed, unnamed
     assert browser.execute_script("return window.hacked") is None
     source = "return document.querySelector('article.assistant img').src"
     drawn = browser.execute_script(source)
