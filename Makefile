@@ -31,7 +31,7 @@ $(BIN)/python:
 # A stamp is written when its installation is complete, and is older than setup.py when that changes.
 $(VENV)/.stamp-run: setup.py | $(BIN)/python
 	@echo "installing into $(VENV) (about a minute)"
-	@$(PIP) -e ".[metrics]"
+	@$(PIP) -e ".[metrics,serve]"
 	@touch $@
 
 $(VENV)/.stamp-test: setup.py | $(BIN)/python

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def demonstrate(config: ConfigDict) -> dict[str, Any]:
 def main(config: ConfigDict) -> None:
     """The command."""
     print(json.dumps(demonstrate(config)))
+    cli.tell(f"talk to it: {sys.executable} -m minigpt5_jax.serve --checkpoint {config.run.workdir}")
 
 
 if __name__ == "__main__":

@@ -42,13 +42,16 @@ from minigpt5_jax.serving.visits import ClientLeft, Visit
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 LEFT = 499  # as other servers log a client that went away; nobody reads it
-WISHES = (
-    "please draw: a large red circle.",
-    "make it striped.",
-    "what colour is the circle?",
-    "i want to see a small blue square.",
-)
-"""What the small world's model understands."""
+EXAMPLES = {
+    1: ("a large red circle", "a small blue square"),
+    2: (
+        "please draw: a large red circle.",
+        "make it striped.",
+        "what colour is the circle?",
+        "i want to see a small blue square.",
+    ),
+}
+"""What models of the small world understand, by the stage of their training."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,6 +102,7 @@ class Service:
         """The entry of ``/v1/models``; ``minigpt5`` is for the page."""
         model = self.engine.model
         inference = model.config.inference
+        of_shapes = model.config.data.format.startswith("shapes")
         about = {
             "stage": model.stage,
             "step": model.model.step,
@@ -106,7 +110,7 @@ class Service:
             "image_size": model.model.spec.generator.image_size,
             "num_inference_steps": inference.num_inference_steps,
             "guidance_scale": inference.guidance_scale,
-            "examples": list(WISHES) if model.config.data.format.startswith("shapes") else [],
+            "examples": EXAMPLES[model.stage] if of_shapes else (),
         }
         return {
             "id": self.name,
