@@ -13,7 +13,10 @@ from minigpt5_jax.inference.session import CFG_NEGATIVES
 
 
 def test_grids_are_guided_away_from_what_is_chosen(tiny_template, tiny_params, tiny_batch, oracle_configs):
-    """At a scale of 0 only the negative is left, whose images can be made without guidance (Q38)."""
+    """At a scale of 0 only the negative is left, whose images can be made without guidance (Q38).
+
+    Each image may have a scale of its own: 0 for one that is given as the negative, 1 as the condition.
+    """
     sampler = make_sampler("ddim", NoiseSchedule.from_hf(oracle_configs["scheduler"]), 2)
     batch, keys = tiny_batch(2), jax.random.split(jax.random.key(0), 2)
 
@@ -30,7 +33,11 @@ def test_grids_are_guided_away_from_what_is_chosen(tiny_template, tiny_params, t
             made[name] = sample(params, batch, jax.random.clone(keys))
             alone = jnp.broadcast_to(negative, (2, *negative.shape[1:]))
             latents = initial_latents(jax.random.clone(keys), model.generator.latent_shape)
-            wanted[name] = sample_images(model.generator, sampler, alone, alone, latents, 1.0)
+            what = (alone, alone, latents, 1.0)
+            if name == "empty_prompt":
+                first, second = jnp.stack([2 * alone[0], alone[1]]), jnp.stack([alone[0], 2 * alone[1]])
+                what = (first, second, latents, jnp.float32([0, 1]))
+            wanted[name] = sample_images(model.generator, sampler, *what)
         return made, wanted
 
     made, wanted = jax.tree.map(lambda x: np.asarray(x, int), both(tiny_params, batch, keys))

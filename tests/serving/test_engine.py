@@ -19,6 +19,7 @@ from minigpt5_jax.inference.session import Generation, Prompt, _Row
 from minigpt5_jax.inference.streaming import Asked, Finished, StreamingSession, _Progress
 from minigpt5_jax.serving.engine import KEPT, Engine, Job, Kept
 from minigpt5_jax.serving.metrics import Metrics
+from minigpt5_jax.wiring.pipeline import MiniGPT5
 
 IDS = np.int32([1, 2])
 USUAL = {"temperature": 1.0, "num_inference_steps": 20}
@@ -55,11 +56,22 @@ class OneSession(Engine):
         return lambda *given: None
 
 
+class Settings(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Model(MiniGPT5):
+    """A configuration alone."""
+
+    config = types.SimpleNamespace(inference=Settings(USUAL))
+
+    def __init__(self):
+        pass
+
+
 @pytest.fixture
 def engine():
-    config = types.SimpleNamespace()
-    config.inference = type("Keys", (dict,), {"__getattr__": dict.__getitem__})(USUAL)
-    made = OneSession(types.SimpleNamespace(config=config), 2, Metrics())
+    made = OneSession(Model(), 2, Metrics())
     made._thread.start()
     yield made
     made.session.go_on.set()
