@@ -16,8 +16,9 @@ httpx = pytest.importorskip("httpx", reason="no httpx: pip install -e '.[test]'"
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.text.templates import TokenizedSample
-from minigpt5_jax.inference.session import Prompt, _Row
-from minigpt5_jax.inference.streaming import Asked
+from minigpt5_jax.inference.session import Generation, Prompt, _Row
+from minigpt5_jax.inference.streaming import Asked, Finished
+from minigpt5_jax.serving.answers import ChatAnswer
 from minigpt5_jax.serving.app import Service, make_app
 from minigpt5_jax.serving.engine import Engine
 from minigpt5_jax.serving.metrics import Metrics
@@ -185,6 +186,18 @@ def test_messages_become_texts_and_bytes():
     assert side_of("12x34") == (12, 34) and side_of("auto") is None
     with pytest.raises(Refusal):
         side_of("0x5")
+
+
+def test_a_text_alone_is_a_string():
+    asked = FakeEngine().read(Prompt("hello"))
+    image, told = np.zeros((2, 2, 3), np.uint8), []
+    for parts in ((), ("a", "b"), ("a", image)):
+        text = " ".join(part for part in parts if isinstance(part, str))
+        done = Finished(0, Generation(parts, text, (5, 6), "", 0), "length")
+        choice = ChatAnswer("m", asked, 0, None, []).whole(done)["choices"][0]
+        told.append(choice["message"]["content"])
+        assert choice["finish_reason"] == "length"
+    assert told[:2] == ["", "a b"] and [part["type"] for part in told[2]] == ["text", "image_url"]
 
 
 def test_where_a_server_listens():

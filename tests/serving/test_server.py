@@ -146,7 +146,6 @@ def test_settings_of_an_answer(server):
     assert images(size="16x16")[0].shape == (16, 16, 3)
     short = server.ask(max_tokens=1).json()
     assert short["usage"]["completion_tokens"] == 1 and short["choices"][0]["finish_reason"] == "length"
-    assert isinstance(short["choices"][0]["message"]["content"], str), "a text alone is a string"
     scene = [{"role": "assistant", "content": shows(Image.new("RGB", (64, 64)), "a circle.")}]
     assert server.ask(messages=scene, mode="story").status_code == 200
     told = server.ask(messages=[{"role": "user", "content": "hello"}] * 4).json()["notes"]
