@@ -135,7 +135,7 @@ def write_rows(
 def draw_images(
     template: Template,
     sampler: Sampler,
-    guidance_scale: float,
+    guidance_scale: float | Float[Array, " m"],
     cfg_negative: str,
     params: Mapping[str, Any],
     vokens: Float[Array, "m n d"],

@@ -13,8 +13,15 @@ import numpy as np
 
 from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.inference.decode import FINISH_REASONS, DecodeState, advance, begin
-from minigpt5_jax.inference.images import initial_latents, negative_condition, sample_images
-from minigpt5_jax.inference.session import Generation, Prompt, Session, _keys, _Row
+from minigpt5_jax.inference.session import (
+    Generation,
+    Prompt,
+    Session,
+    _keys,
+    _Row,
+    draw_images,
+)
+from minigpt5_jax.models.mesh import spread
 
 Drawer = Callable[..., jax.Array]
 TURNS = 8
@@ -163,7 +170,7 @@ class StreamingSession(Session):
 
     def _begin_rows(self, params, tokens, lengths, images, image_row, image_start) -> DecodeState:
         model = self._template.bind(params)
-        embeds = model.backbone.prompt(tokens, images, image_row, image_start)
+        embeds = spread(model.backbone.prompt(tokens, images, image_row, image_start), "rows")
         return begin(
             model.backbone.decoder, embeds, lengths, self.sampling, num_vokens=model.backbone.num_vokens
         )
@@ -181,18 +188,14 @@ class StreamingSession(Session):
         )
 
     def _draw_guided(self, sampler, params, vokens, seeds, numbers, guidance) -> jax.Array:
-        model = self._template.bind(params)
-        negative = negative_condition(model, self._negative)
-        keys = jax.vmap(lambda seed, number: jax.random.fold_in(_keys(seed)[1], number))(seeds, numbers)
-        latents = initial_latents(keys, model.generator.latent_shape)
-        return sample_images(model.generator, sampler, model.condition(vokens), negative, latents, guidance)
+        return draw_images(self._template, sampler, guidance, self._negative, params, vokens, seeds, numbers)
 
     # -- on the host ----------------------------------------------------------------------------
 
     def _start(self, rows: list[_Row], image_room: int) -> DecodeState:
         """Prompts, fed."""
         tokens, lengths = self._place_tokens(rows, self.max_length)
-        return self._begin(self._params, tokens, lengths, *self._place_input_images(rows, image_room))
+        return self._run(self._begin, tokens, lengths, *self._place_input_images(rows, image_room))
 
     def _images_of(self, one: _Progress) -> int:
         return one.ids.count(self.tokenizer.first_voken_id)
@@ -256,6 +259,4 @@ class StreamingSession(Session):
         )
         numbers, guidance = np.int32([number for _, number in padded]), [one.guidance_scale for one in asked]
         vokens = np.stack([states[place] for place in padded])
-        return list(
-            np.asarray(drawer(self._params, vokens, seeds, numbers, np.float32(guidance)))[: len(some)]
-        )
+        return list(np.asarray(self._run(drawer, vokens, seeds, numbers, np.float32(guidance)))[: len(some)])

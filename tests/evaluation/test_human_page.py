@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from browser import UNLABELLED, open_browser
 from human_study import study_in
 from minigpt5_jax.evaluation.human.answers import merge
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 pytest.importorskip("selenium", reason="no selenium: pip install -e '.[test]'")
-if not (CHROMIUM and DRIVER):
-    pytest.skip(
-        "no Chromium with its driver here: apt-get install chromium chromium-driver", allow_module_level=True
-    )
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 NO_STORAGE = """
 Object.defineProperty(window, "localStorage", {get() { throw new DOMException("no", "SecurityError") }})
-"""
-UNLABELLED = """
-const named = e => e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim();
-return [...document.querySelectorAll('button, textarea, input:not([type=hidden]), progress, img')]
-  .filter(e => e.tagName === 'IMG' ? !e.alt : !named(e)).map(e => e.outerHTML)
 """
 
 
@@ -47,14 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(folder):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    flags = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900")
-    for flag in (*flags, f"user-data-dir={folder / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as driver:
-        given = {"behavior": "allow", "downloadPath": str(folder / "saved")}
-        driver.execute_cdp_cmd("Browser.setDownloadBehavior", given)
+    with open_browser(folder) as driver:
         yield driver
 
 

@@ -11,9 +11,8 @@ import commands
 pytest.importorskip("fastapi", reason="no fastapi: pip install -e '.[serve]'")
 
 COMMAND = """
-from absl import app
 from minigpt5_jax import serve
-app.run(serve.main, flags_parser=cli.parse)
+cli.start(serve.main)
 """
 
 
