@@ -115,7 +115,7 @@ def test_two_tasks_are_stopped_and_go_on_and_log_the_losses_of_one_process(slurm
     assert "stopped by SIGTERM: step " in slurm.said(job)
     before = max(losses(tmp_path / "two"))
     assert before < STEPS
-    time.sleep(3)  # Slurm revokes the stopped job's credential by the second, and a new one of the same with it
+    time.sleep(3)  # the stopped credential is revoked, and so is one that is made in the same second
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait for two minutes
     assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", slurm.said(job)[-3000:]
     assert slurm.shown(job, "Restarts") == "1"
