@@ -180,7 +180,7 @@ def test_a_full_disk_is_told_before_the_work_and_with_its_place_afterwards(capsy
         with open("/dev/full", "wb") as file:
             file.write(b"x")
 
-    others = {name: None for name in ("output", "out") if name in cli.flags.FLAGS}  # of commands imported before
+    others = {name: None for name in ("output", "out") if name in cli.flags.FLAGS}  # imported before
     with flagsaver.flagsaver(workdir="runs/a", **others), pytest.raises(SystemExit):
         cli.guarded(command)
     told = "error: No space left on device, while writing below --workdir=runs/a; make room and give"
