@@ -163,6 +163,8 @@ def test_what_is_no_reply_is_refused(dpg, tmp_path):
             reply(first, "yes").replace("200", "500"),
             r"the call \w+... failed; run it again, or delete the line",
         ),
+        (reply(first, None), r"the call \w+... has no text as its reply; run it again, or delete the line"),
+        (json.dumps({"custom_id": "a", "response": "text"}), "is no reply of a judge .*AttributeError"),
     ):
         file.write_text(text)
         with pytest.raises(DataError, match=said):
@@ -353,6 +355,17 @@ def test_every_benchmark_is_found_and_others_are_named(tmp_path):
         DataError, match="3 of 4 prompts have no answer in .*, 00000_1 for one; generate from all"
     ):
         run("layout", Task("geneval", str(file), str(tmp_path / "p"), str(tmp_path / "few")))
+
+
+def test_a_reply_without_a_text_is_asked_again(tmp_path):
+    cache, request = tmp_path / "cache", Request(("a",))
+    name = Judge("m", cache).name(request)
+    cache.write_text(json.dumps({"custom_id": name, "content": None}) + "\n")
+    judge = Judge("m", cache)
+    assert judge.reply(request) is None and judge.write([request], tmp_path / "r.jsonl") == (1, 0)
+    said = "one\u2028two\x85three"  # what splits lines of text, and not of JSON
+    (tmp_path / "a.jsonl").write_text(json.dumps({"custom_id": name, "content": said}))
+    assert judge.learn([tmp_path / "a.jsonl"]) == 1 and Judge("m", cache).reply(request) == said
 
 
 def test_a_request_is_known_by_what_it_says(tmp_path):
