@@ -174,9 +174,9 @@ def test_damaged_files_are_named(study, tmp_path):
     folder, key = study
     path = answer_file(tmp_path / "in", key, next(iter(key["raters"])), honest)
     text = path.read_text()
-    for bad in ("NaN", "Infinity", "-1", '"soon"'):
+    for bad in ("NaN", "Infinity", "-1", '"soon"', "null"):
         path.write_text(text.replace('"seconds": 10.0', f'"seconds": {bad}', 1))
-        with pytest.raises(DataError, match=r"answers_.*holds no answers; .*ValueError"):
+        with pytest.raises(DataError, match=r"answers_.*holds no answers; .*(Value|Type)Error"):
             merge(folder, [path])
     path.write_text(text.replace('"comment": ""', '"comment": "a\u2028b"', 1))
     table = tmp_path / "results.csv"

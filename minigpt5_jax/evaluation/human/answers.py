@@ -97,7 +97,7 @@ def _read(path: Path) -> list[Answered]:
 
 def _seconds(value: Any) -> float:
     """A time; ValueError where it is none, as NaN is."""
-    seconds = float(value or 0)
+    seconds = float(value)
     if not 0 <= seconds < math.inf:
         raise ValueError(f"{seconds} is no time in seconds")
     return seconds
@@ -133,7 +133,7 @@ def _label_studio(path: Path, tasks: Sequence[Mapping[str, Any]]) -> Iterator[An
                 token=str(task["data"]["rater"]),
                 place=int(task["data"]["place"]),
                 answers={name: _choice(value) for name, value in chosen.items()},
-                seconds=_seconds(annotation.get("lead_time")),
+                seconds=_seconds(annotation.get("lead_time") or 0),
                 worker=f"label studio {annotation['completed_by']}",
             )
 
@@ -159,7 +159,7 @@ def _mturk(path: Path) -> Iterator[Answered]:
                 token=row["Input.rater"],
                 place=int(row["Input.place"]),
                 answers=_mturk_answers(row),
-                seconds=_seconds(row.get("WorkTimeInSeconds")),
+                seconds=_seconds(row.get("WorkTimeInSeconds") or 0),
                 worker=f"mturk {row['WorkerId']}",
             )
 
