@@ -11,8 +11,8 @@
     python -m minigpt5_jax.evaluate benchmark prompts --benchmark geneval --references FILE --output p.jsonl
 
 The first two evaluate.  ``human`` is the study with people: a page for raters, their answers, what follows.
-``benchmark prompts | layout | requests | score`` speaks with benchmarks of others: geneval, dpg_bench,
-opening, isg_bench, mmie, comm_task1 to comm_task4.
+``benchmark prompts | layout | requests | score`` run a benchmark of another project: geneval,
+dpg_bench, opening, isg_bench, mmie, comm_task1 to comm_task4.
 
 Evaluating writes results.json, per_sample.jsonl, per_group.jsonl and report.html, and prints one JSON line
 with ``metrics``, ``skipped`` and ``n``.  A stopped evaluation goes on with the same command.
@@ -67,7 +67,7 @@ def define_flags() -> tuple[flags.FlagHolder, ...]:
         ),
         cli.define_path("predictions", None, "Folder with conversations.jsonl and its images."),
         cli.define_path("references", None, "JSONL of pairs, stories or dialogues."),
-        flags.DEFINE_enum("protocol", "standard", list(PROTOCOLS), "Whose scores."),
+        flags.DEFINE_enum("protocol", "standard", list(PROTOCOLS), "Whose way of scoring is followed."),
         flags.DEFINE_enum("task", None, list(TASKS), "What is scored; by default as the data are."),
         flags.DEFINE_enum("context", "image+text", list(CONTEXTS), "last_step: what is read before it."),
         flags.DEFINE_list("metrics", [], "Names; those of the protocol by default."),
@@ -86,7 +86,12 @@ def define_flags() -> tuple[flags.FlagHolder, ...]:
         cli.define_path("output", "evaluation", "Folder of the results."),
         flags.DEFINE_boolean("allow_skips", False, "Skipped metrics of --metrics are no failure."),
         flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default."),
-        flags.DEFINE_integer("seed", 0, "Of the answers.", lower_bound=0),
+        flags.DEFINE_integer(
+            "seed",
+            0,
+            "Seed of the answers.  human make draws a secret one where none is given.",
+            lower_bound=0,
+        ),
         flags.DEFINE_integer("batch_size", 16, "Answers made together at most.", lower_bound=1),
         flags.DEFINE_multi_string("inference", [], "KEY=VALUE in place of the run's inference.KEY."),
         flags.DEFINE_multi_string(
@@ -189,6 +194,8 @@ def human(step: str) -> dict[str, Any]:
     shared = ("references", "output", "count", "seed", "allow_outside_images")
     own = ("judgements", "per_rater", "questions", "introduction", "inline", "base_url", "completion_code")
     values = {name: flag[name].value for name in (*shared, *own)}
+    if not flag["seed"].present:
+        values["seed"] = None
     return make(Plan(systems=cli.folders(flag.system, "system"), **values))
 
 

@@ -61,7 +61,7 @@ def study_in(folder: Path, count: int = 8, **more) -> tuple[Path, dict]:
         Plan(
             **materials(folder / "given", count),
             output=str(output),
-            **{"judgements": 2, "per_rater": 4, **more},
+            **{"judgements": 2, "per_rater": 4, "seed": 0, **more},
         )
     )
     return output, json.loads((output / "key.json").read_text())

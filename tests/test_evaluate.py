@@ -147,6 +147,7 @@ def test_a_study_with_people_from_the_command_line(run, tmp_path):
     done = run(*make, "--output", study, "--judgements=1")
     assert done.returncode == 0 and json.loads(done.stdout)["raters"] == 1, done.stderr
     key = json.loads((study / "key.json").read_text())
+    assert key["seed"] != 0, "a default would be known to raters"
     [token] = key["raters"]
     answers = human_study.answer_file(tmp_path / "in", key, token, human_study.honest)
     assert json.loads(run("human", "merge", "--study", study, "--answers", answers).stdout)["missing"] == 0

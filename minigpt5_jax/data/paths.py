@@ -54,7 +54,7 @@ class ImageFolder:
 
     Attributes:
       root: the folder.
-      allow_outside: whether paths may lead out of it; a file from elsewhere could name any file else.
+      allow_outside: whether paths may lead out of it; a file from elsewhere could then name any file.
       remedy: what to do about a path that does.
     """
 

@@ -119,7 +119,7 @@ def test_a_table_with_commas_is_told_how_it_becomes_one_with_tabs(tmp_path, name
         Cc3mSource(given)
     (problem,) = listed(check(given))
     for message in (problem, str(error.value)):
-        command = message.partition("write it anew: ")[2].replace("python", sys.executable, 1)
+        command = message.partition("convert it with: ")[2].replace("python", sys.executable, 1)
         subprocess.run(command, shell=True, check=True, cwd=tmp_path)
         assert [Cc3mSource(tmp_path / "new.tsv").pair(row).caption for row in (0, 1)] == [
             'A "cat", sitting', "A dog"

@@ -106,3 +106,41 @@ def test_files_that_cannot_be_used(tmp_path):
     (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     with pytest.raises(DataError, match="holds several splits; name the folder of one: train"):
         ColumnSource(tmp_path / "both")
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path):
+    hub = tmp_path / "hub"
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-00000-of-00001"):
+        (hub / name).parent.mkdir(parents=True, exist_ok=True)
+        write(hub / f"{name}.parquet")
+    with pytest.raises(
+        DataError, match=r"several splits: train \(data/train-0.*, validation .*folder of its"
+    ):
+        ColumnSource(hub)
+    (hub / "train").mkdir()
+    for file in (hub / "data").glob("train-*"):
+        file.rename(hub / "train" / file.name)
+    assert ColumnSource(hub / "train").rows == 10, "the remedy"
+    with pytest.raises(DataError, match=r"several splits: .*train \(train/"):
+        ColumnSource(hub)
+    (tmp_path / "one").mkdir()
+    for name in ("train-a", "testimonies", "values"):
+        write(tmp_path / "one" / f"{name}.parquet")
+    assert ColumnSource(tmp_path / "one").rows == 15, "words that only begin like a split"
+
+
+def test_only_the_data_of_a_saved_folder_counts(tmp_path):
+    for name in ("data-00000-of-00001", "cache-0123", "data-of-before"):
+        write(tmp_path / f"{name}.arrow")
+    assert ColumnSource(tmp_path).rows == 10, "caches are no data"
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    assert ColumnSource(tmp_path).rows == 5
+    state.write_text(json.dumps({"_data_files": [{"filename": "data-00001-of-00002.arrow"}]}))
+    with pytest.raises(DataError, match="lists data-00001-of-00002.arrow, which is not there; save .* again"):
+        ColumnSource(tmp_path)
+    state.write_text("{")
+    with pytest.raises(
+        DataError, match="state.json does not list the files of data .*save the dataset again"
+    ):
+        ColumnSource(tmp_path)

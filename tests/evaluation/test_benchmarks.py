@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -163,6 +164,8 @@ def test_what_is_no_reply_is_refused(dpg, tmp_path):
             reply(first, "yes").replace("200", "500"),
             r"the call \w+... failed; run it again, or delete the line",
         ),
+        (reply(first, None), r"the call \w+... has no text as its reply; run it again, or delete the line"),
+        (json.dumps({"custom_id": "a", "response": "text"}), "is no reply of a judge .*AttributeError"),
     ):
         file.write_text(text)
         with pytest.raises(DataError, match=said):
@@ -212,7 +215,7 @@ def test_opening(tmp_path):
     (tmp_path / "a.jsonl").write_text(reply(request, f"```json\n{json.dumps({'scores': scores})}\n```"))
     found = bench("score", answers=[str(tmp_path / "a.jsonl")], **given)
     assert found["overall"] == 3 and found["Content Richness"] == 6
-    with pytest.raises(DataError, match="has not the seven scores .*ask again"):
+    with pytest.raises(DataError, match="does not have the seven scores .*ask again"):
         opening.criteria('{"scores": {}}', "0301096")
     with pytest.raises(ConfigError, match="--judge MODEL and --instructions FILE"):
         bench("requests", judge="m")
@@ -353,6 +356,98 @@ def test_every_benchmark_is_found_and_others_are_named(tmp_path):
         DataError, match="3 of 4 prompts have no answer in .*, 00000_1 for one; generate from all"
     ):
         run("layout", Task("geneval", str(file), str(tmp_path / "p"), str(tmp_path / "few")))
+
+
+def test_answers_are_of_one_kind(dpg, tmp_path):
+    dpg("requests", judge="m", output=str(tmp_path / "r.jsonl"))
+    replies, own, empty = (str(tmp_path / name) for name in ("a.jsonl", "results.txt", "empty.jsonl"))
+    Path(replies).write_text(
+        "\n".join(reply(line, "yes") for line in (tmp_path / "r.jsonl").read_text().splitlines())
+    )
+    Path(own).write_text("DPG-Bench score: 80")
+    Path(empty).write_text("\n")
+    for answers, said in (
+        ([replies, own], "or one file or folder that the program of dpg_bench wrote, got .*of one kind"),
+        ([own, own], "give those of one kind"),
+        ([own], "results.txt has no replies of a judge; .*give the replies of a --judge"),
+        ([empty], "empty.jsonl is empty; give the file that the judge's replies were written to"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=said):
+            dpg("score", judge="m", answers=answers)
+    assert dpg("score", judge="m", answers=[replies])["dpg_bench"] == 100, "the remedy"
+
+
+def damaged(name: str, **change) -> list[dict]:
+    """A record of a benchmark with one image, some keys of it changed."""
+    part = {"type": "image", "content": "images/q.png"}
+    step = {"text": "x", "image": "images/q.png"}
+    row = {
+        "isg_bench": {"id": "1", "Category": "x", "Query": [part], "Golden": [part]},
+        "mmie": {"id": "SA-1", "question": [step]},
+        "opening": {"total_uid": "1", "conversations": [{"input": [step]}]},
+        "comm_task1": {"data_id": "1", "title": "x", "step_info": [[part]]},
+    }[name]
+    return [row | change]
+
+
+@pytest.mark.parametrize("name", ["isg_bench", "mmie", "opening", "comm_task1"])
+def test_files_of_prompts_are_not_trusted(name, tmp_path):
+    file = tmp_path / "given/prompts.json"
+    task = Task(name, str(file), str(tmp_path / "p.jsonl"))
+
+    def prompts(rows, **more):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        return run("prompts", dataclasses.replace(task, **more))
+
+    rows = damaged(name)
+    assert prompts(rows)["images"] == 1
+    [key, *_] = rows[0]
+    for path in ("../../x.png", "/etc/x.png"):
+        outside = json.dumps(rows).replace("images/q.png", path)
+        with pytest.raises(DataError, match="leads out of .*or allow it: --allow_outside_images"):
+            prompts(outside)
+        assert prompts(outside, allow_outside_images=True)["images"] == 1, "the remedy"
+    for bad in ("../a", "a/b", "a\\b"):
+        with pytest.raises(DataError, match="prompts.json: id .* is no text without / and"):
+            prompts(damaged(name, **{key: bad}))
+    last = list(rows[0])[-1]
+    for bad in [{key: 7}, *({last: value} for value in (None, ["x"], [["x"]], [{}], [[{}]]))]:
+        with pytest.raises(
+            DataError, match=f"prompts.json is not a file of prompts of {name}; get the bench"
+        ):
+            prompts(damaged(name, **bad))
+    with pytest.raises(DataError, match="prompts.json is cut off or no JSON; get the file again"):
+        prompts(json.dumps(rows)[:-5])
+
+
+def test_files_of_programs_and_instructions_are_not_trusted(dpg, tmp_path):
+    table = Path(dpg.given["file"])
+    text = table.read_text()
+    table.write_text(text.replace("b2,b2: a red cow,2", "b2,b2: a red cow,two"))
+    with pytest.raises(DataError, match=r"dpg_bench.csv is not a file of prompts of dpg_bench; .*'two'"):
+        dpg("layout")
+    table.write_text(text)
+    for name, said in (("i.json", "i.json is cut off or no JSON"), ("i.txt", "i.txt is no text in UTF-8")):
+        (tmp_path / name).write_bytes(b'{"\xff')
+        with pytest.raises(DataError, match=said):
+            dpg("requests", judge="m", instructions=str(tmp_path / name))
+    rows = [{"tag": "cow", "prompt": "a cow"}]
+    bench = Bench(tmp_path / "g", "geneval", lines(tmp_path / "meta.jsonl", rows), lambda n, _: [10])
+    results = lines(tmp_path / "results.jsonl", [{"tag": "cow", "correct": "?", "metadata": "x"}] * 4)
+    with pytest.raises(DataError, match="results.jsonl is not what the program of geneval writes; run it ag"):
+        bench("score", answers=[str(results)])
+
+
+def test_a_reply_without_a_text_is_asked_again(tmp_path):
+    cache, request = tmp_path / "cache", Request(("a",))
+    name = Judge("m", cache).name(request)
+    cache.write_text(json.dumps({"custom_id": name, "content": None}) + "\n")
+    judge = Judge("m", cache)
+    assert judge.reply(request) is None and judge.write([request], tmp_path / "r.jsonl") == (1, 0)
+    said = "one\u2028two\x85three"  # what splits lines of text, and not of JSON
+    (tmp_path / "a.jsonl").write_text(json.dumps({"custom_id": name, "content": said}))
+    assert judge.learn([tmp_path / "a.jsonl"]) == 1 and Judge("m", cache).reply(request) == said
 
 
 def test_a_request_is_known_by_what_it_says(tmp_path):

@@ -145,7 +145,7 @@ def test_files_that_are_no_answers_of_this_study_are_refused(study, tmp_path):
     text = path.read_text()
     path.write_text(text[:200])
     with pytest.raises(
-        DataError, match=r"answers_.*cut off or no JSON .*saved once more on the page .*or leave"
+        DataError, match=r"answers_.*cut off or no JSON; .*saved once more on the page .*or leave"
     ):
         merge(folder, [tmp_path / "in"])
     path.write_text(text.replace(key["study_sha256"], "0" * 64))
@@ -162,12 +162,59 @@ def test_files_that_are_no_answers_of_this_study_are_refused(study, tmp_path):
     with pytest.raises(DataError, match="is none of 1, 2, tie"):
         merge(folder, [path])
     path.write_text('{"items": [{}]}')
-    with pytest.raises(DataError, match="holds no answers: KeyError .*give files that the page saved"):
+    with pytest.raises(DataError, match="holds no answers; give files that the page saved.*KeyError"):
         merge(folder, [path])
     with pytest.raises(ConfigError, match=r"holds no key.json; give the --output of `human make`"):
         merge(tmp_path, [path])
     with pytest.raises(DataError, match="no files of answers; give --answers"):
         merge(folder, [])
+
+
+def test_damaged_files_are_named(study, tmp_path):
+    folder, key = study
+    path = answer_file(tmp_path / "in", key, next(iter(key["raters"])), honest)
+    text = path.read_text()
+    for bad in ("NaN", "Infinity", "-1", '"soon"', "null"):
+        path.write_text(text.replace('"seconds": 10.0', f'"seconds": {bad}', 1))
+        with pytest.raises(DataError, match=r"answers_.*holds no answers; .*(Value|Type)Error"):
+            merge(folder, [path])
+    path.write_text(text.replace('"comment": ""', '"comment": "a\u2028b"', 1))
+    table = tmp_path / "results.csv"
+    for content in (
+        b"Input.study,Input.rater,Input.place,WorkerId\na,b,first,c\n",
+        b"Input.study\xff\n",
+        b"Input.study,Input.rater,Input.place,WorkerId,Answer.taskAnswers\na,b,0,c,[{\n",
+    ):
+        table.write_bytes(content)
+        with pytest.raises(DataError, match=r"results.csv holds no answers; .*Mechanical Turk"):
+            merge(folder, [table])
+    merge(folder, [path])
+    judgements, named = folder / "judgements.jsonl", folder / "key.json"
+    assert report(folder)["n_raters"] == 1, "a comment may hold what ends lines elsewhere"
+    judgements.write_text(judgements.read_text()[:-20])
+    with pytest.raises(DataError, match=r"judgements.jsonl:7 is cut off or no JSON; merge the answers again"):
+        report(folder)
+    merge(folder, [path])
+    assert report(folder)["n_raters"] == 1, "the remedy"
+    for damaged in (named.read_text()[:100], "[]"):
+        named.write_text(damaged)
+        with pytest.raises(DataError, match="key.json is .*restore it from a copy"):
+            merge(folder, [path])
+
+
+def test_nobody_can_compute_what_was_drawn(tmp_path):
+    given = materials(tmp_path / "given", 4)
+    keys = []
+    for number in range(2):
+        make(Plan(**given, output=str(tmp_path / f"{number}")))
+        keys.append(json.loads((tmp_path / f"{number}/key.json").read_text()))
+    assert keys[0]["seed"] != keys[1]["seed"] and not keys[0]["raters"].keys() & keys[1]["raters"].keys()
+    make(Plan(**given, output=str(tmp_path / "again"), seed=keys[0]["seed"]))
+    again = json.loads((tmp_path / "again/key.json").read_text())
+    assert again["raters"] == keys[0]["raters"], "the seed of the key draws the same"
+    (tmp_path / "intro.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="intro.txt is no text in UTF-8; save it in this encoding"):
+        make(Plan(**given, output=str(tmp_path / "x"), introduction=str(tmp_path / "intro.txt")))
 
 
 def test_platforms(tmp_path):

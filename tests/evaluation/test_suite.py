@@ -28,6 +28,7 @@ from minigpt5_jax.evaluation.suite.paper import KEYS, OTHERS, OURS, beside
 from minigpt5_jax.evaluation.suite.progress import Progress, duration
 from minigpt5_jax.evaluation.suite.protocols import metrics_of, switches_of
 from minigpt5_jax.evaluation.suite.resampling import compare, interval
+from minigpt5_jax.evaluation.suite.results import against
 from minigpt5_jax.evaluation.suite.samples import read_predictions, read_references
 from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.provenance import CheckpointError
@@ -627,3 +628,15 @@ def test_progress_tells_the_time_left():
     progress.done(1)
     assert told == ["features: 1 of 4, 0:30 left", "features: 2 of 4, 1:01:40 left"]
     assert duration(59.6) == "1:00"
+
+
+@pytest.mark.parametrize(
+    "results, groups, named", [("{", "", "results.json"), ("{}", "{\n", "group.jsonl:1")]
+)
+def test_a_damaged_evaluation_to_compare_with_is_named(results, groups, named, tmp_path):
+    (tmp_path / "results.json").write_text(
+        results.replace("{}", '{"metrics": [], "data": {"ids_sha256": ""}}')
+    )
+    (tmp_path / "per_group.jsonl").write_text(groups)
+    with pytest.raises(DataError, match=f"{named} is cut off or no JSON; evaluate it again"):
+        against(tmp_path, "pairs", [], [], [])

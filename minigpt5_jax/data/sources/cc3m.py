@@ -144,7 +144,7 @@ def header_hint(path: Path, header: Sequence[str]) -> str:
         tabs = "csv.writer(open('new.tsv', 'w', newline=''), 'excel-tab')"
         code = f"import csv, sys; {tabs}.writerows(csv.reader(open(sys.argv[1], newline='')))"
         command = f'python -c "{code}" {shlex.quote(path.name)}'
-        return f"This looks like a table with commas, and tabs are wanted; write it anew: {command}"
+        return f"This looks like a table with commas, and tabs are wanted; convert it with: {command}"
     return "The first line must name caption and image_path, separated by a tab"
 
 

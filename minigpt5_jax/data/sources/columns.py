@@ -6,6 +6,8 @@ import bisect
 import functools
 import hashlib
 import itertools
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,65 @@ from minigpt5_jax.data.sources.cc3m import PairSource
 PARQUET, ARROW = ".parquet", ".arrow"
 CAPTIONS, IMAGES = ("caption", "text"), ("image", "image_path", "jpg")
 """Names of columns, the first that is there counts."""
+SPLITS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing"}
+"""How names of files and folders of a split begin."""
 
 
 def find_tables(path: Path) -> list[Path]:
     """The files of a path: itself, or those of a folder (and of the folders in it), by name.
 
+    Of a folder that ``datasets`` saved these are the files that its ``state.json`` names.  What ``datasets``
+    keeps of computations (``cache-*``) is no data.
+
     Raises:
-      DataError: there are none, or a folder holds several splits of ``datasets``.
+      DataError: there are none, or a folder holds several splits.
     """
     if path.is_file():
         return [path]
     if (splits := path / "dataset_dict.json").is_file():
         names = sorted(inner.name for inner in path.iterdir() if inner.is_dir())
         raise DataError(f"{splits.parent} holds several splits; name the folder of one: {', '.join(names)}")
-    found = sorted(file for kind in (PARQUET, ARROW) for file in path.rglob(f"*{kind}"))
+    saved = {state.parent: _saved(state) for state in path.rglob("state.json")}
+    found = sorted(
+        file
+        for kind in (PARQUET, ARROW)
+        for file in path.rglob(f"*{kind}")
+        if not file.name.startswith("cache-") and file.name in saved.get(file.parent, {file.name})
+    )
     if not found:
         raise DataError(f"no {PARQUET} or {ARROW} file at {path}")
+    _check_one_split(path, found)
     return found
+
+
+def _saved(state: Path) -> set[str]:
+    """Names of the files of data that a ``state.json`` of ``datasets`` lists."""
+    try:
+        names = {file["filename"] for file in json.loads(state.read_bytes())["_data_files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{state} does not list the files of data ({type(error).__name__} {error}); save the dataset "
+            "again (save_to_disk)"
+        ) from None
+    if missing := sorted(name for name in names if not (state.parent / name).is_file()):
+        raise DataError(f"{state} lists {missing[0]}, which is not there; save the dataset again")
+    return names
+
+
+def _check_one_split(folder: Path, files: list[Path]) -> None:
+    """DataError where names of files, or of folders above them, are those of several splits."""
+    by_split: dict[str, Path] = {}
+    for file in files:
+        for name in file.relative_to(folder).parts:
+            for split, pattern in SPLITS.items():
+                if re.match(rf"(?:{pattern})(?![a-z])", name, re.IGNORECASE):
+                    by_split.setdefault(split, file)
+    if len(by_split) > 1:
+        told = ", ".join(f"{split} ({file.relative_to(folder)})" for split, file in by_split.items())
+        raise DataError(
+            f"{folder} holds several splits: {told}; move the files of each into a folder of its own, and "
+            "name one of these (data.train, data.validation)"
+        )
 
 
 class ColumnSource(PairSource):

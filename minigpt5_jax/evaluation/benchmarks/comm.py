@@ -9,7 +9,6 @@ here; scores of images need networks, so use ``evaluate``; its program asks GPT-
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.json_files import read_json, write_json
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.contract import (
     Answers,
     Benchmark,
@@ -25,7 +26,6 @@ from minigpt5_jax.evaluation.benchmarks.contract import (
     images_of,
     json_lines,
     mean,
-    write_json,
 )
 from minigpt5_jax.evaluation.benchmarks.judge import Judge
 from minigpt5_jax.evaluation.metrics.text import cider_d
@@ -49,12 +49,12 @@ WORDING = {
 JUDGED = ("evaluation_results.json", "completeness_and_text_fidelity.json")
 
 
-def read(task: int, path: Path) -> list[Item]:
-    """An item a document; images lie relative to the file."""
+def read(task: int, path: Path, images: ImageFolder) -> list[Item]:
+    """An item a document."""
     found = []
     for row in json_lines(path, "data_id", "title", "step_info"):
         opening, ending = WORDING[task]
-        steps = [_step(step, path.parent) for step in row["step_info"]]
+        steps = [_step(step, images, f"{path}: {row['data_id']}") for step in row["step_info"]]
         given = {1: len(steps), 2: len(steps), 3: len(steps) // 2, 4: 0}[task]
         parts: list[str | Path] = [opening.format(row["title"] or "")]
         for number, step in enumerate(steps[:given], 1):
@@ -65,8 +65,11 @@ def read(task: int, path: Path) -> list[Item]:
     return found
 
 
-def _step(blocks: Sequence[Mapping[str, str]], folder: Path) -> Parts:
-    return tuple(b["content"].strip() if b["type"] == "text" else folder / b["content"] for b in blocks)
+def _step(blocks: Sequence[Mapping[str, str]], images: ImageFolder, where: str) -> Parts:
+    return tuple(
+        b["content"].strip() if b["type"] == "text" else Path(images.path(b["content"], where))
+        for b in blocks
+    )
 
 
 def _spelled(parts: Parts) -> str:
@@ -131,7 +134,7 @@ def judged(folder: Path, task: int) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for here in sorted(folder.glob(f"*_task{task}")):
         path = next((here / name for name in JUDGED if (here / name).is_file()), None)
-        value = json.loads(path.read_text("utf-8")) if path else None
+        value = read_json(path, "run its program again") if path else None
         for name, entry in value.items() if isinstance(value, dict) else ():
             for key, number in _points(name, entry).items():
                 found.setdefault(key, []).append(float(number) if isinstance(number, int | float) else 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from PIL import Image
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.json_files import read_json, read_jsonl
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.judge import Judge, Request
 from minigpt5_jax.evaluation.suite.samples import Scene
 
@@ -44,7 +45,8 @@ class Benchmark:
     """A benchmark.
 
     Attributes:
-      read: its own file of prompts -> items, in order; DataError where it is another file.
+      read: its own file of prompts, and the folder that images are in -> items, in order.  Fails in any way
+        where it is another file (:func:`minigpt5_jax.data.json_files.form_of` tells it).
       layout: writes answers into a folder as its program reads them.
       requests: what a judge is asked, in chat form; None where its own program must judge.  Takes items,
         answers
@@ -53,7 +55,7 @@ class Benchmark:
       instructions: whether ``requests`` needs them.
     """
 
-    read: Callable[[Path], list[Item]]
+    read: Callable[[Path, ImageFolder], list[Item]]
     layout: Callable[[Sequence[Item], Answers, Path], None]
     score: Callable[[Sequence[Item], Answers, Judge, Path | None], dict[str, float]]
     requests: Callable[[Sequence[Item], Answers, Any], dict[tuple[str, ...], Request]] | None = None
@@ -75,15 +77,8 @@ def find(name: str | None) -> Benchmark:
 
 def json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     """The objects of a file, JSON lines or one list; DataError where one lacks a key."""
-    text = path.read_text("utf-8")
-    try:
-        whole = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(s) for s in text.splitlines() if s]
-        )
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON or JSON lines ({error}); is it cut off?") from None
+    remedy = "get the file again"
+    whole = (read_json if path.read_bytes().lstrip().startswith(b"[") else read_jsonl)(path, remedy)
     for number, value in enumerate(whole):
         if missing := [key for key in needed if not isinstance(value, dict) or key not in value]:
             raise DataError(
@@ -127,9 +122,3 @@ def mean(values: Sequence[float | int]) -> float:
     if not values:
         raise DataError("there is nothing to score")
     return sum(values) / len(values)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, its folder made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")

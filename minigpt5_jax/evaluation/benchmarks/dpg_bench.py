@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.contract import (
     Answers,
     Benchmark,
@@ -29,7 +30,7 @@ COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question
 SYSTEM = "Look at the image and answer the question with one word, yes or no."
 
 
-def read(path: Path) -> list[Item]:
+def read(path: Path, images: ImageFolder) -> list[Item]:
     """Four answers to each prompt, with its questions.
 
     As in the benchmark's program, the first row of the table is left out.
@@ -96,7 +97,15 @@ def score(items: Sequence[Item], answers: Answers, judge: Judge, results: Path |
     """DPG-Bench's score, 0 to 100, and the share of yes by first-level category of the last image, as there.
 
     An answer without an image counts 0.
+
+    Raises:
+      DataError: a file of another form than replies, or a request without a reply.
     """
+    if results is not None:
+        raise DataError(
+            f"{results} has no replies of a judge; what DPG-Bench's own program writes is its result already "
+            "and is not read here: give the replies of a --judge, in the form of a batch (.jsonl)"
+        )
     replies = judge.replies(requests(items, answers, None))
     scores: dict[str, list[float]] = {}
     categories: dict[str, list[float]] = {}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.contract import (
     Answers,
     Benchmark,
@@ -24,7 +25,7 @@ from minigpt5_jax.evaluation.benchmarks.judge import Judge
 SAMPLES = 4
 
 
-def read(path: Path) -> list[Item]:
+def read(path: Path, images: ImageFolder) -> list[Item]:
     """Four answers to each prompt."""
     rows = json_lines(path, "tag", "prompt")
     return [Item(f"{n:05}_{k}", (row["prompt"],), row) for n, row in enumerate(rows) for k in range(SAMPLES)]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.contract import Answers, Benchmark, Item, Parts, json_lines, mean
 from minigpt5_jax.evaluation.benchmarks.judge import Judge
 
@@ -20,14 +21,25 @@ LEAST = 1.0
 """What block and holistic scores are where there is none, as in ``calculate_performance.py``."""
 
 
-def read(path: Path) -> list[Item]:
-    """An item a record; its images lie relative to the file."""
-    rows = json_lines(path, "id", "Category", "Query", "Golden")
-    return [Item(row["id"], _parts(row["Query"], path.parent), row) for row in rows]
+def read(path: Path, images: ImageFolder) -> list[Item]:
+    """An item a record."""
+    found = []
+    for row in json_lines(path, "id", "Category", "Query", "Golden"):
+        item = Item(row["id"], _parts(row["Query"], images, f"{path}: {row['id']}"), row)
+        _order(item)  # what the score needs fails here, where the file is told
+        found.append(item)
+    return found
 
 
-def _parts(blocks: Sequence[Mapping[str, str]], folder: Path) -> Parts:
-    return tuple(b["content"] if b["type"] == "text" else folder / b["content"] for b in blocks)
+def _parts(blocks: Sequence[Mapping[str, str]], images: ImageFolder, where: str) -> Parts:
+    return tuple(
+        b["content"] if b["type"] == "text" else Path(images.path(b["content"], where)) for b in blocks
+    )
+
+
+def _order(item: Item) -> list[str]:
+    """``text`` or ``image`` for each part of the golden answer."""
+    return [block["type"] for block in item.data["Golden"]]
 
 
 def layout(items: Sequence[Item], answers: Answers, folder: Path) -> None:
@@ -49,8 +61,7 @@ def layout(items: Sequence[Item], answers: Answers, folder: Path) -> None:
 
 def structure(item: Item, answer: Parts) -> bool:
     """Whether texts and images come in the order of the golden answer."""
-    wanted = [block["type"] for block in item.data["Golden"]]
-    return ["text" if isinstance(part, str) else "image" for part in answer] == wanted
+    return ["text" if isinstance(part, str) else "image" for part in answer] == _order(item)
 
 
 def levels(row: Mapping[str, Any]) -> dict[str, float]:

@@ -142,24 +142,29 @@ def _hash(body: Mapping[str, Any]) -> str:
 
 
 def _replies(path: Path) -> Iterable[tuple[str, str]]:
-    """(hash, text) of each line: a batch's output, or the plain form of the cache."""
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    """(hash, text) of each line: a batch's output, or the plain form of the cache.
+
+    A reply without a text (``"content": null``, as of a call that was refused) is a call that failed; in the
+    plain form it is passed over, so that it is asked again.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes: texts may hold U+2028
         try:
             value = json.loads(line)
-            name = value["custom_id"]
-            if "content" in value:
-                yield name, value["content"]
-                continue
-            failed = value.get("error") or value["response"].get("status_code", 200) != 200
+            name, plain = str(value["custom_id"]), "content" in value
+            failed = not plain and (value.get("error") or value["response"].get("status_code", 200) != 200)
+            said = None
             if not failed:
-                yield name, value["response"]["body"]["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+                body = value if plain else value["response"]["body"]["choices"][0]["message"]
+                said = body["content"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(
                 f"{path}:{number} is no reply of a judge ({type(error).__name__} {error}); give lines with "
-                "custom_id "
-                "and response, as a batch of the OpenAI form returns them"
+                "custom_id and response, as a batch of the OpenAI form returns them"
             ) from None
-        if failed:
+        if isinstance(said, str):
+            yield name, said
+        elif not plain:
+            why = "failed" if failed else "has no text as its reply"
             raise DataError(
-                f"{path}:{number}: the call {name[:12]}... failed; run it again, or delete the line"
+                f"{path}:{number}: the call {name[:12]}... {why}; run it again, or delete the line"
             )

@@ -15,6 +15,8 @@ from typing import Any
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.json_files import form_of, write_json
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.contract import (
     Answers,
     Benchmark,
@@ -23,7 +25,6 @@ from minigpt5_jax.evaluation.benchmarks.contract import (
     json_lines,
     mean,
     steps,
-    write_json,
 )
 from minigpt5_jax.evaluation.benchmarks.judge import Judge, Request
 
@@ -33,17 +34,17 @@ MOST_IMAGES = 3
 """Images of question and answer that its judge is shown, but for those of long questions."""
 
 
-def read(path: Path) -> list[Item]:
-    """An item a question; its images lie relative to the file."""
+def read(path: Path, images: ImageFolder) -> list[Item]:
+    """An item a question."""
     rows = json_lines(path, "id", "question")
-    return [Item(row["id"], _parts(row["question"], path.parent), row) for row in rows]
+    return [Item(row["id"], _parts(row["question"], images, f"{path}: {row['id']}"), row) for row in rows]
 
 
-def _parts(some: Sequence[Mapping[str, Any]], folder: Path) -> Parts:
+def _parts(some: Sequence[Mapping[str, Any]], images: ImageFolder, where: str) -> Parts:
     found: list[str | Path] = []
     for part in some:
         found += [part["text"]] * bool(part["text"])
-        found += [folder / part["image"]] if part["image"] else []
+        found += [Path(images.path(part["image"], where))] if part["image"] else []
     return tuple(found)
 
 
@@ -104,7 +105,10 @@ def requests(items: Sequence[Item], answers: Answers, instructions: Any) -> dict
             texts[side] = told
         body = f"{instructions[task]}### Question\n{texts['Question']}\n### Answer\n{texts['Answer']}\n"
         if task == "MSR":
-            right = item.data["gt_answer"][0]["text"]
+            with form_of(
+                item.id, "has no gt_answer with a text, which the judge is told; get the file again"
+            ):
+                right = item.data["gt_answer"][0]["text"]
             body += f"### Correct Answer\nThe correct answer to this question should be: {right}\n"
         found[(item.id,)] = Request((*images, body + "### Feedback\n"))
     return found

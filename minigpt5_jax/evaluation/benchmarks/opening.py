@@ -14,6 +14,8 @@ from typing import Any
 
 from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.json_files import write_json
+from minigpt5_jax.data.paths import ImageFolder
 from minigpt5_jax.evaluation.benchmarks.contract import (
     Answers,
     Benchmark,
@@ -21,7 +23,6 @@ from minigpt5_jax.evaluation.benchmarks.contract import (
     json_lines,
     mean,
     steps,
-    write_json,
 )
 from minigpt5_jax.evaluation.benchmarks.judge import Judge, Request
 
@@ -37,8 +38,8 @@ CRITERIA = (
 ENDING = "\nPlease only output the json result: "
 
 
-def read(path: Path) -> list[Item]:
-    """An item a record; its images lie relative to the file."""
+def read(path: Path, images: ImageFolder) -> list[Item]:
+    """An item a record."""
     found = []
     for row in json_lines(path, "conversations"):
         uid = row.get("total_uid") or (
@@ -48,7 +49,7 @@ def read(path: Path) -> list[Item]:
         for step in row["conversations"][0]["input"]:
             text = step["text"].replace("<BEGIN>", "").replace("<image>", "").strip()
             prompt += [text] * bool(text)
-            prompt += [path.parent / step["image"]] if step["image"] else []
+            prompt += [Path(images.path(step["image"], f"{path}: {uid}"))] if step["image"] else []
         found.append(Item(uid, tuple(prompt), row))
     return found
 
@@ -89,7 +90,7 @@ def criteria(reply: str, where: str) -> dict[str, float]:
     """The seven scores of a reply.
 
     Raises:
-      DataError: it has not all of them.
+      DataError: one of them is missing.
     """
     try:
         value = json.loads(reply[reply.index("{") : reply.rindex("}") + 1])
@@ -97,9 +98,8 @@ def criteria(reply: str, where: str) -> dict[str, float]:
         return {name: float(value[name]["Score"]) for name in CRITERIA}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"the judge's reply to {where} has not the seven scores ({type(error).__name__} {error}); "
-            "delete its line "
-            "from the replies and from the cache, and ask again"
+            f"the judge's reply to {where} does not have the seven scores ({type(error).__name__} {error}); "
+            "delete its line from the replies and from the cache, and ask again"
         ) from None
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
-from minigpt5_jax.evaluation.benchmarks.contract import Answers, Item, find
+from minigpt5_jax.data.json_files import form_of, read_json, read_text
+from minigpt5_jax.evaluation.benchmarks.contract import Answers, Benchmark, Item, find
 from minigpt5_jax.evaluation.benchmarks.judge import Judge
-from minigpt5_jax.evaluation.suite.samples import read_parts
+from minigpt5_jax.evaluation.suite.samples import images_beside, read_parts
 
 STEPS = ("prompts", "layout", "requests", "score")
 CACHE = "judge_cache.jsonl"
@@ -47,11 +48,7 @@ def run(step: str, task: Task) -> dict[str, Any]:
       ConfigError, DataError, OSError: as their messages say.
     """
     benchmark = find(task.name)
-    if not task.file:
-        raise ConfigError("give the benchmark's own file of prompts: --references FILE")
-    items = benchmark.read(Path(task.file))
-    if not items:
-        raise DataError(f"{task.file} has no prompts")
+    items = _items(benchmark, task)
     if step == "prompts":
         return _prompts(items, Path(task.output))
     answers = _answers(items, task)
@@ -59,8 +56,7 @@ def run(step: str, task: Task) -> dict[str, Any]:
         benchmark.layout(items, answers, Path(task.output))
         return {"items": len(items), "written": task.output}
     instructions = _instructions(task)
-    files = [Path(path) for path in task.answers]
-    replies = benchmark.requests is not None and all(_is_replies(path) for path in files)
+    replies, own = _sorted_answers(task)
     judge = Judge(task.judge, Path(task.predictions or "") / CACHE, instructions)
     if step == "requests":
         if benchmark.requests is None:
@@ -71,11 +67,33 @@ def run(step: str, task: Task) -> dict[str, Any]:
         asked = benchmark.requests(items, answers, instructions)
         written, known = judge.write(asked.values(), Path(task.output))
         return {"requests": written, "answered": known, "written": task.output}
-    if replies:
+    if own is not None:
+        with form_of(own, f"is not what the program of {task.name} writes; run it again"):
+            return benchmark.score(items, answers, judge, own)
+    if benchmark.requests is None and replies:
+        raise ConfigError(f"{task.name} is judged by its own program; give what it wrote as --answers")
+    if benchmark.requests is not None:
         _need_judge(task, benchmark.instructions)
-        judge.learn(files)
-    own = files[0] if files and not replies else None
-    return benchmark.score(items, answers, judge, own)
+        judge.learn(replies)
+    return benchmark.score(items, answers, judge, None)
+
+
+def _items(benchmark: Benchmark, task: Task) -> list[Item]:
+    """The items of the benchmark's file; DataError for another file, without any, or with an unsafe id."""
+    if not task.file:
+        raise ConfigError("give the benchmark's own file of prompts: --references FILE")
+    path = Path(task.file)
+    with form_of(path, f"is not a file of prompts of {task.name}; get the benchmark's own file"):
+        items = benchmark.read(path, images_beside(path, task.allow_outside_images))
+        some = (part for item in items for part in (item.id, *item.prompt))
+        if odd := [part for part in some if not isinstance(part, str | Path)]:
+            raise TypeError(f"{odd[0]!r} is no text")
+    if not items:
+        raise DataError(f"{path} has no prompts")
+    for item in items:  # an id becomes the name of a file or folder
+        if not item.id or {*"/\\\0"} & {*item.id}:
+            raise DataError(f"{path}: id {item.id!r} is no text without / and \\; get the file again")
+    return items
 
 
 def _need_judge(task: Task, instructions: bool) -> None:
@@ -84,20 +102,43 @@ def _need_judge(task: Task, instructions: bool) -> None:
         raise ConfigError(f"give the model that judges, --judge MODEL{more} (docs/evaluation.md)")
 
 
+def _sorted_answers(task: Task) -> tuple[list[Path], Path | None]:
+    """Files of a judge's replies, and what the benchmark's program wrote; one of them is empty.
+
+    Raises:
+      ConfigError: files of both kinds, or several of the program.
+      DataError: a file of replies is empty.
+    """
+    replies, own = [], []
+    for path in map(Path, task.answers):
+        (replies if _is_replies(path) else own).append(path)
+    if len(own) > 1 or (own and replies):
+        names = ", ".join(map(str, [*own, *replies]))
+        raise ConfigError(
+            f"--answers takes files of a judge's replies, or one file or folder that the program of "
+            f"{task.name} wrote, got {names}; give those of one kind"
+        )
+    return replies, own[0] if own else None
+
+
 def _is_replies(path: Path) -> bool:
     """Whether a file has a judge's replies; otherwise it is what a benchmark's program wrote."""
     if path.is_dir() or path.suffix != ".jsonl":
         return False
-    with path.open(encoding="utf-8") as file:
-        return '"custom_id"' in file.readline()
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    if not first:
+        raise DataError(f"{path} is empty; give the file that the judge's replies were written to")
+    return b'"custom_id"' in first
 
 
 def _instructions(task: Task) -> Any:
     """Text, or the value of a JSON file."""
     if task.instructions is None:
         return ""
-    text = Path(task.instructions).read_text("utf-8")
-    return json.loads(text) if task.instructions.endswith(".json") else text
+    if task.instructions.endswith(".json"):
+        return read_json(task.instructions, "give the benchmark's own instructions")
+    return read_text(task.instructions)
 
 
 def _answers(items: Sequence[Item], task: Task) -> Answers:
@@ -108,8 +149,7 @@ def _answers(items: Sequence[Item], task: Task) -> Answers:
     if missing := [item.id for item in items if item.id not in answers]:
         raise DataError(
             f"{len(missing)} of {len(items)} prompts have no answer in {task.predictions}, {missing[0]} for "
-            "one; "
-            "generate from all prompts that `benchmark prompts` wrote"
+            "one; generate from all prompts that `benchmark prompts` wrote"
         )
     return answers
 

@@ -6,12 +6,14 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.json_files import form_of, read_json
 from minigpt5_jax.evaluation.human.make import KEY
 from minigpt5_jax.evaluation.human.questions import CHOICES, LEFT, TIE
 
@@ -45,11 +47,15 @@ def read_key(study: str | Path) -> dict[str, Any]:
 
     Raises:
       ConfigError: the folder holds no study.
+      DataError: its key is damaged.
     """
     path = Path(study) / KEY
     if not path.is_file():
         raise ConfigError(f"--study={study} holds no {KEY}; give the --output of `human make`")
-    return json.loads(path.read_text("utf-8"))
+    key = read_json(path, "restore it from a copy; without it the answers tell nothing")
+    if not isinstance(key, dict) or "study_sha256" not in key:
+        raise DataError(f"{path} is no key of a study; restore it from a copy")
+    return key
 
 
 def read_answers(paths: Sequence[str | Path]) -> list[Answered]:
@@ -73,33 +79,39 @@ def read_answers(paths: Sequence[str | Path]) -> list[Answered]:
 
 
 def _read(path: Path) -> list[Answered]:
+    wanted = (
+        "holds no answers; give files that the page saved, or exports of Label Studio (.json) or Mechanical "
+        "Turk (.csv)"
+    )
     if path.suffix == ".csv":
-        return list(_mturk(path))
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(
-            f"{path} is cut off or no JSON ({error}); have the answers saved once more on the page "
-            "where they were given (it still knows them), or leave the file out"
-        ) from None
-    try:
+        with form_of(path, wanted):
+            return list(_mturk(path))
+    remedy = (
+        "have the answers saved once more on the page where they were given (it still knows them), or leave "
+        "the file out"
+    )
+    value = read_json(path, remedy)
+    with form_of(path, wanted):
         return list(_label_studio(path, value) if isinstance(value, list) else _page(path, value))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path} holds no answers: {type(error).__name__} {error}; give files that the page saved, or "
-            "exports of Label Studio (.json) or Mechanical Turk (.csv)"
-        ) from None
+
+
+def _seconds(value: Any) -> float:
+    """A time; ValueError where it is none, as NaN is."""
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds} is no time in seconds")
+    return seconds
 
 
 def _page(path: Path, value: Mapping[str, Any]) -> Iterator[Answered]:
     for place, item in enumerate(value["items"]):
         yield Answered(
             where=str(path),
-            study=value["study_sha256"],
-            token=value["rater"],
+            study=str(value["study_sha256"]),
+            token=str(value["rater"]),
             place=place,
             answers=dict(item["answers"]),
-            seconds=float(item["seconds"]),
+            seconds=_seconds(item["seconds"]),
             comment=str(item["comment"]),
             item=item["id"],
         )
@@ -117,11 +129,11 @@ def _label_studio(path: Path, tasks: Sequence[Mapping[str, Any]]) -> Iterator[An
             }
             yield Answered(
                 where=str(path),
-                study=task["data"]["study"],
-                token=task["data"]["rater"],
+                study=str(task["data"]["study"]),
+                token=str(task["data"]["rater"]),
                 place=int(task["data"]["place"]),
                 answers={name: _choice(value) for name, value in chosen.items()},
-                seconds=float(annotation.get("lead_time") or 0),
+                seconds=_seconds(annotation.get("lead_time") or 0),
                 worker=f"label studio {annotation['completed_by']}",
             )
 
@@ -147,7 +159,7 @@ def _mturk(path: Path) -> Iterator[Answered]:
                 token=row["Input.rater"],
                 place=int(row["Input.place"]),
                 answers=_mturk_answers(row),
-                seconds=float(row.get("WorkTimeInSeconds") or 0),
+                seconds=_seconds(row.get("WorkTimeInSeconds") or 0),
                 worker=f"mturk {row['WorkerId']}",
             )
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import html
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from minigpt5_jax.data.json_files import write_json
 from minigpt5_jax.evaluation.human.questions import CHOICES, LEFT, RIGHT
 
 MTURK, MTURK_ROWS = "mturk.html", "mturk.csv"
@@ -37,7 +37,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     local = {source: LOCAL + path for source, path in addresses.items()}
     tasks = [{"data": row} for row in _rows(study, local)]
-    _write_json(folder / LABEL_STUDIO, tasks)
+    write_json(folder / LABEL_STUDIO, tasks)
     (folder / LABEL_STUDIO_CONFIG).write_text(_label_studio(study["questions"]), "utf-8")
     if base_url is None:
         return
@@ -47,7 +47,7 @@ def write(
         writer.writeheader()
         writer.writerows(_rows(study, {source: f"{base}/{path}" for source, path in addresses.items()}))
     (folder / MTURK).write_text(_mturk(study), "utf-8")
-    _write_json(folder / PROLIFIC, _prolific(study, base, code))
+    write_json(folder / PROLIFIC, _prolific(study, base, code))
 
 
 def _rows(study: Mapping[str, Any], addresses: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -138,7 +138,3 @@ def _label_studio(questions: Mapping[str, str]) -> str:
         '    <View><Header value="Output 2"/><HyperText name="right" value="$right"/></View>\n'
         f"  </View>\n{asked}</View>\n"
     )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.images import load_image
+from minigpt5_jax.data.json_files import read_text, write_json
 from minigpt5_jax.evaluation.human import exports
 from minigpt5_jax.evaluation.human.design import Draw, Shown, arrange, deal, extra
 from minigpt5_jax.evaluation.human.items import IDENTICAL, TRUTH, Item, Option, read_items
@@ -39,7 +40,8 @@ class Plan:
     Attributes:
       references: JSONL.  systems: name -> folder of predictions, two of them.  output: a new folder.
       count: items; None for all samples.  judgements: raters of each item.  per_rater: items of one at most.
-      questions: names.  seed: of all draws; raters should not know it.
+      questions: names.
+      seed: of all draws; whoever knows it is not blind.  None draws a secret one, which the key records.
       introduction: file with the text before the first item; None for one that fits most studies.
       inline: images inside the page.
       base_url: https address where the folder of the page will be, for exports.
@@ -53,7 +55,7 @@ class Plan:
     judgements: int = 3
     per_rater: int = 50
     questions: Sequence[str] = tuple(QUESTIONS)
-    seed: int = 0
+    seed: int | None = None
     introduction: str | None = None
     inline: bool = True
     base_url: str | None = None
@@ -74,7 +76,8 @@ def make(plan: Plan) -> dict[str, Any]:
         )
     if plan.base_url and not plan.base_url.startswith("https://"):
         raise ConfigError(f"--base_url={plan.base_url} must begin with https://, as pages of platforms do")
-    draw = Draw(plan.seed)
+    seed = secrets.randbits(64) if plan.seed is None else plan.seed
+    draw = Draw(seed)
     items, controls = read_items(
         plan.references, plan.systems, plan.questions, plan.count, draw, plan.allow_outside_images
     )
@@ -86,8 +89,8 @@ def make(plan: Plan) -> dict[str, Any]:
     used = {screen.item for screens in raters.values() for screen in screens}
     study = _study(plan, {name: item for name, item in named.items() if name in used}, raters, images)
     page = write_page(folder, study)
-    key = _key(plan, study["sha256"], named, raters)
-    _write_json(output / KEY, key)
+    key = _key(plan, seed, study["sha256"], named, raters)
+    write_json(output / KEY, key)
     with_rater = f"{(plan.base_url or '').rstrip('/')}/index.html".lstrip("/")
     lines = ["rater,page", *(f"{token},{with_rater}?rater={token}" for token in raters)]
     (output / RATERS).write_text("\n".join(lines) + "\n", "utf-8")
@@ -160,7 +163,7 @@ def _study(
     def answer(option: Option) -> list[dict[str, str]]:
         return parts(tuple(part for part in (option.text, option.image) if part))
 
-    introduction = INTRODUCTION if plan.introduction is None else Path(plan.introduction).read_text("utf-8")
+    introduction = INTRODUCTION if plan.introduction is None else read_text(plan.introduction)
     study = {
         "introduction": introduction,
         "completion_code": plan.completion_code,
@@ -186,14 +189,14 @@ def exchanged(item: Item, screen: Shown, systems: Mapping[str, str]) -> bool:
 
 
 def _key(
-    plan: Plan, digest: str, named: Mapping[str, Item], raters: Mapping[str, Sequence[Shown]]
+    plan: Plan, seed: int, digest: str, named: Mapping[str, Item], raters: Mapping[str, Sequence[Shown]]
 ) -> dict[str, Any]:
     """What resolves answers; whoever has it is not blind."""
     return {
         "study_sha256": digest,
         "systems": list(plan.systems),
         "questions": list(plan.questions),
-        "seed": plan.seed,
+        "seed": seed,
         "salt": secrets.token_hex(16),
         "rules": RULES,
         "items": {
@@ -213,7 +216,3 @@ def _key(
             for token, screens in raters.items()
         },
     }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -12,6 +12,7 @@ from typing import Any
 
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.json_files import read_jsonl
 from minigpt5_jax.evaluation.human.answers import JUDGEMENTS, read_key
 from minigpt5_jax.evaluation.human.items import ITEM
 from minigpt5_jax.evaluation.human.questions import LEFT, NAMES, PAPER, TIE
@@ -32,12 +33,12 @@ def report(study: str | Path) -> dict[str, Any]:
 
     Raises:
       ConfigError: the folder holds no study, or its answers were not merged.
-      DataError: no judgement is left.
+      DataError: the key or the judgements are damaged, or no judgement is left.
     """
     folder, key = Path(study), read_key(study)
     if not (folder / JUDGEMENTS).is_file():
         raise ConfigError(f"{folder} has no {JUDGEMENTS}; merge the answers first: human merge")
-    rows = [json.loads(line) for line in (folder / JUDGEMENTS).read_text("utf-8").splitlines()]
+    rows = read_jsonl(folder / JUDGEMENTS, "merge the answers again: human merge")
     excluded = exclusions(rows, key)
     left = [row for row in rows if row["rater"] not in excluded]
     judged = [row for row in left if row["kind"] == ITEM and not row["repeat"]]

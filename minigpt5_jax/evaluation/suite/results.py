@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from minigpt5_jax.config import ConfigError
+from minigpt5_jax.data.json_files import read_json, read_jsonl
 from minigpt5_jax.evaluation.suite.features import Skipped
 from minigpt5_jax.evaluation.suite.paper import Row
 from minigpt5_jax.evaluation.suite.protocols import TASKS, Switches
@@ -207,13 +208,14 @@ def against(
 
     Raises:
       ConfigError: the folder is of no evaluation, or of one of other samples.
+      DataError: its files are damaged.
     """
     check_against(folder)
     folder = Path(folder)
-    results = json.loads((folder / RESULTS).read_text("utf-8"))
+    results = read_json(folder / RESULTS, "evaluate it again")
     theirs = {entry["name"]: entry for entry in results["metrics"]}
     same = results["data"]["ids_sha256"] == hash_of_ids(samples)
-    lines = [json.loads(line) for line in (folder / BY_GROUP).read_text("utf-8").splitlines()]
+    lines = read_jsonl(folder / BY_GROUP, "evaluate it again")
     other = {line["group"]: line for line in lines}
     common = [g for g in groups if other.get(g["group"], {}).get("samples") == g["samples"]]
     if not common:

@@ -102,7 +102,8 @@ def _records(path: str | Path, *, generated: bool) -> list[tuple[str, Record]]:
     return list(found.values())
 
 
-def _images(path: Path, allow_outside: bool) -> ImageFolder:
+def images_beside(path: Path, allow_outside: bool) -> ImageFolder:
+    """The folder that image paths of a file lead into: its own."""
     return ImageFolder(path.parent, allow_outside, remedy=OUTSIDE)
 
 
@@ -116,7 +117,7 @@ def read_references(path: str | Path, allow_outside_images: bool = False) -> lis
       DataError: no such file, a line that breaks the schema, an id used twice, a path outside of the file's
         folder, two samples of one name, or no sample.
     """
-    folder, found = _images(Path(path).expanduser(), allow_outside_images), []
+    folder, found = images_beside(Path(path).expanduser(), allow_outside_images), []
     names: set[str] = set()
     for where, record in _records(path, generated=True):
         for step, number in enumerate(record.answers()):
@@ -151,7 +152,7 @@ def read_scenes(path: str | Path, allow_outside_images: bool = False) -> dict[st
     Raises:
       DataError: as :func:`read_references`.
     """
-    folder, found = _images(Path(path).expanduser(), allow_outside_images), {}
+    folder, found = images_beside(Path(path).expanduser(), allow_outside_images), {}
     for where, record in _records(path, generated=True):
         scenes: list[Scene] = []
         for number, turn in enumerate(record.turns):
@@ -165,6 +166,14 @@ def read_scenes(path: str | Path, allow_outside_images: bool = False) -> dict[st
     return found
 
 
+def _predicted(folder: str | Path, allow_outside: bool) -> tuple[ImageFolder, list[tuple[str, Record]]]:
+    """The folder of images of predictions, and (where, record) of each; DataError where there are none."""
+    path = Path(folder).expanduser() / FILE
+    if not path.is_file():
+        raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
+    return images_beside(path, allow_outside), _records(path, generated=True)
+
+
 def read_predictions(folder: str | Path, allow_outside_images: bool = False) -> dict[str, Answer]:
     """Sample -> answer, of a folder with ``conversations.jsonl`` and the images that it names.
 
@@ -176,11 +185,9 @@ def read_predictions(folder: str | Path, allow_outside_images: bool = False) -> 
     Raises:
       DataError: no such file, a line that breaks the schema, or a path outside of the folder.
     """
-    path = Path(folder).expanduser() / FILE
-    if not path.is_file():
-        raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
-    images, found = _images(path, allow_outside_images), {}
-    for where, record in _records(path, generated=True):
+    images, records = _predicted(folder, allow_outside_images)
+    found = {}
+    for where, record in records:
         turns = [turn for turn in record.turns if turn.role == "assistant"]
         parts = [part for turn in turns for part in turn.parts]
         text = " ".join(part if isinstance(part, str) else IMAGE for part in parts if part)
@@ -198,11 +205,9 @@ def read_parts(folder: str | Path, allow_outside_images: bool = False) -> dict[s
     Raises:
       DataError: as :func:`read_predictions`.
     """
-    path = Path(folder).expanduser() / FILE
-    if not path.is_file():
-        raise DataError(f"{path} is missing; --predictions is a folder with {FILE} and its images")
-    images, found = _images(path, allow_outside_images), {}
-    for where, record in _records(path, generated=True):
+    images, records = _predicted(folder, allow_outside_images)
+    found = {}
+    for where, record in records:
         parts = [part for turn in record.turns if turn.role == "assistant" for part in turn.parts]
         found[str(record.id)] = tuple(
             part.replace("###", "").strip() if isinstance(part, str) else Path(images.path(part.path, where))
