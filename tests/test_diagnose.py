@@ -33,6 +33,14 @@ def config(tmp_path, monkeypatch):
     return validate(made)
 
 
+def test_an_open_split_of_the_language_model_is_settled_as_in_training(config, tmp_path):
+    assert config.mesh.tensor is None
+    for data in (True, False):
+        found = diagnose(config, data=data, folder=str(tmp_path))
+        assert found["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert found["rates"]["collectives_data_gb_s"] > 0
+
+
 def test_everything_is_measured_and_nothing_looks_wrong(config, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/step-0-cache").write_bytes(b"x" * 1000)

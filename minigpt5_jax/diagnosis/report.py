@@ -22,8 +22,10 @@ from minigpt5_jax.diagnosis import measure
 from minigpt5_jax.training.provenance import git_revision
 from minigpt5_jax.training.sharding import ShardingError, make_mesh
 from minigpt5_jax.wiring.feature_cache import checkpoint_bytes
-from minigpt5_jax.wiring.inputs import fit_accumulation, open_loader, open_sources
-from minigpt5_jax.wiring.model import build
+from minigpt5_jax.wiring.inputs import open_loader, open_sources
+from minigpt5_jax.wiring.model import ModelSpec, build
+from minigpt5_jax.wiring.placement import fit_accumulation, open_mesh
+from minigpt5_jax.wiring.used_towers import unused_towers
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -59,11 +61,17 @@ def diagnose(config: ConfigDict, *, data: bool, folder: str | None = None) -> di
     _host(here, config.data.worker_count if data else 0)
     _devices(here)
     place = _existing(Path(folder or config.run.workdir or "."))
-    _mesh(here, config)
+    spec = build(config) if data else None
+    config, mesh = _settled(here, config, spec)
+    here.found["mesh"] = dict(mesh.shape)
+    here.found["rates"] = {
+        **{f"{name}_gb_s": rate for name, rate in measure.transfers().items()},
+        **{f"collectives_{axis}_gb_s": rate for axis, rate in measure.collectives(mesh).items()},
+    }
     _storage(here, place)
     _compile_cache(here, config)
-    if data:
-        _data(here, config, place)
+    if spec is not None:
+        _data(here, config, spec, mesh, place)
     return {**here.found, "wrong": here.wrong}
 
 
@@ -137,17 +145,18 @@ def _devices(here: Diagnosis) -> None:
             here.wrong.append(f"{what} is here ({file}), but JAX runs on the CPU: {remedy}")
 
 
-def _mesh(here: Diagnosis, config: ConfigDict) -> None:
+def _settled(
+    here: Diagnosis, config: ConfigDict, spec: ModelSpec | None
+) -> tuple[ConfigDict, jax.sharding.Mesh]:
+    """(configuration with its mesh settled, mesh) as training does it; without a model nothing is split."""
+    sizes = config.mesh
     try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        if spec is not None:
+            return open_mesh(config, spec.without(unused_towers(config, spec, watched=True)))
+        return config, make_mesh(sizes.data, sizes.fsdp, 1 if sizes.tensor is None else sizes.tensor)
     except ShardingError as error:
         here.wrong.append(f"{error}: choose mesh.data, mesh.fsdp and mesh.tensor whose product is that")
-        mesh = make_mesh()
-    here.found["mesh"] = dict(mesh.shape)
-    here.found["rates"] = {
-        **{f"{name}_gb_s": rate for name, rate in measure.transfers().items()},
-        **{f"collectives_{axis}_gb_s": rate for axis, rate in measure.collectives(mesh).items()},
-    }
+        return config, make_mesh()
 
 
 def _existing(path: Path) -> Path:
@@ -199,9 +208,8 @@ def _somewhere(config: ConfigDict) -> Iterator[ConfigDict]:
         yield changed
 
 
-def _data(here: Diagnosis, config: ConfigDict, place: Path) -> None:
+def _data(here: Diagnosis, config: ConfigDict, spec: ModelSpec, mesh: jax.sharding.Mesh, place: Path) -> None:
     """The loader, and whether checkpoints fit."""
-    spec = build(config)
     free, wanted = here.found["storage"]["free_gb"] * 1e9, checkpoint_bytes(config, spec)
     here.found["storage"]["checkpoints_gb"] = wanted / 1e9
     if wanted > free:
@@ -210,7 +218,6 @@ def _data(here: Diagnosis, config: ConfigDict, place: Path) -> None:
             "room, or lower run.keep_latest and run.keep_best"
         )
     try:
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         with _somewhere(fit_accumulation(config, mesh)) as moved:
             source, _ = open_sources(moved, spec.sizes)
             loader = open_loader(moved, spec, source, training=True)
