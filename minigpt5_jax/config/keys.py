@@ -47,10 +47,10 @@ KEYS: dict[str, Key] = {
     ),
     "run.join_timeout": Key(300, "seconds that processes wait for each other when a run starts", low=1),
     "run.silence_timeout": Key(
-        60, "seconds after which a process of which nothing is heard ends the others; 0 for never", low=0
+        60, "seconds after which a silent process makes the others stop; 0 for never", low=0
     ),
     "run.stall_timeout": Key(
-        600, "seconds after which a process that is behind the others ends them; 0 for never", low=0
+        600, "seconds after which a process that stays behind makes the others stop; 0 for never", low=0
     ),
     # -- data -----------------------------------------------------------------------------------
     "data.format": Key(

@@ -11,9 +11,16 @@ import jax
 
 from minigpt5_jax.training.metrics import Metrics
 
+_running: set[Announced] = set()
+
+
+def compiling() -> bool:
+    """Whether an announced compilation is going on in this process, which then does no step."""
+    return bool(_running)
+
 
 class Announced:
-    """A jitted function whose compilations are said.  Those behind the first do not count in the pace.
+    """A jitted function that announces its compilations.  Those behind the first do not count in the pace.
 
     It compiles when its last argument has arrays of shapes that it has not had before: the first batch, and
     in a run of several lengths the first one of each.
@@ -40,7 +47,11 @@ class Announced:
         kept = f"; the same run reads it from {cache} next time" if cache else ""
         self._metrics.message(f"compiling {self._what}, {why}, which may take minutes{kept}")
         start = time.monotonic()
-        with contextlib.nullcontext() if first else self._metrics.paused():
-            result = self.function(*args)
+        _running.add(self)
+        try:
+            with contextlib.nullcontext() if first else self._metrics.paused():
+                result = self.function(*args)
+        finally:
+            _running.discard(self)
         self._metrics.message(f"{self._what} is compiled ({time.monotonic() - start:.0f} s)")
         return result

@@ -17,6 +17,7 @@ COORDINATOR, COUNT, NUMBER = "COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID
 TELL_SECONDS = 15.0  # between two lines of a process that waits
 _RETRY_SECONDS = 0.5
 _LONGEST = 4096  # bytes of a line that a process sends
+_CARD = {"number": int, "count": int, "host": str, "pid": int}
 
 
 class DistributedError(RuntimeError):
@@ -107,11 +108,18 @@ def _accepted(server: socket.socket, timeout_s: float) -> tuple[dict[str, Any], 
     """(what a caller says of itself, its connection); None for nobody, or something else."""
     try:
         caller, _ = server.accept()
-        caller.settimeout(min(5.0, timeout_s))
-        card = json.loads(caller.makefile().readline(_LONGEST))
-        return (card, caller) if {"number", "count", "host", "pid"} <= card.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except OSError:
         return None
+    try:
+        caller.settimeout(min(5.0, timeout_s))
+        with caller.makefile() as lines:
+            card = json.loads(lines.readline(_LONGEST))
+        if isinstance(card, dict) and all(type(card.get(name)) is kind for name, kind in _CARD.items()):
+            return card, caller
+    except (OSError, ValueError, RecursionError):
+        pass
+    caller.close()
+    return None
 
 
 def _welcome(

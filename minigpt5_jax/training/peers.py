@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -24,14 +25,15 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # the store has no public name; Orbax takes it from here
 
+from minigpt5_jax.training.compiling import compiling
 from minigpt5_jax.training.meeting import DistributedError
 from minigpt5_jax.training.provenance import Meta, differences, plain
 
-CUT_OFF = re.compile(
-    "gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|connection (closed|reset)", re.IGNORECASE
-)
-"""What errors of collectives say; JAX raises them as several types."""
-FAILED, ENDED = "failed", "ended"
+CUT_OFF = re.compile(r"(?i:gloo|nccl|connection (closed|reset))|\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b")
+"""What errors of collectives say, which JAX raises as its own type or as a plain ValueError."""
+FAILED, ENDED, COMPILING = "failed", "ended", "compiling"
+STOPPED = (None, 0, 128 + signal.SIGTERM)
+"""Statuses of a process that ends together with all others; Ctrl-C stops one of them only."""
 OWN = ("config.run.compile_cache", "config.data.index_cache")
 """Settings of a machine, which may differ."""
 
@@ -121,13 +123,15 @@ class Peers:
     """While it is entered, a thread watches the other processes and ends this one when it waits in vain.
 
     A process that dies or freezes is named after ``silence_s``; one that fails with an error, as soon as it
-    says so; one that is behind the others, in reading data for example, after ``stall_s``.
+    says so; one that is behind the others, in reading data for example, after ``stall_s``.  While one of them
+    compiles none is behind: JAX keeps programs on the disk of process 0, so that only the others may compile.
 
     Args:
       client: of JAX's coordination service.  number, count: of this process, and how many there are.
       silence_s, stall_s: seconds; 0 for never.
       report: prints an error that ends this process.
       leave: ends this process at once, with a status.
+      compiles: whether this process is compiling.
       poll_s: between two looks at the others.  grace_s: that a process has to end by itself after another one
         has failed.
     """
@@ -142,12 +146,14 @@ class Peers:
         stall_s: int | float,
         report: Callable[[BaseException], None],
         leave: Callable[[int], Any] = os._exit,
+        compiles: Callable[[], bool] = compiling,
         poll_s: float = 2.0,
         grace_s: float = 10.0,
     ):
         self._client, self._number, self._count = client, number, count
         self._silence_s, self._stall_s = silence_s, stall_s
         self._report, self._leave, self._poll_s, self._grace_s = report, leave, poll_s, grace_s
+        self._compiles = compiles
         self._step, self._state, self._tick = 0, "", 0
         self._names: dict[int, str] = {}
         self._seen: dict[int, tuple[str, float]] = {}
@@ -171,10 +177,15 @@ class Peers:
         self._step = step
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if error is None or isinstance(error, SystemExit):
+        if error is None or (isinstance(error, SystemExit) and error.code in STOPPED):
             self._end(ENDED)
+            for thread in self._threads:
+                thread.join(self._poll_s)  # no longer: the store may be frozen
             return
-        if CUT_OFF.search(str(error)):
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, str) else f"ended with status {error.code}"
+            error = DistributedError(status)
+        if _cut_off(error):
             # The process at the other end of a collective is gone, and will be named.
             print(f"{_first_line(error)}; looking which process is gone", file=sys.stderr, flush=True)
             self._threads[1].join(self._silence_s + self._grace_s + 3 * self._poll_s)
@@ -193,7 +204,8 @@ class Peers:
     def _publish(self) -> None:
         with self._lock:
             self._tick += 1
-            value = f"{self._tick} {self._step} {self._state}"
+            state = self._state or (COMPILING if self._compiles() else "")
+            value = f"{self._tick} {self._step} {state}"
             self._client.key_value_set(f"minigpt5/alive/{self._number}", value, allow_overwrite=True)
 
     def _exchange(self) -> dict[int, str]:
@@ -225,10 +237,11 @@ class Peers:
 
     def _problem(self, said: Mapping[int, str], now: float) -> str:
         """Why this process must not wait any longer; '' while all is well."""
-        steps = {}
+        steps, compile_now = {}, False
         for number in range(self._count):
             value = said.get(number, "0 0 ")
             _, step, state = value.split(" ", 2)
+            compile_now = compile_now or state == COMPILING
             if number == self._number:
                 steps[number] = int(step)
                 continue
@@ -245,6 +258,9 @@ class Peers:
             self._seen[number] = value, since
             if self._silence_s and now - since > self._silence_s:
                 return f"{self._name(number)} is silent, {self._gone()}"
+        if compile_now:  # the others wait for it, some of them a step further than others
+            self._apart_since = None
+            return ""
         return self._stalled(steps, now)
 
     def _stalled(self, steps: Mapping[int, int], now: float) -> str:
@@ -301,6 +317,14 @@ class Peers:
         )
         self._end(f"{FAILED} {problem}")
         self._go()
+
+
+def _cut_off(error: BaseException) -> bool:
+    """Whether JAX says that a collective has lost its other end; a save's error has JAX's behind it."""
+    return any(
+        (isinstance(one, jax.errors.JaxRuntimeError) or type(one) is ValueError) and CUT_OFF.search(str(one))
+        for one in (error, error.__cause__)
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 
@@ -86,7 +87,9 @@ def test_a_process_that_was_started_again_while_the_others_wait(port):
     """Its first connection is gone; strangers at the port are left alone."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         told = pool.submit(meet_all, port, [0], [2])
-        for sent in (b"GET / HTTP/1.1\r\n\r\n", None):
+        card = {"number": 1, "count": 3, "host": "a", "pid": 1}
+        strange = json.dumps(card | {"number": [1]}).encode() + b"\n"
+        for sent in (b"GET / HTTP/1.1\r\n\r\n", b"[" * 4000 + b"\n", strange, None):
             while True:
                 try:
                     caller = socket.create_connection(("127.0.0.1", port))
@@ -94,10 +97,12 @@ def test_a_process_that_was_started_again_while_the_others_wait(port):
                 except ConnectionRefusedError:
                     continue
             with caller:
-                card = {"number": 1, "count": 3, "host": "a", "pid": 1}
                 caller.sendall(sent or json.dumps(card | {"count": 2}).encode() + b"\n")
                 if sent is None:
                     assert json.loads(caller.makefile().readline()) == {"problem": ""}
+                else:
+                    with contextlib.suppress(ConnectionResetError):
+                        assert caller.recv(1) == b"", "its connection is closed"
         assert told.result() == [""]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from minigpt5_jax.config import get_config
 from minigpt5_jax.training import metrics as metrics_module
-from minigpt5_jax.training.compiling import Announced
+from minigpt5_jax.training.compiling import Announced, compiling
 from minigpt5_jax.training.metrics import Metrics, TrainingDiverged, due
 from minigpt5_jax.training.tracking import TrackerError, check_tracker, open_tracker
 from minigpt5_jax.wiring.training import make_loop
@@ -49,6 +49,7 @@ def test_compiling_is_said_and_is_no_part_of_the_pace(tmp_path, capfd, monkeypat
     monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
 
     def step(state, batch):
+        assert compiling() is (len(batch) not in compiled)
         clock[0] += 100.0 if len(batch) not in compiled else 0.0
         compiled.add(len(batch))
         return state
@@ -63,6 +64,7 @@ def test_compiling_is_said_and_is_no_part_of_the_pace(tmp_path, capfd, monkeypat
     metrics.flush()
     assert "00:06 left" in metrics._bar.postfix
     metrics.close()
+    assert not compiling()
     shown = capfd.readouterr().err
     assert shown.count("compiling the step, once before it first runs") == 1
     assert shown.count("compiling the step, anew for batches of another length") == 1

@@ -8,8 +8,9 @@ import time
 import jax
 import pytest
 
+from minigpt5_jax.data.errors import DataError
 from minigpt5_jax.training.meeting import DistributedError
-from minigpt5_jax.training.peers import Peers, require_alike, settings, watched
+from minigpt5_jax.training.peers import Peers, _cut_off, require_alike, settings, watched
 
 
 class Store:
@@ -40,7 +41,7 @@ class Process(Peers):
     """One of three, which notes how it would have ended."""
 
     def __init__(self, store, number, silence_s=0.8, stall_s=0.8):
-        self.said, self.left = [], []
+        self.said, self.left, self.compiling = [], [], False
         super().__init__(
             store,
             number,
@@ -49,6 +50,7 @@ class Process(Peers):
             stall_s=stall_s,
             report=lambda error: self.said.append(str(error)),
             leave=self.left.append,
+            compiles=lambda: self.compiling,
             poll_s=0.02,
             grace_s=0.1,
         )
@@ -115,8 +117,28 @@ def test_processes_that_go_on_or_have_ended_are_left_alone(three):
             time.sleep(0.01)
     three[1].__exit__(None, None, None)
     three[2].__exit__(SystemExit, SystemExit(143), None)
+    assert not any(thread.is_alive() for process in three[1:] for thread in process._threads)
     time.sleep(0.5)
     assert not any(process.left or process.said for process in three)
+
+
+def test_while_a_process_compiles_none_is_behind(three):
+    three[1].compiling = True
+    time.sleep(0.1)
+    three[0].reached(2)
+    three[2].reached(1)  # it waits for process 1, as process 0 does
+    time.sleep(1.5)
+    assert not any(process.left or process.said for process in three)
+    three[1].compiling = False
+    wait_for_end(*three)
+    assert all("process 1 of 3 (host" in p.said[0] and "no step since step 0" in p.said[0] for p in three)
+
+
+def test_a_process_that_exits_with_an_error_has_failed(three):
+    three[2].__exit__(SystemExit, SystemExit(1), None)
+    wait_for_end(*three)
+    assert three[2].said == ["ended with status 1"]
+    assert all("has stopped: ended with status 1;" in p.said[0] for p in three[:2])
 
 
 def test_a_store_that_is_frozen_is_process_0():
@@ -137,6 +159,20 @@ def test_a_collective_that_failed_leaves_it_to_the_watch_to_say_who_is_gone(thre
     three[0].__exit__(ValueError, ValueError("Gloo: connection closed"), None)
     assert "process 1 of 3 (host" in three[0].said[0]
     assert "Gloo: connection closed; looking which process is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: peer"), True),
+        (ValueError("INTERNAL: Gloo all-reduce: Connection reset by peer"), True),
+        (OSError(11, "Resource temporarily unavailable"), False),
+        (DataError("tower.tar: ABORTED"), False),
+        (ValueError("a shard is unavailable"), False),
+    ],
+)
+def test_errors_of_data_are_not_taken_for_those_of_collectives(error, waits):
+    assert _cut_off(error) is waits
 
 
 def alike(others: list[dict]) -> list[str]:
