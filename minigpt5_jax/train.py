@@ -10,6 +10,8 @@ run does not use it) and stops; it needs neither weights nor data.
 
 from __future__ import annotations
 
+import contextlib
+
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -17,7 +19,7 @@ from minigpt5_jax import cli
 from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.training.distributed import initialize, main_process
 from minigpt5_jax.training.peers import watched
-from minigpt5_jax.training.profile import parse_steps, traced
+from minigpt5_jax.training.profile import check_steps, parse_steps, traced
 from minigpt5_jax.wiring.generation import toy_towers
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.run_settings import check_new_parameters
@@ -40,6 +42,8 @@ def main(config: ConfigDict) -> None:
     steps = parse_steps(PROFILE_STEPS.value) if PROFILE_STEPS.value is not None else None
     if config.run.workdir:
         cli.check_writable(config.run.workdir, "workdir")
+        if steps:
+            check_steps(config.run.workdir, *steps, config.run.num_steps)
     if note := toy_towers(config):
         cli.tell(note)
     cli.set_compile_cache(config)
@@ -47,7 +51,8 @@ def main(config: ConfigDict) -> None:
         cli.user_errors()  # imports them: when one is to be told, time is short
     with watched(config.to_dict(), cli.report) as reached:
         loop = make_loop(config, watchers, reached)
-        (traced(loop, *steps) if steps else loop).run()
+        with traced(loop, *steps) if steps else contextlib.nullcontext(loop) as loop:
+            loop.run()
     if main_process():
         print(closing_words(config))
 

@@ -17,8 +17,11 @@ def checksums(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
     """
     # 64-bit values do not reach the devices unchanged; no part of a training state has any.
     known = {name: value for name, value in arrays.items() if np.dtype(value.dtype).itemsize <= 4}
-    # One after the other: on a CPU, programs with collectives that run at once wait for each other's threads.
-    return {name: int(_checksum(value)) for name, value in jax.block_until_ready(known).items()}
+    if jax.default_backend() == "cpu":
+        # One by one: there, programs with collectives that run at once wait for each other's threads.
+        return {name: int(_checksum(value)) for name, value in jax.block_until_ready(known).items()}
+    sums = jax.device_get({name: _checksum(value) for name, value in known.items()})
+    return {name: int(value) for name, value in sums.items()}
 
 
 @jax.jit

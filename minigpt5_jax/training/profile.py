@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +35,46 @@ def parse_steps(text: str) -> tuple[int, int]:
     return first, last
 
 
-def traced(loop: Loop, first: int, last: int) -> Loop:
+def check_steps(workdir: str | Path, first: int, last: int, num_steps: int | None) -> None:
+    """Refuse steps that the run will not do, before it reads any weights.
+
+    Args:
+      num_steps: of the run, or None where only its data tells.
+
+    Raises:
+      ProfileError: as :func:`traced`.
+    """
+    names = [path.name for path in Path(workdir).glob("checkpoints/[0-9]*")]
+    _refuse(first, last, max((int(name) for name in names if name.isdecimal()), default=0), num_steps)
+
+
+def _refuse(first: int, last: int, done: int, num_steps: int | None) -> None:
+    if not done < first <= last <= (last if num_steps is None else num_steps):
+        end = "its end" if num_steps is None else num_steps
+        raise ProfileError(f"--profile_steps={first}:{last}, but this run does the steps {done + 1} to {end}")
+
+
+@contextlib.contextmanager
+def traced(loop: Loop, first: int, last: int) -> Iterator[Loop]:
     """``loop``, which writes a trace of the steps ``first`` to ``last`` into ``profile/`` of its workdir.
 
     Each process writes the trace of its own devices.  The steps before have ended when it begins, and the
     last one has when it ends; what is done between steps (reading, validating, saving) is in it as well.
+    Where the run ends in between, for whatever reason, the trace has what was done until then.
 
     Raises:
-      ProfileError: the run does not do these steps.
+      ProfileError: the run does not do these steps; the loop is closed.
     """
-    if not loop.first_step < first <= last <= loop.num_steps:
-        raise ProfileError(
-            f"--profile_steps={first}:{last}, but this run does the steps {loop.first_step + 1} to "
-            f"{loop.num_steps}"
-        )
-    return dataclasses.replace(loop, train_step=_Traced(loop, first, last))
+    try:
+        _refuse(first, last, loop.first_step, loop.num_steps)
+    except ProfileError:
+        loop.close()
+        raise
+    step = _Traced(loop, first, last)
+    try:
+        yield dataclasses.replace(loop, train_step=step)
+    finally:
+        step.stop()
 
 
 class _Traced:
@@ -57,6 +84,7 @@ class _Traced:
         self._step, self._tell = loop.train_step, loop.metrics.message
         self._folder = Path(loop.metrics.workdir) / FOLDER
         self._number, self._first, self._last = loop.first_step, first, last
+        self._tracing = False
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
         self._number += 1
@@ -67,13 +95,21 @@ class _Traced:
             # JAX makes Perfetto's form of the trace where a folder has that of one process only.
             alone = jax.process_count() == 1
             jax.profiler.start_trace(self._folder, create_perfetto_trace=alone, profiler_options=options)
+            self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=self._number):
             state, values = self._step(state, frozen, batch)
         if self._number == self._last:
             jax.block_until_ready((state, values))
-            jax.profiler.stop_trace()
-            self._tell(
-                f"steps {self._first} to {self._last} are traced: tensorboard --logdir {self._folder} (with "
-                "tensorboard-plugin-profile), or perfetto_trace.json.gz below it at ui.perfetto.dev"
-            )
+            self.stop()
         return state, values
+
+    def stop(self) -> None:
+        """Write the trace, if one is being taken."""
+        if not self._tracing:
+            return
+        self._tracing = False
+        jax.profiler.stop_trace()
+        self._tell(
+            f"steps {self._first} to {self._number} are traced: tensorboard --logdir {self._folder} (with "
+            "tensorboard-plugin-profile), or perfetto_trace.json.gz below it at ui.perfetto.dev"
+        )

@@ -8,7 +8,7 @@ import json
 import jax
 import pytest
 
-from minigpt5_jax.training.profile import ProfileError, parse_steps, traced
+from minigpt5_jax.training.profile import ProfileError, check_steps, parse_steps, traced
 from tests.training.test_interruption import make_loop, one_step
 
 
@@ -18,7 +18,8 @@ def train_step(state, frozen, batch):
 
 
 def test_steps_are_traced(tmp_path, capfd):
-    traced(make_loop(tmp_path, train_step), 3, 4).run()
+    with traced(make_loop(tmp_path, train_step), 3, 4) as loop:
+        loop.run()
     [folder] = (tmp_path / "profile/plugins/profile").iterdir()
     assert [*folder.glob("*.xplane.pb")], "for TensorBoard"
     with gzip.open(folder / "perfetto_trace.json.gz") as file:
@@ -37,7 +38,26 @@ def test_steps_that_are_none(text):
 
 @pytest.mark.parametrize(("first", "last"), [(4, 5), (8, 10)])
 def test_steps_that_the_run_does_not_do(tmp_path, first, last):
-    loop = make_loop(tmp_path, train_step, first_step=4)
+    loop, closed = make_loop(tmp_path, train_step, first_step=4), []
+    loop.data.close = lambda: closed.append(True)
+    with pytest.raises(ProfileError, match="but this run does the steps 5 to 9"), traced(loop, first, last):
+        raise AssertionError
+    assert closed, "weights, readers and the workdir are let go of"
+    (tmp_path / "checkpoints/00000004").mkdir(parents=True)
     with pytest.raises(ProfileError, match="but this run does the steps 5 to 9"):
-        traced(loop, first, last)
-    loop.close()
+        check_steps(tmp_path, first, last, 9)
+    check_steps(tmp_path, 5, 9, 9)
+
+
+def test_a_run_that_ends_early_leaves_the_trace_until_there(tmp_path, capfd):
+    def fails(state, frozen, batch):
+        if state.step == 4:
+            raise OSError("no more data")
+        return train_step(state, frozen, batch)
+
+    with pytest.raises(OSError, match="no more data"), traced(make_loop(tmp_path, fails), 4, 8) as loop:
+        loop.run()
+    assert [*(tmp_path / "profile").rglob("*.xplane.pb")]
+    assert "steps 4 to 5 are traced" in capfd.readouterr().err
+    jax.profiler.start_trace(tmp_path / "again")  # refused while another trace is taken
+    jax.profiler.stop_trace()
