@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging as python_logging
@@ -88,7 +89,8 @@ class Checkpoints:
                 logging.set_verbosity(logging.ERROR)
             self._opened = ocp.CheckpointManager(self.directory, options=self._options)
             logging.set_verbosity(verbosity)
-            _hush()
+            if not self._options.read_only:
+                _hush.begin()
         return self._opened
 
     @property
@@ -262,6 +264,8 @@ class Checkpoints:
                 with self._told():
                     opened.close()
         finally:
+            if opened is not None and not self._options.read_only:
+                _hush.end()
             if self._owner is not None:
                 self._owner.release()
 
@@ -447,14 +451,37 @@ def _told(error: Exception) -> str:
     return f"{first[:300]}{'...' if len(first) > 300 else ''}"
 
 
-def _hush() -> None:
-    """Keep from stderr what is said again of a save that failed: by Orbax, and by TensorStore's threads.
+class _Hush:
+    """Keeps from stderr what is said again of a save that failed: by Orbax, and by TensorStore's threads.
 
-    Both print a traceback for every array; the error itself is raised by :meth:`Checkpoints.check`.
+    Both print a traceback for every array; the error itself is raised by :meth:`Checkpoints.check`.  It lasts
+    while folders are open for writing, of which there may be several.
     """
-    logging.get_absl_logger().addFilter(_not_of_orbax)
-    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
-        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+    def __init__(self):
+        self._open = 0
+        self._mine: Callable[[Any], Any] | None = None
+
+    def begin(self) -> None:
+        """Note that a folder is open."""
+        self._open += 1
+        if self._open == 1:
+            logging.get_absl_logger().addFilter(_not_of_orbax)
+            self._before = sys.unraisablehook
+            self._mine = sys.unraisablehook = functools.partial(_unraisable, self._before)
+
+    def end(self) -> None:
+        """Note that a folder is closed; with the last one everything is as it was."""
+        self._open -= 1
+        if self._open:
+            return
+        gc.collect()  # what is left of a save that failed is said when it is thrown away
+        logging.get_absl_logger().removeFilter(_not_of_orbax)
+        if sys.unraisablehook is self._mine:  # else somebody has put another one over it
+            sys.unraisablehook = self._before
+
+
+_hush = _Hush()
 
 
 def _not_of_orbax(record: python_logging.LogRecord) -> bool:

@@ -7,16 +7,18 @@ import hashlib
 import json
 import resource
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import logging
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from minigpt5_jax.training import provenance
+from minigpt5_jax.training import checkpoint, provenance
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.checksum import checksums
 from minigpt5_jax.training.provenance import (
@@ -329,6 +331,14 @@ def test_a_checksum_changes_with_one_bit_one_place_and_not_with_the_mesh(dtype):
     assert len({found["a"], found["changed"], found["moved"]}) == 3
 
 
+def test_checksums_of_an_accelerator_come_in_one_transfer(monkeypatch):
+    values = {"a": np.arange(4, dtype=np.float32), "b": np.arange(3, dtype=np.int32)}
+    one_by_one, transfers, get = checksums(values), [], jax.device_get
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_get", lambda tree: transfers.append(tree) or get(tree))
+    assert checksums(values) == one_by_one and len(transfers) == 1
+
+
 @pytest.mark.parametrize("version", ["now", "before"])
 def test_the_best_step_stays_after_a_restart(tmp_path, version):
     """``before``: metrics are in the lines of the run only."""
@@ -413,6 +423,25 @@ def test_a_disk_that_fails_is_told_in_a_line_and_leaves_the_step_before(
     again.save(6, large(6), 6, meta())
     again.close()
     assert Checkpoints(tmp_path).steps == [4, 6]
+
+
+def test_only_folders_open_for_writing_change_what_python_prints(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_hush", checkpoint._Hush())  # other tests may have left folders open
+    monkeypatch.setattr(logging.get_absl_logger(), "filters", [])
+
+    def hushed():
+        return bool(logging.get_absl_logger().filters), sys.unraisablehook is not before
+
+    before, writers = sys.unraisablehook, [Checkpoints(tmp_path / name) for name in "ab"]
+    for writer in writers:
+        writer.save(1, weights(1), 1, meta())
+    assert hushed() == (True, True)
+    writers[0].close()
+    assert hushed() == (True, True)
+    writers[1].close()
+    assert hushed() == (False, False)
+    assert Checkpoints(tmp_path / "a", read_only=True).steps == [1]
+    assert hushed() == (False, False)
 
 
 def test_other_shape_dtype_or_leaf_is_one_clear_error(tmp_path):
