@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import logging as python_logging
@@ -17,6 +16,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -69,6 +69,7 @@ class Checkpoints:
         self._qualities: dict[int, float | None] = {}
         self._tried: dict[tuple[int, str], dict[str, jax.Array]] = {}
         self._saving: int | None = None
+        self._failed = False
         self._owner = owner
         self._options = ocp.CheckpointManagerOptions(
             step_format_fixed_length=8,
@@ -264,7 +265,8 @@ class Checkpoints:
                 with self._told():
                     opened.close()
         finally:
-            if opened is not None and not self._options.read_only:
+            # What is left of a save that failed is said when it is thrown away, at the end of the process.
+            if opened is not None and not (self._options.read_only or self._failed):
                 _hush.end()
             if self._owner is not None:
                 self._owner.release()
@@ -275,7 +277,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            step = self._saving
+            step, self._failed = self._saving, True
             self._qualities.pop(step, None)
             before = [number for number in self._on_disk() if number != step]
             what = "close" if step is None else f"save step {step} in"
@@ -452,21 +454,23 @@ def _told(error: Exception) -> str:
 
 
 class _Hush:
-    """Keeps from stderr what is said again of a save that failed: by Orbax, and by TensorStore's threads.
+    """Keeps from stderr what Orbax, asyncio and TensorStore's threads say again of a save that failed.
 
-    Both print a traceback for every array; the error itself is raised by :meth:`Checkpoints.check`.  It lasts
-    while folders are open for writing, of which there may be several.
+    They print a traceback for every array; the error itself is raised by :meth:`Checkpoints.check`.  It lasts
+    while folders are open for writing, of which there may be several, and
+    once a save has failed until the process ends.
     """
 
     def __init__(self):
-        self._open = 0
+        self._open, self._loggers = 0, (logging.get_absl_logger(), python_logging.getLogger("asyncio"))
         self._mine: Callable[[Any], Any] | None = None
 
     def begin(self) -> None:
         """Note that a folder is open."""
         self._open += 1
         if self._open == 1:
-            logging.get_absl_logger().addFilter(_not_of_orbax)
+            for logger in self._loggers:
+                logger.addFilter(_not_of_orbax)
             self._before = sys.unraisablehook
             self._mine = sys.unraisablehook = functools.partial(_unraisable, self._before)
 
@@ -475,8 +479,8 @@ class _Hush:
         self._open -= 1
         if self._open:
             return
-        gc.collect()  # what is left of a save that failed is said when it is thrown away
-        logging.get_absl_logger().removeFilter(_not_of_orbax)
+        for logger in self._loggers:
+            logger.removeFilter(_not_of_orbax)
         if sys.unraisablehook is self._mine:  # else somebody has put another one over it
             sys.unraisablehook = self._before
 
@@ -485,7 +489,12 @@ _hush = _Hush()
 
 
 def _not_of_orbax(record: python_logging.LogRecord) -> bool:
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+    if not record.exc_info:
+        return True
+    frames = traceback.extract_tb(record.exc_info[2]) if record.name == "asyncio" else ()
+    return not any(
+        f"{os.sep}orbax{os.sep}" in path for path in (record.pathname, *(f.filename for f in frames))
+    )
 
 
 def _unraisable(before: Callable[[Any], Any], unraisable: Any) -> None:
