@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = sorted(HERE.glob("[0-9]_*.py"))
 
 
-def execute(script: Path, *, timeout: float = 600) -> Any:
+def execute(script: Path, *, timeout: float = 1800) -> Any:
     """The notebook of a script, with its outputs.
 
     Args:
