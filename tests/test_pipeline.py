@@ -116,7 +116,7 @@ def test_a_saved_model_is_a_run_for_every_reader(folder):
 def test_a_folder_of_a_newer_version(copy):
     about = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(about | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match="newer version .*format 2.*pip install -U"):
+    with pytest.raises(CheckpointError, match="newer version .*format 2.*update your checkout"):
         MiniGPT5.from_pretrained(copy)
     (copy / "config.json").write_text(json.dumps(about))
     assert open_run(copy).step == 7

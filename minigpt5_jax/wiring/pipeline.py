@@ -26,7 +26,7 @@ from minigpt5_jax.inference.prompts import text_prompt
 from minigpt5_jax.inference.session import Generation, Prompt, Session, mixed_seed
 from minigpt5_jax.training.provenance import Meta, stage_of
 from minigpt5_jax.wiring.compile_cache import set_compile_cache
-from minigpt5_jax.wiring.restore import describe, open_run
+from minigpt5_jax.wiring.restore import config_of, describe, open_run
 from minigpt5_jax.wiring.saved import as_stored, save_model
 from minigpt5_jax.wiring.session import LoadedModel, dialog_window, override
 
@@ -156,7 +156,11 @@ class MiniGPT5:
           FileExistsError: the folder holds other things.
         """
         stored = as_stored(self.model, self._inherited, dtype)
-        meta = describe(self.config, stored.spec, stored.params)
+        # Of the training: settings of this session are not the model's.
+        config = config_of(self._meta) if self._meta else self.config.copy_and_resolve_references()
+        config.weights.update(self.config.weights)
+        stored = dataclasses.replace(stored, config=config)
+        meta = describe(config, stored.spec, stored.params)
         meta |= {name: self._meta[name] for name in FROM_RUN if name in self._meta}
         folder = save_model(stored, meta, save_directory, inherited=self._inherited, dtype=dtype)
         if push_to_hub:
@@ -164,7 +168,7 @@ class MiniGPT5:
         return folder
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, dtype: str | None = None) -> str:
-        """Upload what :meth:`save_pretrained` writes; returns the address.  It is never done unasked.
+        """Upload what :meth:`save_pretrained` writes; returns the address.  Nothing else uploads anything.
 
         Args:
           repo_id: ``ORG/NAME`` on the Hugging Face hub; you must be logged in (``hf auth login``).
@@ -241,16 +245,17 @@ class MiniGPT5:
 
     def _session(self, settings: Mapping[str, Any]) -> Session:
         """The session of these settings, which stays compiled."""
-        key = tuple(sorted(settings.items()))
+        spelled = _spelled(settings)
+        key = tuple(sorted(spelled.items()))
         if key not in self._sessions:
-            config = override(self.config.copy_and_resolve_references(), _spelled(settings))
+            config = override(self.config.copy_and_resolve_references(), spelled)
             self._sessions[key] = dataclasses.replace(self.model, config=config).session(batch_size=1)
         return self._sessions[key]
 
     def prompt(
         self, prompt: str | Sequence[Part] | Chat, seed: int = 0, *, story: bool = False
     ) -> tuple[Prompt, list[str]]:
-        """(what the model reads, what is to be said about it).
+        """(what the model reads, notes about it for whoever asked).
 
         Args:
           prompt, seed: as for :meth:`generate`.
@@ -260,10 +265,10 @@ class MiniGPT5:
           DataError: as :meth:`generate`.
         """
         style = self.model.spec.parts["backbone"].prompts
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            system, messages = _messages(prompt, style.end, story)
+        parts = _listed(prompt)
+        if parts and isinstance(parts[0], Mapping):
+            system, messages = _messages(parts, style.end, story)
         else:
-            parts = [prompt] if isinstance(prompt, str) else list(prompt)
             system, messages = None, [Message("user", _parts(parts, "the prompt", style.end))]
             if self.stage == 1 and not story and all(isinstance(part, str) for part in parts):
                 return dataclasses.replace(text_prompt(" ".join(parts), [], dialog=False), seed=seed), []
@@ -312,10 +317,9 @@ class Conversing:
         Raises:
           DataError, ConfigError: as :meth:`MiniGPT5.generate`; nothing is remembered then.
         """
-        parts = [message] if isinstance(message, str) else list(message)
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-            for part in parts
+            for part in _listed(message)
         ]
         said = {"role": "user", "content": content}
         settings = {"seed": mixed_seed(self.seed, len(self.answers)), **settings}
@@ -325,6 +329,11 @@ class Conversing:
         if answer.parts:
             self.messages.append(answer.message())
         return answer
+
+
+def _listed(given: Any) -> list[Any]:
+    """Parts of a prompt, or messages of a chat; one text or image alone is a list of one."""
+    return [given] if isinstance(given, str | bytes | Path | np.ndarray | Image.Image) else list(given)
 
 
 def _spelled(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -345,7 +354,10 @@ def _messages(chat: Chat, end: str, story: bool) -> tuple[str | None, list[Messa
     """
     system, turns = None, list(chat)
     if turns[0].get("role") == "system":
-        system = str(turns.pop(0)["content"])
+        values = _values(turns.pop(0).get("content"), "the system prompt")
+        if not values or not all(isinstance(value, str) for value in values):
+            raise DataError("the system prompt must be text")
+        system = "\n".join(values)
         _check_text(system, "the system prompt", end)
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
@@ -356,25 +368,30 @@ def _messages(chat: Chat, end: str, story: bool) -> tuple[str | None, list[Messa
             )
         if messages and messages[-1].role == role == "assistant" and not story:
             raise DataError(f"messages {number - 1} and {number} are both the assistant's; join them in one")
-        values = [content] if isinstance(content, str) else [_value(part, number) for part in content or ()]
-        messages.append(Message(role, _parts(values, f"message {number}", end)))
+        what = f"message {number}"
+        messages.append(Message(role, _parts(_values(content, what), what, end)))
     if not messages or (messages[-1].role != "user" and not story):
         raise DataError("a chat ends in a message of the user, which is answered; the last one is not")
     return system, messages
 
 
-def _value(part: Any, number: int) -> Any:
-    """Text or image of one part of a message."""
+def _values(content: Any, what: str) -> list[Any]:
+    """Texts and images of a message's content."""
+    return [content] if isinstance(content, str) else [_value(part, what) for part in content or ()]
+
+
+def _value(part: Any, what: str) -> Any:
+    """Text or image of one part of a message; an image that is a string is the path of a file."""
     if isinstance(part, Mapping):
-        kind = part.get("type")
-        if kind in ("text", "image") and kind in part:
-            return part[kind]
-        if kind == "image" and "path" in part:
-            return Path(part["path"])
+        image = part.get("image", part.get("path"))
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            return part["text"]
+        if part.get("type") == "image" and image is not None:
+            return Path(image) if isinstance(image, str) else image
     elif isinstance(part, str | Image.Image | np.ndarray | Path | bytes):
         return part
     raise DataError(
-        f'message {number}: expected {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}, '
+        f'{what}: expected {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}, '
         f"found {type(part).__name__}"
     )
 
@@ -426,4 +443,5 @@ def _upload(folder: Path, repo_id: str, private: bool | None) -> str:
 
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=repository, folder_path=folder))
+    # Files of an earlier upload that this one does not have would be read with it.
+    return str(api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=["model*"]))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from minigpt5_jax.config import PACKAGED, keys_of, parts_of
+from minigpt5_jax.config import PACKAGED, ConfigError, get_config, keys_of, parts_of
 from minigpt5_jax.config.paths import local_path
 from minigpt5_jax.shapes.files import TRAINED
 from minigpt5_jax.training.checkpoint import first_lines
@@ -39,6 +41,7 @@ from minigpt5_jax.wiring.weight_paths import find_source
 
 CONFIG, CARD = "config.json", "README.md"
 MODEL_TYPE = "minigpt5_jax"
+DTYPES = (None, "float32", "float16", "bfloat16")
 VERSION = 1
 """Of the format; a folder of a newer one is refused."""
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json")
@@ -92,15 +95,18 @@ class SavedModel:
         self.directory = folder.absolute()
         self._about: Mapping[str, Any] = read_json(folder / CONFIG)
         version = self._about.get("format_version")
-        if not isinstance(version, int) or version > VERSION:
+        if not isinstance(version, int):
+            raise CheckpointError(f"{folder / CONFIG} does not say its format_version; save the model again")
+        if version > VERSION:
             raise CheckpointError(
                 f"{folder} was saved by a newer version of minigpt5_jax (format {version}; this one reads up "
-                f"to {VERSION}): update with `pip install -U minigpt5_jax`"
+                f"to {VERSION}): update your checkout of minigpt5_jax and install it again"
             )
         if missing := {"step", "run", "inherited", "sha256"} - self._about.keys():
             raise CheckpointError(
                 f"{folder / CONFIG} lacks {', '.join(sorted(missing))}; save the model again"
             )
+        _check_code(self._about["run"], self.directory)
         self.latest_step: int = self._about["step"]
         self.steps = [self.latest_step]
 
@@ -112,6 +118,8 @@ class SavedModel:
         """Description of the run, its tokenizer that of the folder; CheckpointError for another step."""
         self._check(step)
         meta = plain(self._about["run"])
+        # Programs that are kept there are run: not from where somebody else's file says.
+        meta["config"]["run"]["compile_cache"] = keys_of(get_config())["run.compile_cache"].default
         if name := self._about.get("tokenizer"):
             meta["config"]["weights"][name] = str(self.directory)
         return meta
@@ -224,7 +232,13 @@ def as_stored(model: LoadedModel, inherited: Collection[str], dtype: str | None)
     """A model as it is once it was saved: what it holds rounded to ``dtype``, so that hashes are of that.
 
     Layers that a session has taken apart are joined again.
+
+    Raises:
+      ConfigError: a dtype that no floating number is stored in, or whose range a number leaves.
     """
+    if dtype not in DTYPES:
+        known = ", ".join(str(one) for one in DTYPES if one)
+        raise ConfigError(f"dtype {dtype!r} is not one of {known}")
     params = {
         path: jnp.stack(value) if isinstance(value, tuple) else value for path, value in model.params.items()
     }
@@ -234,24 +248,46 @@ def as_stored(model: LoadedModel, inherited: Collection[str], dtype: str | None)
             for path in own_paths(model, inherited)
             if jnp.issubdtype(params[path].dtype, jnp.floating)
         }
+        if wrong := [path for path in own_paths(model, inherited) if not jnp.isfinite(params[path]).all()]:
+            raise ConfigError(f"{wrong[0]} does not fit into {dtype}; save it as bfloat16 or float32")
     return dataclasses.replace(model, params=params)
 
 
 def portable(config: ConfigDict) -> ConfigDict:
-    """A configuration without the paths of the machine that it was trained on, but for those of weights.
+    """A configuration whose paths are defaults, but for those of weights.
 
-    Local weights keep their absolute paths; Hugging Face ids and ``shapes`` are what they are.
+    Local weights keep their absolute paths, so that the folder opens on this machine; Hugging Face ids and
+    ``shapes`` are what they are.
     """
     config = config.copy_and_resolve_references()
     config.tuning.stage = f"stage{stage_of(config.to_dict())}"  # run.init_from, which also tells, is left out
     for key, described in keys_of(config).items():
         section, _, name = key.rpartition(".")
-        if described.path and section in ("run", "data"):
+        if section in ("run", "data") and (described.path or key == "run.compile_cache"):
             config[section][name] = described.default
     for name, value in config.weights.items():
         if value and value != PACKAGED and Path(value).expanduser().exists():
             config.weights[name] = str(Path(value).expanduser().absolute())
     return config
+
+
+def _check_code(run: Meta, folder: Path) -> None:
+    """Refuse a part whose code would come out of the folder itself: opening a model runs nothing of it."""
+    for kind, keys in run["config"]["model"].items():
+        name = keys.get("name", "") if isinstance(keys, Mapping) else ""
+        package = name.partition(".")[0]
+        if "." not in name or package in sys.modules:
+            continue
+        found = importlib.util.find_spec(package)
+        if (
+            found is not None
+            and found.origin
+            and Path(found.origin).resolve().is_relative_to(folder.resolve())
+        ):
+            raise CheckpointError(
+                f"{folder}: the {kind} {name!r} is code that came with the model, which is never run; read it, "
+                "and install it somewhere else if you trust it"
+            )
 
 
 def _copy_tokenizer(config: ConfigDict, folder: Path) -> str:
