@@ -59,6 +59,7 @@ def test_a_first_stage_loads_and_makes_a_session(old):
     )
     saved = Checkpoints(folder / "checkpoints", read_only=True).paths("trainable", 2)
     assert {path for path, group in run.spec.labels.items() if group != FROZEN} == set(saved)
+    assert run.config.mesh.exchange == "float32"  # it summed gradients so, whatever the default is now
     assert run.session(batch_size=1).sampling.max_new_tokens == 64
 
 
