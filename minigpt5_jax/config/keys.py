@@ -246,8 +246,8 @@ KEYS: dict[str, Key] = {
     ),
     "mesh.frozen": Key(
         "tensor",
-        "frozen towers: the language model split over mesh.tensor and the others whole on each device; all "
-        "whole; or all spread over mesh.fsdp besides and gathered in each pass (docs/training.md)",
+        "how frozen towers lie; tensor: the language model split over mesh.tensor, the others whole on each "
+        "device; replicated: all whole; fsdp: all spread over mesh.fsdp besides, gathered in each pass",
         choices=("tensor", "replicated", "fsdp"),
     ),
     "mesh.exchange": Key(
