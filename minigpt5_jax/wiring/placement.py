@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -132,7 +133,7 @@ def fewest_that_fit(
     return choose
 
 
-def devices_of_a_host(devices: Sequence[jax.Device]) -> int:
+def devices_of_a_host(devices: Sequence[Any]) -> int:
     """How many devices each host has, of a run's or of a topology that is planned for."""
     return len(devices) // len({getattr(device, "process_index", 0) for device in devices})
 

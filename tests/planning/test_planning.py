@@ -328,7 +328,8 @@ def test_layers_are_computed_again_before_micro_batches_get_smaller_in_vain(step
     monkeypatch.setattr(placement, "residual_bytes", lambda policy, batch: kept[policy])
     config = config.copy_and_resolve_references()
     config.model.remat = "auto"
-    choose = fewest_that_fit(config, step.spec, None, None, 1)
+    layout = parameter_layout(config, step.spec, step.mesh)
+    choose = fewest_that_fit(config, step.spec, abstract_batch(step.shapes), layout, 1)
     assert choose([1, 2, 4, 8]) == 2
     assert choose([1, 2, 4, 8, 16]) == 16  # nothing is computed again where that is enough
     config.model.remat = "none"

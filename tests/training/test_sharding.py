@@ -304,6 +304,7 @@ def small_world():
     return config, build(validate(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1"], indirect=True)
 def test_one_device_rounds_nothing(stage, monkeypatch):
     """Nothing travels there, whatever the dtype for it: bit by bit the step without a layout."""
