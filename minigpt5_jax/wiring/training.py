@@ -321,6 +321,27 @@ class _Settled:
     shard: Callable[[Batch], Batch]
 
 
+def micro_batch_note(count: int, given: int | None, before: int | None) -> str:
+    """What the devices made of ``data.accumulation``, '' where that is nothing new.
+
+    Args:
+      count: micro-batches of an update.  given: as configured.  before: of the checkpoint, if any.
+    """
+    if given is not None:
+        return (
+            f"{count} micro-batches per update, not data.accumulation={given}, which the devices do not "
+            "divide; the update is the same"
+            if count != given
+            else ""
+        )
+    changed = before not in (None, count)
+    if count == 1 and not changed:
+        return ""
+    was = f"; {before} before this resume" if changed else ""
+    what = f"{count} micro-batch{'es' * (count > 1)} per update"
+    return f"{what}, as few as fit the devices (data.accumulation{was})"
+
+
 def _fitting_notes(settled: _Settled, steps: int, configured: ConfigDict, before: int | None) -> list[str]:
     """What a run does otherwise than its keys say by themselves, a line each.
 
@@ -337,16 +358,8 @@ def _fitting_notes(settled: _Settled, steps: int, configured: ConfigDict, before
             f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
         )
-    micro, given = config.data.accumulation, configured.data.accumulation
-    if given is None and (micro > 1 or before not in (None, micro)):
-        note = f"{micro} micro-batch{'es' if micro > 1 else ''} per update, as few as fit the devices"
-        was = f"; {before} before this resume" if before not in (None, micro) else ""
-        notes.append(f"{note} (data.accumulation{was})")
-    elif given is not None and micro != given:
-        notes.append(
-            f"{micro} micro-batches per update, not data.accumulation={given}, which the devices do not "
-            "divide; the update is the same"
-        )
+    if note := micro_batch_note(config.data.accumulation, configured.data.accumulation, before):
+        notes.append(note)
     if configured.mesh.tensor is None and config.mesh.tensor > 1:
         notes.append(
             f"the language model is split over {config.mesh.tensor} devices, so that it fits (mesh.tensor)"
