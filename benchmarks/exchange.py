@@ -65,7 +65,7 @@ def measure(config: ConfigDict, topology: Topology) -> dict[str, Any]:
         "collectives": {kind: dataclasses.asdict(moved) for kind, moved in traffic.items()},
         "wire_gb": sum(moved.wire for moved in traffic.values()) / 1e9,
         "stored_gb": bytes_per_chip(stored) / 1e9,
-        "resident_gb": resident_bytes(spec, layout.stored) / 1e9,
+        "resident_gb": resident_bytes(spec, layout) / 1e9,
         "compile_seconds": compiled.seconds,
     }
 

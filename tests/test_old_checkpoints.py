@@ -32,7 +32,7 @@ from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.restore import load_run, not_pretrained, open_parent_run, open_run
-from minigpt5_jax.wiring.run_settings import check_end, compare_settings
+from minigpt5_jax.wiring.run_settings import check_end, compare_settings, saved_accumulation
 from minigpt5_jax.wiring.training import closing_words, make_loop, resume
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -59,6 +59,7 @@ def test_a_first_stage_loads_and_makes_a_session(old):
     )
     saved = Checkpoints(folder / "checkpoints", read_only=True).paths("trainable", 2)
     assert {path for path, group in run.spec.labels.items() if group != FROZEN} == set(saved)
+    assert run.config.mesh.exchange == "float32"  # it summed gradients so, whatever the default is now
     assert run.session(batch_size=1).sampling.max_new_tokens == 64
 
 
@@ -128,6 +129,13 @@ def test_settings_that_break_a_run_are_refused_by_their_keys(old):
     run = open_run(folder)
     config, checkpoints = run.config, Checkpoints(folder / "checkpoints", read_only=True)
     assert compare_settings(config, run.spec, checkpoints) == []
+    config.data.accumulation, config.mesh.tensor = 4, 2
+    assert compare_settings(config, run.spec, checkpoints) == [
+        "data.accumulation: checkpoint 1, this run 4",
+        "mesh.tensor: checkpoint 1, this run 2",
+    ]
+    config.data.accumulation = config.mesh.tensor = None  # left to the devices
+    assert compare_settings(config, run.spec, checkpoints) == [] and saved_accumulation(checkpoints) == 1
     with pytest.raises(CheckpointError, match=r"is at step 2, .* at step 1: give run.num_steps=2 or more"):
         check_end(config, 1, checkpoints)
     check_end(config, 2, checkpoints)

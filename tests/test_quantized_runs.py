@@ -22,7 +22,7 @@ from minigpt5_jax.weights.errors import WeightFileError
 from minigpt5_jax.weights.table import WeightTableError
 from minigpt5_jax.wiring.features import load_towers
 from minigpt5_jax.wiring.memory import resident_bytes
-from minigpt5_jax.wiring.model import build, load_frozen
+from minigpt5_jax.wiring.model import build, load_frozen, parameter_layout
 from minigpt5_jax.wiring.restore import open_run
 from minigpt5_jax.wiring.training import make_loop, parameter_table
 from minigpt5_jax.wiring.weights_plan import held
@@ -129,8 +129,7 @@ def test_bytes_are_those_of_the_storage(trained):
     totals, residents = [], []
     for made in (plain, spec):
         totals.append(parameter_table(made).splitlines()[-1].replace(",", "").split())
-        places = parameter_shardings(made.template.shapes, made.template.axes, mesh, made.sharding)
-        residents.append(resident_bytes(made, places))
+        residents.append(resident_bytes(made, parameter_layout(config, made, mesh)))
     assert totals[0][1:4] == totals[1][1:4], "as many parameters"
     assert int(totals[0][4]) - int(totals[1][4]) == residents[0] - residents[1] == saved > 0
     assert "llm (float32)" in held(config)

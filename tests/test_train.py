@@ -16,7 +16,7 @@ from minigpt5_jax.training.provenance import CheckpointError
 from minigpt5_jax.training.sharding import ShardingError
 from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.run_settings import check_new_parameters
-from minigpt5_jax.wiring.training import make_loop, parameter_table
+from minigpt5_jax.wiring.training import make_loop, micro_batch_note, parameter_table
 
 
 @pytest.fixture
@@ -106,3 +106,11 @@ def test_parameter_table_adds_up(config):
     total = parameter_table(spec).splitlines()[-1].replace(",", "").split()
     count, trainable, frozen = map(int, total[1:4])
     assert count == trainable + frozen == sum(s.size for s in spec.template.shapes.values())
+
+
+def test_micro_batches_that_the_devices_chose_are_said():
+    assert micro_batch_note(4, None, None) == micro_batch_note(4, None, 4)
+    assert micro_batch_note(4, None, None).startswith("4 micro-batches per update, as few as fit the devices")
+    assert "data.accumulation; 4 before this resume" in micro_batch_note(1, None, 4)
+    assert micro_batch_note(1, None, None) == micro_batch_note(2, 2, None) == ""
+    assert "3 micro-batches per update, not data.accumulation=6" in micro_batch_note(3, 6, None)

@@ -29,11 +29,11 @@ from minigpt5_jax.config import num_steps
 from minigpt5_jax.data.sources.base import Source
 from minigpt5_jax.planning.step import abstract_step
 from minigpt5_jax.training.flops import count_flops, product_shapes
-from minigpt5_jax.training.sharding import make_mesh, parameter_shardings
+from minigpt5_jax.training.sharding import make_mesh
 from minigpt5_jax.wiring.features import plans_features
 from minigpt5_jax.wiring.inputs import epoch_samples, samples_of_a_story
 from minigpt5_jax.wiring.memory import fit_memory
-from minigpt5_jax.wiring.model import ModelSpec, build, with_micro_batches
+from minigpt5_jax.wiring.model import ModelSpec, build, parameter_layout, with_micro_batches
 from minigpt5_jax.wiring.placement import fewest_that_fit, fit_accumulation
 from minigpt5_jax.wiring.used_towers import abstract_batch
 
@@ -122,14 +122,14 @@ def _input_images(batch: Batch) -> int:
 def measure(config: ConfigDict, source: Source) -> Work:
     """One epoch of the configured training, counted."""
     spec, mesh = build(config), make_mesh(devices=jax.devices()[:1])
-    shardings = parameter_shardings(spec.template.shapes, spec.template.axes, mesh, spec.sharding)
+    layout = parameter_layout(config, spec, mesh)
     whole = abstract_batch(loader_of(config, spec, source).largest)
     story = samples_of_a_story(config, source) if config.data.packing == "tree" else 1
-    fewest = fewest_that_fit(spec, whole, shardings, DEVICE_BYTES)
+    fewest = fewest_that_fit(config, spec, whole, layout, DEVICE_BYTES)
     config = fit_accumulation(config, mesh, story=story, fewest=fewest)
     spec = with_micro_batches(spec, config)
     loader = loader_of(config, spec, source)
-    spec, remat = fit_memory(config, spec, abstract_batch(loader.largest), shardings, limit=DEVICE_BYTES)
+    spec, remat = fit_memory(config, spec, abstract_batch(loader.largest), layout, DEVICE_BYTES)
     steps = num_steps(_one_epoch(config), epoch_samples(config, source))
     batches: Counter[str] = Counter()
     kept: dict[str, Batch] = {}

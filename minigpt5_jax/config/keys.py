@@ -30,7 +30,9 @@ KEYS: dict[str, Key] = {
     "run.epochs": Key(2.0, "passes over the training data where run.num_steps is not set", low=0.0),
     "run.log_every": Key(10, "steps between lines in metrics.jsonl and TensorBoard", low=1),
     "run.eval_every": Key(1000, "steps between validations, and at the end; 0 for never", low=0),
-    "run.eval_batches": Key(8, "batches of a validation, the same ones every time", low=1),
+    "run.eval_batches": Key(
+        8, "batches of a validation, of data.global_batch samples and the same ones every time", low=1
+    ),
     "run.save_every": Key(1000, "steps between checkpoints; the last step is always saved", low=1),
     "run.grid_every": Key(1000, "steps between image grids; 0 for never", low=0),
     "run.grid_images": Key(8, "held-out captions in a grid", low=1),
@@ -244,8 +246,8 @@ KEYS: dict[str, Key] = {
     ),
     "mesh.frozen": Key(
         "tensor",
-        "frozen towers: the language model split over mesh.tensor and the others whole on each device; all "
-        "whole; or all spread over mesh.fsdp besides and gathered in each pass (docs/training.md)",
+        "how frozen towers lie; tensor: the language model split over mesh.tensor, the others whole on each "
+        "device; replicated: all whole; fsdp: all spread over mesh.fsdp besides, gathered in each pass",
         choices=("tensor", "replicated", "fsdp"),
     ),
     "mesh.exchange": Key(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -28,15 +29,16 @@ Grid = Callable[[Params], np.ndarray]
 
 
 class HeldOutImages:
-    """Images of one held-out batch, drawn from its own vokens (teacher forcing) and always the same noise.
+    """Images of one held-out update, drawn from its own vokens (teacher forcing) and always the same noise.
 
     Every process calls it and gets all of them, wherever their devices are.  The images of a set of
     parameters are kept until another is asked, so that a grid and a score of one step are drawn once.
 
     Args:
       draw: ``(params, batch, keys[m]) -> u8[m H W 3]``.
-      batches: placed on ``mesh``; the first that holds an image to draw is taken.
+      batches: placed on ``mesh``; the first update that holds an image to draw is taken.
       seed: of the noise.
+      micro: batches of an update.
     """
 
     def __init__(
@@ -46,19 +48,23 @@ class HeldOutImages:
         frozen: Params,
         mesh: jax.sharding.Mesh,
         seed: int,
+        micro: int = 1,
     ):
         everywhere = replicated(mesh)
         read = jax.jit(lambda batch: (batch.item_mask, batch.target), out_shardings=everywhere)
         self.targets = np.zeros((0, 0, 0, 3), np.uint8)
         """u8[n H W 3]: the data's own images; none where no batch has any."""
-        for batch in batches:
-            mask, targets = jax.device_get(read(batch))
+        for update in (batches[first : first + micro] for first in range(0, len(batches), micro)):
+            mask, targets = map(np.concatenate, zip(*jax.device_get([read(batch) for batch in update])))
             if mask.any():
-                self._batch, self._items, self.targets = batch, np.flatnonzero(mask), targets[mask]
+                self._update, self._items, self.targets = update, np.flatnonzero(mask), targets[mask]
                 break
 
-        def all_of(params: Params, batch: Batch) -> jax.Array:
-            return draw(params, batch, jax.random.split(jax.random.key(seed), batch.item_id.shape[0]))
+        def all_of(params: Params, batch: Batch, first: jax.Array) -> jax.Array:
+            # An item's noise is that of its place in the update, however this is cut.
+            items = batch.item_id.shape[0]
+            keys = jax.random.split(jax.random.key(seed), items * micro)
+            return draw(params, batch, jax.lax.dynamic_slice_in_dim(keys, first, items))
 
         self._draw, self._frozen = jax.jit(all_of, out_shardings=everywhere), frozen
         self._last: tuple[Params, np.ndarray] | None = None
@@ -66,8 +72,12 @@ class HeldOutImages:
     def __call__(self, trainable: Params) -> UInt8[np.ndarray, "n H W 3"]:
         """An image for each of ``targets``."""
         if self._last is None or self._last[0] is not trainable:
-            images = np.asarray(self._draw({**self._frozen, **trainable}, self._batch))
-            self._last = trainable, images[self._items]
+            params = {**self._frozen, **trainable}
+            images = [
+                np.asarray(self._draw(params, batch, np.int32(i * batch.item_id.shape[0])))
+                for i, batch in enumerate(self._update)
+            ]
+            self._last = trainable, np.concatenate(images)[self._items]
         return self._last[1]
 
 
@@ -86,14 +96,12 @@ def watchers(
     """
     if held_out is None or not (config.run.eval_every or config.run.grid_every):
         return None, None
-    place = make_batch_sharder(mesh, 1)
-    loader = open_loader(config, spec, held_out, training=False)
-    batches = [place(batch) for batch in itertools.islice(loader, config.run.eval_batches)]
-    loader.close()
+    place, micro = make_batch_sharder(mesh, 1), config.data.accumulation or 1
+    batches = [place(batch) for batch in held_out_batches(config, spec, held_out)]
     validator = make_validator(make_validation_step(spec.template, spec.options.loss), batches)
     inference = config.inference
     sample = make_batch_sampler(spec.template, sampler, inference.guidance_scale, inference.cfg_negative)
-    drawn = HeldOutImages(sample, batches, frozen, mesh, config.run.seed)
+    drawn = HeldOutImages(sample, batches, frozen, mesh, config.run.seed, micro)
     judged = bool(len(drawn.targets)) and readable(config)
 
     def validate(trainable: Params) -> dict[str, float]:
@@ -106,6 +114,16 @@ def watchers(
         return draw_grid(np.concatenate([targets, drawn(trainable)[shown]]), columns=len(targets))
 
     return validate, grid if len(drawn.targets) else None
+
+
+def held_out_batches(config: ConfigDict, spec: ModelSpec, held_out: Source) -> list[Batch]:
+    """This process's micro-batches of the first ``run.eval_batches`` updates' worth of held-out samples.
+
+    How an update is cut, which the devices may decide, does not change the samples.
+    """
+    count = config.run.eval_batches * (config.data.accumulation or 1)
+    with contextlib.closing(open_loader(config, spec, held_out, training=False)) as loader:
+        return list(itertools.islice(loader, count))
 
 
 def oracle_score(

@@ -10,8 +10,9 @@ from minigpt5_jax.config import ConfigError, use_int8
 from minigpt5_jax.planning.shapes import STORY_SAMPLES
 from minigpt5_jax.planning.step import Step
 from minigpt5_jax.training.sharding import ShardingError, make_mesh
-from minigpt5_jax.wiring.memory import POLICIES, resident_bytes, residual_bytes
+from minigpt5_jax.wiring.memory import POLICIES, recomputing, resident_bytes, residual_bytes
 from minigpt5_jax.wiring.model import ModelSpec, build, parameter_layout
+from minigpt5_jax.wiring.placement import divisors
 from minigpt5_jax.wiring.used_towers import abstract_batch
 
 SHOWN = 3
@@ -26,7 +27,7 @@ def remedies(step: Step, needed: int) -> list[tuple[str, float]]:
     samples, chips = config.data.global_batch, step.mesh.size
     kept = {
         policy: residual_bytes(
-            spec if policy == step.remat else build(config, remat=policy).without(spec.unused),
+            spec if policy == step.remat else recomputing(config, spec, policy),
             abstract_batch(step.shapes),
         )
         for policy in {step.remat, POLICIES[-1]}
@@ -40,9 +41,9 @@ def remedies(step: Step, needed: int) -> list[tuple[str, float]]:
     policies = [step.remat] + [POLICIES[-1]] * (step.remat != POLICIES[-1])
     whole = STORY_SAMPLES if config.data.packing == "tree" else 1
     stored = [(spec, ""), *_in_int8(step)]
-    for tensor, (model, quantized), policy in itertools.product(_divisors(chips), stored, policies):
+    for tensor, (model, quantized), policy in itertools.product(divisors(chips), stored, policies):
         placed = _parts(step, model, tensor)
-        for micro in _divisors(samples) if placed else ():
+        for micro in divisors(samples) if placed else ():
             rows = samples // micro
             if rows % chips or rows % whole or micro < config.data.accumulation:
                 continue
@@ -52,10 +53,6 @@ def remedies(step: Step, needed: int) -> list[tuple[str, float]]:
                 found.append((_flags(step, tensor, policy, micro, quantized), total))
                 break
     return found[:SHOWN]
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (n for n in range(1, number + 1) if number % n == 0)
 
 
 def _in_int8(step: Step) -> Iterator[tuple[ModelSpec, str]]:
@@ -74,10 +71,10 @@ def _parts(step: Step, spec: ModelSpec, tensor: int) -> tuple[int, int] | None:
     """(bytes of weights and moments on a chip, chips that share the rows); None where it does not divide."""
     try:
         mesh = make_mesh(-1, step.config.mesh.fsdp, tensor, step.topology.devices)
-        shardings = parameter_layout(step.config, spec, mesh).stored
+        layout = parameter_layout(step.config, spec, mesh)
     except ShardingError:
         return None
-    return resident_bytes(spec, shardings), mesh.shape["data"] * mesh.shape["fsdp"]
+    return resident_bytes(spec, layout), layout.shards
 
 
 def _flags(step: Step, tensor: int, policy: str, micro: int, quantized: str) -> str:

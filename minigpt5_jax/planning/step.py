@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax.data.batches.spec import BatchSpec
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.planning import hlo
-from minigpt5_jax.planning.shapes import STORY_SAMPLES, planned_shapes
+from minigpt5_jax.planning.shapes import STORY_ITEMS, STORY_SAMPLES, planned_shapes
 from minigpt5_jax.planning.topology import OPTIONS, Topology
 from minigpt5_jax.training.sharding import Layout, batch_shardings, state_shardings
 from minigpt5_jax.training.state import init_state
@@ -137,23 +137,22 @@ def plan_step(
     spec = spec.without(unused_towers(config, spec, watched=False))
     config, mesh = open_mesh(config, spec, topology.devices, topology.chip.memory)
     layout = parameter_layout(config, spec, mesh)
-    shardings = layout.stored
     config, shapes = _settle_batch(config, spec, layout, topology, length, shapes)
     spec = with_micro_batches(spec, config)
     batch = place_batch(shapes, mesh, config.data.accumulation)
     encoders = _encoders(config, spec, layout)
     spec, remat = fit_memory(
-        config, spec, abstract_batch(shapes), shardings, topology.chip.memory, extra=encoders
+        config, spec, abstract_batch(shapes), layout, topology.chip.memory, extra=encoders
     )
     counted = config.copy_and_resolve_references(), spec
     if attention == "auto":
         config.model.attention = topology.attention
         spec = build(config, remat=remat).without(spec.unused)
     function, state, frozen = abstract_step(config, spec, layout)
-    places = state_shardings(state, shardings, mesh)
+    places = state_shardings(state, layout.stored, mesh)
     arguments = (
         placed(state, places),
-        placed(frozen, {path: shardings[path] for path in frozen}),
+        placed(frozen, {path: layout.stored[path] for path in frozen}),
         batch,
     )
     return Step(topology, config, spec, remat, mesh, shapes, function, arguments, places, encoders, counted)
@@ -168,17 +167,17 @@ def _settle_batch(
     shapes: BatchSpec | None,
 ) -> tuple[ConfigDict, BatchSpec]:
     """(configuration with its micro-batches settled, shapes of one), as a run settles them."""
-    chip, story = topology.chip, STORY_SAMPLES
+    chip, story = topology.chip, {"story": STORY_SAMPLES, "items": STORY_ITEMS}
     if shapes is not None:
-        return fit_accumulation(config, layout.mesh, story=story), shapes
+        return fit_accumulation(config, layout.mesh, **story), shapes
 
     def fewest(counts: Sequence[int]) -> int:
         whole = planned_shapes(with_accumulation(config, 1), spec, topology.devices, length)
         extra = _encoders(config, spec, layout)
-        fits = fewest_that_fit(spec, abstract_batch(whole), layout.stored, chip.memory, extra=extra)
+        fits = fewest_that_fit(config, spec, abstract_batch(whole), layout, chip.memory, extra=extra)
         return fits(counts)
 
-    config = fit_accumulation(config, layout.mesh, story=story, fewest=fewest)
+    config = fit_accumulation(config, layout.mesh, **story, fewest=fewest)
     return config, planned_shapes(config, spec, topology.devices, length)
 
 

@@ -25,7 +25,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = SHARD_AXES
 ITEMS = LAYOUTS["items"][0]  # images cost most and need no model axis: spread over all
 LARGE = 2**17
-"""Elements from which on a parameter is spread: matrices, which towers cast to the compute dtype anyway."""
+"""Elements of a layer from which on a parameter is spread.  It must be a matrix: towers cast those to the
+compute dtype anyway, in which they travel, and not scales and biases."""
 
 Rules = Sequence[tuple[str, Mapping[str, str]]]
 """(Start of a path, logical axis -> mesh axis): the first match decides; what none matches is replicated.
@@ -104,7 +105,7 @@ def parameter_shardings(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where parameters lie between the steps, and where a step has those that train.
+    """Where parameters lie between the steps, and where a step needs the trainable ones.
 
     Attributes:
       stored: path -> place of a parameter; that of a trainable is its master weights' and moments'.
@@ -216,7 +217,8 @@ def _spread(
         for dim, size in enumerate(shape)
         if spec[dim] is None and axes[dim] != "layers" and size % count == 0
     ]
-    if count == 1 or not free or math.prod(shape) < LARGE:
+    sizes = [size for dim, size in enumerate(shape) if axes[dim] != "layers"]
+    if count == 1 or not free or len(sizes) < 2 or math.prod(sizes) < LARGE:
         return place
     spec[max(free, key=lambda dim: shape[dim])] = over if len(over) > 1 else over[0]
     return NamedSharding(place.mesh, P(*spec))

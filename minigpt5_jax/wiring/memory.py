@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from minigpt5_jax.batch import Batch
 from minigpt5_jax.minigpt5 import loss_counts
 from minigpt5_jax.parts.contracts import FROZEN
+from minigpt5_jax.training.sharding import Layout
 from minigpt5_jax.training.step import loss_and_diagnostics, make_draw
 from minigpt5_jax.wiring.model import ModelSpec, build
 
@@ -30,7 +30,7 @@ def fit_memory(
     config: ConfigDict,
     spec: ModelSpec,
     batch: Batch,
-    shardings: Mapping[str, Any],
+    layout: Layout,
     limit: int | None = None,
     *,
     extra: int = 0,
@@ -39,36 +39,36 @@ def fit_memory(
 
     Args:
       batch: shapes of this process's part of a micro-batch.
-      shardings: path -> how a parameter lies on the mesh.
-      limit: bytes of a device; what JAX tells of the first one by default.  Without a number (CPU) nothing is
-        computed again.
+      layout: of the parameters on the mesh.
+      limit: bytes of a device (:func:`device_bytes`).  Without a number (CPU) nothing is computed again.
       extra: bytes on each device of what lies there besides the model.
     """
     if config.model.remat != "auto":
         return spec, config.model.remat
-    limit = device_bytes() if limit is None else limit
     if limit is None:
         return spec, "none"
-    room, shares = kept_room(spec, shardings, limit, extra=extra)
+    room, shares = kept_room(spec, layout, limit, extra=extra)
     for policy in POLICIES[:-1]:
-        tried = spec if policy == "none" else build(config, remat=policy).without(spec.unused)
+        tried = recomputing(config, spec, policy)
         if residual_bytes(tried, batch) / shares <= room:
             return tried, policy
-    return build(config, remat=POLICIES[-1]).without(spec.unused), POLICIES[-1]
+    return recomputing(config, spec, POLICIES[-1]), POLICIES[-1]
 
 
-def kept_room(
-    spec: ModelSpec, shardings: Mapping[str, Any], limit: int, *, extra: int = 0
-) -> tuple[float, int]:
+def recomputing(config: ConfigDict, spec: ModelSpec, policy: str) -> ModelSpec:
+    """The model that computes layers again by ``policy``; ``spec`` itself with ``none``."""
+    return spec if policy == "none" else build(config, remat=policy).without(spec.unused)
+
+
+def kept_room(spec: ModelSpec, layout: Layout, limit: int, *, extra: int = 0) -> tuple[float, int]:
     """(bytes of a device for what the forward pass keeps, devices that share a process's batch).
 
     Args:
-      shardings, limit, extra: as of :func:`fit_memory`.
+      layout, limit, extra: as of :func:`fit_memory`.
     """
-    mesh = next(iter(shardings.values())).mesh.shape
     # Rows are whole on each device of the tensor axis.
-    shares = max(1, mesh["data"] * mesh["fsdp"] // jax.process_count())
-    return limit * USABLE - resident_bytes(spec, shardings) - extra, shares
+    shares = max(1, layout.shards // jax.process_count())
+    return limit * USABLE - resident_bytes(spec, layout) - extra, shares
 
 
 def device_bytes() -> int | None:
@@ -81,19 +81,21 @@ def device_bytes() -> int | None:
     return 2**20 * int(multihost_utils.process_allgather(np.int32(limit // 2**20)).min())
 
 
-def resident_bytes(spec: ModelSpec, shardings: Mapping[str, Any]) -> int:
+def resident_bytes(spec: ModelSpec, layout: Layout) -> int:
     """Bytes of parameters, gradients and moments on each device."""
     total = 0
     for path, shape in spec.template.shapes.items():
         if path in spec.template.absent:
             continue
-        part = math.prod(shardings[path].shard_shape(shape.shape)) * shape.dtype.itemsize
+        stored = layout.stored[path]
+        part = math.prod(stored.shard_shape(shape.shape)) * shape.dtype.itemsize
         if spec.labels[path] == FROZEN:
             total += part
             continue
-        whole = math.prod(shape.shape) * shape.dtype.itemsize
-        # A step has each gradient whole, and a copy of the value where only a part is stored.
-        total += STORED_COPIES * part + whole + (whole if part < whole else 0)
+        used = layout.used[path]
+        taken = math.prod(used.shard_shape(shape.shape)) * shape.dtype.itemsize
+        # A step has each gradient where it is used, and a copy of the value where less is stored.
+        total += STORED_COPIES * part + taken + (taken if used != stored else 0)
     return total
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from minigpt5_jax.batch import Batch
-from minigpt5_jax.training.sharding import ShardingError, make_mesh
-from minigpt5_jax.wiring.memory import device_bytes, kept_room, resident_bytes, residual_bytes
+from minigpt5_jax.training.sharding import Layout, ShardingError, make_mesh
+from minigpt5_jax.wiring.memory import POLICIES, kept_room, recomputing, resident_bytes, residual_bytes
 from minigpt5_jax.wiring.model import ModelSpec, parameter_layout
 
 RESIDENT = 0.75
@@ -31,7 +32,7 @@ def open_mesh(
     Args:
       spec: without the towers that the run does not load.
       devices: of the run; all that JAX has by default.
-      limit: bytes of a device; what JAX tells by default.
+      limit: bytes of a device; None where it is not known.
 
     Raises:
       ShardingError: sizes that do not multiply to the number of devices, or parameters that do not divide.
@@ -39,12 +40,11 @@ def open_mesh(
     settings, devices = config.mesh, list(jax.devices() if devices is None else devices)
     if settings.tensor is not None:
         return config, make_mesh(settings.data, settings.fsdp, settings.tensor, devices)
-    limit = device_bytes() if limit is None else limit
     smallest, error = None, None
-    for tensor in _divisors(1 if limit is None else len(devices) // jax.process_count()):
+    for tensor in divisors(1 if limit is None else devices_of_a_host(devices)):
         try:
             mesh = make_mesh(settings.data, settings.fsdp, tensor, devices)
-            size = resident_bytes(spec, parameter_layout(config, spec, mesh).stored)
+            size = resident_bytes(spec, parameter_layout(config, spec, mesh))
         except ShardingError as found:
             error = error or found
             continue
@@ -64,6 +64,7 @@ def fit_accumulation(
     mesh: jax.sharding.Mesh,
     *,
     story: int = 1,
+    items: int = 1,
     fewest: Callable[[Sequence[int]], int] = min,
 ) -> ConfigDict:
     """The configuration with a number of micro-batches that the devices divide; the update is the same.
@@ -73,14 +74,16 @@ def fit_accumulation(
 
     Args:
       story: samples of a row that is a tree.
+      items: images to draw of such a row.
       fewest: chooses among numbers of micro-batches, ascending, where the number is open.
     """
     data, rows = config.data, mesh.shape["data"] * mesh.shape["fsdp"]
     if data.packing == "tree":
-        places = story * rows
+        # Rows lie over data x fsdp, and their items over the whole mesh.
+        places = story * math.lcm(rows, mesh.size // math.gcd(mesh.size, items))
     else:
         places = math.lcm(mesh.size, max(1, data.pack) * rows)
-    fitting = [n for n in _divisors(data.global_batch) if data.global_batch // n % places == 0]
+    fitting = [n for n in divisors(data.global_batch) if data.global_batch // n % places == 0]
     if data.accumulation is None:
         chosen = fewest(fitting) if fitting else 1
     else:
@@ -96,27 +99,45 @@ def with_accumulation(config: ConfigDict, count: int) -> ConfigDict:
 
 
 def fewest_that_fit(
-    spec: ModelSpec, batch: Batch, layout: dict, limit: int | None = None, *, extra: int = 0
+    config: ConfigDict,
+    spec: ModelSpec,
+    batch: Batch,
+    layout: Layout,
+    limit: int | None = None,
+    *,
+    extra: int = 0,
 ) -> Callable[[Sequence[int]], int]:
-    """Chooser of :func:`fit_accumulation`: the first number whose micro-batch fits, nothing computed again.
+    """A function that chooses the number of micro-batches for :func:`fit_accumulation`.
 
-    Where none does, the last one.  Without a known memory (CPU) the first.
+    It returns the first number with which a micro-batch fits and nothing is computed again.  Where there is
+    none, and ``model.remat`` is ``auto``, as little is computed again as makes some number fit; where nothing
+    fits, it is the last one.  Without a known memory (CPU) it is the first.
 
     Args:
+      config: whose ``model.remat`` counts.
       batch: shapes of this process's part of a whole update.
       layout, limit, extra: as of :func:`minigpt5_jax.wiring.memory.fit_memory`.
     """
 
     def choose(counts: Sequence[int]) -> int:
-        bytes_of_device = device_bytes() if limit is None else limit
-        if bytes_of_device is None:
+        if limit is None:
             return counts[0]
-        room, shares = kept_room(spec, layout, bytes_of_device, extra=extra)
-        kept = residual_bytes(spec, batch) / shares
-        return next((n for n in counts if kept / n <= room), counts[-1])
+        room, shares = kept_room(spec, layout, limit, extra=extra)
+        for policy in POLICIES if config.model.remat == "auto" and room > 0 else ("none",):
+            kept = residual_bytes(recomputing(config, spec, policy), batch) / shares
+            fitting = [n for n in counts if kept / n <= room]
+            if fitting:
+                return fitting[0]
+        return counts[-1]
 
     return choose
 
 
-def _divisors(number: int) -> list[int]:
+def devices_of_a_host(devices: Sequence[Any]) -> int:
+    """How many devices each host has, of a run's or of a topology that is planned for."""
+    return len(devices) // len({getattr(device, "process_index", 0) for device in devices})
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]

@@ -244,6 +244,8 @@ def config_of(meta: Mapping[str, Any], weights: Mapping[str, str] | None = None)
         raise CheckpointError(f"the checkpoint was written with settings this version lacks: {unknown}")
     if "flip_each_epoch" not in saved["data"]:  # of a version that always did
         config.data.flip_each_epoch = not flat.get("data.features")
+    if "exchange" not in saved["mesh"]:  # of a version that summed gradients in fp32
+        config.mesh.exchange = "float32"
     if "stage" not in saved["tuning"]:  # of a version whose rules named every pattern
         config.tuning.stage = f"stage{stage_of(saved)}"
     for section, values in unflatten_dict(flat, sep=".").items():

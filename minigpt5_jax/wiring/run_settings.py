@@ -18,11 +18,14 @@ from minigpt5_jax.wiring.restore import upgrade_meta
 FIXED = ("config.model", "config.optimizer.decay_frozen_rows")
 """Settings that decide which parameters there are."""
 SETTLED = ("data.accumulation", "mesh.tensor")
+"""Settings that a run may leave to its devices, None then."""
 LINE = "{}: checkpoint {!r}, this run {!r}"
 
 
 def compare_settings(config: ConfigDict, spec: ModelSpec, checkpoints: Checkpoints) -> list[str]:
     """Every setting in which a run differs from the checkpoint that it goes on from, a line each.
+
+    ``config`` is as it was given: what it leaves to the devices is no change.
 
     Raises:
       CheckpointError: another model, or other parameters train; each such setting with both values.
@@ -38,10 +41,16 @@ def compare_settings(config: ConfigDict, spec: ModelSpec, checkpoints: Checkpoin
         title = "other parameters trained than would now; start in another workdir, or change this back:"
         require_same(saved, here, ("config.tuning",), title, LINE)
     found = {key.removeprefix("config."): pair for key, pair in differences(saved, here).items()}
-    # What a run leaves to its devices is settled later.
     return [
         LINE.format(key, *pair) for key, pair in found.items() if key not in SETTLED or pair[1] is not None
     ]
+
+
+def saved_accumulation(checkpoints: Checkpoints) -> int | None:
+    """Micro-batches of an update in the newest checkpoint; None where there is no checkpoint."""
+    return (
+        None if checkpoints.latest_step is None else checkpoints.meta()["config"]["data"].get("accumulation")
+    )
 
 
 def check_end(config: ConfigDict, steps: int, checkpoints: Checkpoints) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ import optax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from minigpt5_jax.batch import Batch
 from minigpt5_jax.config import ConfigError, num_steps, rate_groups, setting_errors, warmup_steps
+from minigpt5_jax.data.batches.pipeline import Loader
+from minigpt5_jax.data.sources import Source
+from minigpt5_jax.data.sources.features import FeatureStore
+from minigpt5_jax.diffusion.samplers import Sampler
 from minigpt5_jax.parts.contracts import FROZEN
 from minigpt5_jax.training.checkpoint import Checkpoints
 from minigpt5_jax.training.compiling import Announced
@@ -28,11 +33,11 @@ from minigpt5_jax.training.optimizer import linear_warmup_decay, make_optimizer
 from minigpt5_jax.training.owner import Owner
 from minigpt5_jax.training.prefetch import DevicePrefetch
 from minigpt5_jax.training.provenance import NOT_LOADED, CheckpointError, check_compatible, require_same
-from minigpt5_jax.training.sharding import state_shardings
+from minigpt5_jax.training.sharding import Layout, state_shardings
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import make_train_step
 from minigpt5_jax.training.tracking import Tracker, check_tracker, open_tracker
-from minigpt5_jax.wiring.feature_cache import FeatureCache, open_features
+from minigpt5_jax.wiring.feature_cache import FeatureCache, Opened, open_features
 from minigpt5_jax.wiring.features import load_towers, plans_features
 from minigpt5_jax.wiring.inputs import (
     data_identity,
@@ -64,7 +69,12 @@ from minigpt5_jax.wiring.restore import (
     upgrade_meta,
     warm_start,
 )
-from minigpt5_jax.wiring.run_settings import check_end, check_new_parameters, compare_settings
+from minigpt5_jax.wiring.run_settings import (
+    check_end,
+    check_new_parameters,
+    compare_settings,
+    saved_accumulation,
+)
 from minigpt5_jax.wiring.session import open_sampler
 from minigpt5_jax.wiring.used_towers import abstract_batch, unused_towers
 from minigpt5_jax.wiring.weight_paths import check_sources
@@ -288,30 +298,68 @@ def make_loop(
         raise
 
 
-def _fitting_notes(
-    config: ConfigDict, spec: ModelSpec, steps: int, configured: ConfigDict, recomputed: str
-) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class _Settled:
+    """What a run is, before weights are read: how the devices and the data settled its configuration.
+
+    Attributes:
+      config: with what it left open.  spec: without what is not loaded.
+      recomputed: what is computed again.  note: about the features, '' where there is none.
+      shard: places the loader's batches on the mesh.
+    """
+
+    config: ConfigDict
+    spec: ModelSpec
+    layout: Layout
+    recomputed: str
+    sampler: Sampler
+    source: Source
+    held_out: Source | None
+    features: Opened | None
+    note: str
+    loader: Loader
+    shard: Callable[[Batch], Batch]
+
+
+def micro_batch_note(count: int, given: int | None, before: int | None) -> str:
+    """What the devices made of ``data.accumulation``, '' where that is nothing new.
+
+    Args:
+      count: micro-batches of an update.  given: as configured.  before: of the checkpoint, if any.
+    """
+    if given is not None:
+        return (
+            f"{count} micro-batches per update, not data.accumulation={given}, which the devices do not "
+            "divide; the update is the same"
+            if count != given
+            else ""
+        )
+    changed = before not in (None, count)
+    if count == 1 and not changed:
+        return ""
+    was = f"; {before} before this resume" if changed else ""
+    what = f"{count} micro-batch{'es' * (count > 1)} per update"
+    return f"{what}, as few as fit the devices (data.accumulation{was})"
+
+
+def _fitting_notes(settled: _Settled, steps: int, configured: ConfigDict, before: int | None) -> list[str]:
     """What a run does otherwise than its keys say by themselves, a line each.
 
     Args:
-      steps: of the run.  configured: before the devices settled it.  recomputed: what is computed again.
+      steps: of the run.  configured: before the devices settled it.
+      before: micro-batches of the checkpoint that it goes on from.
     """
+    config, spec = settled.config, settled.spec
     notes, warmup = [], warmup_steps(config, steps)
-    if config.model.remat == "auto" and recomputed != "none":
-        notes.append(f"layers computed again so that the step fits (model.remat): {recomputed}")
+    if config.model.remat == "auto" and settled.recomputed != "none":
+        notes.append(f"layers computed again so that the step fits (model.remat): {settled.recomputed}")
     if warmup != config.optimizer.warmup_steps:
         notes.append(
             f"the rates rise over {warmup} steps, a tenth of the run: it is not longer than "
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
         )
-    micro, given = config.data.accumulation, configured.data.accumulation
-    if given is None and micro > 1:
-        notes.append(f"{micro} micro-batches per update, so that each fits the devices (data.accumulation)")
-    elif given is not None and micro != given:
-        notes.append(
-            f"{micro} micro-batches per update, not data.accumulation={given}, which the devices do not "
-            "divide; the update is the same"
-        )
+    if note := micro_batch_note(config.data.accumulation, configured.data.accumulation, before):
+        notes.append(note)
     if configured.mesh.tensor is None and config.mesh.tensor > 1:
         notes.append(
             f"the language model is split over {config.mesh.tensor} devices, so that it fits (mesh.tensor)"
@@ -341,18 +389,17 @@ def _tracker(config: ConfigDict) -> Tracker | None:
     )
 
 
-def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
-    configured, whole, watched = config, build(config), watch is not None
-    spec = whole.without(unused_towers(config, whole, watched=watched))
-    config, mesh = open_mesh(config, spec)
+def _settle(configured: ConfigDict, checkpoints: Checkpoints, watched: bool) -> tuple[_Settled, list[str]]:
+    """(what runs, settings that differ from the checkpoint's); what is wrong with the input is found here."""
+    whole, limit = build(configured), device_bytes()
+    spec = whole.without(unused_towers(configured, whole, watched=watched))
+    config, mesh = open_mesh(configured, spec, limit=limit)
     layout = parameter_layout(config, spec, mesh)
-    shardings = layout.stored
     check_sources(config, spec.unused)
-    checkpoints, changed = open_run_checkpoints(config, owner), []
-    if checkpoints.latest_step is not None:
-        changed = compare_settings(config, spec, checkpoints)
+    resumed = checkpoints.latest_step is not None
+    changed = compare_settings(configured, spec, checkpoints) if resumed else []
     check_new_parameters(config, spec)
-    if config.run.init_from and checkpoints.latest_step is None:
+    if config.run.init_from and not resumed:
         open_parent_run(config, spec)
     sampler = open_sampler(config, spec)
     source, held_out = open_sources(config, spec.sizes)
@@ -361,34 +408,75 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         spec = whole.without(unused_towers(config, whole, watched=watched, features=False))
         check_sources(config, spec.unused)
     store = features.store if features else None
-    extra = features.extra_bytes(spec, shardings) if features else 0
-    story = samples_of_a_story(with_accumulation(config, 1), source) if config.data.packing == "tree" else 1
-
-    def fewest(counts: Sequence[int]) -> int:
-        """Of an update in one piece, whose shapes the loader knows."""
-        with contextlib.closing(open_loader(config, spec, source, training=True, features=store)) as loader:
-            batch = abstract_batch(loader.largest)
-            return fewest_that_fit(spec, batch, shardings, extra=extra)(counts)
-
-    config = fit_accumulation(config, mesh, story=story, fewest=fewest if device_bytes() else min)
+    extra = features.extra_bytes(spec, layout.stored) if features else 0
+    config = _settle_micro_batches(config, spec, source, layout, store, limit, extra)
     spec = with_micro_batches(spec, config)
     loader = open_loader(config, spec, source, training=True, features=store)
     shard = make_batch_sharder(mesh, config.data.accumulation)
     shard(next(loader))  # shapes and the first samples, before weights are read
     loader.restore(0)
-    spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), shardings, extra=extra)
+    spec, recomputed = fit_memory(config, spec, abstract_batch(loader.largest), layout, limit, extra=extra)
+    return _Settled(
+        config, spec, layout, recomputed, sampler, source, held_out, features, note, loader, shard
+    ), changed
+
+
+def _settle_micro_batches(
+    config: ConfigDict,
+    spec: ModelSpec,
+    source: Source,
+    layout: Layout,
+    store: FeatureStore | None,
+    limit: int | None,
+    extra: int,
+) -> ConfigDict:
+    """The configuration with as many micro-batches as the devices need."""
+    one, trees = with_accumulation(config, 1), config.data.packing == "tree"
+    open_and_fits = config.data.accumulation is None and limit is not None
+    if not trees and not open_and_fits:
+        return fit_accumulation(config, layout.mesh)
+    story = samples_of_a_story(one, source) if trees else 1
+    # Of an update in one piece, whose shapes the loader knows.
+    with contextlib.closing(open_loader(one, spec, source, training=True, features=store)) as loader:
+        batch = abstract_batch(loader.largest)
+    return fit_accumulation(
+        config,
+        layout.mesh,
+        story=story,
+        items=batch.item_id.shape[0] // batch.tokens.shape[0],
+        fewest=fewest_that_fit(config, spec, batch, layout, limit, extra=extra),
+    )
+
+
+def _start(
+    settled: _Settled, checkpoints: Checkpoints, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Any, dict[str, jax.Array], dict[str, jax.Array], dict[str, Any]]:
+    """(state, where its leaves lie, frozen, inherited, description): of a new or a resumed run.
+
+    The loader goes on behind the newest checkpoint.
+    """
+    config, spec, stored = settled.config, settled.spec, settled.layout.stored
+    trainable, frozen, inherited = split_parameters(config, spec, stored, checkpoints)
+    meta = {**describe(config, spec, frozen), "data": data_identity(config, settled.source)}
+    meta["frozen"] = keep_hashes(meta["frozen"], earlier_hashes(config, checkpoints))
+    state, places = place_state(trainable, spec, optimizer, config.run.seed, stored, settled.layout.mesh)
+    if checkpoints.latest_step is not None:
+        state, data_state = resume(checkpoints, state, meta, places)
+        settled.loader.restore(data_state)
+    return state, places, frozen, inherited, meta
+
+
+def _make_loop(configured: ConfigDict, watch: Watch | None, owner: Owner | None) -> Loop:
+    checkpoints = open_run_checkpoints(configured, owner)
+    before = saved_accumulation(checkpoints)
+    settled, changed = _settle(configured, checkpoints, watch is not None)
+    config, spec, loader, source = settled.config, settled.spec, settled.loader, settled.source
+    layout, mesh, features = settled.layout, settled.layout.mesh, settled.features
     steps = num_steps(config, epoch_samples(config, source))
     check_end(config, steps, checkpoints)
     optimizer = open_optimizer(config, spec, steps)
-    trainable, frozen, inherited = split_parameters(config, spec, shardings, checkpoints)
-    meta = {**describe(config, spec, frozen), "data": data_identity(config, source)}
-    meta["frozen"] = keep_hashes(meta["frozen"], earlier_hashes(config, checkpoints))
-    state, places = place_state(trainable, spec, optimizer, config.run.seed, shardings, mesh)
-    first_step = 0
-    if checkpoints.latest_step is not None:
-        state, data_state = resume(checkpoints, state, meta, places)
-        first_step = int(state.step)
-        loader.restore(data_state)
+    state, places, frozen, inherited, meta = _start(settled, checkpoints, optimizer)
+    first_step = int(state.step)
     metrics = Metrics(
         config.run.workdir,
         steps,
@@ -402,7 +490,7 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         ),
         samples=lambda step: loader.samples(step - 1),
     )
-    fitted = [*_fitting_notes(config, spec, steps, configured, recomputed), note]
+    fitted = [*_fitting_notes(settled, steps, configured, before), settled.note]
     for line in filter(None, [*fitted, *_resuming_notes(config, steps, first_step, changed)]):
         metrics.message(line)
     cache = None
@@ -423,13 +511,15 @@ def _make_loop(config: ConfigDict, watch: Watch | None, owner: Owner | None) -> 
         donate_argnums=0,
         out_shardings=(places, None),
     )
-    validate, grid = watch(config, spec, held_out, frozen, mesh, sampler) if watch else (None, None)
+    validate, grid = (
+        watch(config, spec, settled.held_out, frozen, mesh, settled.sampler) if watch else (None, None)
+    )
     return Loop(
         state,
         frozen,
         Announced(step, "the step", metrics),
         mesh,
-        DevicePrefetch(loader, shard, closing=cache.close if cache else None),
+        DevicePrefetch(loader, settled.shard, closing=cache.close if cache else None),
         metrics,
         checkpoints,
         meta,

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -25,11 +26,13 @@ from minigpt5_jax.planning.step import Compiled, Memory, _refused, plan_step
 from minigpt5_jax.planning.topology import Chip, PlanError, Topology, open_topology, read_chip
 from minigpt5_jax.training.sharding import ShardingError, make_mesh
 from minigpt5_jax.weights.errors import WeightFileError
+from minigpt5_jax.wiring import placement
 from minigpt5_jax.wiring.features import encoder_bytes
 from minigpt5_jax.wiring.memory import USABLE, resident_bytes, residual_bytes
 from minigpt5_jax.wiring.model import parameter_layout
 from minigpt5_jax.wiring.placement import (
     RESIDENT,
+    devices_of_a_host,
     fewest_that_fit,
     fit_accumulation,
     open_mesh,
@@ -278,9 +281,18 @@ def test_accumulation_follows_the_devices(config):
     assert fit_accumulation(config, make_mesh(devices=jax.devices()[:8])) is config  # its error comes later
     config.data.update(global_batch=4 * 26, packing="tree", accumulation=3)
     four = make_mesh(tensor=2, devices=jax.devices()[:8])
-    assert fit_accumulation(config, four, story=13).data.accumulation == 2  # stories stay whole
+    assert fit_accumulation(config, four, story=13, items=8).data.accumulation == 2  # stories stay whole
+    # The 36 items of four stories lie over eight devices, which do not divide them.
+    assert fit_accumulation(config, four, story=13, items=9).data.accumulation == 1
     config.data.accumulation = None
-    assert fit_accumulation(config, four, story=13, fewest=max).data.accumulation == 2
+    assert fit_accumulation(config, four, story=13, items=8, fewest=max).data.accumulation == 2
+    assert fit_accumulation(config, four, story=13, items=9, fewest=max).data.accumulation == 1
+
+
+def test_the_language_model_is_split_inside_a_host():
+    hosts = [types.SimpleNamespace(process_index=number // 4) for number in range(16)]
+    assert devices_of_a_host(hosts) == 4
+    assert devices_of_a_host([types.SimpleNamespace()] * 8) == 8
 
 
 def test_what_is_left_open_follows_the_memory(step, config, monkeypatch):
@@ -291,7 +303,7 @@ def test_what_is_left_open_follows_the_memory(step, config, monkeypatch):
     sizes = {}
     for tensor in (1, 2, 4):
         layout = parameter_layout(config, spec, make_mesh(tensor=tensor, devices=devices))
-        sizes[tensor] = resident_bytes(spec, layout.stored)
+        sizes[tensor] = resident_bytes(spec, layout)
     for tensor, size in sizes.items():
         settled, mesh = open_mesh(config, spec, devices, int(size / RESIDENT) + 1)
         assert settled.mesh.tensor == mesh.shape["tensor"] == tensor
@@ -299,13 +311,29 @@ def test_what_is_left_open_follows_the_memory(step, config, monkeypatch):
     assert open_mesh(config, spec, devices)[1].shape["tensor"] == 1  # a CPU tells no limit
     assert config.mesh.tensor is None
 
-    batch, places = abstract_batch(step.shapes), parameter_layout(config, spec, step.mesh).stored
+    batch, places = abstract_batch(step.shapes), parameter_layout(config, spec, step.mesh)
     kept, there = residual_bytes(spec, batch), resident_bytes(spec, places)
     for count in (1, 2, 4):
         limit = int((there + kept / count) / USABLE) + 1
-        assert fewest_that_fit(spec, batch, places, limit)([1, 2, 4]) == count
-    assert fewest_that_fit(spec, batch, places, there)([1, 2, 4]) == 4
-    assert fewest_that_fit(spec, batch, places)([1, 2, 4]) == 1
+        assert fewest_that_fit(config, spec, batch, places, limit)([1, 2, 4]) == count
+    assert fewest_that_fit(config, spec, batch, places, there)([1, 2, 4]) == 4
+    assert fewest_that_fit(config, spec, batch, places)([1, 2, 4]) == 1
+
+
+def test_layers_are_computed_again_before_micro_batches_get_smaller_in_vain(step, config, monkeypatch):
+    """Where none fits otherwise, the fewest under the first policy with which some do."""
+    kept = {"none": 80.0, "backbone": 60.0, "generator": 12.0, "all": 1.0}
+    monkeypatch.setattr(placement, "kept_room", lambda *_, **__: (7.0, 1))
+    monkeypatch.setattr(placement, "recomputing", lambda config, spec, policy: policy)
+    monkeypatch.setattr(placement, "residual_bytes", lambda policy, batch: kept[policy])
+    config = config.copy_and_resolve_references()
+    config.model.remat = "auto"
+    layout = parameter_layout(config, step.spec, step.mesh)
+    choose = fewest_that_fit(config, step.spec, abstract_batch(step.shapes), layout, 1)
+    assert choose([1, 2, 4, 8]) == 2
+    assert choose([1, 2, 4, 8, 16]) == 16  # nothing is computed again where that is enough
+    config.model.remat = "none"
+    assert choose([1, 2, 4, 8]) == 8
 
 
 def test_what_writes_features_is_counted(step, config):

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import tiny
 from minigpt5_jax.batch import Batch
+from minigpt5_jax.config import get_config, use_shapes_backbones, validate
 from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
 from minigpt5_jax.models.abstract import Template
 from minigpt5_jax.planning import hlo
@@ -24,6 +25,7 @@ from minigpt5_jax.training.sharding import Layout, batch_shardings, lay_out, mak
 from minigpt5_jax.training.state import TrainState, init_state
 from minigpt5_jax.training.step import StepOptions, make_train_step, shards_apart
 from minigpt5_jax.training.tuning import FROZEN, label_parameters
+from minigpt5_jax.wiring.model import build, parameter_layout
 
 MICRO = 2  # micro-batches of an update
 
@@ -264,6 +266,65 @@ def test_trainables_travel_in_the_dtype_that_is_asked_for(monkeypatch):
     traced = str(jax.make_jaxpr(layout.gather)(values)), str(jax.make_jaxpr(layout.reduce)(parts))
     assert "bf16[16,8] = all_gather" in traced[0] and "bf16[2,8] = reduce_scatter" in traced[1]
     assert "f32[8] = psum" in traced[1]
+
+
+def test_stacked_vectors_are_no_matrices(monkeypatch):
+    """However many layers have one: scales stay whole, and in fp32 on their way."""
+    monkeypatch.setattr(sharding, "LARGE", 64)
+    axes = {"scale": ("layers", None), "small": ("layers", None, None), "kernel": ("layers", None, None)}
+    sizes = {"scale": (8, 128), "small": (8, 4, 8), "kernel": (8, 8, 8)}
+    shapes = {name: jax.ShapeDtypeStruct(size, np.float32) for name, size in sizes.items()}
+    layout = lay_out(shapes, axes, axes, make_mesh(8, 1, 1))
+    assert {name for name in axes if layout.stored[name] != layout.used[name]} == {"kernel"}
+
+
+@pytest.mark.parametrize(
+    "key, value, stored, dtype",
+    [
+        ("exchange", "model", None, jnp.bfloat16),
+        ("exchange", "float32", None, jnp.float32),
+        ("frozen", "tensor", P(None, None, "tensor"), jnp.bfloat16),
+        ("frozen", "replicated", P(None, None, None), jnp.bfloat16),
+        ("frozen", "fsdp", P(None, "fsdp", "tensor"), jnp.bfloat16),
+    ],
+)
+def test_the_layout_is_as_the_configuration_says(small_world, monkeypatch, key, value, stored, dtype):
+    monkeypatch.setattr(sharding, "LARGE", 64)
+    config = small_world[0].copy_and_resolve_references()
+    config.model.dtype = "bfloat16"
+    config.mesh.update({key: value})
+    layout = parameter_layout(config, small_world[1], make_mesh(2, 2, 2))
+    assert layout.dtype == dtype and stored in (None, layout.stored[QUERY].spec)
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    """(configuration, model) of the small world."""
+    config = use_shapes_backbones(get_config())
+    return config, build(validate(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1"], indirect=True)
+def test_one_device_rounds_nothing(stage, monkeypatch):
+    """Nothing travels there, whatever the dtype for it: bit by bit the step without a layout."""
+    monkeypatch.setattr(sharding, "LARGE", 64)
+    mesh, template, paths = (
+        make_mesh(devices=jax.devices()[:1]),
+        stage.template,
+        tiny.trainable_paths(stage.labels),
+    )
+    layout = lay_out(template.shapes, template.axes, paths, mesh, tiny.sharding(), dtype=jnp.bfloat16)
+    trainable, frozen = split(stage.params, stage.labels)
+    options = StepOptions(LossOptions(), cfg_dropout=0.3)
+    step = make_train_step(template, stage.labels, stage.optimizer, options, layout=layout)
+    with jax.set_mesh(mesh):
+        state, metrics = jax.jit(step)(
+            init_state(trainable, stage.labels, stage.optimizer, 0), frozen, stage.batch
+        )
+    assert float(metrics["loss"]) == stage.loss
+    for path, value in gradients(state).items():
+        assert (value == stage.gradients[path]).all(), path
 
 
 def test_indices_of_a_shard_count_from_its_first_row():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
-from minigpt5_jax.config import get_config, validate
+from minigpt5_jax.config import get_config, use_shapes_backbones, validate
 from minigpt5_jax.evaluation import held_out as watch
 from minigpt5_jax.evaluation.held_out import watchers
 from minigpt5_jax.minigpt5 import LossOptions, StepRandomness
@@ -21,6 +21,8 @@ from minigpt5_jax.shapes.world import Object, Scene
 from minigpt5_jax.training.sharding import make_mesh
 from minigpt5_jax.training.step import means
 from minigpt5_jax.training.validation import make_validation_step
+from minigpt5_jax.wiring.inputs import open_sources
+from minigpt5_jax.wiring.model import build
 from minigpt5_jax.wiring.training import make_loop
 
 IMAGE_ONLY = LossOptions({"image": 1.0})
@@ -95,6 +97,35 @@ def test_images_are_drawn_for_the_first_batch_that_has_any():
     jax.effects_barrier()
     assert len(calls) == 2
     assert not len(watch.HeldOutImages(draw, batches[:1], frozen, make_mesh(8, 1, 1), seed=0).targets)
+
+
+def test_a_cut_update_shows_the_same_images():
+    def draw(params, batch, keys):
+        return batch.target + jax.vmap(lambda key: jax.random.bits(key, (1, 1, 1), "uint8"))(keys)
+
+    whole, mesh = coloured([0, 1, 0, 0, 0, 1, 1, 0]), make_mesh(devices=jax.devices()[:1])
+    halves = [jax.tree.map(lambda x, at=at: x[at : at + 4], whole) for at in (0, 4)]
+    one = watch.HeldOutImages(draw, [whole], {}, mesh, seed=0)
+    two = watch.HeldOutImages(draw, halves, {}, mesh, seed=0, micro=2)
+    assert two.targets.tolist() == one.targets.tolist() and two({}).tolist() == one({}).tolist()
+
+
+def test_held_out_samples_are_the_same_however_an_update_is_cut(tmp_path):
+    config = use_shapes_backbones(get_config())
+    config.run.update(workdir=str(tmp_path), eval_batches=2)
+    config.data.update(format="shapes", shapes_train=8, shapes_validation=13, global_batch=8)
+    config.data.update(max_length=64, flip_mode="off", accumulation=1)
+    spec = build(validate(config))
+    source = open_sources(config, spec.sizes)[1]
+
+    def texts(batches):
+        return [row.tolist() for batch in batches for row in batch.tokens]
+
+    whole = watch.held_out_batches(config, spec, source)
+    config.data.accumulation = 4
+    cut = watch.held_out_batches(config, spec, source)
+    assert [len(batch.tokens) for batch in whole] == [8, 8] and len(cut) == 7
+    assert texts(cut) == texts(whole)[:14]
 
 
 def test_the_oracle_compares_drawn_images_with_the_datas():
