@@ -279,14 +279,11 @@ def _check_code(run: Meta, folder: Path) -> None:
         if "." not in name or package in sys.modules:
             continue
         found = importlib.util.find_spec(package)
-        if (
-            found is not None
-            and found.origin
-            and Path(found.origin).resolve().is_relative_to(folder.resolve())
-        ):
+        origin = found.origin if found is not None else None
+        if origin and Path(origin).resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(
-                f"{folder}: the {kind} {name!r} is code that came with the model, which is never run; read it, "
-                "and install it somewhere else if you trust it"
+                f"{folder}: the {kind} {name!r} is code that came with the model, which is never run; read "
+                "it, and install it somewhere else if you trust it"
             )
 
 
