@@ -43,6 +43,7 @@ def summary(file: Path) -> str:
 def overview(known: Mapping[str, Path]) -> str:
     """What ``minigpt5 --help`` prints."""
     rows = [f"    {name:10} {summary(file)}" for name, file in known.items()]
+    rows += [f"    {name:10} The same as `{' '.join(words)}`." for name, words in WORDS.items()]
     return "\n".join(["usage: minigpt5 COMMAND [flags]", "", *rows, EXAMPLES.rstrip()])
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from minigpt5_jax import cli
 from minigpt5_jax.config import ConfigError
 from minigpt5_jax.data.errors import DataError
+from minigpt5_jax.data.images import load_image
 from minigpt5_jax.inference.page import Entry, write_page
 from minigpt5_jax.wiring.generation import claim_output
 from minigpt5_jax.wiring.pipeline import Answer, MiniGPT5, Picture
@@ -36,9 +36,9 @@ CHECKPOINT = cli.define_path(
 )
 MESSAGE = flags.DEFINE_multi_string("message", [], "What to say; may be given several times.")
 IMAGE = cli.define_path("image", None, "Image of the first message; several in order.", multi=True)
-OUTPUT = cli.define_path("output", "page", "Folder of images and page.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the conversation.", lower_bound=0)
-STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+OUTPUT = cli.define_path("output", "conversation", "Folder of images and page.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the conversation.", lower_bound=0)
+STEP = flags.DEFINE_integer("step", None, "Which checkpoint to open; the newest by default.")
 INFERENCE = flags.DEFINE_multi_string(
     "inference", [], "KEY=VALUE in place of the run's inference.KEY, for example num_inference_steps=10."
 )
@@ -59,16 +59,18 @@ def messages() -> Iterator[str]:
         yield line.strip()
 
 
-def show(answer: Answer, folder: Path, number: int) -> list[str]:
-    """Writes the images of an answer; its texts, and their paths, in order."""
-    shown, images = [], 0
+def show(answer: Answer, folder: Path, number: int) -> list[dict[str, str]]:
+    """Writes the images of an answer; its parts in order, images by their paths."""
+    shown: list[dict[str, str]] = []
+    images = 0
     for part in answer.parts:
-        if not isinstance(part, str):
-            images += 1
-            path = folder / f"answer_{number}_{images}.png"
-            part.save(path)
-            part = str(path)
-        shown.append(part)
+        if isinstance(part, str):
+            shown.append({"type": "text", "text": part})
+            continue
+        images += 1
+        path = folder / f"answer_{number}_{images}.png"
+        part.save(path)
+        shown.append({"type": "image", "path": str(path)})
     return shown
 
 
@@ -87,8 +89,8 @@ def converse() -> Path | None:
     )
     cli.tell("the first answer takes longer, as programs are compiled")
     chat, entries = model.chat(seed=SEED.value), []
+    images: list[Picture] = [Path(path) for path in IMAGE.value]  # of the first message that is answered
     for number, message in enumerate(messages(), 1):
-        images: list[Picture] = [Path(path) for path in IMAGE.value] if number == 1 else []
         try:
             answer = chat.send([*images, message])
         except DataError as error:
@@ -96,13 +98,15 @@ def converse() -> Path | None:
                 raise
             cli.tell(f"error: {error}")  # who types may try again
             continue
-        said = [*(np.asarray(Image.open(path).convert("RGB")) for path in images), message]
+        said = [*(np.asarray(load_image(path)) for path in images), message]
+        images = []
         made = [part if isinstance(part, str) else np.asarray(part) for part in answer.parts]
         entries.append(Entry(said, made or ["(nothing)"], seed=answer.seed, notes=" · ".join(answer.notes)))
         write_page(folder, "MiniGPT-5", entries, {"checkpoint": CHECKPOINT.value, "step": model.model.step})
         parts = show(answer, folder, number)
         line = json.dumps({"message": message, "parts": parts, "notes": answer.notes, "seed": answer.seed})
-        print(line if JSON.value else "\n".join(parts or ["(nothing)"]), flush=True)
+        told = [part.get("text") or part["path"] for part in parts] or ["(nothing)"]
+        print(line if JSON.value else "\n".join(told), flush=True)
         for note in answer.notes:
             cli.tell(f"note: {note}")
     return folder / "index.html" if entries else None

@@ -10,7 +10,6 @@ import pytest
 
 from commands import serve
 from minigpt5_jax import __main__ as line
-from minigpt5_jax import chat
 
 ROOT = Path(__file__).parents[1]
 KNOWN = sorted(line.commands())
@@ -77,15 +76,13 @@ def test_what_is_wrong_is_one_message(words, message, minigpt5):
     assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_messages_are_flags_or_lines(monkeypatch):
-    import io
-
-    from absl import flags
-    from absl.testing import flagsaver
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])
-    with flagsaver.flagsaver(message=["a", "b"]):
-        assert [*chat.messages()] == ["a", "b"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n two \n\nnot said\n"))
-    assert [*chat.messages()] == ["one", "two"]
+def test_messages_are_flags_or_lines():
+    # In a process of its own: commands define the same flags.
+    code = "import sys; from minigpt5_jax import chat; chat.flags.FLAGS(sys.argv); print([*chat.messages()])"
+    for given, lines, messages in (
+        (["--message=a", "--message=b"], "", ["a", "b"]),
+        ([], "one\n two \n\nnot said\n", ["one", "two"]),
+    ):
+        command = [sys.executable, "-c", code, *given]
+        done = subprocess.run(command, input=lines, capture_output=True, text=True)
+        assert done.stdout.strip() == repr(messages), done.stderr

@@ -113,6 +113,40 @@ def test_a_saved_model_is_a_run_for_every_reader(folder):
         open_run(folder, step=3)
 
 
+def test_only_floating_dtypes_that_hold_the_numbers(model, tmp_path):
+    with pytest.raises(ConfigError, match="dtype 'int8' is not one of float32, float16, bfloat16"):
+        model.save_pretrained(tmp_path / "small", dtype="int8")
+    large = {**model.model.params, "mapper/queries": model.model.params["mapper/queries"] * 1e30}
+    wide = MiniGPT5(dataclasses.replace(model.model, params=large), model._meta)
+    with pytest.raises(ConfigError, match="mapper/queries does not fit into float16; save it as bfloat16"):
+        wide.save_pretrained(tmp_path / "small", dtype="float16")
+    assert wide.save_pretrained(tmp_path / "small", dtype="bfloat16")
+
+
+def test_settings_of_a_session_are_not_saved(workdir, tmp_path):
+    other = MiniGPT5.from_pretrained(workdir, sampler="ddim", num_inference_steps=3)
+    saved = open_run(other.save_pretrained(tmp_path / "model")).config.inference
+    assert (saved.sampler, saved.num_inference_steps) == (
+        MiniGPT5.from_pretrained(workdir).config.inference.sampler,
+        1,
+    )
+
+
+def test_a_folder_gives_neither_code_nor_programs(copy, monkeypatch):
+    about = json.loads((copy / "config.json").read_text())
+    usual = about["run"]["config"]["run"]["compile_cache"]
+    about["run"]["config"]["run"]["compile_cache"] = str(copy / "programs")
+    (copy / "config.json").write_text(json.dumps(about))
+    assert open_run(copy).config.run.compile_cache == usual
+    about["run"]["config"]["model"]["mapper"]["name"] = "theirs.mapper"
+    (copy / "config.json").write_text(json.dumps(about))
+    (copy / "theirs").mkdir()
+    (copy / "theirs" / "__init__.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(str(copy))
+    with pytest.raises(CheckpointError, match="'theirs.mapper' is code that came with the model"):
+        open_run(copy)
+
+
 def test_a_folder_of_a_newer_version(copy):
     about = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(about | {"format_version": 2}))
@@ -317,3 +351,31 @@ def test_a_conversation_remembers(model, caplog):
     assert chat.answers == [first, second] and first.seed != second.seed
     said = [turn["role"] for turn in chat.messages if turn["role"] != "assistant"]
     assert said == ["system", "user", "user"] and chat.messages[1]["content"][0]["text"] == "a red circle"
+
+
+def test_a_chat_as_transformers_writes_it(seeing, tmp_path):
+    file = tmp_path / "photo.png"
+    Image.new("RGB", (20, 20), "red").save(file)
+    chat = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": str(file)}, {"type": "text", "text": "what?"}],
+        },
+    ]
+    made, _ = seeing.prompt(chat)
+    assert (
+        made
+        == seeing.prompt(
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [file, "what?"]}]
+        )[0]
+    )
+    assert seeing.prompt(file)[0] == seeing.prompt([file])[0], "one image alone"
+    for content, message in (
+        ([{"type": "text", "text": 3}], "message 1: expected"),
+        ([{"type": "image", "image": str(tmp_path / "none.png")}], "none.png"),
+    ):
+        with pytest.raises((DataError, OSError), match=message):
+            seeing.prompt([{"role": "user", "content": content}])
+    with pytest.raises(DataError, match="the system prompt must be text"):
+        seeing.prompt([{"role": "system"}, {"role": "user", "content": "hi"}])

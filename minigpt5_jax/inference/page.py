@@ -124,14 +124,21 @@ def _check_images(value: np.ndarray, dims: int) -> None:
         raise ValueError(f"an image must be {want}, got {value.dtype}{list(value.shape)}")
 
 
+def is_free(directory: Path) -> bool:
+    """Whether a page may be written there: nothing is, or an empty folder, or an earlier page of ours."""
+    if not directory.is_dir():
+        return not directory.exists()
+    index = directory / "index.html"
+    ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
+    return ours or not any(directory.iterdir())
+
+
 def _claim(directory: Path) -> None:
     """Make ``directory``, or clear the images of our earlier page; refuse what is not ours."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, a page needs a directory")
     directory.mkdir(parents=True, exist_ok=True)
-    index = directory / "index.html"
-    ours = index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace")
-    if not ours and any(directory.iterdir()):
+    if not is_free(directory):
         raise FileExistsError(f"{directory} is not empty and holds no page of minigpt5_jax; choose another")
     for image in (directory / _IMAGES).glob("*.png"):
         if _IMAGE_NAME.fullmatch(image.name):

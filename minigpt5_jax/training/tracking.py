@@ -7,6 +7,7 @@ config)`` returns a :class:`Tracker`.
 from __future__ import annotations
 
 import importlib
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,7 +18,7 @@ NONE = "none"
 
 
 class TrackerError(RuntimeError):
-    """A tracker cannot be had; the message says why and what to do."""
+    """A tracker cannot be opened; the message says why and what to do."""
 
 
 @runtime_checkable
@@ -45,7 +46,17 @@ class Wandb:
         import wandb
 
         self._wandb = wandb
-        self._run = wandb.init(project="minigpt5_jax", name=name, dir=str(workdir), config=dict(config))
+        file = workdir / "wandb_id.txt"  # a resumed run goes on in the tracker, too
+        number = file.read_text("utf-8").strip() if file.is_file() else uuid.uuid4().hex
+        self._run = wandb.init(
+            project="minigpt5_jax",
+            name=name,
+            dir=str(workdir),
+            config=dict(config),
+            id=number,
+            resume="allow",
+        )
+        file.write_text(number, "utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -68,6 +79,8 @@ def check_tracker(tracker: str) -> None:
     """
     if tracker == NONE:
         return
+    if not tracker:
+        raise TrackerError(f"run.tracker is empty; known: {', '.join((NONE, *KNOWN))}, or a module of yours")
     try:
         module = importlib.import_module(tracker)
     except ImportError as error:

@@ -16,7 +16,7 @@ from minigpt5_jax.data.images import load_image
 from minigpt5_jax.data.text.prompts import DIALOG_SYSTEM, VICUNA_V0
 from minigpt5_jax.data.text.tokenizer import IMAGE_TOKEN
 from minigpt5_jax.inference.conversation import Conversation, ImagePart, Message, chat, continue_story
-from minigpt5_jax.inference.page import Entry, write_page
+from minigpt5_jax.inference.page import Entry, is_free, write_page
 from minigpt5_jax.inference.prompts import file_prompts, text_prompt
 from minigpt5_jax.inference.session import Generation, Prompt
 from minigpt5_jax.inference.transcript import (
@@ -69,11 +69,9 @@ def claim_output(folder: str | Path) -> None:
     """Refuse a folder that the page could not be written to, before the work is done.
 
     Raises:
-      FileExistsError: it is a file, or holds other things and no page.
+      FileExistsError: it is a file, or holds other things and no page of ours.
     """
-    path = Path(folder)
-    foreign = path.is_dir() and any(path.iterdir()) and not (path / "index.html").is_file()
-    if foreign or (path.exists() and not path.is_dir()):
+    if not is_free(Path(folder)):
         raise FileExistsError(f"--output={folder} holds other things; choose another folder")
 
 

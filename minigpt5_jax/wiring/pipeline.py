@@ -183,7 +183,7 @@ class MiniGPT5:
 
     def generate(
         self,
-        prompt: str | Sequence[Part] | Chat,
+        prompt: Part | Sequence[Part] | Chat,
         *,
         seed: int = 0,
         num_inference_steps: int | None = None,
@@ -197,7 +197,7 @@ class MiniGPT5:
         The same prompt, seed and settings give the same answer.
 
         Args:
-          prompt: a text; a list of texts (``str``) and images (PIL, ``uint8[H W 3]``, ``pathlib.Path`` or the
+          prompt: a text or an image; a list of texts (``str``) and images (PIL, ``uint8[H W 3]``, ``pathlib.Path`` or the
             ``bytes`` of a file) in order; or a chat, a list of messages
             ``{"role": "user" | "assistant", "content": ...}`` that ends in a user's, where ``content`` is a
             text or a list of ``{"type": "text", "text": ...}`` and
@@ -253,7 +253,7 @@ class MiniGPT5:
         return self._sessions[key]
 
     def prompt(
-        self, prompt: str | Sequence[Part] | Chat, seed: int = 0, *, story: bool = False
+        self, prompt: Part | Sequence[Part] | Chat, seed: int = 0, *, story: bool = False
     ) -> tuple[Prompt, list[str]]:
         """(what the model reads, notes about it for whoever asked).
 
@@ -307,7 +307,7 @@ class Conversing:
         self.model, self.messages, self.seed = model, messages, seed
         self.answers: list[Answer] = []
 
-    def send(self, message: str | Sequence[Part], **settings: Any) -> Answer:
+    def send(self, message: Part | Sequence[Part], **settings: Any) -> Answer:
         """The model's answer to a message; both are remembered.
 
         Args:
