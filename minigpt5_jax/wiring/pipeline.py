@@ -197,8 +197,8 @@ class MiniGPT5:
         The same prompt, seed and settings give the same answer.
 
         Args:
-          prompt: a text or an image; a list of texts (``str``) and images (PIL, ``uint8[H W 3]``, ``pathlib.Path`` or the
-            ``bytes`` of a file) in order; or a chat, a list of messages
+          prompt: a text or an image; a list of texts (``str``) and images (PIL, ``uint8[H W 3]``,
+            ``pathlib.Path`` or the ``bytes`` of a file) in order; or a chat, a list of messages
             ``{"role": "user" | "assistant", "content": ...}`` that ends in a user's, where ``content`` is a
             text or a list of ``{"type": "text", "text": ...}`` and
             ``{"type": "image", "image": ...}``.  A first message of role ``system`` is the system prompt.
