@@ -77,7 +77,7 @@ def train(workdir: Path, steps: int, count: int, cache: Path, features: str, fsd
     said = []
     try:
         for worker in workers:
-            said.append(worker.communicate(timeout=400)[1])
+            said.append(worker.communicate(timeout=1200)[1])
             assert worker.returncode == 0, said[-1][-3000:]
         return said[0]
     finally:

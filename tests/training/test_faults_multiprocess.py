@@ -52,7 +52,7 @@ def start(workdir: Path, cache: Path, **settings: object) -> list[subprocess.Pop
 
 def end(workers: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """(status, what it said on stderr) of each."""
-    return [(worker.returncode, err) for worker in workers for _, err in [worker.communicate(timeout=400)]]
+    return [(worker.returncode, err) for worker in workers for _, err in [worker.communicate(timeout=1200)]]
 
 
 def steps(workdir: Path) -> list[int]:
@@ -92,7 +92,7 @@ def test_a_run_of_two_processes_is_stopped_refused_and_resumed(tmp_path):
         if file.is_file():
             file.write_bytes(b"")
     # Then one of them is killed: the other says which, and ends.
-    again = start(workdir, cache, run__silence_timeout=5)
+    again = start(workdir, cache, run__silence_timeout=10)
     try:
         lines = []
         for line in iter(again[0].stderr.readline, ""):

@@ -142,7 +142,7 @@ def test_a_run_that_waits_for_data_saves_what_was_done(tmp_path, waiting, sent, 
     run = waiting
     time.sleep(0.5)  # until the third batch is used, and the fourth waited for
     os.killpg(run.pid, sent)
-    _, said = run.communicate(timeout=100)
+    _, said = run.communicate(timeout=300)
     assert run.returncode == status, said[-3000:]
     assert "Traceback" not in said and f"{sent.name}: stopping; the last whole step is saved first" in said
     checkpoints = Checkpoints(tmp_path / "checkpoints")

@@ -30,7 +30,7 @@ def run(script: str, count: int, pattern: str, *arguments: str) -> list[tuple[st
     results = []
     try:
         for worker in workers:
-            out, err = worker.communicate(timeout=240)
+            out, err = worker.communicate(timeout=900)
             found = re.search(pattern, out)
             assert found, err[-3000:]
             results.append(found.groups())
